@@ -1,0 +1,407 @@
+"""E20: how uncertain is a digit classifier about letters?
+
+A 784-1024-1024-10 ReLU network learns binarised MNIST: each time an image is shown, every pixel is drawn from a
+Bernoulli with its grey level as probability. Predictions for the MNIST test set and for notMNIST letters are compared
+between the network itself, MC dropout, Laplace posteriors (diagonal and Kronecker, before and after tuning of
+``(N, λ)`` on validation data) and a mean-field variational network.
+
+As published, one network trained with dropout serves the deterministic prediction, MC dropout and both Laplace
+posteriors; ``network: plain`` trains the one behind MAP and Laplace without dropout instead. Test, validation and
+letter images are binarised once, by the seed (``evaluation: binary``), or left grey.
+
+Source: the thesis on Gauss-Newton matrices, section 5.2.2, figure 5.2, table 5.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from experiments import data, training, variational
+from laplace_kf.demo import mc_dropout
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.reports import metrics, plots
+from laplace_kf.reports.html import Picture, Report, Table
+
+__all__ = ["Config", "run"]
+
+STRUCTURES = {"diagonal": "diag", "Kronecker": "kron"}
+PUBLISHED = {
+    "mean field": 0.9888, "MAP": 0.9886, "MC dropout": 0.9885, "diagonal, tuned": 0.9885, "Kronecker, tuned": 0.9880
+}  # fmt: skip
+"""Test accuracies of table 5.1: 250 epochs, 1000 draws per image, tuned."""
+CERTAIN = 0.1
+"""A prediction counts as certain when its entropy is below this many nats."""
+
+
+@dataclass
+class Config:
+    """Settings of E20; the defaults are those of ``configs/ood_mnist.yaml``'s processor preset.
+
+    Args:
+        seed: first seed; repetition ``i`` uses ``seed + i`` for weights, order, binarisation and draws.
+        repeats: number of seeds.
+        device: ``cpu`` or ``cuda``.
+        threads: processor threads, 0 for torch's default.
+        hidden: width of the two hidden layers.
+        epochs: passes over the training images.
+        batch: examples per minibatch, in training and in curvature passes.
+        lr: step size of SGD with momentum.
+        momentum: its momentum.
+        schedule: of the step size; a cosine to zero lets a few epochs come close to where many constant ones end.
+        prior_precision: ``λ`` of the Gaussian prior; training uses the weight decay ``λ/N``.
+        network: which network MAP and Laplace use (MC dropout always uses the one with dropout).
+        dropout: rate of both hidden layers.
+        mean_field: whether to train the variational network too.
+        mean_field_sigma: its initial standard deviation of every weight.
+        evaluation: test, validation and letter images binarised once, or grey.
+        passes: binary draws of every training image that the curvature is averaged over.
+        damping: how a Kronecker posterior adds the prior.
+        samples: Monte Carlo samples of a prediction.
+        n_data_factors: grid of tuning, as multiples of the real ``N``.
+        prior_precisions: grid of tuning for ``λ``.
+        tune_samples: Monte Carlo samples per grid point.
+        tune_size: validation images used for tuning (the first ones).
+        train_size: training images (the first ones); the published split is 50,000.
+        val_size: validation images, the last of the training file.
+        test_size: test images (the first ones).
+        ood_size: letter images (the first ones).
+        progress: whether to show progress bars.
+    """
+
+    seed: int = 0
+    repeats: int = 3
+    device: str = "cpu"
+    threads: int = 0
+    hidden: int = 1024
+    epochs: int = 10
+    batch: int = 50
+    lr: float = 1e-2
+    momentum: float = 0.9
+    schedule: Literal["constant", "cosine"] = "cosine"
+    prior_precision: float = 1e-2
+    network: Literal["dropout", "plain"] = "dropout"
+    dropout: float = 0.5
+    mean_field: bool = True
+    mean_field_sigma: float = 0.02
+    evaluation: Literal["binary", "grey"] = "binary"
+    passes: int = 2
+    damping: Literal["exact", "factored", "balanced"] = "exact"
+    samples: int = 100
+    n_data_factors: list[float] = field(default_factory=lambda: [10.0**k for k in range(-1, 5)])
+    prior_precisions: list[float] = field(default_factory=lambda: [10.0**k for k in range(-4, 5)])
+    tune_samples: int = 10
+    tune_size: int = 1000
+    train_size: int = 50_000
+    val_size: int = 10_000
+    test_size: int = 10_000
+    ood_size: int = 10_000
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "hidden", "epochs", "batch", "passes", "samples", "tune_samples", "tune_size"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("lr", "prior_precision", "mean_field_sigma"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("n_data_factors", "prior_precisions"):
+            _require(name, grid := getattr(self, name), bool(grid) and min(grid) > 0, "a list of numbers above 0")
+        _require("dropout", self.dropout, 0 < self.dropout < 1, "between 0 and 1")
+        _require("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 up to below 1")
+        _require("val_size", self.val_size, self.tune_size <= self.val_size <= 10_000, "from tune_size to 10000")
+        for name, most in (("train_size", 60_000 - self.val_size), ("test_size", 10_000), ("ood_size", 10_000)):
+            _require(name, getattr(self, name), 1 <= getattr(self, name) <= most, f"from 1 to {most}")
+        allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        _require("device", self.device, self.device.split(":")[0] in allowed, f"here {' or '.join(allowed)}")
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value} is not allowed; it must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Images:
+    """What one repetition sees, flattened to ``(N, 784)``: grey training images, and fixed images to evaluate on."""
+
+    train: tuple[Tensor, Tensor]
+    val: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    letters: Tensor
+
+
+@dataclass
+class Outcome:
+    """One repetition: probabilities on test images and letters, in this order, by method; and how tuning went."""
+
+    probs: dict[str, Tensor]
+    settings: dict[str, dict[str, float]]
+    tuning: dict[str, dict[str, Any]]
+    labels: Tensor
+
+
+def _images(config: Config, seed: int) -> Images:
+    device = torch.device(config.device)
+    (x, y), (x_test, y_test), (letters, _) = (
+        data.images("mnist", "train"), data.images("mnist", "test"), data.images("notmnist", "test")
+    )  # fmt: skip
+    rng = training.generator(seed)
+
+    def fixed(images: Tensor) -> Tensor:
+        flat = images.flatten(1)
+        return (training.binarise(flat, rng) if config.evaluation == "binary" else flat).to(device)
+
+    train = x[: config.train_size].flatten(1).to(device), y[: config.train_size].to(device)
+    val = fixed(x[-config.val_size :]), y[-config.val_size :].to(device)
+    test = fixed(x_test[: config.test_size]), y_test[: config.test_size].to(device)
+    return Images(train, val, test, fixed(letters[: config.ood_size]))
+
+
+def _widths(config: Config) -> list[int]:
+    return [784, config.hidden, config.hidden, 10]
+
+
+def _fit_network(config: Config, images: Images, seed: int, model: nn.Sequential, note: str) -> nn.Sequential:
+    """Train ``model`` on freshly binarised images; a mean-field network on the variational bound, others with L2."""
+    device = torch.device(config.device)
+    n_data = len(images.train[0])
+    batches = _binary_batches(config, images, seed)
+    bayesian = any(isinstance(module, variational.MeanFieldLinear) for module in model)
+    decay = 0.0 if bayesian else config.prior_precision / n_data
+    model = model.to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=decay)
+    bound = (lambda: variational.kl(model, config.prior_precision) / n_data) if bayesian else None
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    training.train(
+        model, batches, optimizer, config.epochs, penalty=bound, seed=seed,
+        scheduler=cosine if config.schedule == "cosine" else None,
+        progress=f"seed {seed}: {note}" if config.progress else None,
+    )  # fmt: skip
+    return model
+
+
+def _binary_batches(config: Config, images: Images, seed: int) -> training.Batches:
+    rng = training.generator(seed, config.device)
+    return training.Batches(*images.train, config.batch, rng, transform=training.binarise)
+
+
+def _repetition(config: Config, seed: int) -> Outcome:
+    """Everything for one seed."""
+    images = _images(config, seed)
+    n_data = len(images.train[0])
+    inputs = torch.cat([images.test[0], images.letters])
+    noisy = training.mlp(_widths(config), dropout=config.dropout, seed=seed)
+    noisy = _fit_network(config, images, seed, noisy, "network with dropout")
+    model = noisy
+    if config.network == "plain":
+        plain = training.mlp(_widths(config), seed=seed)
+        model = _fit_network(config, images, seed, plain, "network without dropout")
+    rng = training.generator(seed, config.device)
+    probs = {"MAP": training.outputs(model, inputs).softmax(-1)}
+    probs["MC dropout"] = mc_dropout(noisy, inputs, config.samples, rng)
+    settings: dict[str, dict[str, float]] = {}
+    tuning: dict[str, dict[str, Any]] = {}
+    for name, structure in STRUCTURES.items():
+        posterior = LaplacePosterior(
+            model, "categorical", structure=structure, estimator="exact", damping=config.damping,
+            prior_precision=config.prior_precision,
+        )  # fmt: skip
+        with _note(config, f"seed {seed}: {name}, curvature"):
+            posterior.fit(_binary_batches(config, images, seed), passes=config.passes, n_data=n_data)
+        for variant in ("untuned", "tuned"):
+            if variant == "tuned":
+                with _note(config, f"seed {seed}: {name}, tuning"):
+                    tuning[name] = _tune(config, posterior, images.val, n_data, rng)
+            label = f"{name}, {variant}"
+            settings[label] = {"n_data": float(posterior.n_data), "prior_precision": float(posterior.prior_precision)}
+            with _note(config, f"seed {seed}: {label}, prediction"):
+                prediction = posterior.predict(inputs, method="mc", samples=config.samples, generator=rng)
+            probs[label] = prediction.probs
+    if config.mean_field:
+        sigma = config.mean_field_sigma
+        bayes = variational.mean_field_mlp(_widths(config), sigma=sigma, seed=seed, device=config.device)
+        _fit_network(config, images, seed, bayes, "mean-field network")
+        probs["mean field"] = variational.predict(bayes, inputs, config.samples)
+    return Outcome({name: p.cpu() for name, p in probs.items()}, settings, tuning, images.test[1].cpu())
+
+
+def _note(config: Config, text: str) -> Any:
+    """A line that says what is going on, for steps that do not count."""
+    return tqdm(total=1, desc=text, disable=not config.progress, leave=False, bar_format="{desc} {elapsed}")
+
+
+def _tune(
+    config: Config, posterior: LaplacePosterior, val: tuple[Tensor, Tensor], n_data: int, rng: torch.Generator
+) -> dict[str, Any]:
+    result = posterior.tune(
+        (val[0][: config.tune_size], val[1][: config.tune_size]), objective="nll", method="mc",
+        n_data=[factor * n_data for factor in config.n_data_factors], prior_precision=config.prior_precisions,
+        samples=config.tune_samples, generator=rng,
+    )  # fmt: skip
+    return {"best": result.best, "at_edge": bool(result.at_edge), "table": list(result.table)}
+
+
+def _measure(outcome: Outcome) -> dict[str, dict[str, float]]:
+    """The metrics of every method of one repetition."""
+    found = {}
+    count = len(outcome.labels)
+    for name, probs in outcome.probs.items():
+        inside, outside = metrics.entropy(probs[:count]), metrics.entropy(probs[count:])
+        found[name] = {
+            **metrics.classification(probs[:count], outcome.labels),
+            "entropy_in": float(inside.mean()),
+            "entropy_out": float(outside.mean()),
+            "certain_out": float((outside < CERTAIN).double().mean()),
+            **metrics.out_of_distribution(inside, outside),
+            **outcome.settings.get(name, {}),
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim about two methods: ``metric`` of ``method`` minus that of ``other``, per seed, must be in a range."""
+
+    text: str
+    metric: str
+    method: str
+    other: str
+    least: float = float("-inf")
+    most: float = float("inf")
+
+    def judge(self, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+        """The verdict on the mean difference over seeds, with the numbers behind it."""
+        value, reference = ([run[name][self.metric] for run in runs] for name in (self.method, self.other))
+        summary = metrics.mean_std([
+            {"value": v, "reference": r, "difference": v - r} for v, r in zip(value, reference, strict=True)
+        ])  # fmt: skip
+        difference = float(summary["difference"]["mean"])  # type: ignore[arg-type]
+        holds = self.least <= difference <= self.most
+        return {"claim": self.text, "metric": self.metric, "method": self.method, "other": self.other, **summary,
+                "verdict": "confirmed" if holds else "refuted"}  # fmt: skip
+
+
+KRON, DIAG = "Kronecker, tuned", "diagonal, tuned"
+TINY = 1e-12
+CLAIMS = (
+    Claim("accuracy of the tuned Kronecker posterior within 0.2 points of MAP", "accuracy", KRON, "MAP", -0.002, 0.002),
+    Claim("its test NLL is not worse than MAP's", "nll", KRON, "MAP", most=0.0),
+    Claim("its mean entropy on letters is above MAP's", "entropy_out", KRON, "MAP", least=TINY),
+    Claim("and above the tuned diagonal posterior's", "entropy_out", KRON, DIAG, least=TINY),
+    Claim("and above MC dropout's", "entropy_out", KRON, "MC dropout", least=TINY),
+    Claim("its AUROC for letters is at least MAP's", "auroc", KRON, "MAP", least=0.0),
+    Claim(
+        "its share of certain predictions on letters is below MC dropout's",
+        "certain_out",
+        KRON,
+        "MC dropout",
+        most=-TINY,
+    ),
+    Claim("mean entropy on letters: tuned diagonal at least MAP's", "entropy_out", DIAG, "MAP", least=0.0),
+    Claim("mean entropy on letters: MC dropout above MAP's", "entropy_out", "MC dropout", "MAP", least=TINY),
+    Claim("mean entropy on letters: mean field below tuned Kronecker's", "entropy_out", "mean field", KRON, most=-TINY),
+)
+
+
+def run(config: Config) -> Report:
+    """Train, fit, tune, predict and compare, for every seed; writes nothing."""
+    seeds = [config.seed + i for i in range(config.repeats)]
+    first: Outcome | None = None
+    runs, tuning = [], {}
+    for seed in seeds:
+        outcome = _repetition(config, seed)
+        runs.append(_measure(outcome))
+        tuning[str(seed)] = outcome.tuning
+        first = first or outcome
+    assert first is not None
+    methods = list(runs[0])
+    summary = {method: metrics.mean_std([found[method] for found in runs]) for method in methods}
+    verdicts = [claim.judge(runs) for claim in CLAIMS if claim.method in methods and claim.other in methods]
+    confirmed = sum(verdict["verdict"] == "confirmed" for verdict in verdicts)
+    remark = data.DATA_SETS["notmnist"].remark
+    return Report(
+        title="E20: predictive entropy on letters after training on digits",
+        summary=(
+            f"A 784-{config.hidden}-{config.hidden}-10 ReLU network trained for {config.epochs} epochs on "
+            f"{config.train_size} binarised MNIST images; mean and standard deviation over {config.repeats} seed(s). "
+            f"Evaluated on {config.test_size} MNIST test images (in) and {config.ood_size} notMNIST letters (out), "
+            f"{config.evaluation}. {confirmed} of {len(verdicts)} claims confirmed."
+        ),
+        seed=config.seed,
+        config=asdict(config),
+        metrics=summary,
+        tables=[_methods_table(summary), _verdict_table(verdicts), _tuning_table(tuning, config.train_size)],
+        pictures=_pictures(first, seeds[0]),
+        details={
+            "seeds": seeds,
+            "verdicts": verdicts,
+            "tuning": tuning,
+            "published_accuracy": PUBLISHED,
+            "data": {"mnist": "original files", "notmnist": remark},
+            "stand_ins": [],
+        },
+        device=config.device,
+    )
+
+
+_COLUMNS = (
+    ("accuracy %", "accuracy", 100, 2), ("NLL", "nll", 1, 4), ("ECE %", "ece", 100, 2),
+    ("entropy in", "entropy_in", 1, 3), ("entropy out", "entropy_out", 1, 3),
+    ("certain out %", "certain_out", 100, 1), ("AUROC", "auroc", 1, 4), ("FPR95 %", "fpr95", 100, 1),
+)  # fmt: skip
+
+
+def _methods_table(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
+    rows = []
+    for method, found in summary.items():
+        cells = [f"{s * found[key]['mean']:.{d}f} ± {s * found[key]['std']:.{d}f}" for _, key, s, d in _COLUMNS]
+        rows.append([method, *cells, f"{100 * PUBLISHED[method]:.2f}" if method in PUBLISHED else ""])
+    note = (
+        "NLL and entropies in nats. Certain out: letters predicted with an entropy below "
+        f"{CERTAIN} nats. AUROC and FPR95 (false alarms on digits when 95 % of the letters are caught) by entropy. "
+        "Published: test accuracy of the thesis, table 5.1, after 250 epochs with 1000 draws per image."
+    )
+    return Table("Methods", ["method", *(title for title, *_ in _COLUMNS), "published accuracy %"], rows, note)
+
+
+def _verdict_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        [v["claim"], f"{v['value']['mean']:.4f}", f"{v['reference']['mean']:.4f}",
+         f"{v['difference']['mean']:+.4f} ± {v['difference']['std']:.4f}", v["verdict"]]
+        for v in verdicts
+    ]  # fmt: skip
+    note = "Verdicts are on the difference averaged over seeds; its spread is over seeds, paired."
+    return Table("Claims", ["claim", "method", "compared with", "difference", "verdict"], rows, note, prose=True)
+
+
+def _tuning_table(tuning: Mapping[str, Mapping[str, Mapping[str, Any]]], n_data: int) -> Table:
+    rows = [
+        [seed, name, f"{found['best']['n_data'] / n_data:g}", f"{found['best']['prior_precision']:g}",
+         f"{found['best']['objective']:.4f}", "yes" if found["at_edge"] else "no"]
+        for seed, methods in tuning.items()
+        for name, found in methods.items()
+    ]  # fmt: skip
+    columns = ["seed", "posterior", "N / real N", "λ", "validation NLL", "edge of grid"]
+    return Table("Tuned settings", columns, rows, "The whole grids are in result.json under tuning.")
+
+
+def _pictures(outcome: Outcome, seed: int) -> list[Picture]:
+    count = len(outcome.labels)
+    entropies = {name: metrics.entropy(probs) for name, probs in outcome.probs.items()}
+    figure, (left, right) = plots.panels(1, 2, width=5.8, height=4.4)
+    inside = {name: values[:count] for name, values in entropies.items()}
+    outside = {name: values[count:] for name, values in entropies.items()}
+    plots.inverse_entropy_cdf(inside, axis=left, title="MNIST test digits", classes=10)
+    plots.inverse_entropy_cdf(outside, axis=right, title="notMNIST letters", classes=10)
+    plots.legend_below(figure, columns=5)
+    pairs = {name: (probs[:count], outcome.labels) for name, probs in outcome.probs.items()}
+    return [
+        Picture("entropy", figure, "Share of images whose predictive entropy is above a threshold. On letters (right) "
+                f"a high curve is good; on digits (left) a low one. Seed {seed}."),
+        Picture("reliability", plots.reliability_diagram(pairs),
+                f"Reliability on the MNIST test digits, seed {seed}. {plots.RELIABILITY_KEY}"),
+    ]  # fmt: skip

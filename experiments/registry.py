@@ -1,0 +1,87 @@
+"""The list of experiments: what each one is about, and the module that runs it once it is written."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from laplace_kf.errors import LaplaceKFError
+from laplace_kf.registry import Registry
+
+__all__ = ["EXPERIMENTS", "Experiment", "NotYet"]
+
+
+class NotYet(LaplaceKFError):
+    """An experiment that is on the list but has not been written."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An entry of the list.
+
+    Args:
+        id: ``E1`` to ``E35`` or ``demo``; also the name of the folder of results.
+        title: one line.
+        module: has ``Config`` (a dataclass of settings with defaults) and ``run(Config) -> Report``; empty if the
+            experiment has not been written.
+        config: name of its default configuration file, without ``.yaml``.
+    """
+
+    id: str
+    title: str
+    module: str = ""
+    config: str = ""
+
+    def load(self) -> ModuleType:
+        """The experiment's module.
+
+        Raises:
+            NotYet: if there is none.
+        """
+        if not self.module:
+            ready = ", ".join(entry.id for entry in EXPERIMENTS.values() if entry.module)
+            raise NotYet(f"{self.id} ({self.title}) has not been written yet. Ready to run: {ready}.")
+        return importlib.import_module(self.module)
+
+
+EXPERIMENTS: Registry[Experiment] = Registry("experiment")
+for _entry in (
+    Experiment("E1", "Hessian-free optimisation of deep autoencoders"),
+    Experiment("E2", "Hessian-free error against time on CURVES"),
+    Experiment("E3", "objective against quadratic model along conjugate gradients"),
+    Experiment("E4", "Hessian-free optimisation of recurrent nets on long dependencies"),
+    Experiment("E5", "two-dimensional damping toy: diagonal damping over-restricts"),
+    Experiment("E6", "one-dimensional toy on which the empirical Fisher does not converge"),
+    Experiment("E7", "exact Fisher against its Kronecker approximation"),
+    Experiment("E8", "structure of the inverse Kronecker Fisher"),
+    Experiment("E9", "block-diagonal and block-tridiagonal Fisher and their inverses"),
+    Experiment("E10", "rescaling and momentum of K-FAC against damping"),
+    Experiment("E11", "K-FAC progress against batch size"),
+    Experiment("E12", "K-FAC against Nesterov's accelerated gradient on autoencoders"),
+    Experiment("E13", "loss surface of a ReLU net"),
+    Experiment("E14", "KFRA and KFAC against tuned Adam on autoencoders"),
+    Experiment("E15", "KFRA, KFAC and Adam: CPU timings"),
+    Experiment("E16", "per-layer alignment of updates with the block Gauss-Newton update"),
+    Experiment("E17", "alignment of whole updates with the full Gauss-Newton update"),
+    Experiment("E18", "mixture classifier: Gauss-Newton against Fisher"),
+    Experiment("E19", "toy regression: Laplace posteriors against Hamiltonian Monte Carlo"),
+    Experiment("E20", "predictive entropy on letters after training on digits", "experiments.ood", "ood_mnist"),
+    Experiment("E21", "untargeted adversarial attack: entropy and accuracy"),
+    Experiment("E22", "targeted iterated adversarial attack"),
+    Experiment("E23", "CIFAR-100 wide residual net: uncertainty on errors"),
+    Experiment("E24", "effect of the multiplier on a two-dimensional MAP estimate"),
+    Experiment("E25", "fifty permuted MNIST tasks"),
+    Experiment("E26", "multiplier sweep on permuted MNIST"),
+    Experiment("E27", "disjoint MNIST: digits 0-4, then 5-9"),
+    Experiment("E28", "five vision data sets in sequence"),
+    Experiment("E29", "asymptotic error of stochastic second-order methods"),
+    Experiment("E30", "invariance of undamped K-FAC"),
+    Experiment("E31", "error and cost of curvature factors: exact, sampled, projected, recursive"),
+    Experiment("E32", "rank bounds of the Gauss-Newton matrix"),
+    Experiment("E33", "order in which conjugate gradients find curvature clusters"),
+    Experiment("E34", "factored against exact damping in the posterior"),
+    Experiment("E35", "kept against summed task factors"),
+    Experiment("demo", "known and unknown handwritten digits, in half a minute", "laplace_kf.demo", "demo"),
+):
+    EXPERIMENTS.register(_entry.id)(_entry)

@@ -1,0 +1,203 @@
+"""Curvature without a posterior: mean Gauss-Newton matrices in any structure, and exact products.
+
+All curvature is of the per-example negative log-likelihood, summed over that example's outputs or positions, and
+averaged over the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward, as_batches, run, to_device
+from laplace_kf.engine import Statistics, collect, preserved
+from laplace_kf.errors import ShapeMismatch
+from laplace_kf.estimators import ESTIMATORS, Estimator
+from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.operators import fresh_generator
+from laplace_kf.registry import Registry
+from laplace_kf.structures import STRUCTURES, Structure
+from laplace_kf.tape import FlatLayout, select
+from laplace_kf.tape.blocks import flat_layout
+
+__all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
+
+
+def estimate(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    data: Iterable[Any] | tuple[Any, Tensor],
+    structure: str | Structure = "kron",
+    estimator: str | Estimator = "exact",
+    parameters: str | Sequence[str] = "all",
+    *,
+    forward: Forward | None = None,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Statistics:
+    """Curvature statistics of a model over data (methods 4).
+
+    Args:
+        model: trained module; left exactly as it is.
+        likelihood: registered name or object.
+        data: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
+        structure: ``"diag"``, ``"kron"``, ``"full"``, ``"isotropic"``.
+        estimator: ``"exact"``, ``"sampled"`` (``samples=``), ``"projection"`` (``samples=``, ``noise=``),
+            ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
+        parameters: ``"all"``, ``"last_layer"`` or a list of name patterns.
+        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        generator: random numbers of the estimator; a fresh private one by default.
+        dtype: type of the sums; default: the model's, float32 at least.
+        **options: options of the estimator or the structure.
+
+    Returns:
+        Statistics with ``n_data``, ``+``, ``scale(c)``, ``mean()`` (``C̄``, a Matrix ``(P, P)``) and ``total()``.
+
+    Raises:
+        UnknownName, UnsupportedLayer, ShapeMismatch, NonFinite, IncompatiblePair: see :mod:`laplace_kf.errors`.
+    """
+    structure, estimator = make_pair(structure, estimator, options)
+    return collect(
+        model,
+        as_batches(data),
+        get_likelihood(likelihood),
+        estimator,
+        structure,
+        parameters=parameters,
+        forward=forward,
+        generator=generator if generator is not None else fresh_generator(),
+        dtype=dtype,
+    )
+
+
+def make_structure(structure: str | Structure, **options: Any) -> Structure:
+    """A structure object from its registered name."""
+    return structure if isinstance(structure, Structure) else STRUCTURES[structure](**options)
+
+
+def make_estimator(estimator: str | Estimator, **options: Any) -> Estimator:
+    """An estimator object from its registered name."""
+    return estimator if isinstance(estimator, Estimator) else ESTIMATORS[estimator](**options)
+
+
+def make_pair(
+    structure: str | Structure, estimator: str | Estimator, options: dict[str, Any]
+) -> tuple[Structure, Estimator]:
+    """Structure and estimator, each with those of the options that it takes.
+
+    Raises:
+        UnknownName: for unregistered names.
+        TypeError: for an option that neither takes; names what is allowed.
+    """
+    mine, theirs = _accepted(structure, STRUCTURES), _accepted(estimator, ESTIMATORS)
+    stray = [name for name in options if name not in mine and name not in theirs]
+    if stray:
+        raise TypeError(
+            f"option {stray[0]!r} is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor "
+            f"by estimator {estimator!r} (options: {sorted(theirs) or 'none'})"
+        )
+    return (
+        make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
+        make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),
+    )
+
+
+def _accepted(rule: Any, registry: Registry[Any]) -> set[str]:
+    if not isinstance(rule, str):
+        return set()
+    code = registry[rule].__init__.__code__ if "__init__" in vars(registry[rule]) else None
+    return set() if code is None else set(code.co_varnames[1 : code.co_argcount])
+
+
+def ggn_vector_product(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    data: Iterable[Any] | tuple[Any, Tensor],
+    v: Tensor,
+    *,
+    parameters: str | Sequence[str] = "all",
+    forward: Forward | None = None,
+) -> Tensor:
+    """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
+
+    Raises:
+        ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
+    """
+    rule = get_likelihood(likelihood)
+
+    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+        seed = torch.zeros_like(outputs, requires_grad=True)
+        pulled = torch.autograd.grad(outputs, weights, seed, create_graph=True, allow_unused=True)
+        used = [(p, d) for p, d in zip(pulled, direction, strict=True) if p is not None]
+        (pushed,) = torch.autograd.grad([p for p, _ in used], seed, [d for _, d in used])  # J v, by double backward
+        with torch.no_grad():
+            root = rule.position_root(outputs.detach(), targets)  # (K, N, T, C)
+            inner = torch.einsum("kntc,ntc->knt", root, rule.to_positions(pushed))
+            curved = rule.from_positions(torch.einsum("kntc,knt->ntc", root, inner)[None], outputs)[0]
+        grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
+
+    return _products(model, rule, data, v, parameters, forward, product)
+
+
+def hessian_vector_product(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    data: Iterable[Any] | tuple[Any, Tensor],
+    v: Tensor,
+    *,
+    parameters: str | Sequence[str] = "all",
+    forward: Forward | None = None,
+) -> Tensor:
+    """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
+
+    Raises:
+        ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
+    """
+    rule = get_likelihood(likelihood)
+
+    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+        loss = -rule.log_prob(outputs, targets).sum()
+        grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+        used = [(g, d) for g, d in zip(grads, direction, strict=True) if g is not None and g.requires_grad]
+        if not used:
+            return [torch.zeros_like(w) for w in weights]
+        along = torch.stack([(g * d).sum() for g, d in used]).sum()
+        second = torch.autograd.grad(along, weights, allow_unused=True)
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
+
+    return _products(model, rule, data, v, parameters, forward, product)
+
+
+def _products(
+    model: nn.Module,
+    likelihood: Likelihood,
+    data: Iterable[Any] | tuple[Any, Tensor],
+    v: Tensor,
+    parameters: str | Sequence[str],
+    forward: Forward | None,
+    product: Callable[[Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
+) -> Tensor:
+    named = dict(model.named_parameters())
+    if parameters == "last_layer":
+        raise ShapeMismatch('products take parameters="all" or name patterns, not "last_layer"')
+    layout: FlatLayout = flat_layout(named, select(model, parameters))
+    if v.shape != (layout.size,):
+        raise ShapeMismatch(f"expected v of shape ({layout.size},), got {tuple(v.shape)}")
+    weights = [named[name] for name in layout.names]
+    direction = [part[0] for part in layout.split(v[None]).values()]
+    total, count = torch.zeros_like(v), 0
+    with preserved(model), torch.enable_grad():
+        for batch in as_batches(data):
+            outputs, targets = run(model, to_device(batch, weights[0].device), forward)
+            likelihood.check(outputs.detach(), targets)
+            parts = product(outputs, targets, weights, direction)
+            total = total + torch.cat([part.detach().reshape(-1) for part in parts])
+            count += outputs.shape[0]
+    if count == 0:
+        raise ShapeMismatch("the data are empty: no batch was yielded")
+    return total / count

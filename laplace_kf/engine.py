@@ -1,0 +1,281 @@
+"""The engine: minibatch → tape → signals → sums. Knows likelihoods, estimators and structures by interface only.
+
+``Statistics`` are sums over data that carry their counts; ``+`` and ``scale`` are their only operations, and minibatch
+accumulation, moving averages, merging workers and discounting old data are all made of these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from random import getstate, setstate
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward, check_finite
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
+from laplace_kf.estimators.base import Estimator
+from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.operators import Blockwise, Matrix
+from laplace_kf.tape import Block, FlatLayout, LookupSignals, Observation, OuterSignals, Signals, Tracer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "preserved"]
+
+Sums = dict[str, tuple[Tensor, ...]]
+MEMORY_BYTES = 512 * 2**20  # back-propagated columns of one minibatch that may exist at once
+
+
+class StructureRule(Protocol):
+    """What the engine needs of a structure (see :class:`laplace_kf.structures.base.Structure`)."""
+
+    name: str
+
+    def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
+        """Bytes per column of ``count`` examples."""
+
+    def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
+        """Makes zero sums for new blocks."""
+
+    def add_inputs(self, sums: Sums, signals: Mapping[str, OuterSignals | LookupSignals]) -> None:
+        """Takes in inputs."""
+
+    def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
+        """Takes in columns."""
+
+    def add_output_factor(self, sums: Sums, name: str, factor: Tensor) -> bool:
+        """Takes in an output factor."""
+
+    def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
+        """The sums as they are kept."""
+
+    def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
+        """The mean curvature."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over data with their counts.
+
+    Attributes:
+        structure: the structure that reads the sums.
+        layout: flat order of the selected parameters.
+        blocks: blocks by name.
+        sums: sums by block name.
+        count: number of examples behind the sums (a float once scaled).
+        log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
+    """
+
+    structure: StructureRule
+    layout: FlatLayout
+    blocks: Mapping[str, Block]
+    sums: Sums
+    count: float
+    log_likelihood: Tensor
+
+    @property
+    def n_data(self) -> float:
+        """Number of examples ``N``."""
+        return self.count
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of both data sets together.
+
+        Raises:
+            IncompatiblePair: if they cover other parameters, other blocks or another structure.
+        """
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        if self.structure.name != other.structure.name or self.layout != other.layout:
+            raise IncompatiblePair(
+                "statistics can only be added if they have the same structure and cover the same parameters "
+                f"({self.structure.name!r} over {self.layout.size} and {other.structure.name!r} over "
+                f"{other.layout.size} parameters)"
+            )
+        blocks = {**self.blocks, **other.blocks}
+        for name in set(self.blocks) & set(other.blocks):
+            if self.blocks[name] != other.blocks[name]:
+                raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
+        sums: Sums = {}
+        for name in {**self.sums, **other.sums}:
+            mine, theirs = self.sums.get(name), other.sums.get(name)
+            if mine is None or theirs is None:
+                sums[name] = mine or theirs or ()
+            else:
+                sums[name] = tuple(a + b for a, b in zip(mine, theirs, strict=True))
+        likelihood = self.log_likelihood + other.log_likelihood
+        return Statistics(self.structure, self.layout, blocks, sums, self.count + other.count, likelihood)
+
+    def scale(self, factor: float) -> Statistics:
+        """Sums and counts times ``factor``: the mean does not change.
+
+        Raises:
+            ValueError: if the factor is not positive and finite.
+        """
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"the factor must be positive and finite, got {factor}")
+        sums = {name: tuple(part * factor for part in parts) for name, parts in self.sums.items()}
+        return Statistics(
+            self.structure, self.layout, self.blocks, sums, self.count * factor, self.log_likelihood * factor
+        )
+
+    def mean(self) -> Blockwise:
+        """The mean curvature ``C̄`` as a Matrix of size ``P``."""
+        means = {name: tuple(part / self.count for part in parts) for name, parts in self.sums.items()}
+        return self.structure.matrix(means, self.blocks, self.layout)
+
+    def total(self) -> Matrix:
+        """``N · C̄``."""
+        return self.mean().scaled(self.count)
+
+
+class Accumulator:
+    """Mutable sums while the data go by; :meth:`freeze` makes them :class:`Statistics`.
+
+    Args:
+        tracer: runs the model.
+        likelihood: output curvature.
+        estimator: which columns.
+        structure: which sums.
+        generator: random numbers of the estimator.
+        dtype: type of the sums; default: the model's, float32 at least.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        likelihood: Likelihood,
+        estimator: Estimator,
+        structure: StructureRule,
+        generator: torch.Generator,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.tracer, self.likelihood, self.estimator, self.structure = tracer, likelihood, estimator, structure
+        self.generator = generator
+        self.dtype = dtype
+        self.sums: Sums = {}
+        self.count = 0
+        self.log_likelihood = torch.zeros((), dtype=torch.float64)
+
+    def add(self, batch: Any, index: int) -> None:
+        """Takes in one minibatch.
+
+        Raises:
+            NonFinite: for NaN or infinity in inputs or outputs, with the number of the batch.
+            ShapeMismatch: if targets do not fit the outputs.
+        """
+        check_finite(batch, index, "the batch")
+        observation = self.tracer.observe(batch, index)
+        if observation.count == 0:
+            raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
+        if isinstance(observation.targets, Tensor):
+            observation.targets = observation.targets.to(observation.outputs.device)
+        self.likelihood.check(observation.outputs.detach(), observation.targets)
+        if self.dtype is None:
+            kind = observation.outputs.dtype
+            self.dtype = kind if kind in (torch.float32, torch.float64) else torch.float32
+        like = torch.zeros((), dtype=self.dtype, device=observation.outputs.device)
+        self.structure.prepare(self.sums, self.tracer.blocks, self.tracer.layout, like)
+        with torch.no_grad():
+            self.structure.add_inputs(self.sums, observation.input_signals())
+            self.estimator.measure(observation, self.likelihood, self, self.generator)
+            wide = observation.outputs.detach()
+            wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
+            log_prob = self.likelihood.log_prob(wide, observation.targets)
+        self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
+        self.count += observation.count
+
+    def add_columns(self, signals: Mapping[str, Signals]) -> None:
+        """Takes in the signals of some columns (called by the estimator)."""
+        self.structure.add_columns(self.sums, signals, self.tracer.blocks)
+
+    def add_output_factor(self, name: str, factor: Tensor) -> None:
+        """Takes in an output factor ``(O, O)`` (called by the estimator)."""
+        if not self.structure.add_output_factor(self.sums, name, factor):
+            raise IncompatiblePair(
+                f"estimator {self.estimator.name!r} gives Kronecker output factors, which structure "
+                f"{self.structure.name!r} does not have; use structure=\"kron\", or another estimator"
+            )
+
+    def columns_at_once(self, observation: Observation) -> int:
+        """How many columns of a minibatch fit into the memory budget."""
+        itemsize = observation.outputs.element_size()
+        each = observation.column_bytes() + self.structure.column_bytes(
+            self.tracer.blocks, observation.count, itemsize
+        )
+        return max(1, MEMORY_BYTES // max(1, each))
+
+    def freeze(self) -> Statistics:
+        """The statistics of everything taken in.
+
+        Raises:
+            ShapeMismatch: if no example came.
+            UnsupportedLayer: if a selected parameter never took part.
+            NonFinite: if a sum is not finite.
+        """
+        if self.count == 0:
+            raise ShapeMismatch("the data are empty: no batch was yielded, so there is nothing to fit")
+        self.tracer.require_all_seen()
+        blocks = dict(self.tracer.blocks)
+        sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
+        for name, parts in sums.items():
+            for part in parts:
+                if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+                    raise NonFinite(
+                        f"the curvature of block {name!r} is not finite, although all batches and outputs were; the "
+                        "weights or activations are too large for this floating-point type"
+                    )
+        return Statistics(self.structure, self.tracer.layout, blocks, sums, float(self.count), self.log_likelihood)
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    likelihood: Likelihood,
+    estimator: Estimator,
+    structure: StructureRule,
+    *,
+    parameters: str | Sequence[str] = "all",
+    forward: Forward | None = None,
+    generator: torch.Generator,
+    dtype: torch.dtype | None = None,
+) -> Statistics:
+    """One pass over the batches; the model is in eval mode meanwhile and left exactly as it was."""
+    with preserved(model):
+        tracer = Tracer(model, forward, parameters)
+        accumulator = Accumulator(tracer, likelihood, estimator, structure, generator, dtype)
+        for index, batch in enumerate(batches):
+            accumulator.add(batch, index)
+        return accumulator.freeze()
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module's mode and the caller's random states are what they were.
+
+    Random states are those of torch (CPU and the model's accelerators), numpy and Python: loaders shuffle and augment
+    from them.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
+    states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
+    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), getstate()
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        torch.set_rng_state(cpu)
+        np.random.set_state(numpy_state)
+        setstate(python_state)
+        for device, state in states:
+            with suppress(RuntimeError):
+                getattr(torch, device.type).set_rng_state(state, device)

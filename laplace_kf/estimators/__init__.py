@@ -1,0 +1,17 @@
+"""Factor estimators: exact, sampled, projection, importance, recursive, empirical. One file each."""
+
+from laplace_kf.estimators import empirical, exact, importance, projection, recursive, sampled
+from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, Estimator, Sink
+
+__all__ = [
+    "ESTIMATORS",
+    "ColumnEstimator",
+    "Estimator",
+    "Sink",
+    "empirical",
+    "exact",
+    "importance",
+    "projection",
+    "recursive",
+    "sampled",
+]

@@ -1,0 +1,74 @@
+"""An estimator: which columns are sent back through the network, so that ``Σ_v r rᵀ`` is (in expectation) ``H_L``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.registry import Registry
+from laplace_kf.tape import Observation, Signals
+
+__all__ = ["ESTIMATORS", "ColumnEstimator", "Estimator", "Sink"]
+
+
+class Sink(Protocol):
+    """Where an estimator puts what it found in one minibatch."""
+
+    def add_columns(self, signals: Mapping[str, Signals]) -> None:
+        """Takes in the signals of some columns."""
+
+    def add_output_factor(self, name: str, factor: Tensor) -> None:
+        """Takes in an output factor of a block."""
+
+    def columns_at_once(self, observation: Observation) -> int:
+        """How many columns of this minibatch fit into the memory budget (at least 1)."""
+
+
+class Estimator(ABC):
+    """How the output curvature is turned into signals.
+
+    Attributes:
+        name: registered name.
+        is_ggn: whether its expectation is the Gauss-Newton matrix (or Fisher); the empirical Fisher is neither.
+        draws: whether it uses random numbers.
+    """
+
+    name: ClassVar[str]
+    is_ggn: ClassVar[bool] = True
+    draws: ClassVar[bool] = False
+
+    @abstractmethod
+    def measure(
+        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
+    ) -> None:
+        """Adds one minibatch's curvature, summed over its examples, to the sink."""
+
+
+ESTIMATORS: Registry[type[Estimator]] = Registry("estimator")
+
+
+class ColumnEstimator(Estimator):
+    """An estimator that is a list of columns with the shape of the outputs."""
+
+    @abstractmethod
+    def columns(
+        self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
+    ) -> Iterator[Tensor]:
+        """Columns ``(v, N, ...)`` in chunks of at most ``at_once``."""
+
+    def measure(
+        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
+    ) -> None:
+        for chunk in self.columns(observation, likelihood, generator, sink.columns_at_once(observation)):
+            sink.add_columns(observation.signals(chunk))
+
+
+def widened(outputs: Tensor) -> Tensor:
+    """Outputs off the graph, in float32 at least: output curvature is computed in this type."""
+    outputs = outputs.detach()
+    return outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()

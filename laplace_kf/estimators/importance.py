@@ -1,0 +1,89 @@
+"""Importance-sampled root columns: back-propagates only the columns that carry the curvature.
+
+On a trained classifier most root columns ``√p_k (e_k − p)`` are almost zero. A column with squared norm ``q`` is kept
+with probability ``π = min(1, c q)`` and scaled by ``π^{-1/2}``, which is unbiased; ``c`` is set so that the expected
+number kept is the budget. Selection is systematic (one uniform number for the whole minibatch), which keeps the
+number of columns fixed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
+from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.tape import Observation
+
+__all__ = ["Importance", "inclusion_probabilities", "systematic"]
+
+
+def inclusion_probabilities(weights: Tensor, budget: float) -> Tensor:
+    """``min(1, c · weights)`` with ``c`` such that they add up to ``min(budget, number of positive weights)``.
+
+    Args:
+        weights: non-negative, ``(K,)``.
+        budget: expected number of inclusions.
+    """
+    positive = weights > 0
+    if int(positive.sum()) <= budget:
+        return positive.to(weights.dtype)
+    ordered, _ = weights.sort(descending=True)
+    tail = ordered.flip(0).cumsum(0).flip(0)  # sum of this and all smaller weights
+    certain = torch.arange(len(ordered), device=weights.device)
+    scale = (budget - certain) / tail.clamp_min(torch.finfo(weights.dtype).tiny)
+    # the first j for which the j largest are certain and the next one is not
+    fits = (scale * ordered <= 1) & (budget - certain > 0)
+    first = int(torch.nonzero(fits)[0, 0]) if bool(fits.any()) else 0
+    return (scale[first] * weights).clamp(0, 1)
+
+
+def systematic(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices included by systematic sampling: each with its probability, their number fixed up to rounding."""
+    edges = probabilities.double().cumsum(0)
+    start = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).to(edges.device)
+    crossings = torch.floor(edges - start)
+    before = torch.cat([torch.floor(-start)[None], crossings[:-1]])
+    return torch.nonzero(crossings > before)[:, 0]
+
+
+@ESTIMATORS.register("importance")
+class Importance(Estimator):
+    """See the module's text.
+
+    Args:
+        columns: expected number of root columns per example.
+    """
+
+    name = "importance"
+    draws = True
+
+    def __init__(self, columns: float = 1.0) -> None:
+        if not columns > 0:
+            raise ValueError(f"columns must be positive, got {columns}")
+        self.columns = columns
+
+    def measure(
+        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
+    ) -> None:
+        outputs = widened(observation.outputs)
+        root = likelihood.position_root(outputs, observation.targets)  # (K, N, T, C)
+        kinds, count, positions, width = root.shape
+        weights = root.double().square().sum(-1).permute(1, 2, 0).reshape(-1)  # over (N, T, K)
+        probability = inclusion_probabilities(weights, self.columns * count)
+        chosen = systematic(probability, generator)
+        if not len(chosen):
+            return
+        example, position, kind = chosen // (positions * kinds), chosen // kinds % positions, chosen % kinds
+        scale = probability[chosen].rsqrt().to(root.dtype)
+        values = root[kind, example, position] * scale[:, None]  # (M, C)
+        step = max(1, sink.columns_at_once(observation)) * count
+        for start in range(0, len(chosen), step):
+            part = slice(start, start + step)
+            rows = values.new_zeros(1, len(values[part]), positions, width)
+            rows[0, torch.arange(rows.shape[1], device=rows.device), position[part]] = values[part]
+            columns = likelihood.from_positions(rows, outputs[example[part]])
+            if observation.chain is not None:
+                sink.add_columns(observation.row_signals(columns.to(observation.outputs.dtype), example[part]))
+            else:
+                sink.add_columns(observation.gathered(example[part]).signals(columns))

@@ -1,0 +1,43 @@
+"""Sampled (KFAC): scores of targets drawn from the model; unbiased for the Fisher (methods 4.2, 2.6)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, widened
+from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.tape import Observation
+
+
+@ESTIMATORS.register("sampled")
+class Sampled(ColumnEstimator):
+    """``S`` columns ``∇ log p(y_s) / √S`` with fresh ``y_s ~ p(y | outputs)`` for every minibatch.
+
+    Args:
+        samples: number of draws ``S`` per example.
+    """
+
+    name = "sampled"
+    draws = True
+
+    def __init__(self, samples: int = 1) -> None:
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        self.samples = samples
+
+    def columns(
+        self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
+    ) -> Iterator[Tensor]:
+        outputs = widened(observation.outputs)
+        for start in range(0, self.samples, at_once):
+            chunk = []
+            for _ in range(start, min(start + at_once, self.samples)):
+                drawn = likelihood.sample(outputs, generator)
+                if likelihood.ignore_index is not None and drawn.shape == observation.targets.shape:
+                    targets = observation.targets
+                    drawn = torch.where(targets == likelihood.ignore_index, targets.to(drawn.dtype), drawn)
+                chunk.append(likelihood.score(outputs, drawn))
+            yield torch.stack(chunk) / self.samples**0.5

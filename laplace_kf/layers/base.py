@@ -1,0 +1,165 @@
+"""What the engine has to know about a torch function that consumes parameters.
+
+The tape (:mod:`laplace_kf.tape.tape`) sees *function* calls (``F.linear``, ``F.conv2d``, ...), not modules, so one rule
+serves ``nn.Linear``, a custom layer that calls ``F.linear``, and a re-used module alike. A rule is one of two kinds:
+
+* :class:`MatrixRule`: the weight acts as matrices ``W (R, O, I)`` on inputs ``a`` at ``T`` positions. ``R`` counts the
+  groups of a grouped convolution and is 1 otherwise. Its curvature block factorises over ``a`` and ``g``.
+* :class:`AffineRule`: an elementwise scale and shift of a normalised input. Its block is diagonal or small and dense.
+
+A function without a rule is not an error: its parameters go through per-example gradients (the fallback).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["RULES", "AffineRule", "BoundCall", "LayerRule", "MatrixRule", "MatrixView", "register", "rule_names"]
+
+
+@dataclass(frozen=True)
+class MatrixView:
+    """How a weight tensor reads as matrices ``(R, O, I)``: reshape to ``split``, permute, reshape.
+
+    Kept as plain integers so that a saved posterior can rebuild it.
+    """
+
+    split: tuple[int, ...]
+    permutation: tuple[int, ...]
+    shape: tuple[int, int, int]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """``(K, *weight shape)`` to ``(K, R, O, I)``."""
+        split = weight.reshape(weight.shape[0], *self.split)
+        return split.permute(0, *(1 + p for p in self.permutation)).reshape(weight.shape[0], *self.shape)
+
+    def from_matrix(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """``(K, R, O, I)`` back to ``(K, *shape)``."""
+        permuted = matrix.reshape(matrix.shape[0], *(self.split[p] for p in self.permutation))
+        inverse = [self.permutation.index(i) for i in range(len(self.permutation))]
+        return permuted.permute(0, *(1 + p for p in inverse)).reshape(matrix.shape[0], *shape)
+
+
+@dataclass
+class BoundCall:
+    """The arguments of one recorded call by name, in the order of ``LayerRule.arguments``."""
+
+    values: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+
+@dataclass(frozen=True)
+class LayerRule(ABC):
+    """A torch function family that consumes a ``weight`` and perhaps a ``bias``.
+
+    Attributes:
+        name: name of the family in the support table.
+        functions: the torch functions it covers.
+        modules: names of the ``torch.nn`` modules that call them.
+        arguments: positional argument names with their defaults, in order (builtins have no signature).
+        roles: the arguments that can be parameters.
+    """
+
+    name: str
+    functions: tuple[Callable[..., Any], ...]
+    modules: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(hash=False, default_factory=dict)
+    roles: ClassVar[tuple[str, ...]] = ("weight", "bias")
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
+        """Names the arguments of a call and fills in the defaults."""
+        values = dict(self.arguments)
+        values.update(zip(self.arguments, args, strict=False))
+        values.update(kwargs)
+        return BoundCall(values)
+
+    @abstractmethod
+    def leading(self, call: BoundCall, output: Tensor) -> int:
+        """Number of leading axes of ``output`` that enumerate rows (examples, positions) rather than features."""
+
+    def refuses(self, call: BoundCall) -> str | None:
+        """A reason why this particular call must go through the per-example fallback, or ``None``."""
+        return None
+
+
+class MatrixRule(LayerRule):
+    """A weight that multiplies inputs: ``h = W [a; 1]`` at every position (methods 1.1, 4.5)."""
+
+    one_hot: ClassVar[bool] = False
+
+    @abstractmethod
+    def view(self, weight: Tensor, call: BoundCall) -> MatrixView:
+        """The ``(R, O, I)`` reading of ``weight`` in this call."""
+
+    @abstractmethod
+    def inputs(self, rows: Tensor, call: BoundCall, kernel: Sequence[int]) -> Tensor:
+        """Input rows ``(B, ...)`` to what the weight multiplies, ``(B, T, R, I)``; indices ``(B, T)`` if ``one_hot``."""
+
+    @abstractmethod
+    def outputs(self, rows: Tensor, call: BoundCall, groups: int) -> Tensor:
+        """Output rows ``(..., B, *features)`` to ``(..., B, T, R, O)``."""
+
+
+class AffineRule(LayerRule):
+    """``h = weight ∘ x̂ + bias`` with ``x̂`` free of parameters (normalisation layers, methods 4.6)."""
+
+    @abstractmethod
+    def normalised(self, rows: Tensor, call: BoundCall) -> Tensor:
+        """Input rows to ``x̂``, as ``(B, F, T)`` with ``F`` entries of the weight and ``T`` positions each."""
+
+    @abstractmethod
+    def outputs(self, rows: Tensor, call: BoundCall) -> Tensor:
+        """Output rows ``(..., B, *features)`` to ``(..., B, F, T)``."""
+
+
+RULES: dict[Callable[..., Any], LayerRule] = {}
+
+
+def register(rule: LayerRule) -> LayerRule:
+    """Adds a rule to the table the tape looks up; returns it unchanged.
+
+    Raises:
+        ValueError: if one of its functions already has a rule.
+    """
+    for function in rule.functions:
+        if function in RULES:
+            raise ValueError(f"{function} has a rule already: {RULES[function].name}")
+        RULES[function] = rule
+    return rule
+
+
+def rule_names() -> dict[str, LayerRule]:
+    """The registered rules by name, each once."""
+    return {rule.name: rule for rule in RULES.values()}
+
+
+def as_tuple(value: int | Sequence[int], length: int) -> tuple[int, ...]:
+    """An int or a sequence as a tuple of ``length`` ints (the way convolution arguments are broadcast)."""
+    values = (int(value),) * length if isinstance(value, int) else tuple(int(v) for v in value)
+    return values * length if len(values) == 1 and length > 1 else values
+
+
+def flatten_rows(tensor: Tensor, leading: int) -> Tensor:
+    """Merges the first ``leading`` axes: ``(d0, ..., dk, *rest)`` to ``(B, *rest)``."""
+    return tensor.reshape(math.prod(tensor.shape[:leading]), *tensor.shape[leading:])
+
+
+def functions_of(*candidates: tuple[Any, str]) -> tuple[Callable[..., Any], ...]:
+    """The functions ``getattr(owner, name)`` that exist in this torch version, each once."""
+    found: list[Callable[..., Any]] = []
+    for owner, name in candidates:
+        function = getattr(owner, name, None)
+        if function is not None and all(function is not f for f in found):
+            found.append(function)
+    return tuple(found)
+
+

@@ -1,0 +1,635 @@
+"""What every likelihood offers, and the layout helpers that all of them share.
+
+A likelihood turns network outputs ``z`` into a density ``p(y | z)``. Everything the curvature code needs follows from
+``-log p``: its Hessian in ``z``, a square root of that Hessian, samples of ``y`` and scores ``∇_z log p``.
+
+Inside the package every output is brought to one layout, *positions*: ``(N, T, C)``, N examples, T positions that share
+the network's weights (sequence steps, pixels; T = 1 for plain outputs) and C outputs per position. Positions are
+conditionally independent given the outputs, so all curvature is block diagonal over them.
+
+A new likelihood is one file: subclass :class:`Likelihood` (or :class:`ElementwiseLikelihood`), implement the methods
+that start with ``_position_``, ``_draw`` and ``_predict``, and register it in :data:`LIKELIHOODS`.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.registry import Registry
+
+if TYPE_CHECKING:
+    from laplace_kf.likelihoods.prediction import Prediction
+
+__all__ = [
+    "LIKELIHOODS",
+    "DiagonalLikelihood",
+    "ElementwiseLikelihood",
+    "Likelihood",
+    "NonFiniteTarget",
+    "from_positions",
+    "get_likelihood",
+    "masked",
+    "psd_root",
+    "resolve_generator",
+    "scalar_shape",
+    "to_positions",
+]
+
+
+class NonFiniteTarget(NonFinite, ValueError):
+    """NaN or infinity among the targets: both a :class:`~laplace_kf.errors.NonFinite` and a ``ValueError``."""
+
+
+# ---------------------------------------------------------------------------------------------------------- layout
+
+
+def _check_layout(shape: Sequence[int]) -> None:
+    if not 2 <= len(shape) <= 4:
+        hint = " Use outputs[:, None] for one output per example." if len(shape) == 1 else ""
+        raise ShapeMismatch(
+            f"Outputs of shape {tuple(shape)} fit no layout: expected (N, C), sequences (N, T, C) with the channel "
+            f"last, or images (N, C, H, W) with the channel second.{hint}"
+        )
+
+
+def to_positions(outputs: Tensor) -> Tensor:
+    """Brings network outputs to the layout ``(N, T, C)``.
+
+    Args:
+        outputs: ``(N, C)`` (T = 1), ``(N, T, C)`` (channel last) or ``(N, C, H, W)`` (channel second, T = H·W).
+
+    Returns:
+        A ``(N, T, C)`` tensor; a view where the memory layout allows one.
+
+    Raises:
+        ShapeMismatch: for fewer than 2 or more than 4 dimensions.
+    """
+    _check_layout(outputs.shape)
+    if outputs.ndim == 2:
+        return outputs.unsqueeze(1)
+    return outputs if outputs.ndim == 3 else outputs.flatten(2).transpose(1, 2)
+
+
+def from_positions(x: Tensor, like: Tensor | Sequence[int]) -> Tensor:
+    """Inverse of :func:`to_positions`, with any number of leading dimensions.
+
+    Args:
+        x: ``(..., N, T, E)``; E need not be the C of ``like``.
+        like: outputs (or their shape) whose layout the result takes.
+
+    Returns:
+        ``(..., N, E)``, ``(..., N, T, E)`` or ``(..., N, E, H, W)``; with E = C this is ``(..., *like.shape)``.
+    """
+    shape = tuple(like.shape) if isinstance(like, Tensor) else tuple(like)
+    _check_layout(shape)
+    if len(shape) == 2:
+        return x.squeeze(-2)
+    return x if len(shape) == 3 else x.transpose(-1, -2).reshape(*x.shape[:-2], x.shape[-1], *shape[2:])
+
+
+def scalar_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a tensor with one number per position: ``(N,)``, ``(N, T)`` or ``(N, H, W)``."""
+    return {2: (shape[0],), 3: tuple(shape[:2]), 4: (shape[0], *shape[2:])}[len(shape)]
+
+
+def masked(x: Tensor, keep: Tensor | None) -> Tensor:
+    """``x`` of any shape, zero where ``keep`` (broadcastable to it; None keeps all) is False.
+
+    By ``where`` and not as a product, so that ``0 · inf`` cannot appear.
+    """
+    return x if keep is None else torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+# ------------------------------------------------------------------------------------------------- checks and draws
+
+
+def known_true(condition: Tensor) -> bool:
+    """Truth of a 0-dim tensor; False where it cannot be known, i.e. inside ``torch.func.vmap``."""
+    try:
+        return bool(condition)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        return False
+
+
+def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:
+    """Raises ``ValueError`` naming the first target where ``bad`` is True and what is ``allowed``."""
+    if known_true(bad.any()):
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
+
+
+def refuse_nonfinite(who: str, targets: Tensor) -> None:
+    """Raises :class:`NonFiniteTarget` if any target is NaN or infinite."""
+    if targets.is_floating_point() and known_true((~torch.isfinite(targets)).any()):
+        bad = ~torch.isfinite(targets)
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise NonFiniteTarget(f"{who}: target {targets[index].item()} at index {index} is not finite.")
+
+
+def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Sequence[int]) -> None:
+    """Raises :class:`ShapeMismatch` with both shapes unless the targets have one of the ``expected`` shapes."""
+    found = tuple(targets.shape)
+    if found not in {tuple(e) for e in expected}:
+        hint = ""
+        if len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1]):
+            hint = " Use targets[:, None]."
+        allowed = " or ".join(str(tuple(e)) for e in expected)
+        raise ShapeMismatch(
+            f"{who}: targets of shape {found} do not fit outputs of shape {tuple(shape)}; expected {allowed}.{hint}"
+        )
+
+
+def resolve_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """The given generator, or a fresh private one seeded from the operating system's entropy."""
+    if generator is None:
+        generator = torch.Generator(device=device)
+        generator.seed()
+    return generator
+
+
+def refuse_nonfinite_parameters(who: str, parameter: Tensor) -> None:
+    """Raises :class:`NonFinite` for parameters no sample can be drawn from (on a GPU they would abort the process)."""
+    if not bool(torch.isfinite(parameter).all()):
+        raise NonFinite(f"{who}: the outputs give non-finite distribution parameters; no targets can be drawn.")
+
+
+# ------------------------------------------------------------------------------------------------------- PSD roots
+
+
+def psd_root(matrix: Tensor, rectify: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
+    """Square root of the PSD part of symmetric matrices, by eigen-decomposition.
+
+    Args:
+        matrix: ``(N, T, C, C)``, symmetric up to rounding.
+        rectify: what makes the eigenvalues non-negative; ``torch.relu`` clips them, ``torch.abs`` reflects them.
+
+    Returns:
+        ``(C, N, T, C)`` columns ``√λ_k v_k`` with ``Σ_k r_k r_kᵀ`` the rectified matrix.
+
+    Raises:
+        NonFinite: if a matrix has a NaN or infinite entry.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFinite("The output Hessian has NaN or infinite entries; check the network's outputs and the targets.")
+    values: Tensor
+    vectors: Tensor
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.transpose(-1, -2)))
+    return (vectors * rectify(values).sqrt().unsqueeze(-2)).movedim(-1, 0)
+
+
+def usable_by_autograd(x: Tensor) -> Tensor:
+    """``x``, or a copy if it was made in inference mode, where tensors cannot be saved for a backward pass."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
+def autograd_hessian(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Hessian of every position's objective by C backward passes.
+
+    Args:
+        objective: maps ``(N, T, C)`` outputs to values that sum to the total; positions must not interact.
+        z: ``(N, T, C)`` outputs.
+
+    Returns:
+        ``(N, T, C, C)``, detached.
+
+    Raises:
+        ValueError: if the objective does not depend differentiably on the outputs.
+    """
+    # A caller's no_grad or inference_mode must not decide whether derivatives exist.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = z.detach().clone().requires_grad_()
+        total = objective(leaf).sum()
+        if not total.requires_grad:
+            raise ValueError("log p does not depend differentiably on the outputs, so it has no curvature in them.")
+        (gradient,) = torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)
+        if not gradient.requires_grad:  # an objective that is linear in the outputs
+            return torch.zeros(*z.shape, z.shape[-1], dtype=z.dtype, device=z.device)
+        columns = [
+            torch.autograd.grad(gradient[..., c].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+            for c in range(z.shape[-1])
+        ]
+    return torch.stack(columns, -1)
+
+
+# ------------------------------------------------------------------------------------------------------ likelihoods
+
+
+class Likelihood(abc.ABC):
+    """A conditional density ``p(targets | outputs)`` with the derivatives of ``-log p`` in the outputs.
+
+    Outputs are ``(N, C)``, sequences ``(N, T, C)`` or images ``(N, C, H, W)``. float64 outputs give float64 results;
+    float16 and bfloat16 outputs are computed, and results returned, in float32. Values of the targets are not checked
+    inside ``torch.func.vmap``, where they cannot be known; shapes always are.
+
+    Args:
+        ignore_index: targets equal to it contribute nothing to anything; None switches this off.
+
+    Attributes:
+        natural: True if ``-log p`` has a Hessian that does not depend on the targets, so that GGN = Fisher (methods
+            2.6; Botev 2020, 3.5.1).
+        needs_targets: True if ``hessian_root`` and friends (may) need the targets.
+        ignore_index: see above.
+    """
+
+    natural: ClassVar[bool] = False
+    _channels: ClassVar[int | None] = None
+
+    def __init__(self, ignore_index: int | None = -100) -> None:
+        if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
+            raise ValueError(f"{type(self).__name__}: ignore_index must be an int or None, got {ignore_index!r}.")
+        self.ignore_index = ignore_index
+
+    # -- what a subclass implements; z is (N, T, C), y and keep come from _position_targets
+
+    @abc.abstractmethod
+    def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Checks targets against the outputs' shape; returns them by position and a mask broadcastable to (N, T, C).
+
+        Ignored entries come back as 0, a value every method can compute with; None as a mask keeps everything.
+        """
+
+    @abc.abstractmethod
+    def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        """``(N, T, E)``: log densities, E = 1 or C as the mask."""
+
+    @abc.abstractmethod
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Targets drawn from the model, in the layout of ``log_prob``; z already lies on the generator's device."""
+
+    @abc.abstractmethod
+    def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
+        """Mixture over the leading dimension of ``z (S, N, T, C)``; ``shape`` is that of one set of outputs."""
+
+    @abc.abstractmethod
+    def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
+        """``(K, N, T, C)`` columns of a root of the PSD curvature."""
+
+    def _position_score(self, z: Tensor, y: Tensor) -> Tensor:
+        differentiable = torch.is_grad_enabled() and z.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = z if differentiable else z.detach().clone().requires_grad_()
+            total = self._position_log_prob(leaf, usable_by_autograd(y)).sum()
+            return torch.autograd.grad(total, leaf, create_graph=differentiable, materialize_grads=True)[0]
+
+    def _position_hessian(self, z: Tensor, y: Tensor | None) -> Tensor:
+        y = usable_by_autograd(self._needed(y, "hessian"))
+        return autograd_hessian(lambda leaf: -self._position_log_prob(leaf, y), z)
+
+    def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
+        if self.natural:
+            return self._position_hessian(z, y)
+        root = self._position_root(z, y)
+        return torch.einsum("kntc,kntd->ntcd", root, root)
+
+    def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        return torch.einsum("sntk,kntc->sntc", v, self._position_root(z, y))
+
+    def _settings(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this object; JSON-able."""
+        return {"ignore_index": self.ignore_index}
+
+    def _density(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        density: Callable[[Tensor, Tensor | None], Tensor],
+        targets: Tensor,
+    ) -> Tensor:
+        """Evaluates a predictive's density of ``(y, keep)`` at targets as a user gives them."""
+        y, keep = self._position_targets(shape, targets)
+        return density(y.to(dtype) if y.is_floating_point() else y, keep)
+
+    # -- layout
+
+    to_positions = staticmethod(to_positions)
+    from_positions = staticmethod(from_positions)
+
+    def _check_outputs(self, shape: Sequence[int]) -> None:
+        _check_layout(shape)
+        channels = shape[-1] if len(shape) < 4 else shape[1]
+        if self._channels is not None and channels != self._channels:
+            raise ShapeMismatch(
+                f"{type(self).__name__} needs {self._channels} outputs per position, got outputs of shape "
+                f"{tuple(shape)} with {channels}."
+            )
+
+    def _unpack(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self._check_outputs(outputs.shape)
+        if not outputs.is_floating_point():
+            raise ValueError(f"{type(self).__name__}: outputs must be floating point, got {outputs.dtype}.")
+        z = to_positions(outputs)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if targets is None:
+            return z, None, None
+        if not isinstance(targets, Tensor):
+            raise ValueError(f"{type(self).__name__}: targets must be a tensor, got {type(targets).__name__}.")
+        y, keep = self._position_targets(outputs.shape, targets)
+        return z, y.to(z.dtype) if y.is_floating_point() else y, keep
+
+    def _needed(self, targets: Tensor | None, method: str) -> Tensor:
+        if targets is None:
+            raise IncompatiblePair(
+                f"{self!r}: {method} without targets; this output curvature depends on the targets, pass them."
+            )
+        return targets
+
+    def _ignore(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.ignore_index is None:
+            return y, None
+        keep = y != self.ignore_index
+        return torch.where(keep, y, torch.zeros((), dtype=y.dtype, device=y.device)), keep
+
+    # -- public
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the output curvature (``curvature``, the roots) may depend on the targets."""
+        return False
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Checks that targets fit the outputs.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            targets: as described by the likelihood.
+
+        Raises:
+            ShapeMismatch: with both shapes, if they do not fit.
+            ValueError: with the first offending value and the allowed range.
+            NonFiniteTarget: for a NaN or infinite target (also a ``ValueError``).
+        """
+        self._unpack(outputs, self._needed(targets, "check"))
+
+    def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Log density of the targets, all constants included.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            targets: as described by the likelihood.
+
+        Returns:
+            ``(N,)`` in nats: the sum over the positions and outputs of an example; ignored ones contribute 0.
+
+        Raises:
+            ShapeMismatch, ValueError: see :meth:`check`.
+        """
+        z, y, keep = self._unpack(outputs, self._needed(targets, "log_prob"))
+        assert y is not None
+        return masked(self._position_log_prob(z, y), keep).sum((1, 2))
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Gradient ``∇_z log p(y | z)``, of the outputs' shape; zero where ignored.
+
+        Raises:
+            ShapeMismatch, ValueError: see :meth:`check`.
+        """
+        z, y, keep = self._unpack(outputs, self._needed(targets, "score"))
+        assert y is not None
+        return from_positions(masked(self._position_score(z, y), keep), outputs)
+
+    def _matrices(self, matrices: Tensor, keep: Tensor | None, outputs: Tensor) -> Tensor:
+        if keep is not None:
+            matrices = masked(matrices, keep.unsqueeze(-1) & keep.unsqueeze(-2))
+        return matrices.squeeze(1) if outputs.ndim == 2 else matrices
+
+    def hessian(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Exact Hessian of ``-log p`` in the outputs; indefinite for some likelihoods.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            targets: needed where the Hessian depends on them, otherwise only to zero the ignored positions.
+
+        Returns:
+            ``(N, C, C)`` for ``(N, C)`` outputs, else ``(N, T, C, C)`` (T = H·W for images).
+
+        Raises:
+            IncompatiblePair: if the Hessian depends on the targets and they are missing.
+            ShapeMismatch, ValueError: see :meth:`check`.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        return self._matrices(self._position_hessian(z, y), keep, outputs)
+
+    def curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The PSD output curvature that is used in place of the Hessian, ``Σ_v r_v r_vᵀ`` of the root.
+
+        Equal to :meth:`hessian` for natural likelihoods. Arguments, shapes and errors as there.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        return self._matrices(self._position_curvature(z, y), keep, outputs)
+
+    def position_root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Root of every position's curvature.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            targets: needed where the curvature depends on them, otherwise only to zero the ignored positions.
+
+        Returns:
+            ``(K, N, T, C)`` with ``Σ_k r_k r_kᵀ`` the curvature; K may be smaller than C (softmax: C-1).
+
+        Raises:
+            IncompatiblePair: if the curvature depends on the targets and they are missing.
+            ShapeMismatch, ValueError: see :meth:`check`.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        return masked(self._position_root(z, y), keep)
+
+    def hessian_root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Root columns over the whole output of an example (methods 3, "exact square-root vectors").
+
+        Returns:
+            ``(V, *outputs.shape)`` with ``Σ_v r_v r_vᵀ`` the PSD curvature of the flattened output; V = K for
+            ``(N, C)`` outputs, else V = T·K: column ``t·K + k`` touches position t only.
+
+        Raises:
+            as :meth:`position_root`.
+        """
+        root = self.position_root(outputs, targets)
+        k, n, t, c = root.shape
+        if outputs.ndim > 2:
+            spread = torch.diag_embed(root.movedim(2, -1)).permute(4, 0, 1, 3, 2)  # (T, K, N, T, C)
+            root = spread.reshape(t * k, n, t, c)
+        return from_positions(root, outputs)
+
+    def root_width(self, outputs: Tensor) -> int:
+        """M, the noise entries per position that :meth:`root_product` takes for outputs of this shape."""
+        self._check_outputs(outputs.shape)
+        return outputs.shape[1] if outputs.ndim == 4 else outputs.shape[-1]
+
+    def root_product(self, outputs: Tensor, v: Tensor, targets: Tensor | None = None) -> Tensor:
+        """``S v`` per position, with ``S Sᵀ`` the curvature: white noise in, curvature-distributed seeds out.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            v: ``(samples, N, T, M)`` with M = ``root_width(outputs)``; unit covariance for unbiased products.
+            targets: as in :meth:`position_root`.
+
+        Returns:
+            ``(samples, *outputs.shape)``.
+
+        Raises:
+            ShapeMismatch: if ``v`` does not fit; otherwise as :meth:`position_root`.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        width = self.root_width(outputs)
+        if v.ndim != 4 or tuple(v.shape[1:]) != (*z.shape[:2], width):
+            raise ShapeMismatch(
+                f"{type(self).__name__}.root_product: noise of shape {tuple(v.shape)} does not fit outputs of shape "
+                f"{tuple(outputs.shape)}; expected (samples, {z.shape[0]}, {z.shape[1]}, {width})."
+            )
+        return from_positions(masked(self._position_product(z, v.to(z.dtype), y), keep), outputs)
+
+    @torch.no_grad()
+    def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Targets drawn from the model.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            generator: drawn from on its own device; None uses a fresh private one. The global RNG never advances.
+
+        Returns:
+            Targets of the shape and dtype that :meth:`log_prob` takes, on the outputs' device.
+
+        Raises:
+            NonFinite: if the outputs give no valid distribution.
+        """
+        z, _, _ = self._unpack(outputs, None)
+        generator = resolve_generator(generator, outputs.device)
+        return self._draw(z.to(generator.device), outputs.shape, generator).to(outputs.device)
+
+    def predict(self, outputs: Tensor, keep_samples: bool = False) -> Prediction:
+        """Predictive distribution: the equal-weight mixture over sampled outputs (methods 10.1).
+
+        Args:
+            outputs: ``(S, N, C)``, ``(S, N, T, C)`` or ``(S, N, C, H, W)``; everything in the result stays
+                differentiable in them.
+            keep_samples: whether ``prediction.samples`` holds ``outputs``.
+
+        Returns:
+            A :class:`~laplace_kf.likelihoods.prediction.Prediction`.
+
+        Raises:
+            ShapeMismatch: if the outputs have no sample dimension, or no samples.
+        """
+        if not 3 <= outputs.ndim <= 5 or outputs.shape[0] == 0:
+            raise ShapeMismatch(
+                f"{type(self).__name__}.predict: expected sampled outputs (S, N, C), (S, N, T, C) or (S, N, C, H, W) "
+                f"with S >= 1, got {tuple(outputs.shape)}. Use outputs[None] for a single set of outputs."
+            )
+        shape = torch.Size(outputs.shape[1:])
+        z, _, _ = self._unpack(outputs.flatten(0, 1), None)
+        prediction = self._predict(z.reshape(*outputs.shape[:2], *z.shape[1:]), shape)
+        if keep_samples:
+            prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": outputs})
+        return prediction
+
+    # -- naming and saving
+
+    def parameters(self) -> dict[str, float]:
+        """Numeric parameters of the density that are not network outputs (a noise scale); empty for most."""
+        return {}
+
+    def to_config(self) -> dict[str, Any]:
+        """JSON-able description from which :meth:`from_config` rebuilds this likelihood.
+
+        Raises:
+            IncompatiblePair: if the class is not registered under a name.
+        """
+        for name, registered in LIKELIHOODS.items():
+            if registered is type(self):
+                return {"name": name, **self._settings()}
+        raise IncompatiblePair(
+            f"{self!r} is not registered, so a file cannot name it: pass the object itself to load, or register its "
+            "class in LIKELIHOODS."
+        )
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> Likelihood:
+        """Rebuilds a likelihood from :meth:`to_config`'s dictionary.
+
+        Raises:
+            UnknownName: if its name is not registered.
+            ValueError: if its settings are not those of that likelihood.
+        """
+        settings = dict(config)
+        name = settings.pop("name", None)
+        rule = LIKELIHOODS[name]  # a missing name is refused there, with the registered ones
+        try:
+            return rule(**settings)
+        except TypeError as error:
+            raise ValueError(f"{sorted(settings)} are not the settings of likelihood {name!r}: {error}") from error
+
+    def __repr__(self) -> str:
+        settings = {**self._settings(), **self.parameters()}
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in settings.items())})"
+
+
+LIKELIHOODS: Registry[type[Likelihood]] = Registry("likelihood")
+
+
+def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
+    """The likelihood itself, or the one registered under a name with default settings.
+
+    Raises:
+        UnknownName: if it is neither; lists the registered names.
+    """
+    if isinstance(name_or_object, Likelihood):
+        return name_or_object
+    if not isinstance(name_or_object, str):
+        raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
+    return LIKELIHOODS[name_or_object]()
+
+
+class DiagonalLikelihood(Likelihood):
+    """A likelihood whose PSD output curvature is diagonal and does not depend on the targets."""
+
+    @abc.abstractmethod
+    def _root_diagonal(self, z: Tensor) -> Tensor:
+        """``(N, T, C)``: square root of the curvature's diagonal."""
+
+    def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return torch.diag_embed(self._root_diagonal(z)).movedim(-1, 0)
+
+    def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return torch.diag_embed(self._root_diagonal(z).square())
+
+    def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        return v * self._root_diagonal(z)  # never anything of size C by C
+
+
+class ElementwiseLikelihood(DiagonalLikelihood):
+    """One independent natural exponential-family variable per output; targets have the shape of the outputs.
+
+    Targets equal to ``ignore_index`` are left out one by one.
+    """
+
+    natural: ClassVar[bool] = True
+
+    @abc.abstractmethod
+    def _check_values(self, y: Tensor) -> None:
+        """Raises ``ValueError`` for values outside the support; ignored entries are already 0."""
+
+    def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        who = type(self).__name__
+        refuse_shape(who, shape, targets, shape)
+        refuse_nonfinite(who, targets)
+        y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())
+        self._check_values(y)
+        return to_positions(y), None if keep is None else to_positions(keep)
+
+    def _position_hessian(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self._position_curvature(z, y)
+
+
+LOG_2PI = math.log(2.0 * math.pi)

@@ -1,0 +1,54 @@
+"""Independent binary outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from laplace_kf.likelihoods.base import (
+    LIKELIHOODS,
+    ElementwiseLikelihood,
+    from_positions,
+    refuse_nonfinite_parameters,
+    refuse_values,
+)
+from laplace_kf.likelihoods.prediction import Prediction, binary_mixture
+
+__all__ = ["Bernoulli"]
+
+
+@LIKELIHOODS.register("bernoulli")
+class Bernoulli(ElementwiseLikelihood):
+    """Binary cross-entropy: every output is the logit of an independent Bernoulli variable.
+
+    Targets have the shape of the outputs and values in [0, 1] (or ``ignore_index``). Values between 0 and 1 are soft
+    targets (grey levels): they enter ``log_prob``, then a negative cross-entropy, and ``score``; drawn targets are
+    always 0 or 1. The output curvature is ``diag(p (1 - p))`` (methods 3; Martens 2016, Table 4.1).
+
+    Args:
+        ignore_index: targets equal to it contribute nothing, one output at a time; None for no such value.
+    """
+
+    def _check_values(self, y: Tensor) -> None:
+        refuse_values("Bernoulli", y, (y < 0) | (y > 1), f"[0, 1] (ignore_index={self.ignore_index})")
+
+    def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        return y * logsigmoid(z) + (1.0 - y) * logsigmoid(-z)
+
+    def _position_score(self, z: Tensor, y: Tensor) -> Tensor:
+        return y * torch.sigmoid(-z) - (1.0 - y) * torch.sigmoid(z)
+
+    def _root_diagonal(self, z: Tensor) -> Tensor:
+        return (0.5 * (logsigmoid(z) + logsigmoid(-z))).exp()
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        p = torch.sigmoid(z)
+        refuse_nonfinite_parameters("Bernoulli", p)
+        return from_positions(torch.bernoulli(p, generator=generator), shape)
+
+    def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
+        return binary_mixture(logsigmoid(z), logsigmoid(-z), shape, partial(self._density, tuple(shape), z.dtype))

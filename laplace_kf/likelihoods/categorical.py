@@ -1,0 +1,161 @@
+"""Softmax classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical as TorchCategorical
+from torch.distributions import Distribution
+
+from laplace_kf.errors import ShapeMismatch
+from laplace_kf.likelihoods.base import (
+    LIKELIHOODS,
+    Likelihood,
+    from_positions,
+    masked,
+    refuse_nonfinite,
+    refuse_nonfinite_parameters,
+    refuse_shape,
+    refuse_values,
+    scalar_shape,
+)
+from laplace_kf.likelihoods.prediction import Prediction, by_position, given, log_mean_exp
+
+__all__ = ["Categorical"]
+
+
+def _sum_of_others(x: Tensor) -> Tensor:
+    """``Σ_{j≠i} x_j`` over the last dimension, by sums from both ends.
+
+    ``x.sum() - x_i`` would cancel: for nearly one-hot p the whole curvature lies in ``1 - p_i``.
+    """
+    edge = torch.zeros_like(x[..., :1])
+    below = torch.cumsum(x, -1)[..., :-1]
+    above = torch.cumsum(x.flip(-1), -1).flip(-1)[..., 1:]
+    return torch.cat([edge, below], -1) + torch.cat([above, edge], -1)
+
+
+def _cholesky_root(p: Tensor) -> Tensor:
+    """Columns of the Cholesky factor of ``diag(p) - p pᵀ`` without the zero last one.
+
+    Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
+    matrix of the multinomial distribution": with the tails ``q_k = Σ_{i>k} p_i`` (``q_{-1} = 1``)
+    ``L_kk = √(p_k q_k / q_{k-1})`` and ``L_jk = -(p_j / q_k) L_kk`` below, where 0/0 counts as 0.
+    Only sums and products of non-negative numbers appear, so every entry keeps its relative accuracy.
+
+    Args:
+        p: ``(..., C)`` probabilities.
+
+    Returns:
+        ``(C - 1, ..., C)``.
+    """
+    tails = torch.cumsum(p.flip(-1), -1).flip(-1)  # tails[k] = q_{k-1}
+    q = tails[..., 1:]
+    before = torch.cat([torch.ones_like(p[..., :1]), q[..., :-1]], -1)
+    one = torch.ones_like(q)
+    diagonal = p[..., :-1].sqrt() * (q / torch.where(before > 0, before, one)).sqrt()
+    weights = (diagonal / torch.where(q > 0, q, one)).movedim(-1, 0).unsqueeze(-1)
+    below = torch.ones(q.shape[-1], p.shape[-1], dtype=torch.bool, device=p.device).triu(1)  # [k, j]: j > k
+    below = below.reshape(q.shape[-1], *[1] * (p.ndim - 1), p.shape[-1])
+    lower = masked(-(p.unsqueeze(0) * weights), below)
+    on_diagonal = torch.diag_embed(diagonal).movedim(-1, 0)
+    return lower + torch.nn.functional.pad(on_diagonal, (0, 1))
+
+
+def _density(log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+    return masked(log_p.gather(-1, y.unsqueeze(-1)), keep).sum((1, 2))
+
+
+def _distribution(log_p: Tensor, shape: Sequence[int]) -> Distribution:
+    return TorchCategorical(logits=log_p.reshape(*scalar_shape(shape), log_p.shape[-1]))
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+@LIKELIHOODS.register("categorical")
+class Categorical(Likelihood):
+    """Softmax cross-entropy: outputs are the C logits of one class label per position.
+
+    Targets are integer class indices in ``0..C-1`` or ``ignore_index``: ``(N,)`` for outputs ``(N, C)``, ``(N, T)``
+    for ``(N, T, C)`` and ``(N, H, W)`` for ``(N, C, H, W)``.
+
+    The output curvature is ``diag(p) - p pᵀ`` (methods 3; Martens 2016, Table 4.1), of rank C-1; ``position_root`` is
+    its exact Cholesky-type root (Tanabe & Sagae 1992), while ``root_product`` uses ``S = diag(√p) - p √pᵀ`` with C
+    noise entries, so that nothing of size C by C per example is built.
+
+    Args:
+        ignore_index: label that contributes nothing; None for no such label.
+    """
+
+    natural: ClassVar[bool] = True
+
+    def _check_outputs(self, shape: Sequence[int]) -> None:
+        super()._check_outputs(shape)
+        if (shape[1] if len(shape) == 4 else shape[-1]) < 2:
+            raise ShapeMismatch(
+                f"Categorical needs at least 2 classes, got outputs of shape {tuple(shape)}. "
+                "Use Bernoulli for a single logit."
+            )
+
+    def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        classes = shape[1] if len(shape) == 4 else shape[-1]
+        refuse_shape("Categorical", shape, targets, scalar_shape(shape))
+        refuse_nonfinite("Categorical", targets)
+        allowed = f"0..{classes - 1} (outputs of shape {tuple(shape)}; ignore_index={self.ignore_index})"
+        if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            first = f", first value {targets.flatten()[0].item()}" if targets.numel() else ""
+            raise ValueError(
+                f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}."
+            )
+        y, keep = self._ignore(targets.long())
+        refuse_values("Categorical", targets, (y < 0) | (y >= classes), allowed)
+        y = y.unsqueeze(-1).flatten(1)
+        return y, None if keep is None else keep.reshape(*y.shape, 1)
+
+    def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        return torch.log_softmax(z, -1).gather(-1, y.unsqueeze(-1))
+
+    def _position_score(self, z: Tensor, y: Tensor) -> Tensor:
+        p = torch.softmax(z, -1)
+        hit = torch.arange(p.shape[-1], device=p.device) == y.unsqueeze(-1)
+        return torch.where(hit, _sum_of_others(p), -p)
+
+    def _position_hessian(self, z: Tensor, y: Tensor | None) -> Tensor:
+        p = torch.softmax(z, -1)
+        diagonal = torch.eye(p.shape[-1], dtype=torch.bool, device=p.device)
+        on_diagonal = (p * _sum_of_others(p)).unsqueeze(-1)
+        return torch.where(diagonal, on_diagonal, -(p.unsqueeze(-1) * p.unsqueeze(-2)))
+
+    def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return _cholesky_root(torch.softmax(z, -1))
+
+    def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        # √p∘v - p(√p·v) with its own term of the inner product moved over: √p_i v_i (1 - p_i) - p_i Σ_{j≠i} √p_j v_j.
+        p = torch.softmax(z, -1)
+        w = p.sqrt() * v
+        return w * _sum_of_others(p) - p * _sum_of_others(w)
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        p = torch.softmax(z, -1).flatten(0, 1)
+        refuse_nonfinite_parameters("Categorical", p)
+        if not p.shape[0]:
+            return torch.zeros(scalar_shape(shape), dtype=torch.long, device=z.device)
+        return torch.multinomial(p, 1, generator=generator).reshape(scalar_shape(shape))
+
+    def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
+        # Finite even for masked classes (logit -inf), whose p·log p and gradient would be NaN.
+        log_p = torch.log_softmax(z, -1).clamp_min(torch.finfo(z.dtype).min / 8)
+        conditional = _entropy(log_p).mean(0)
+        log_mean = log_mean_exp(log_p) if z.shape[0] > 1 else log_p[0]
+        return Prediction(
+            values={"probs": from_positions(log_mean.exp(), shape)},
+            density=partial(self._density, tuple(shape), z.dtype, partial(_density, log_mean)),
+            entropies=partial(given, by_position(_entropy(log_mean), shape), by_position(conditional, shape)),
+            build=partial(_distribution, log_mean, tuple(shape)),
+        )

@@ -1,0 +1,83 @@
+"""Regression with a noise level that the network predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from laplace_kf.likelihoods.base import (
+    LIKELIHOODS,
+    LOG_2PI,
+    DiagonalLikelihood,
+    from_positions,
+    refuse_nonfinite,
+    refuse_nonfinite_parameters,
+    refuse_shape,
+    to_positions,
+)
+from laplace_kf.likelihoods.prediction import Prediction, normal_mixture
+
+__all__ = ["HeteroscedasticGaussian"]
+
+
+@LIKELIHOODS.register("heteroscedastic_gaussian")
+class HeteroscedasticGaussian(DiagonalLikelihood):
+    """Normal target whose mean m and log-variance s are both outputs: ``-log p = ½ ((y-m)² e⁻ˢ + s + log 2π)``.
+
+    Outputs ``(N, 2)`` = (mean, log-variance) with targets ``(N, 1)``; sequences ``(N, T, 2)`` with ``(N, T, 1)``;
+    images ``(N, 2, H, W)`` with ``(N, 1, H, W)``. These are not natural parameters: ``hessian`` is the true Hessian,
+    which depends on the target and can be indefinite; the PSD output curvature is the Fisher ``diag(e⁻ˢ, ½)``, its
+    mean under the model (methods 2.6).
+
+    Args:
+        ignore_index: targets equal to it contribute nothing; off by default, because every real number is a possible
+            target.
+    """
+
+    _channels: ClassVar[int | None] = 2
+
+    def __init__(self, ignore_index: int | None = None) -> None:
+        super().__init__(ignore_index)
+
+    def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        expected = (shape[0], 1, *shape[2:]) if len(shape) == 4 else (*shape[:-1], 1)
+        refuse_shape("HeteroscedasticGaussian", shape, targets, expected)
+        refuse_nonfinite("HeteroscedasticGaussian", targets)
+        y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())
+        return to_positions(y), None if keep is None else to_positions(keep)
+
+    def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        mean, log_variance = z[..., :1], z[..., 1:]
+        return -0.5 * ((y - mean).square() * (-log_variance).exp() + log_variance + LOG_2PI)
+
+    def _position_score(self, z: Tensor, y: Tensor) -> Tensor:
+        mean, log_variance = z[..., :1], z[..., 1:]
+        precision, residual = (-log_variance).exp(), y - mean
+        return torch.cat([residual * precision, 0.5 * residual.square() * precision - 0.5], -1)
+
+    def _position_hessian(self, z: Tensor, y: Tensor | None) -> Tensor:
+        mean, log_variance = z.unbind(-1)
+        residual = self._needed(y, "hessian").squeeze(-1) - mean
+        precision = (-log_variance).exp()
+        cross = residual * precision
+        entries = [precision, cross, cross, 0.5 * residual * cross]
+        return torch.stack(entries, -1).reshape(*mean.shape, 2, 2)
+
+    def _root_diagonal(self, z: Tensor) -> Tensor:
+        log_variance = z[..., 1]
+        return torch.stack([(-0.5 * log_variance).exp(), torch.full_like(log_variance, 0.5**0.5)], -1)
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        mean, log_variance = z[..., :1], z[..., 1:]
+        scale = (0.5 * log_variance).exp()
+        refuse_nonfinite_parameters("HeteroscedasticGaussian", mean + scale)
+        noise = torch.randn(mean.shape, dtype=z.dtype, device=z.device, generator=generator)
+        return from_positions(mean + scale * noise, shape)
+
+    def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
+        mean, log_variance = z[..., :1], z[..., 1:]
+        return normal_mixture(mean, log_variance, shape, partial(self._density, tuple(shape), z.dtype))

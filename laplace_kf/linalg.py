@@ -1,0 +1,79 @@
+"""Factorisations that do not fail silently: retry in float64, then a reported jitter, then a typed error."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import NonFinite, NotPositiveDefinite
+
+__all__ = ["cholesky", "eigh", "require_positive"]
+
+KNOB = "Increase prior_precision (λ > 0), or estimate the curvature from more data or in float64."
+
+
+def _require_finite(matrix: Tensor, block: str) -> None:
+    if not torch.isfinite(matrix).all():
+        raise NonFinite(f"a curvature factor of block {block!r}, {tuple(matrix.shape)}, has NaN or infinite entries")
+
+
+def eigh(matrix: Tensor, block: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (clamped at 0) and eigenvectors of positive semi-definite matrices ``(..., d, d)``.
+
+    Raises:
+        NonFinite: if the matrix has NaN or infinite entries.
+        NotPositiveDefinite: if an eigenvalue is negative beyond rounding, or no decomposition converges.
+    """
+    _require_finite(matrix, block)
+    attempts = [matrix, matrix.double(), matrix.double() + _jitter(matrix.double())]
+    for attempt, candidate in enumerate(attempts):
+        try:
+            values, vectors = torch.linalg.eigh(candidate)
+        except torch.linalg.LinAlgError:
+            continue
+        if attempt == 2:
+            _report(block)
+        largest = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
+        if bool((values < -1e-3 * largest).any()):
+            raise NotPositiveDefinite(block, float(values.min()), "A curvature factor must not have this; " + KNOB)
+        return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+    raise NotPositiveDefinite(block, float("nan"), "Its eigendecomposition does not converge. " + KNOB)
+
+
+def cholesky(matrix: Tensor, block: str) -> Tensor:
+    """Lower Cholesky factors of positive definite matrices ``(..., d, d)``.
+
+    Raises:
+        NonFinite: if the matrix has NaN or infinite entries.
+        NotPositiveDefinite: if it is not positive definite even with a jitter of 1e-8 of its mean diagonal.
+    """
+    _require_finite(matrix, block)
+    for attempt, candidate in enumerate((matrix, matrix.double(), matrix.double() + _jitter(matrix.double()))):
+        factor, info = torch.linalg.cholesky_ex(candidate)
+        if not bool(info.any()):
+            if attempt == 2:
+                _report(block)
+            return factor.to(matrix.dtype)
+    smallest = float(torch.linalg.eigvalsh(matrix.double()).min())
+    raise NotPositiveDefinite(block, smallest, KNOB)
+
+
+def require_positive(values: Tensor, block: str) -> None:
+    """Raises :class:`NotPositiveDefinite` unless every eigenvalue is finite and positive."""
+    smallest = float(values.detach().min()) if values.numel() else 1.0
+    if not smallest > 0 or not bool(torch.isfinite(values.detach()).all()):
+        raise NotPositiveDefinite(block, smallest, KNOB)
+
+
+def _jitter(matrix: Tensor) -> Tensor:
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return 1e-8 * mean[..., None, None] * eye
+
+
+def _report(block: str) -> None:
+    warnings.warn(
+        f"block {block!r} needed a jitter of 1e-8 of its mean diagonal to be factorised", RuntimeWarning, stacklevel=4
+    )

@@ -1,0 +1,325 @@
+"""Curvature blocks as estimated: Kronecker, diagonal and dense, each able to become a precision for any (N, λ).
+
+``block.precision(n, prior, damping)`` is ``n · C̄ + prior`` as a :class:`Spectral`; its eigendecomposition is made once
+per block and shared by every ``(n, prior)``, so that changing them costs one grid of size ``O · I``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import IncompatiblePair
+from laplace_kf.linalg import cholesky, eigh
+from laplace_kf.operators.base import Isotropic, Matrix
+from laplace_kf.operators.spectral import Basis, Spectral
+from laplace_kf.registry import Registry
+
+__all__ = ["DAMPINGS", "CurvatureBlock", "DenseBlock", "DiagonalBlock", "KroneckerBlock", "balance"]
+
+
+class CurvatureBlock(Matrix):
+    """A positive semi-definite block of curvature in canonical order ``(R, O, I)``."""
+
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def spectrum(self) -> Tensor:
+        """Eigenvalues as a grid ``(R, O, I)``."""
+
+    @abstractmethod
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        """``n · C̄ + diag(prior)``, damped as asked where there is a choice.
+
+        Args:
+            n: data count ``N``.
+            prior: λ, 0-dim, or one value for every parameter ``(R, O, I)``.
+            damping: a name of :data:`DAMPINGS`; only Kronecker blocks have a choice.
+        """
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+    def plus(self, other: Matrix) -> Matrix:
+        """Adding a multiple of the identity is damping: closed form."""
+        if isinstance(other, Isotropic):
+            self._same_size(other)
+            return self.precision(1.0, other.value, "exact")
+        return super().plus(other)
+
+
+class DiagonalBlock(CurvatureBlock):
+    """A diagonal, ``(R, O, I)``."""
+
+    def __init__(self, values: Tensor, label: str) -> None:
+        self.values, self.label = values, label
+        self.shape = tuple(values.shape)  # type: ignore[assignment]
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.diag())
+
+    def diag(self) -> Tensor:
+        return self.values.reshape(-1)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._spectral(self.values).matvec(v)
+
+    def spectrum(self) -> Tensor:
+        return self.values
+
+    def scaled(self, factor: float | Tensor) -> DiagonalBlock:
+        return DiagonalBlock(self.values * factor, self.label)
+
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Spectral:
+        return self._spectral(n * self.values + prior)
+
+    def plus(self, other: Matrix) -> Matrix:
+        if isinstance(other, DiagonalBlock):
+            self._same_size(other)
+            return DiagonalBlock(self.values + other.values, self.label)
+        return super().plus(other)
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self._spectral(self.values).solve(v)
+
+    def logdet(self) -> Tensor:
+        return self._spectral(self.values).logdet()
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._spectral(self.values).sample(n, generator)
+
+    def _spectral(self, values: Tensor) -> Spectral:
+        return Spectral(Basis.identity(), Basis.identity(), values, self.label)
+
+
+class DenseBlock(CurvatureBlock):
+    """A dense block ``(P_b, P_b)``; the eigenbasis is made on first need and kept."""
+
+    def __init__(self, matrix: Tensor, label: str, eigen: list[tuple[Tensor, Tensor]] | None = None) -> None:
+        self.matrix, self.label = matrix, label
+        self.shape = (1, matrix.shape[0], 1)
+        self._eigen: list[tuple[Tensor, Tensor]] = eigen if eigen is not None else []
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.matrix @ self._checked(v)
+
+    def spectrum(self) -> Tensor:
+        return self._decomposed()[0].reshape(self.shape)
+
+    def scaled(self, factor: float | Tensor) -> DenseBlock:
+        return DenseBlock(self.matrix * factor, self.label)
+
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        if prior.dim():
+            return DenseBlock(n * self.matrix + torch.diag_embed(prior.reshape(-1)), self.label)
+        values, vectors = self._decomposed()
+        return Spectral(
+            Basis.identity(), Basis.orthogonal(vectors[None]), (n * values + prior).reshape(self.shape), self.label
+        )
+
+    def plus(self, other: Matrix) -> Matrix:
+        if isinstance(other, (DenseBlock, DiagonalBlock)):
+            self._same_size(other)
+            return DenseBlock(self.matrix + other.dense(), self.label)
+        return super().plus(other)
+
+    def _decomposed(self) -> tuple[Tensor, Tensor]:
+        if not self._eigen:
+            self._eigen.append(eigh(self.matrix, self.label))
+        return self._eigen[0]
+
+
+class KroneckerBlock(CurvatureBlock):
+    """``scale · (G ⊗ A)`` on row-major ``W (O, I)``, one pair for each of ``R`` groups (methods 4.1, 4.5).
+
+    Args:
+        inputs: ``A (R, I, I)``, or its diagonal ``(R, I)`` for one-hot inputs.
+        outputs: ``G (R, O, O)``.
+        label: name of the block, for messages.
+        scale: factor in front.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        outputs: Tensor,
+        label: str,
+        scale: float | Tensor = 1.0,
+        eigen: dict[str, tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.inputs, self.outputs, self.label, self.scale = inputs, outputs, label, scale
+        self.shape = (outputs.shape[0], outputs.shape[1], inputs.shape[1])
+        self._eigen: dict[str, tuple[Tensor, Tensor]] = eigen if eigen is not None else {}
+
+    # -- the two factors' spectra, each made once --------------------------------------------------------------------
+
+    def input_spectrum(self) -> tuple[Tensor, Basis]:
+        """Eigenvalues ``(R, I)`` of ``A`` and their basis."""
+        if self.inputs.dim() == 2:
+            return self.inputs, Basis.identity()
+        if "A" not in self._eigen:
+            self._eigen["A"] = eigh(self.inputs, f"{self.label} (input factor A)")
+        values, vectors = self._eigen["A"]
+        return values, Basis.orthogonal(vectors)
+
+    def output_spectrum(self) -> tuple[Tensor, Basis]:
+        """Eigenvalues ``(R, O)`` of ``G`` and their basis."""
+        if "G" not in self._eigen:
+            self._eigen["G"] = eigh(self.outputs, f"{self.label} (output factor G)")
+        values, vectors = self._eigen["G"]
+        return values, Basis.orthogonal(vectors)
+
+    def spectrum(self) -> Tensor:
+        s_a, _ = self.input_spectrum()
+        s_g, _ = self.output_spectrum()
+        return self.scale * s_g[:, :, None] * s_a[:, None, :]
+
+    # -- Matrix ------------------------------------------------------------------------------------------------------
+
+    def _dense_inputs(self) -> Tensor:
+        return torch.diag_embed(self.inputs) if self.inputs.dim() == 2 else self.inputs
+
+    def dense(self) -> Tensor:
+        a = self._dense_inputs()
+        return torch.block_diag(*(self.scale * torch.kron(g, f) for g, f in zip(self.outputs, a, strict=True)))
+
+    def diag(self) -> Tensor:
+        a = self.inputs if self.inputs.dim() == 2 else self.inputs.diagonal(dim1=-2, dim2=-1)
+        g = self.outputs.diagonal(dim1=-2, dim2=-1)
+        return (self.scale * g[:, :, None] * a[:, None, :]).reshape(-1)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        columns = self._checked(v)[:, None] if v.dim() == 1 else self._checked(v)
+        w = torch.matmul(self.outputs, columns.T.reshape(-1, *self.shape))
+        w = w * self.inputs[:, None, :] if self.inputs.dim() == 2 else torch.matmul(w, self.inputs)
+        return self.scale * w.reshape(-1, self.size).T.reshape(v.shape)
+
+    def scaled(self, factor: float | Tensor) -> KroneckerBlock:
+        return KroneckerBlock(self.inputs, self.outputs, self.label, self.scale * factor, self._eigen)
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self._undamped().solve(v)
+
+    def logdet(self) -> Tensor:
+        return self._undamped().logdet()
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._undamped().sample(n, generator)
+
+    def _undamped(self) -> Spectral:
+        return self._spectral(self.spectrum())
+
+    def _spectral(self, grid: Tensor) -> Spectral:
+        return Spectral(self.input_spectrum()[1], self.output_spectrum()[1], grid, self.label)
+
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        if prior.dim():
+            return self._with_unequal_prior(n, prior, damping)
+        return self._spectral(DAMPINGS[damping](self, n * self.scale, prior))
+
+    def _with_unequal_prior(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        """A prior that differs between the weight and the bias of a layer is ``I ⊗ diag(λ_i)`` over the inputs."""
+        if damping != "exact":
+            raise IncompatiblePair(
+                f'damping="{damping}" needs one prior precision for all parameters of block {self.label!r}; '
+                'use damping="exact", or give its weight and bias the same value'
+            )
+        column = prior[:, :1, :]
+        if not torch.equal(prior, column.expand_as(prior)):
+            return super().plus(DiagonalBlock(prior, self.label))
+        return KroneckerBlock(self.inputs, self.outputs, self.label, n * self.scale).plus(
+            KroneckerBlock(column[:, 0], torch.eye(self.shape[1]).to(self.outputs).expand_as(self.outputs), self.label)
+        )
+
+    def plus(self, other: Matrix) -> Matrix:
+        """With a Kronecker product whose factors are positive definite: exact, by methods 5.4."""
+        if isinstance(other, KroneckerBlock) and other.shape == self.shape:
+            if other.inputs is self.inputs and other.outputs is self.outputs:
+                return KroneckerBlock(self.inputs, self.outputs, self.label, self.scale + other.scale, self._eigen)
+            if other.is_definite():
+                return self._generalised(other)
+            if self.is_definite():
+                return other._generalised(self)
+        return super().plus(other)
+
+    def is_definite(self) -> bool:
+        """Whether both factors have a plain Cholesky factor (no jitter)."""
+        a_ok = bool((self.inputs > 0).all()) if self.inputs.dim() == 2 else _has_cholesky(self.inputs)
+        return a_ok and _has_cholesky(self.outputs) and float(torch.as_tensor(self.scale)) > 0
+
+    def _generalised(self, metric: KroneckerBlock) -> Spectral:
+        """``self + metric`` with ``metric`` positive definite: two generalised eigenproblems."""
+        s_a, inputs = _generalised_basis(self.inputs, metric.inputs, self.label)
+        s_g, outputs = _generalised_basis(self.outputs, metric.outputs, self.label)
+        grid = self.scale * s_g[:, :, None] * s_a[:, None, :] + metric.scale
+        return Spectral(inputs, outputs, grid, self.label)
+
+
+def _has_cholesky(matrix: Tensor) -> bool:
+    return not bool(torch.linalg.cholesky_ex(matrix)[1].any())
+
+
+def _generalised_basis(matrix: Tensor, metric: Tensor, label: str) -> tuple[Tensor, Basis]:
+    """``B`` with ``B Bᵀ = metric`` and ``B diag(s) Bᵀ = matrix``; returns ``s (R, d)`` and the basis."""
+    if matrix.dim() == 2 and metric.dim() == 2:
+        root = metric.sqrt()
+        basis = Basis(torch.diag_embed(root), torch.diag_embed(1 / root), root.log().sum(-1))
+        return matrix / metric, basis
+    matrix = torch.diag_embed(matrix) if matrix.dim() == 2 else matrix
+    metric = torch.diag_embed(metric) if metric.dim() == 2 else metric
+    lower = cholesky(metric, label)
+    half = torch.linalg.solve_triangular(lower, matrix, upper=False)
+    whitened = torch.linalg.solve_triangular(lower, half.transpose(-1, -2), upper=False)
+    values, vectors = eigh((whitened + whitened.transpose(-1, -2)) / 2, label)
+    dual = torch.linalg.solve_triangular(lower.transpose(-1, -2), vectors, upper=True)
+    logdet = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return values, Basis(torch.matmul(lower, vectors), dual, logdet)
+
+
+def balance(block: KroneckerBlock) -> Tensor:
+    """``ω (R,)`` of methods 5.2, the ratio of mean eigenvalues' square roots; 1 for a dead factor."""
+    trace_a = block.inputs.sum(-1) if block.inputs.dim() == 2 else block.inputs.diagonal(dim1=-2, dim2=-1).sum(-1)
+    mean_a = trace_a / block.shape[2]
+    mean_g = block.outputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+    omega = (mean_a / mean_g).sqrt()
+    usable = torch.isfinite(omega) & (omega > 0)
+    return torch.where(usable, omega.clamp(1e-6, 1e6), torch.ones_like(omega))
+
+
+DampingGrid = Callable[[KroneckerBlock, "float | Tensor", Tensor], Tensor]
+DAMPINGS: Registry[DampingGrid] = Registry("damping")
+
+
+@DAMPINGS.register("exact")
+def _exact(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
+    """``N s_G s_Aᵀ + λ`` (methods 5.3)."""
+    s_a, s_g = block.input_spectrum()[0], block.output_spectrum()[0]
+    return n * s_g[:, :, None] * s_a[:, None, :] + prior
+
+
+def _factored_grid(block: KroneckerBlock, n: float | Tensor, prior: Tensor, omega: Tensor) -> Tensor:
+    root_n = torch.as_tensor(n, dtype=prior.dtype, device=prior.device).sqrt()
+    root_prior = prior.sqrt()
+    s_a, s_g = block.input_spectrum()[0], block.output_spectrum()[0]
+    a = root_n * s_a + omega[:, None] * root_prior
+    g = root_n * s_g + root_prior / omega[:, None]
+    return g[:, :, None] * a[:, None, :]
+
+
+@DAMPINGS.register("factored")
+def _factored(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
+    """``(√N s_G + √λ)(√N s_A + √λ)ᵀ`` (methods 9.2; always at least the exact one)."""
+    return _factored_grid(block, n, prior, block.outputs.new_ones(block.shape[0]))
+
+
+@DAMPINGS.register("balanced")
+def _balanced(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
+    """As factored with the damping split by ω (methods 5.2)."""
+    return _factored_grid(block, n, prior, balance(block))

@@ -1,0 +1,541 @@
+"""``LaplacePosterior``: three lines from a trained network to uncertainty. A thin façade over the engine.
+
+The posterior is ``N(θ*, Λ⁻¹)`` with ``Λ = N C̄ + λ I``, where ``C̄`` is the mean Gauss-Newton curvature of the
+negative log-likelihood at the trained weights ``θ*`` (methods 9.1).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from laplace_kf.batches import Forward, as_batches, check_finite, to_device
+from laplace_kf.curvature import make_pair
+from laplace_kf.engine import Accumulator, Statistics, preserved
+from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.estimators import Estimator
+from laplace_kf.gaussian import Gaussian
+from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
+from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
+from laplace_kf.posterior import store
+from laplace_kf.posterior.summary import Summary, summarise
+from laplace_kf.posterior.tuning import Objective, TuningResult, tune
+from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
+from laplace_kf.structures import Structure
+from laplace_kf.tape import Block, FlatLayout, Tracer, select
+
+__all__ = ["LaplacePosterior"]
+
+METHODS = ("mc", "map")
+SPACES = ("auto", "weights", "activations")
+
+PriorPrecision = float | Tensor | Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What ``fit`` produces; replaced as a whole, so that a failed fit changes nothing."""
+
+    statistics: Statistics
+    curvature: Blockwise
+    mean: Tensor
+
+
+class LaplacePosterior:
+    """A Gaussian posterior over the weights of a trained network.
+
+    Args:
+        model: trained module; never changed.
+        likelihood: registered name or likelihood object.
+        structure: ``"kron"``, ``"diag"``, ``"full"``, ``"isotropic"``, or a structure object.
+        estimator: ``"exact"``, ``"importance"`` (``columns=``), ``"sampled"`` or ``"projection"`` (``samples=``),
+            ``"recursive"``, ``"empirical"`` (not the Gauss-Newton matrix), or an estimator object.
+        parameters: ``"all"`` trainable parameters, ``"last_layer"``, or a list of ``fnmatch`` patterns over names.
+        prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).
+        damping: how Kronecker blocks take λ: ``"exact"`` (eigenbasis), ``"factored"`` or ``"balanced"``
+            (methods 5.2, 5.3, 9.2).
+        forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
+            ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
+        dtype: floating type of the curvature; default: the model's, float32 at least.
+        **options: options of the estimator and of the structure (``samples``, ``columns``, ``noise``,
+            ``vector_blocks``).
+
+    Raises:
+        UnknownName: for a name that is not registered.
+        UnsupportedLayer: if no selected parameter requires a gradient.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        structure: str | Structure = "kron",
+        estimator: str | Estimator = "exact",
+        parameters: str | Sequence[str] = "all",
+        prior_precision: PriorPrecision = 1.0,
+        damping: str = "exact",
+        forward: Forward | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.likelihood = get_likelihood(likelihood)
+        self.structure, self.estimator = make_pair(structure, estimator, dict(options))
+        self.parameters = parameters if isinstance(parameters, str) else tuple(parameters)
+        if self.parameters != "last_layer":
+            select(model, self.parameters)  # refuses early what fit would refuse
+        _ = DAMPINGS[damping]
+        self.damping = damping
+        self.forward = forward
+        self.dtype = dtype
+        self._options = dict(options)
+        self._n_data: float | None = None
+        self._prior: PriorPrecision = 1.0
+        self._state: _Fitted | None = None
+        self._cache: dict[tuple[Any, ...], Blockwise] = {}
+        self.prior_precision = prior_precision  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        state = "not fitted" if self._state is None else f"n_data={self.n_data:g}, P={self._state.mean.shape[0]}"
+        return (
+            f"LaplacePosterior({type(self.model).__name__}, {self.likelihood!r}, structure={self.structure.name!r}, "
+            f"estimator={self.estimator.name!r}, damping={self.damping!r}, prior_precision={self._prior!r}; {state})"
+        )
+
+    # -- fitting -----------------------------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        train_loader: Iterable[Any] | tuple[Any, Tensor],
+        *,
+        progress: bool = False,
+        n_data: float | None = None,
+        passes: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> LaplacePosterior:
+        """Estimates the curvature at the model's current weights.
+
+        Args:
+            train_loader: loader, iterable of batches, or a pair of tensors ``(x (N, ...), y (N, ...))``.
+            progress: show a bar.
+            n_data: N; default: the number of examples seen in one pass.
+            passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
+            generator: random numbers of the estimator; a fresh private one by default.
+
+        Returns:
+            The posterior itself.
+
+        Raises:
+            ShapeMismatch: for an empty loader, a batch of another form, or targets that do not fit the outputs.
+            NonFinite: for NaN or infinity, with the number of the batch.
+            UnsupportedLayer: for a parameter that cannot be handled; names module and way out.
+        """
+        if passes < 1 or int(passes) != passes:
+            raise ValueError(f"passes must be a positive integer, got {passes}")
+        if n_data is not None:
+            n_data = _positive("n_data", n_data)
+        generator = generator if generator is not None else fresh_generator()
+        batches = as_batches(train_loader)
+        with preserved(self.model):
+            tracer = Tracer(self.model, self.forward, self.parameters)
+            accumulator = Accumulator(
+                tracer, self.likelihood, self.estimator, self.structure, generator, self.dtype
+            )
+            index = 0
+            for number in range(passes):
+                seen = accumulator.count
+                for batch in tqdm(batches, desc=f"fit {number + 1}/{passes}", disable=not progress):
+                    accumulator.add(batch, index)
+                    index += 1
+                if number and accumulator.count == seen:
+                    raise ShapeMismatch(
+                        f"pass {number + 1} of {passes} yielded no batch: pass a loader that can be iterated again"
+                    )
+            statistics = accumulator.freeze()
+        if passes > 1:
+            statistics = statistics.scale(1 / passes)
+        named = dict(self.model.named_parameters())
+        mean = torch.cat([named[name].detach().reshape(-1) for name in statistics.layout.names]).clone()
+        self._accept(_Fitted(statistics, statistics.mean(), mean), n_data)
+        return self
+
+    def _accept(self, state: _Fitted, n_data: float | None) -> None:
+        self._prior_by_name(state.statistics.layout)  # a prior given by patterns has to cover every parameter
+        self._state = state
+        self._n_data = float(n_data) if n_data is not None else state.statistics.count
+        self._cache = {}
+
+    def _fitted(self, what: str) -> _Fitted:
+        if self._state is None:
+            raise NotFitted(f"{what} needs a fitted posterior: call posterior.fit(train_loader) first")
+        return self._state
+
+    # -- settings ----------------------------------------------------------------------------------------------------
+
+    @property
+    def n_data(self) -> float:
+        """Data count N; can be set to any positive number without a refit."""
+        if self._n_data is None:
+            raise NotFitted("n_data is counted by fit: call posterior.fit(train_loader) first")
+        return self._n_data
+
+    @n_data.setter
+    def n_data(self, value: float) -> None:
+        self._fitted("n_data")
+        self._n_data = _positive("n_data", value)
+
+    @property
+    def counted_data(self) -> float:
+        """Number of examples that one pass of ``fit`` saw."""
+        return self._fitted("counted_data").statistics.count
+
+    @property
+    def prior_precision(self) -> PriorPrecision:
+        """Prior precision λ as it was given; can be set without a refit."""
+        return self._prior
+
+    @prior_precision.setter
+    def prior_precision(self, value: PriorPrecision) -> None:
+        if isinstance(value, Mapping):
+            if not value:
+                raise ValueError("prior_precision is an empty mapping; give {name pattern: number} for all parameters")
+            checked: PriorPrecision = {pattern: _prior_value(entry) for pattern, entry in value.items()}
+        elif isinstance(value, Tensor):
+            if value.dim():
+                raise ShapeMismatch(f"prior_precision must be a number or 0-dim, got shape {tuple(value.shape)}")
+            _prior_value(float(value.detach()))
+            checked = value
+        else:
+            checked = _prior_value(value)
+        previous = self._prior
+        self._prior = checked
+        try:
+            if self._state is not None:
+                self._prior_by_name(self._state.statistics.layout)
+        except BaseException:
+            self._prior = previous
+            raise
+
+    def _prior_by_name(self, layout: FlatLayout) -> dict[str, float] | None:
+        """The prior of every parameter if it was given by patterns, else ``None``."""
+        if not isinstance(self._prior, Mapping):
+            return None
+        found: dict[str, float] = {}
+        for pattern, value in self._prior.items():
+            hits = [name for name in layout.names if fnmatchcase(name, pattern)]
+            if not hits:
+                raise UnknownName("pattern in prior_precision", pattern, layout.names)
+            for name in hits:
+                found.setdefault(name, value)
+        missing = [name for name in layout.names if name not in found]
+        if missing:
+            raise ValueError(
+                f"prior_precision gives no value for {', '.join(missing)}; add a pattern (such as '*': 1.0, last)"
+            )
+        return found
+
+    # -- the Gaussian --------------------------------------------------------------------------------------------------
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
+        state = self._fitted("mean")
+        return {name: part[0].clone() for name, part in state.statistics.layout.split(state.mean[None]).items()}
+
+    @property
+    def curvature(self) -> Blockwise:
+        """The mean curvature ``C̄`` as a Matrix of size ``P``."""
+        return self._fitted("curvature").curvature
+
+    @property
+    def precision(self) -> Blockwise:
+        """The precision ``Λ = N C̄ + λ I`` as a Matrix of size ``P`` (flat order)."""
+        prior = self._prior if isinstance(self._prior, (Tensor, Mapping)) else float(self._prior)
+        return self.precision_at(self.n_data, prior)
+
+    def precision_at(self, n_data: float, prior_precision: PriorPrecision | None = None) -> Blockwise:
+        """The precision at another ``N`` and λ (a Matrix of size ``P``); the posterior keeps its own.
+
+        Raises:
+            NotFitted: before ``fit``.
+        """
+        state = self._fitted("precision")
+        prior = self._prior if prior_precision is None else prior_precision
+        reusable = isinstance(prior, (int, float)) or (isinstance(prior, Mapping) and prior is self._prior)
+        key = (n_data, prior if isinstance(prior, (int, float)) else tuple(prior.items())) if reusable else None  # type: ignore[union-attr]
+        if key is not None and key in self._cache:
+            return self._cache[key]
+        like = next(iter(state.statistics.sums.values()))[0]
+
+        def tensor(value: float | Tensor) -> Tensor:
+            return value.to(like) if isinstance(value, Tensor) else like.new_tensor(float(value))
+
+        by_name = self._prior_by_name(state.statistics.layout) if isinstance(prior, Mapping) else None
+        given: Tensor | dict[str, Tensor]
+        given = {n: tensor(v) for n, v in by_name.items()} if by_name is not None else tensor(prior)  # type: ignore[arg-type]
+        precision = state.curvature.precision(n_data, given, self.damping)
+        if key is not None:
+            self._cache = {key: precision}  # one entry: a grid search must not fill the memory
+        return precision
+
+    @property
+    def gaussian(self) -> Gaussian:
+        """The posterior as a Gaussian over flat weights ``(P,)``."""
+        return Gaussian(self._fitted("gaussian").mean, self.precision)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
+
+        Raises:
+            NotFitted: before ``fit``.
+            NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
+        """
+        self._fitted("sample")
+        if n < 1:
+            raise ValueError(f"the number of samples must be at least 1, got {n}")
+        drawn = self.precision.draw(n, generator)
+        return {name: value + drawn[name].to(value.dtype) for name, value in self.mean.items()}
+
+    def log_evidence(self) -> Tensor:
+        """Laplace approximation of the log marginal likelihood, 0-dim (methods 9.4).
+
+        ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I``; differentiable in a tensor λ. The data
+        term is scaled by N over the number of examples seen.
+        """
+        prior = self._prior if isinstance(self._prior, (Tensor, Mapping)) else float(self._prior)
+        return self.log_evidence_at(self.n_data, prior)
+
+    def log_evidence_at(self, n_data: float, prior_precision: PriorPrecision) -> Tensor:
+        """:meth:`log_evidence` at another ``N`` and λ, 0-dim."""
+        state = self._fitted("log_evidence")
+        layout = state.statistics.layout
+        by_name = self._prior_by_name(layout) if isinstance(prior_precision, Mapping) else None
+        mean = layout.split(state.mean[None].double())
+        fit = state.statistics.log_likelihood * (n_data / state.statistics.count)
+        logdet = self.precision_at(n_data, prior_precision).logdet().double().cpu()
+        total = fit - logdet / 2
+        for name, size in zip(layout.names, layout.sizes, strict=True):
+            value = by_name[name] if by_name is not None else prior_precision
+            lam = torch.as_tensor(value, dtype=torch.float64).cpu()
+            total = total + size / 2 * lam.log() - lam / 2 * mean[name].square().sum().cpu()
+        return total
+
+    def penalty(self) -> Tensor:
+        """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
+        state = self._fitted("penalty")
+        named = dict(self.model.named_parameters())
+        current = torch.cat([named[name].reshape(-1) for name in state.statistics.layout.names])
+        like = next(iter(state.statistics.sums.values()))[0]
+        return self.precision.energy((current - state.mean).to(like.dtype)) / 2
+
+    # -- prediction ----------------------------------------------------------------------------------------------------
+
+    def predict(
+        self,
+        x: Any,
+        method: str = "mc",
+        samples: int = 100,
+        space: str = "auto",
+        generator: torch.Generator | None = None,
+        *,
+        keep_samples: bool = False,
+    ) -> Prediction:
+        """Predictive distribution at inputs.
+
+        Args:
+            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
+            method: ``"mc"`` averages over ``samples`` weight draws (methods 10.1); ``"map"`` uses the mean weights.
+            samples: number of draws S.
+            space: ``"weights"`` (one set of draws for the whole batch); ``"auto"`` is the same.
+            generator: random numbers; with one, the call is reproducible.
+            keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
+
+        Raises:
+            NotFitted: before ``fit``.
+            UnknownName: for an unknown method or space.
+            IncompatiblePair: for ``space="activations"``, which no structure offers yet.
+            NonFinite: for NaN or infinity in the inputs or outputs.
+        """
+        self._fitted("predict")
+        if method not in METHODS:
+            raise UnknownName("prediction method", method, METHODS)
+        if space not in SPACES:
+            raise UnknownName("sampling space", space, SPACES)
+        if space == "activations":
+            raise IncompatiblePair(
+                f'space="activations" is not available for structure {self.structure.name!r}; use space="weights"'
+            )
+        check_finite(x, 0, "the input")
+        mean = self.mean
+        if method == "map":
+            inputs = to_device(x, next(iter(mean.values())).device)
+            outputs = outputs_at(self.model, self.forward, mean, inputs)[None]
+            check_finite(outputs, 0, "the model's output")
+        else:
+            outputs = sampled_outputs(
+                self.model, self.forward, mean, self.precision, draw_seeds(samples, generator), x
+            )
+        return self.likelihood.predict(outputs, keep_samples=keep_samples)
+
+    def tune(
+        self,
+        val: Iterable[Any] | tuple[Any, Tensor] | None = None,
+        objective: str | Objective = "nll",
+        method: str = "mc",
+        n_data: Sequence[float] | None = None,
+        prior_precision: Sequence[float] | None = None,
+        samples: int = 20,
+        generator: torch.Generator | None = None,
+        *,
+        extend: int = 0,
+        progress: bool = False,
+    ) -> TuningResult:
+        """Grid search over (N, λ) on validation data with common random numbers; sets both (methods 9.3).
+
+        Args:
+            val: loader, iterable of batches, or a pair of tensors; not needed for ``objective="evidence"``.
+            objective: ``"nll"``, ``"brier"``, ``"evidence"``, or a callable ``(prediction, targets) -> mean score``
+                (lower is better).
+            method: ``"mc"`` or ``"map"`` predictions.
+            n_data: grid for N; default ``N · 10^{-1 … 4}`` in half decades.
+            prior_precision: grid for λ; default ``10^{-4 … 4}`` in half decades.
+            samples: weight draws per grid point, the same for all of them.
+            generator: random numbers; with one, the search is reproducible.
+            extend: how often to extend the grid where the best value lies on its edge.
+            progress: show a bar.
+
+        Returns:
+            The whole table, the best row, and whether it lies on the edge (which is also warned about).
+
+        Raises:
+            NotFitted: before ``fit``.
+            UnknownName: for an unknown objective.
+        """
+        self._fitted("tune")
+        return tune(
+            self, val, objective, method, n_data, prior_precision, samples, generator, extend, progress
+        )
+
+    # -- looking at it, keeping it ---------------------------------------------------------------------------------------
+
+    def summary(self) -> Summary:
+        """One row per block: shape, structure, condition numbers, effective number of parameters; prints as a table."""
+        state = self._fitted("summary")
+        like = next(iter(state.statistics.sums.values()))[0]
+        by_name = self._prior_by_name(state.statistics.layout)
+        prior: Tensor | dict[str, Tensor]
+        if by_name is not None:
+            prior = {name: like.new_tensor(value) for name, value in by_name.items()}
+        else:
+            prior = torch.as_tensor(self._prior).detach().to(like)
+        note = "" if self.estimator.is_ggn else " (empirical Fisher: not the Gauss-Newton matrix)"
+        title = (
+            f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}, estimator "
+            f"{self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {self._prior}"
+        )
+        return summarise(state.curvature, self.n_data, prior, title)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.
+
+        Raises:
+            NotFitted: before ``fit``.
+        """
+        state = self._fitted("save")
+        statistics = state.statistics
+        prior = self._prior
+        header = {
+            "likelihood": self.likelihood.to_config(),
+            "structure": self.structure.name,
+            "estimator": self.estimator.name,
+            "options": self._options,
+            "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
+            "damping": self.damping,
+            "prior_precision": float(prior.detach()) if isinstance(prior, Tensor) else prior,
+            "n_data": self._n_data,
+            "count": statistics.count,
+            "names": list(statistics.layout.names),
+            "shapes": [list(shape) for shape in statistics.layout.shapes],
+            "blocks": [block.to_json() for block in statistics.blocks.values()],
+            "parts": {name: len(parts) for name, parts in statistics.sums.items()},
+        }
+        tensors = {"mean": state.mean, "log_likelihood": statistics.log_likelihood}
+        for name, parts in statistics.sums.items():
+            tensors.update({f"{name}/{k}": part for k, part in enumerate(parts)})
+        store.write(path, tensors, header)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        likelihood: str | Likelihood | None = None,
+        forward: Forward | None = None,
+    ) -> LaplacePosterior:
+        """Reads a posterior for a model of the same architecture; its mean is the file's, not the model's weights.
+
+        Args:
+            path: file written by :meth:`save`.
+            model: module whose parameters have the file's names and shapes.
+            likelihood: needed only if the file's one was an object that cannot be written down.
+            forward: as in the constructor (functions are not saved).
+
+        Raises:
+            CorruptFile: if the file is truncated, altered or not one of ours.
+            ShapeMismatch: if the model's parameters do not have the file's names and shapes.
+        """
+        tensors, header = store.read(path)
+        layout = FlatLayout(tuple(header["names"]), tuple(tuple(shape) for shape in header["shapes"]))
+        named = dict(model.named_parameters())
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            found = tuple(named[name].shape) if name in named else None
+            if found != shape:
+                raise ShapeMismatch(f"the file has parameter {name!r} of shape {shape}, the model has {found}")
+        posterior = cls(
+            model,
+            likelihood if likelihood is not None else Likelihood.from_config(header["likelihood"]),
+            structure=header["structure"],
+            estimator=header["estimator"],
+            parameters=header["parameters"],
+            prior_precision=header["prior_precision"],
+            damping=header["damping"],
+            forward=forward,
+            **header["options"],
+        )
+        device = named[layout.names[0]].device
+        blocks = {data["name"]: Block.from_json(data) for data in header["blocks"]}
+        sums = {
+            name: tuple(tensors[f"{name}/{k}"].to(device) for k in range(count))
+            for name, count in header["parts"].items()
+        }
+        statistics = Statistics(
+            posterior.structure, layout, blocks, sums, float(header["count"]), tensors["log_likelihood"]
+        )
+        posterior._accept(_Fitted(statistics, statistics.mean(), tensors["mean"].to(device)), header["n_data"])
+        return posterior
+
+
+def _positive(what: str, value: float) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{what} must be positive and finite, got {value}")
+    return number
+
+
+def _prior_value(value: float) -> float:
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"prior_precision must be finite and not negative, got {value}")
+    return number

@@ -1,0 +1,78 @@
+"""One safetensors file per posterior: tensors plus a JSON header with a schema version and a checksum. No pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from laplace_kf.errors import CorruptFile
+
+__all__ = ["read", "write"]
+
+FORMAT = "laplace_kf posterior"
+VERSION = 1
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON-able header; an existing file is replaced only once the new one is complete.
+
+    Args:
+        path: file name.
+        tensors: any shapes, by name.
+        header: JSON-able values.
+    """
+    target = Path(path)
+    kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    text = json.dumps(header, sort_keys=True)
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
+    partial = target.with_name(target.name + f".{os.getpid()}.part")
+    try:
+        save_file(kept, partial, metadata=metadata)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (any shapes, by name) and header of a file written by :func:`write`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no posterior file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CorruptFile(f"{path} is a safetensors file, but not one of a laplace_kf posterior")
+            if metadata.get("version") != str(VERSION):
+                raise CorruptFile(f"{path} has format version {metadata.get('version')}; this release reads {VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        header = metadata["header"]
+        if _checksum(tensors, header) != metadata.get("sha256"):
+            raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
+        return tensors, json.loads(header)
+    except CorruptFile:
+        raise
+    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
+        raise CorruptFile(f"{path} cannot be read as a laplace_kf posterior: {error}") from error

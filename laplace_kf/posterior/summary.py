@@ -1,0 +1,99 @@
+"""The table that ``posterior.summary()`` prints: what every block became."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from laplace_kf.operators import Blockwise, CurvatureBlock, DenseBlock, DiagonalBlock, KroneckerBlock
+from laplace_kf.operators.blockwise import prior_of
+from laplace_kf.tape import Block
+
+__all__ = ["BlockRow", "Summary", "summarise"]
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """One block of a posterior.
+
+    Attributes:
+        name: module path or parameter name.
+        parameters: parameter names.
+        shape: canonical shape ``(R, O, I)``.
+        structure: what its curvature is kept as.
+        condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of the block.
+        effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
+        size: number of parameters.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shape: tuple[int, int, int]
+    structure: str
+    condition: tuple[float, ...]
+    effective: float
+    size: int
+
+
+class Summary(Sequence[BlockRow]):
+    """Rows, one per block; prints as a table."""
+
+    def __init__(self, rows: Sequence[BlockRow], title: str) -> None:
+        self.rows, self.title = list(rows), title
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __str__(self) -> str:
+        head = ("block", "parameters", "R x O x I", "structure", "condition numbers", "effective / all")
+        body = [
+            (
+                row.name,
+                ", ".join(row.parameters if len(row.parameters) < 4 else (*row.parameters[:2], "...")),
+                " x ".join(map(str, row.shape)),
+                row.structure,
+                ", ".join(f"{value:.2g}" for value in row.condition),
+                f"{row.effective:.1f} / {row.size}",
+            )
+            for row in self.rows
+        ]
+        total = sum(row.effective for row in self.rows), sum(row.size for row in self.rows)
+        body.append(("total", "", "", "", "", f"{total[0]:.1f} / {total[1]}"))
+        widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in
+                 (head, *body)]  # fmt: skip
+        rule = "-" * max(map(len, lines))
+        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    __repr__ = __str__
+
+
+def summarise(curvature: Blockwise, n: float, prior: Tensor | Mapping[str, Tensor], title: str) -> Summary:
+    """The rows of a curvature with data count ``n`` and prior precision (0-dim, or one per parameter name)."""
+    prior = prior if isinstance(prior, Tensor) else dict(prior)
+    return Summary([_row(block, matrix, n, prior) for block, matrix in curvature.entries], title)  # type: ignore[arg-type]
+
+
+def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:
+    value = prior_of(block, prior).detach().double()
+    grid = n * matrix.spectrum().double()
+    mean_prior = value if value.dim() == 0 else value.mean()
+    total = grid + mean_prior
+    effective = float((grid / total.where(total > 0, 1.0)).sum())
+    if isinstance(matrix, KroneckerBlock):
+        kind = "kron" if block.shape[0] == 1 else f"kron ({block.shape[0]} groups)"
+        condition = (_condition(matrix.input_spectrum()[0]), _condition(matrix.output_spectrum()[0]))
+    else:
+        kind = {DiagonalBlock: "diag", DenseBlock: "full"}[type(matrix)]  # type: ignore[index]
+        condition = (_condition(grid),)
+    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size)
+
+
+def _condition(values: Tensor) -> float:
+    positive = values[values > 0]
+    return float(positive.max() / positive.min()) if positive.numel() else float("inf")

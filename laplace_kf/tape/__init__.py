@@ -1,0 +1,20 @@
+"""The tape: which parametric call ran, with which input and output, and what flows back through it."""
+
+from laplace_kf.tape.blocks import Block, FlatLayout
+from laplace_kf.tape.chain import Chain
+from laplace_kf.tape.select import select
+from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
+from laplace_kf.tape.tracer import Observation, Tracer
+
+__all__ = [
+    "Block",
+    "Chain",
+    "FlatLayout",
+    "GradientSignals",
+    "LookupSignals",
+    "Observation",
+    "OuterSignals",
+    "Signals",
+    "Tracer",
+    "select",
+]

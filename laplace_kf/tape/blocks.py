@@ -1,0 +1,161 @@
+"""Blocks and the flat parameter order. The one place that knows where a parameter sits in a flat vector.
+
+Flat vectors follow ``model.named_parameters()`` restricted to the selected parameters, each flattened row-major. A
+*block* is a set of whole parameters with a canonical shape ``(R, O, I)``: ``[W|b]`` of a layer (``R`` groups), or a
+vector ``(1, P_b, 1)`` for parameters that have no matrix form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import ShapeMismatch
+from laplace_kf.layers.base import MatrixView
+
+__all__ = ["Block", "FlatLayout"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A group of whole parameters that share one curvature block.
+
+    Attributes:
+        name: module path (or parameter name) shown to users.
+        parameters: parameter names; for a matrix block the weight (if selected) comes first, then the bias.
+        shapes: their shapes.
+        shape: canonical shape ``(R, O, I)``; ``I`` includes the bias column.
+        view: how the weight reads as ``(R, O, I)``; ``None`` for a vector block or a bias on its own.
+        form: ``"matrix"`` (inputs and columns are known) or ``"vector"`` (per-example gradients only).
+        one_hot: the inputs are tokens, so the input factor is diagonal.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    shape: tuple[int, int, int]
+    view: MatrixView | None
+    form: str
+    one_hot: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of parameters ``P_b``."""
+        return math.prod(self.shape)
+
+    @property
+    def has_bias_column(self) -> bool:
+        """Whether the last input column is the constant 1 of a bias."""
+        return self.form == "matrix" and (self.view is None or len(self.parameters) == 2)
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Parameter-shaped tensors ``(K, *shape)`` by name to canonical ``(K, R, O, I)``."""
+        parts = [tensors[name] for name in self.parameters]
+        count = parts[0].shape[0]
+        if self.form == "vector":
+            return torch.cat([part.reshape(count, -1) for part in parts], 1).reshape(count, *self.shape)
+        columns = []
+        if self.view is not None:
+            columns.append(self.view.to_matrix(parts[0]))
+        if self.has_bias_column:
+            columns.append(parts[-1].reshape(count, *self.shape[:2], 1))
+        return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
+
+    def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Canonical ``(K, R, O, I)`` to parameter-shaped tensors ``(K, *shape)`` by name."""
+        count = matrix.shape[0]
+        if self.form == "vector":
+            sizes = [math.prod(shape) for shape in self.shapes]
+            parts = matrix.reshape(count, -1).split(sizes, 1)
+            return {
+                name: part.reshape(count, *shape)
+                for name, part, shape in zip(self.parameters, parts, self.shapes, strict=True)
+            }
+        out: dict[str, Tensor] = {}
+        if self.view is not None:
+            weight = matrix[..., :-1] if self.has_bias_column else matrix
+            out[self.parameters[0]] = self.view.from_matrix(weight, self.shapes[0])
+        if self.has_bias_column:
+            out[self.parameters[-1]] = matrix[..., -1].reshape(count, *self.shapes[-1])
+        return out
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values from which :meth:`from_json` rebuilds the block."""
+        view = self.view
+        return {
+            "name": self.name,
+            "parameters": list(self.parameters),
+            "shapes": [list(shape) for shape in self.shapes],
+            "shape": list(self.shape),
+            "view": None if view is None else [list(view.split), list(view.permutation), list(view.shape)],
+            "form": self.form,
+            "one_hot": self.one_hot,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Block:
+        """The inverse of :meth:`to_json`."""
+        view = data["view"]
+        return cls(
+            name=data["name"],
+            parameters=tuple(data["parameters"]),
+            shapes=tuple(tuple(shape) for shape in data["shapes"]),
+            shape=tuple(data["shape"]),
+            view=None if view is None else MatrixView(tuple(view[0]), tuple(view[1]), tuple(view[2])),
+            form=data["form"],
+            one_hot=data["one_hot"],
+        )
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Names and shapes of the selected parameters in flat order."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of entries of each parameter."""
+        return [math.prod(shape) for shape in self.shapes]
+
+    @property
+    def size(self) -> int:
+        """Total number of selected parameters ``P``."""
+        return sum(self.sizes)
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """``(K, P)`` to ``{name: (K, *shape)}`` (views).
+
+        Raises:
+            ShapeMismatch: if the last axis is not ``P`` long.
+        """
+        if flat.shape[-1] != self.size:
+            raise ShapeMismatch(f"expected vectors of {self.size} parameters, got shape {tuple(flat.shape)}")
+        parts = flat.split(self.sizes, -1)
+        return {
+            name: part.reshape(flat.shape[0], *shape)
+            for name, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
+
+    def join(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """``{name: (K, *shape)}`` to ``(K, P)``."""
+        return torch.cat([tensors[name].reshape(tensors[name].shape[0], -1) for name in self.names], 1)
+
+    def positions(self, block: Block) -> Tensor:
+        """Flat positions of a block's entries in canonical order, ``(P_b,)`` of int64."""
+        offsets, start = {}, 0
+        for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
+            offsets[name] = torch.arange(start, start + size).reshape(1, *shape)
+            start += size
+        return block.pack({name: offsets[name] for name in block.parameters}).reshape(-1)
+
+
+def flat_layout(parameters: Mapping[str, Tensor], names: Sequence[str]) -> FlatLayout:
+    """The layout of ``names`` (already in model order) with the shapes of ``parameters``."""
+    return FlatLayout(tuple(names), tuple(tuple(parameters[name].shape) for name in names))

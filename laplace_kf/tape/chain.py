@@ -1,0 +1,145 @@
+"""Networks that are a chain of linear maps and elementwise activations on rows ``(N, d)``.
+
+For these the backward pass is a few matrix products. That is what KFRA's recursion needs (methods 4.2), and it lets
+the engine send gathered (example, column) rows back through one forward pass, which autograd cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laplace_kf.errors import UnsupportedLayer
+from laplace_kf.tape.tape import Call, Step, Tape
+
+__all__ = ["Chain", "Link", "derivative"]
+
+_NAMES = (
+    "relu relu_ tanh tanh_ sigmoid sigmoid_ gelu silu silu_ mish elu elu_ selu selu_ celu softplus leaky_relu "
+    "leaky_relu_ hardtanh relu6 hardswish hardsigmoid logsigmoid softsign tanhshrink softshrink hardshrink exp sin "
+    "cos square neg erf"
+)
+ELEMENTWISE: set[Any] = {
+    getattr(owner, name)
+    for owner in (F, torch, torch.Tensor, torch._C._nn)
+    for name in _NAMES.split()
+    if hasattr(owner, name)
+}
+_RELU = {getattr(o, n) for o in (F, torch, torch.Tensor) for n in ("relu", "relu_") if hasattr(o, n)}
+RESHAPE: set[Any] = {
+    torch.flatten, torch.Tensor.flatten, torch.Tensor.reshape, torch.reshape, torch.Tensor.view,
+    torch.Tensor.contiguous, F.dropout, torch.dropout, torch.Tensor.clone,
+}  # fmt: skip
+
+
+def derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """``φ'(h)`` of an elementwise function at its argument, the shape of ``h``; ``None`` for any other function."""
+    if function not in ELEMENTWISE:
+        return None
+    if function in _RELU:
+        return args[0].detach() > 0
+    with torch.enable_grad():
+        h = args[0].detach().clone().requires_grad_()
+        value = function(h.clone(), *args[1:], **kwargs)
+        return torch.autograd.grad(value.sum(), h)[0]
+
+
+@dataclass
+class Link:
+    """One link: a linear map (``weight (O, I)``, with its ``call`` if tracked) or an activation (``slope (N, d)``)."""
+
+    weight: Tensor | None = None
+    call: Call | None = None
+    slope: Tensor | None = None
+
+
+class Chain:
+    """The links of a forward pass, from the network's input to its output.
+
+    Args:
+        tape: a tape that recorded its steps with :func:`derivative` as ``on_step``.
+        outputs: the network's output ``(N, C)``.
+
+    Raises:
+        UnsupportedLayer: if the network is not such a chain; names the function and the layer around it.
+    """
+
+    def __init__(self, tape: Tape, outputs: Tensor) -> None:
+        by_output = {step.output_key: index for index, step in enumerate(tape.steps)}
+        links: list[Link] = []
+        key = (id(outputs), outputs._version)
+        seen: list[Call] = []
+        while True:
+            index = by_output.get(key)
+            if index is None:
+                break
+            step = tape.steps[index]
+            link = self._link(step, tape, index)
+            if link is not None:
+                links.append(link)
+                if link.call is not None:
+                    seen.append(link.call)
+            if step.source is None or not step.source.requires_grad:
+                break
+            key = step.source_key
+        if len(seen) != len(tape.calls) or tape.opaque:
+            strays = [c.key[0] for c in tape.calls if all(c is not s for s in seen)] + list(tape.opaque)
+            raise UnsupportedLayer(_refusal(f"parameter {strays[0]!r} does not lie on one chain from input to output"))
+        self.links = links[::-1]
+        self.examples = outputs.shape[0]
+
+    def _link(self, step: Step, tape: Tape, index: int) -> Link | None:
+        if step.function is F.linear and isinstance(step.source, Tensor) and step.source.dim() == 2:
+            weight = step.args[1] if len(step.args) > 1 else step.kwargs["weight"]
+            return Link(weight=weight.detach(), call=step.call)
+        if step.before is not None and step.output.dim() == 2:
+            return Link(slope=step.before)
+        rows_kept = step.source is not None and step.output.dim() == 2 and step.source.shape[:1] == step.output.shape[:1]
+        dropping = step.function in (F.dropout, torch.dropout) and bool(
+            step.kwargs.get("training", len(step.args) > 2 and step.args[2])
+        )
+        if step.function in RESHAPE and rows_kept and not dropping:
+            return None
+        name = getattr(step.function, "__name__", str(step.function))
+        around = [c.key[0] for c in (s.call for s in tape.steps[: index + 1]) if c is not None]
+        own = step.call.key[0] if step.call is not None else None
+        where = f"module {own.rpartition('.')[0]!r}" if own else f"after {around[-1]!r}" if around else "at the input"
+        raise UnsupportedLayer(_refusal(f"function {name!r} ({where}) on shape {tuple(step.output.shape)}"))
+
+    def backward(self, columns: Tensor, example: Tensor | None = None) -> list[tuple[Call, Tensor]]:
+        """Back-propagates columns.
+
+        Args:
+            columns: ``(V, N, C)``, or gathered rows ``(1, M, C)`` whose examples are ``example (M,)``.
+
+        Returns:
+            For every tracked linear map, from the output backwards, its call and its columns ``(V, N, O)``.
+        """
+        found: list[tuple[Call, Tensor]] = []
+        remaining = sum(link.call is not None for link in self.links)
+        g = columns
+        for link in reversed(self.links):
+            if link.weight is not None:
+                if link.call is not None:
+                    found.append((link.call, g))
+                    remaining -= 1
+                if remaining == 0:
+                    break
+                g = torch.matmul(g, link.weight)
+            else:
+                assert link.slope is not None
+                slope = link.slope if example is None else link.slope[example]
+                g = g * slope
+        return found
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"the network is not a chain of linear maps and elementwise activations: {what}. "
+        'Use estimator="exact", "importance", "sampled" or "projection", which have no such limit.'
+    )

@@ -1,0 +1,66 @@
+"""Which parameters a posterior covers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from laplace_kf.errors import UnknownName, UnsupportedLayer
+
+__all__ = ["owner", "select"]
+
+
+def owner(name: str) -> str:
+    """The module path of a parameter name (``""`` for the root module)."""
+    return name.rpartition(".")[0]
+
+
+def select(model: nn.Module, parameters: str | Sequence[str], order: Sequence[str] | None = None) -> list[str]:
+    """Names of the selected trainable parameters, in ``model.named_parameters()`` order.
+
+    Args:
+        model: the module.
+        parameters: ``"all"``, ``"last_layer"`` or a list of ``fnmatch`` patterns over parameter names.
+        order: parameter names in the order of use (from a tape); needed for ``"last_layer"``.
+
+    Raises:
+        UnknownName: for a selection word that does not exist, or a pattern that matches no parameter.
+        UnsupportedLayer: if no selected parameter requires a gradient.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    trainable = [name for name, p in named.items() if p.requires_grad]
+    if not named:
+        raise UnsupportedLayer(f"{type(model).__name__} has no parameters")
+    if not trainable:
+        raise UnsupportedLayer(
+            f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True) or set "
+            "requires_grad on the parameters the posterior should cover"
+        )
+    if isinstance(parameters, str):
+        if parameters == "all":
+            return trainable
+        if parameters == "last_layer":
+            if not order:
+                raise UnsupportedLayer("no parameter took part in the forward pass, so there is no last layer")
+            last = owner(order[-1])
+            return [name for name in trainable if owner(name) == last]
+        raise UnknownName("parameter selection", parameters, ["all", "last_layer", "a list of name patterns"])
+    # a tied parameter carries several names; a pattern may use any of them
+    first = {id(p): name for name, p in named.items()}
+    matched: set[str] = set()
+    for pattern in parameters:
+        hits = {
+            first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if fnmatchcase(name, pattern)
+        }
+        if not hits:
+            raise UnknownName("parameter pattern", pattern, named)
+        matched |= hits
+    chosen = [name for name in trainable if name in matched]
+    if not chosen:
+        raise UnsupportedLayer(
+            f"the parameters matched by {list(parameters)} are all frozen: {sorted(matched)}; "
+            "set requires_grad on those the posterior should cover"
+        )
+    return chosen

@@ -1,0 +1,225 @@
+"""Signals: what one minibatch says about one block, and the few reductions that every structure is built from.
+
+For a matrix block the signals are inputs ``a (N, T, R, I)`` and back-propagated columns ``g (V, N, T, R, O)``: the
+gradient of column ``v`` of example ``n`` is ``Σ_t g ⊗ [a; 1]``. Positions, and several calls of one weight, lie
+along ``T``, so that per-example gradients are added before they are squared. The constant 1 of a bias is never
+materialised.
+
+Accumulators are float tensors in canonical ``(R, O, I)`` layout. Symmetric ones are filled on and below the
+diagonal only (:func:`add_gram`); :func:`symmetrised` completes them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_kf.tape.blocks import Block
+
+__all__ = ["GradientSignals", "LookupSignals", "OuterSignals", "Signals", "add_gram", "symmetrised"]
+
+LEAF = 256  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
+WORKING_BYTES = 256 * 2**20  # size of the largest temporary a reduction may build
+
+
+def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
+    """Adds ``alpha · rowsᵀ rows`` to the lower triangle of ``total`` in place, by strips of columns.
+
+    Args:
+        total: ``(d, d)``; entries above the diagonal are left undefined.
+        rows: ``(K, d)``, cast to the type of ``total``.
+    """
+    rows = rows.to(total.dtype)
+    width = rows.shape[1]
+    if width <= LEAF:
+        total.addmm_(rows.T, rows, alpha=alpha)
+        return
+    for start in range(0, width, LEAF):
+        stop = min(start + LEAF, width)
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=alpha)
+
+
+def symmetrised(total: Tensor) -> Tensor:
+    """A full symmetric copy of matrices ``(..., d, d)`` that are filled on and below the diagonal."""
+    lower = total.tril(-1)
+    return lower + lower.transpose(-1, -2) + torch.diag_embed(total.diagonal(dim1=-2, dim2=-1))
+
+
+class Signals(ABC):
+    """The reductions over one block's signals; ``V`` columns of ``N`` examples.
+
+    ``count`` is the number of (column, example) rows, ``V · N``.
+    """
+
+    block: Block
+
+    @abstractmethod
+    def add_squares(self, total: Tensor) -> None:
+        """Adds ``Σ_vn (per-example gradient)²`` to ``total (R, O, I)``."""
+
+    @abstractmethod
+    def jacobian(self) -> Tensor:
+        """Per-example gradients of every column in canonical order, ``(V·N, P_b)``."""
+
+    def add_outer(self, total: Tensor) -> None:
+        """Adds ``Σ_vn j jᵀ`` to the lower triangle of ``total (P_b, P_b)``, ``j`` in canonical order."""
+        add_gram(total, self.jacobian())
+
+
+@dataclass
+class OuterSignals(Signals):
+    """Signals of a matrix block with dense inputs.
+
+    Attributes:
+        block: the block they belong to.
+        a: inputs ``(N, T, R, I)`` without the constant 1; ``I`` may be 0 for a bias on its own.
+        g: columns ``(V, N, T, R, O)``, or ``(1, M, T, R, O)`` for gathered rows.
+        example: for gathered rows, the example ``(M,)`` each one belongs to; otherwise ``None``.
+    """
+
+    block: Block
+    a: Tensor
+    g: Tensor
+    example: Tensor | None = None
+
+    def _inputs(self) -> Tensor:
+        return self.a if self.example is None else self.a[self.example]
+
+    def add_input_gram(self, total: Tensor) -> None:
+        """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` to the lower triangles of ``total (R, I, I)`` (methods 4.5: sum in A)."""
+        width = self.a.shape[-1]
+        for r in range(total.shape[0]):
+            rows = self.a[:, :, r].reshape(-1, width)
+            add_gram(total[r, :width, :width], rows)
+            if self.block.has_bias_column:
+                total[r, width, :width] += rows.sum(0, dtype=total.dtype)
+                total[r, width, width] += rows.shape[0]
+
+    def add_column_gram(self, total: Tensor) -> None:
+        """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangles of ``total (R, O, O)`` (methods 4.5: mean in G)."""
+        positions = self.g.shape[2]
+        for r in range(total.shape[0]):
+            add_gram(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), 1.0 / positions)
+
+    def add_squares(self, total: Tensor) -> None:
+        width = self.a.shape[-1]
+        if self.a.shape[1] == 1:  # (g⊗a)² = g²⊗a²: sum the squares over the columns first, then one product
+            squares = self.g[:, :, 0].square().sum(0, dtype=total.dtype)  # (N, R, O)
+            a = self._inputs()[:, 0].to(total.dtype)
+            if total.shape[0] == 1:
+                total[0, :, :width].addmm_(squares[:, 0].T, a[:, 0].square())
+            else:
+                total[:, :, :width] += torch.einsum("nro,nri->roi", squares, a.square())
+            if self.block.has_bias_column:
+                total[:, :, width] += squares.sum(0)
+            return
+        for gradients in self._gradient_chunks(total.dtype):
+            total += gradients.square().sum((0, 1))
+
+    def _gradient_chunks(self, dtype: torch.dtype) -> list[Tensor]:
+        """Per-example gradients ``(V, n, R, O, I)`` for runs of examples, lazily, within the working memory."""
+        per_example = self.g.shape[0] * self.block.size * torch.finfo(dtype).bits // 8
+        step = max(1, WORKING_BYTES // max(1, per_example))
+
+        def chunks():  # type: ignore[no-untyped-def]
+            for start in range(0, self.g.shape[1], step):
+                part = slice(start, start + step)
+                a = self.a[part] if self.example is None else self.a[self.example[part]]
+                yield self._gradients(a.to(dtype), self.g[:, part].to(dtype))
+
+        return chunks()  # type: ignore[no-any-return]
+
+    def _gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        # (V, n, R, O, T) @ (n, R, T, I)
+        out = torch.matmul(g.permute(0, 1, 3, 4, 2), a.permute(0, 2, 1, 3))
+        if self.block.has_bias_column:
+            out = torch.cat([out, g.sum(2)[..., None]], -1)
+        return out
+
+    def jacobian(self) -> Tensor:
+        gradients = self._gradients(self._inputs(), self.g)
+        return gradients.reshape(-1, self.block.size)
+
+    def add_outer(self, total: Tensor) -> None:
+        """As the base class, through ``Σ_n (Σ_v g gᵀ) ⊗ a aᵀ`` where every weight is used once per example.
+
+        That needs ``O²/2`` input Grams instead of one Gram of ``V·N`` rows of length ``O·I``: ``V`` times fewer
+        products (last layer of a classifier: methods 9.2, "full").
+        """
+        single = self.a.shape[1] == 1 and self.block.shape[0] == 1
+        if not single or self.g.shape[0] == 1 or self.block.shape[1] * 4 > self.g.shape[0] * self.block.shape[2]:
+            super().add_outer(total)
+            return
+        a, g = self._inputs()[:, 0, 0].to(total.dtype), self.g[:, :, 0, 0].to(total.dtype)
+        if self.block.has_bias_column:
+            a = torch.cat([a, a.new_ones(a.shape[0], 1)], 1)
+        outputs, width = self.block.shape[1], a.shape[1]
+        weights = torch.einsum("vno,vnp->opn", g, g)
+        for o in range(outputs):
+            for p in range(o + 1):
+                part = total[o * width : (o + 1) * width, p * width : (p + 1) * width]
+                part.addmm_(a.T, a * weights[o, p][:, None])
+
+
+@dataclass
+class LookupSignals(Signals):
+    """Signals of an embedding: inputs are tokens ``(N, T)`` (−1: none), columns ``g (V, N, T, 1, O)``."""
+
+    block: Block
+    tokens: Tensor
+    g: Tensor
+    example: Tensor | None = None
+
+    def add_input_counts(self, total: Tensor) -> None:
+        """Adds how often each token occurs to ``total (1, I)``, the diagonal of the one-hot input factor."""
+        tokens = self.tokens[self.tokens >= 0]
+        total[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=total.dtype))
+
+    def add_column_gram(self, total: Tensor) -> None:
+        """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangle of ``total (1, O, O)``."""
+        add_gram(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / self.g.shape[2])
+
+    def _tokens(self) -> Tensor:
+        return self.tokens if self.example is None else self.tokens[self.example]
+
+    def _per_token(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients summed over equal tokens of one example: (columns (V, K, O), example (K,), token (K,))."""
+        tokens = self._tokens()
+        vocabulary = self.block.shape[2]
+        rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
+        keep = tokens >= 0
+        keys, inverse = torch.unique((rows * vocabulary + tokens)[keep], return_inverse=True)
+        columns = self.g[:, :, :, 0][:, keep]  # (V, kept positions, O)
+        summed = columns.new_zeros(columns.shape[0], keys.shape[0], columns.shape[2])
+        summed.index_add_(1, inverse, columns)
+        return summed, keys // vocabulary, keys % vocabulary
+
+    def add_squares(self, total: Tensor) -> None:
+        summed, _, token = self._per_token()
+        squares = summed.square().sum(0, dtype=total.dtype)  # (K, O)
+        total[0].index_add_(1, token, squares.T)
+
+    def jacobian(self) -> Tensor:
+        summed, row, token = self._per_token()
+        columns, _, outputs = summed.shape
+        out = summed.new_zeros(columns, self.g.shape[1], outputs, self.block.shape[2])
+        index = torch.arange(outputs, device=row.device)
+        out[:, row[:, None], index[None, :], token[:, None]] = summed
+        return out.reshape(-1, self.block.size)
+
+
+@dataclass
+class GradientSignals(Signals):
+    """Signals of a vector block: per-example gradients ``(V, N, P_b)`` themselves."""
+
+    block: Block
+    gradients: Tensor
+
+    def add_squares(self, total: Tensor) -> None:
+        total += self.gradients.to(total.dtype).square().sum((0, 1)).reshape(total.shape)
+
+    def jacobian(self) -> Tensor:
+        return self.gradients.reshape(-1, self.block.size)

@@ -1,0 +1,51 @@
+"""E20: its verdicts, and a very small run on the real files."""
+
+import json
+import os
+
+import pytest
+
+from experiments import ood
+from experiments.__main__ import main
+
+
+def test_verdicts_are_on_the_mean_paired_difference():
+    claim = ood.Claim("a at most b", "nll", "a", "b", most=0.0)
+    runs = [{"a": {"nll": 1.0}, "b": {"nll": 1.5}}, {"a": {"nll": 2.0}, "b": {"nll": 1.9}}]
+    verdict = claim.judge(runs)
+    assert verdict["verdict"] == "confirmed"
+    assert verdict["difference"]["mean"] == pytest.approx(-0.2)
+    assert verdict["value"]["values"] == [1.0, 2.0]
+    assert claim.judge(runs[1:])["verdict"] == "refuted"
+
+
+def test_the_accuracy_claim_is_two_sided():
+    claim = ood.CLAIMS[0]
+    for accuracy, verdict in ((0.981, "confirmed"), (0.979, "confirmed"), (0.977, "refuted"), (0.983, "refuted")):
+        runs = [{claim.method: {"accuracy": accuracy}, claim.other: {"accuracy": 0.98}}]
+        assert claim.judge(runs)["verdict"] == verdict
+
+
+@pytest.mark.data
+@pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA does not name a folder of data files")
+def test_a_small_run_on_the_real_files(tmp_path):
+    words = (
+        "repeats=2 hidden=32 epochs=2 train_size=2000 val_size=200 test_size=300 ood_size=300 passes=1 samples=10 "
+        "tune_size=100 tune_samples=3 n_data_factors=[1,100] prior_precisions=[0.01,1] progress=false"
+    )
+    assert main(["run", "E20", *words.split(), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    methods = ["MAP", "MC dropout", "diagonal, untuned", "diagonal, tuned", "Kronecker, untuned", "Kronecker, tuned"]
+    assert list(result["metrics"]) == [*methods, "mean field"]
+    assert result["seeds"] == [0, 1]
+    assert all(len(found["accuracy"]["values"]) == 2 for found in result["metrics"].values())
+    assert result["metrics"]["MAP"]["accuracy"]["mean"] > 0.5
+    assert len(result["verdicts"]) == len(ood.CLAIMS)
+    assert len(result["tuning"]["0"]["Kronecker"]["table"]) == 4
+    assert result["stand_ins"] == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "entropy.png",
+        "reliability.png",
+        "report.html",
+        "result.json",
+    }

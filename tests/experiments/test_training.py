@@ -1,0 +1,127 @@
+"""The training loop and its parts: reproducible, and blind to the caller's random numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from experiments import training, variational
+from laplace_kf.demo import mc_dropout
+
+
+def problem(seed=0, count=60):
+    rng = training.generator(seed)
+    inputs = torch.rand(count, 6, generator=rng)
+    return inputs, (inputs[:, 0] > 0.5).long()
+
+
+def fit(seed, epochs=3, **options):
+    model = training.mlp([6, 8, 2], dropout=0.3, seed=seed)
+    batches = training.Batches(*problem(), 16, training.generator(seed), transform=training.binarise)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = training.train(model, batches, optimizer, epochs, seed=seed, **options)
+    return model, history
+
+
+def test_training_is_reproducible_and_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    first, history = fit(1)
+    torch.rand(3)  # whatever the caller draws in between does not matter
+    second, again = fit(1)
+    assert history == again
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    torch.set_rng_state(before)
+    fit(2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_training_leaves_the_model_in_eval_mode_and_learns():
+    model, history = fit(0, epochs=40)
+    assert not model.training
+    assert history[-1] < history[0]
+
+
+def test_penalty_and_after_step_are_used():
+    seen = []
+    _, plain = fit(0, epochs=1)
+    _, penalised = fit(0, epochs=1, penalty=lambda: torch.tensor(2.0), after_step=lambda: seen.append(1))
+    assert penalised[0] == pytest.approx(plain[0] + 2.0, rel=1e-5)
+    assert len(seen) == 4
+
+
+def test_a_loss_that_is_not_finite_stops_training():
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        fit(0, penalty=lambda: torch.tensor(float("nan")))
+
+
+def test_batches_cover_every_example_once_and_draw_anew():
+    inputs = torch.full((10, 4), 0.5)
+    batches = training.Batches(inputs, torch.arange(10), 4, training.generator(0), transform=training.binarise)
+    first, second = (list(batches) for _ in range(2))
+    assert [len(y) for _, y in first] == [4, 4, 2]
+    assert len(batches) == 3
+    assert sorted(torch.cat([y for _, y in first]).tolist()) == list(range(10))
+    assert not torch.equal(torch.cat([x for x, _ in first]), torch.cat([x for x, _ in second]))
+    with pytest.raises(ValueError, match="10 inputs but 9 targets"):
+        training.Batches(inputs, torch.arange(9), 4, training.generator(0))
+
+
+def test_binarise_has_the_grey_level_as_mean():
+    grey = torch.tensor([0.0, 0.25, 1.0]).expand(20000, 3)
+    drawn = training.binarise(grey, training.generator(0))
+    assert set(drawn.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(drawn.mean(0), grey[0], atol=0.01, rtol=0)
+
+
+def test_mc_dropout_without_dropping_is_the_network_itself():
+    model = training.mlp([6, 8, 3], dropout=0.5, seed=0).train()
+    model[3].p = 0.0
+    inputs = problem()[0]
+    probs = mc_dropout(model, inputs, 4, training.generator(0))
+    torch.testing.assert_close(probs, model.eval()(inputs).softmax(-1))
+
+
+def test_mc_dropout_averages_the_masked_network():
+    """One hidden unit: the mask has two values, so the average is known."""
+    model = nn.Sequential(nn.Dropout(0.25), nn.Linear(1, 2)).eval()
+    inputs = torch.tensor([[1.0]])
+    kept, gone = (model[1](inputs * scale).softmax(-1) for scale in (1 / 0.75, 0.0))
+    probs = mc_dropout(model, inputs, 20000, training.generator(0))
+    torch.testing.assert_close(probs, 0.75 * kept + 0.25 * gone, atol=0.01, rtol=0)
+
+
+def test_mc_dropout_leaves_no_trace():
+    model = training.mlp([6, 8, 3], dropout=0.5, seed=0).train()
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = torch.get_rng_state()
+    inputs = problem()[0]
+    first = mc_dropout(model, inputs, 5, training.generator(1))
+    assert torch.equal(first, mc_dropout(model, inputs, 5, training.generator(1)))
+    assert not torch.equal(first, mc_dropout(model, inputs, 5, training.generator(2)))
+    with pytest.raises(RuntimeError):
+        mc_dropout(model, torch.zeros(2, 7), 5, training.generator(1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_mean_field_layer_has_the_mean_and_variance_of_random_weights():
+    layer = variational.MeanFieldLinear(nn.Linear(3, 2).double(), 0.3, training.generator(0))
+    inputs = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64).expand(200000, 3)
+    drawn = layer(inputs).detach()
+    mean = inputs[0] @ layer.weight.T + layer.bias
+    variance = 0.09 * (inputs[0].square().sum() + 1)
+    torch.testing.assert_close(drawn.mean(0), mean.detach(), atol=0.01, rtol=0)
+    torch.testing.assert_close(drawn.var(0), variance.expand(2), atol=0.02, rtol=0)
+
+
+def test_kl_is_that_of_torch_distributions():
+    model = variational.mean_field_mlp([3, 4, 2], sigma=0.2, seed=0)
+    prior = torch.distributions.Normal(0.0, 0.5**-0.5)
+    truth = sum(
+        torch.distributions.kl_divergence(torch.distributions.Normal(mean, nn.functional.softplus(rho)), prior).sum()
+        for layer in model
+        if isinstance(layer, variational.MeanFieldLinear)
+        for mean, rho in ((layer.weight, layer.weight_rho), (layer.bias, layer.bias_rho))
+    )
+    torch.testing.assert_close(variational.kl(model, 0.5), truth, rtol=1e-5, atol=1e-4)
