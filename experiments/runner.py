@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experiments.registry import EXPERIMENTS, Experiment
 from laplace_kf.errors import LaplaceKFError, UnknownName
-from laplace_kf.reports import missing_extra
+from laplace_kf.reports import missing_extra, processor_threads
 
 try:
     from omegaconf import DictConfig, OmegaConf
@@ -40,7 +38,8 @@ class BadSetting(LaplaceKFError, ValueError):
 
 def config_names(experiment_id: str) -> list[str]:
     """Names of the configuration files that belong to an experiment, its default first."""
-    names = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if _read(path).get("experiment") == experiment_id]
+    paths = sorted(CONFIGS.glob("*.yaml"))
+    names = [path.stem for path in paths if _layers(path)[0]["experiment"] == experiment_id]
     return sorted(names, key=lambda name: name != EXPERIMENTS[experiment_id].config)
 
 
@@ -80,16 +79,11 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> tuple[Experiment, Any]:
 
 def run(experiment: Experiment, config: Any, out: Path) -> Report:
     """Run an experiment and write ``result.json``, PNG files and ``report.html`` into ``out``."""
-    threads, wanted = torch.get_num_threads(), getattr(config, "threads", 0)
     start = time.perf_counter()
-    try:
-        if wanted:
-            torch.set_num_threads(wanted)
+    with processor_threads(getattr(config, "threads", 0)):
         report: Report = experiment.load().run(config)
         report.details = {"experiment": experiment.id, **report.details, "wall_time_s": time.perf_counter() - start}
         report.save(out)
-    finally:
-        torch.set_num_threads(threads)
     return report
 
 

@@ -32,7 +32,7 @@ def mlp(widths: Sequence[int], *, dropout: float = 0.0, seed: int = 0) -> nn.Seq
     Args:
         widths: input, hidden and output widths.
         dropout: probability of dropping a hidden unit; 0 leaves the dropout modules out.
-        seed: decides the initial weights, Glorot-uniform with zero biases.
+        seed: decides the initial weights (torch's default initialisation).
     """
     layers: list[nn.Module] = [nn.Flatten()]
     with private_rng(seed):
@@ -40,10 +40,6 @@ def mlp(widths: Sequence[int], *, dropout: float = 0.0, seed: int = 0) -> nn.Seq
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
             layers += [nn.Dropout(dropout)] if dropout else []
         layers.append(nn.Linear(widths[-2], widths[-1]))
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_kf.batches import Forward, as_batches, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
@@ -191,7 +192,8 @@ def _products(
     weights = [named[name] for name in layout.names]
     direction = [part[0] for part in layout.split(v[None]).values()]
     total, count = torch.zeros_like(v), 0
-    with preserved(model), torch.enable_grad():
+    # fused attention kernels have no second derivative
+    with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for batch in as_batches(data):
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             likelihood.check(outputs.detach(), targets)

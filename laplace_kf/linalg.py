@@ -68,7 +68,7 @@ def require_positive(values: Tensor, block: str) -> None:
 
 
 def _jitter(matrix: Tensor) -> Tensor:
-    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(matrix.dtype).tiny)
+    mean = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     return 1e-8 * mean[..., None, None] * eye
 

@@ -100,6 +100,7 @@ def _rows(scalars: Sequence[Tensor], wrt: Sequence[Tensor]) -> Tensor:
     return torch.stack(rows)
 
 
+@torch.enable_grad()
 def jacobian(model: nn.Module, x: Any, n: int, names: Sequence[str] | None = None) -> Tensor:
     """Derivative of the flattened outputs of each of the n examples with respect to the parameters: (N, C, P)."""
     model, parameters = private(model, names)
@@ -175,6 +176,7 @@ def mixture_nll(z: Tensor, y: Tensor) -> Tensor:
 def output_hessian(nll: Nll) -> OutputMatrix:
     """Hessian of -log p with respect to the flattened outputs, by autograd."""
 
+    @torch.enable_grad()
     def matrix(z: Tensor, y: Tensor) -> Tensor:
         flat = z.detach().reshape(-1)
         return torch.autograd.functional.hessian(lambda v: nll(v.view(z.shape), y), flat)
@@ -185,6 +187,7 @@ def output_hessian(nll: Nll) -> OutputMatrix:
 def output_score(nll: Nll) -> OutputMatrix:
     """Outer product of the score at the given target (the empirical Fisher's inner matrix)."""
 
+    @torch.enable_grad()
     def matrix(z: Tensor, y: Tensor) -> Tensor:
         z = z.detach().requires_grad_()
         (g,) = torch.autograd.grad(nll(z, y), z)
@@ -264,6 +267,7 @@ def diag_ggn(
     return total / n
 
 
+@torch.enable_grad()
 def empirical_fisher(model: nn.Module, x: Any, y: Tensor, nll: Nll, names: Sequence[str] | None = None) -> Tensor:
     """Mean over examples of the outer product of the per-example gradient at the given target: (P, P)."""
     model, parameters = private(model, names)
@@ -275,6 +279,7 @@ def empirical_fisher(model: nn.Module, x: Any, y: Tensor, nll: Nll, names: Seque
     return total / count(y)
 
 
+@torch.enable_grad()
 def dense_hessian(model: nn.Module, x: Any, y: Tensor, nll: Nll, names: Sequence[str] | None = None) -> Tensor:
     """Hessian of the mean over examples of -log p: (P, P)."""
     model, parameters = private(model, names)
@@ -467,6 +472,7 @@ def kron_modules(model: nn.Module, names: Sequence[str]) -> dict[tuple[str, ...]
     return {key: members for key, members in found.items() if len({type(m) for m in members}) == 1}
 
 
+@torch.enable_grad()
 def kron_blocks(
     model: nn.Module, x: Any, y: Tensor, curvature: OutputMatrix, names: Sequence[str] | None = None
 ) -> list[Block]:
@@ -542,6 +548,7 @@ def kron_blocks(
     return blocks
 
 
+@torch.enable_grad()
 def kfra_factors(model: nn.Sequential, x: Tensor, y: Tensor, curvature: OutputMatrix) -> list[Block]:
     """KFRA for a chain of Linear and elementwise layers: the *averaged* matrix is passed back (methods 4.2).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,24 @@ BARE: dict[str, Operation] = {
 }
 
 
+NEEDS = {
+    "tune-linearized": "tune:linearized",
+    "predict-linearized": "predict:linearized",
+    "predict-probit": "predict:probit",
+    "functional-covariance": "functional_covariance",
+    "update": "update",
+}
+
+
+def params(operations: dict[str, Operation]) -> list[Any]:
+    """Names as test parameters, marked with what they need beyond the core."""
+    out = []
+    for name in operations:
+        feature = "structure:ekfac" if "ekfac" in name else NEEDS.get(name)
+        out.append(pytest.param(name, marks=[pytest.mark.needs(feature)] if feature else []))
+    return out
+
+
 @pytest.fixture(autouse=True)
 def _trip() -> Iterator[None]:
     Trip.reset()
@@ -221,17 +240,19 @@ def test_the_example() -> None:
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", params(FITTED))
 def test_calls_on_a_fitted_posterior(name: str, structure: str, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
     posterior = lk.LaplacePosterior(model, "categorical", structure=structure).fit(data())
     assert_same(before, snapshot(model))
-    FITTED[name](posterior, model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # these grids put the best value on the edge
+        FITTED[name](posterior, model, tmp_path)
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", params(BARE))
 def test_calls_without_a_posterior(name: str, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -241,7 +262,7 @@ def test_calls_without_a_posterior(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 2])
 @pytest.mark.parametrize("structure", ["kron", "full"])
-@pytest.mark.parametrize("name", FITTED)
+@pytest.mark.parametrize("name", params(FITTED))
 def test_a_forward_that_raises_after_k_calls(name: str, structure: str, k: int, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -249,7 +270,9 @@ def test_a_forward_that_raises_after_k_calls(name: str, structure: str, k: int, 
     dense, n, lam = posterior.precision.dense(), float(posterior.n_data), float(posterior.prior_precision)
     Trip.forward = k
     try:
-        FITTED[name](posterior, model, tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            FITTED[name](posterior, model, tmp_path)
     except Boom:
         # A failed call leaves the posterior as it was, too.
         Trip.reset()
@@ -259,7 +282,7 @@ def test_a_forward_that_raises_after_k_calls(name: str, structure: str, k: int, 
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("name", BARE)
+@pytest.mark.parametrize("name", params(BARE))
 def test_a_forward_that_raises_without_a_posterior(name: str, k: int, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -294,15 +317,17 @@ def test_a_backward_that_raises(structure: str, error: type[BaseException]) -> N
     before = snapshot(model)
     posterior = lk.LaplacePosterior(model, "categorical", structure=structure)
     Trip.backward, Trip.error = True, error
-    try:
+    with pytest.raises(BaseException):  # noqa: B017  Ctrl-C must clean up as well
         posterior.fit(data())
-    except BaseException:  # noqa: B036  Ctrl-C must clean up as well
-        pass
     Trip.reset()
     assert_same(before, snapshot(model))
+    with pytest.raises(lk.errors.NotFitted):
+        posterior.sample(1)
 
 
-@pytest.mark.parametrize("method", ["mc", "map", "linearized"])
+@pytest.mark.parametrize(
+    "method", ["mc", "map", pytest.param("linearized", marks=pytest.mark.needs("predict:linearized"))]
+)
 def test_ctrl_c_in_predict(method: str) -> None:
     model = make()
     posterior = lk.LaplacePosterior(model, "categorical").fit(data())
@@ -356,8 +381,8 @@ def test_the_loader_and_its_tensors_are_left_alone() -> None:
     assert x.grad is None and torch.equal(x, X) and torch.equal(y, Y) and x.requires_grad
 
 
-def test_a_shuffling_loader_draws_as_in_plain_iteration() -> None:
-    """The loader is the caller's: iterating it may advance the global generator, but by nothing on top of that."""
+def test_a_shuffling_loader_leaves_the_global_generator() -> None:
+    """A shuffling loader draws from the global generator; after ``fit`` that one stands where it stood."""
     dataset = torch.utils.data.TensorDataset(X, Y)
 
     def state_after(use: Callable[[Any], Any]) -> Tensor:
@@ -366,7 +391,7 @@ def test_a_shuffling_loader_draws_as_in_plain_iteration() -> None:
         return torch.get_rng_state()
 
     with torch.random.fork_rng(devices=[]):
+        untouched = state_after(lambda loader: None)
         plain = state_after(lambda loader: [None for _ in loader])
         fitted = state_after(lambda loader: lk.LaplacePosterior(make(), "categorical").fit(loader))
-    untouched = torch.get_rng_state()
-    assert torch.equal(plain, fitted) or torch.equal(fitted, untouched)
+    assert torch.equal(fitted, untouched) and not torch.equal(plain, untouched)

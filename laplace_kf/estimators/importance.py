@@ -30,7 +30,7 @@ def inclusion_probabilities(weights: Tensor, budget: float) -> Tensor:
         return positive.to(weights.dtype)
     ordered, _ = weights.sort(descending=True)
     tail = ordered.flip(0).cumsum(0).flip(0)  # sum of this and all smaller weights
-    certain = torch.arange(len(ordered), device=weights.device)
+    certain = torch.arange(len(ordered), device=weights.device, dtype=weights.dtype)
     scale = (budget - certain) / tail.clamp_min(torch.finfo(weights.dtype).tiny)
     # the first j for which the j largest are certain and the next one is not
     fits = (scale * ordered <= 1) & (budget - certain > 0)
@@ -84,6 +84,6 @@ class Importance(Estimator):
             rows[0, torch.arange(rows.shape[1], device=rows.device), position[part]] = values[part]
             columns = likelihood.from_positions(rows, outputs[example[part]])
             if observation.chain is not None:
-                sink.add_columns(observation.row_signals(columns.to(observation.outputs.dtype), example[part]))
+                sink.add_columns(observation.row_signals(columns, example[part]))
             else:
                 sink.add_columns(observation.gathered(example[part]).signals(columns))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.linalg import cholesky
+from laplace_kf.linalg import cholesky, require_positive
 
 __all__ = ["Isotropic", "Matrix", "Sum", "fresh_generator", "standard_normal"]
 
@@ -151,15 +151,15 @@ class Isotropic(Matrix):
         return self.value * self._checked(v)
 
     def solve(self, v: Tensor) -> Tensor:
-        cholesky(self.value.reshape(1, 1), self.label)
+        require_positive(self.value, self.label)
         return self._checked(v) / self.value
 
     def logdet(self) -> Tensor:
-        cholesky(self.value.reshape(1, 1), self.label)
+        require_positive(self.value, self.label)
         return self._size * self.value.log()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        cholesky(self.value.reshape(1, 1), self.label)
+        require_positive(self.value, self.label)
         return standard_normal((n, self._size), self.value, generator) / self.value.sqrt()
 
     def plus(self, other: Matrix) -> Matrix:

@@ -43,6 +43,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(header, sort_keys=True)
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
     partial = target.with_name(target.name + f".{os.getpid()}.part")
     try:
         save_file(kept, partial, metadata=metadata)

@@ -6,15 +6,17 @@ package imports this folder.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy
 import torch
 
-__all__ = ["machine", "missing_extra", "versions"]
+__all__ = ["machine", "missing_extra", "processor_threads", "versions"]
 
 
 def missing_extra(package: str | None) -> ImportError:
@@ -26,10 +28,29 @@ def missing_extra(package: str | None) -> ImportError:
     )
 
 
+@contextlib.contextmanager
+def processor_threads(count: int) -> Iterator[None]:
+    """Use ``count`` processor threads inside the ``with`` block, then as many as before; 0 changes nothing."""
+    before = torch.get_num_threads()
+    try:
+        if count:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that decides a number: Python, this package, torch, numpy and the experiment extras."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": numpy.__version__}
-    for name in ("laplace_kf", "torchmetrics", "scikit-learn", "matplotlib"):
+    from laplace_kf import __version__  # a checkout need not be installed
+
+    found = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "laplace_kf": __version__,
+    }
+    for name in ("torchmetrics", "scikit-learn", "matplotlib"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

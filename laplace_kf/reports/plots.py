@@ -99,13 +99,15 @@ def inverse_entropy_cdf(
         edge = torch.cat([torch.zeros(1).to(values), values.sort().values.clamp_min(0), torch.tensor([top]).to(values)])
         above = torch.cat([torch.ones(1), 1 - torch.arange(1, len(values) + 1) / len(values), torch.zeros(1)])
         axis.step(edge.tolist(), above.tolist(), where="post", label=label, **_line(label, list(entropies)))
-    axis.set(xlim=(0, top * 1.02), ylim=(0, 1.02))
+    axis.set(xlim=(0, top * 1.06), ylim=(0, 1.02))
     axis.set_xlabel("entropy threshold (nats)", color=INK)
     axis.set_ylabel("fraction of inputs above it", color=INK)
     axis.set_title(title, loc="left", fontsize=11, color=INK)
     if classes:
         axis.axvline(top, color=SOFT, linewidth=1, linestyle=":")
-        axis.text(top * 0.99, 0.98, f"uniform, ln {classes}", rotation=90, ha="right", va="top", fontsize=8, color=SOFT)
+        axis.text(
+            top * 1.008, 0.5, f"uniform, ln {classes}", rotation=90, ha="left", va="center", fontsize=8, color=SOFT
+        )
     if alone:
         legend_below(figure)
     return figure

@@ -33,7 +33,7 @@ ELEMENTWISE: set[Any] = {
 _RELU = {getattr(o, n) for o in (F, torch, torch.Tensor) for n in ("relu", "relu_") if hasattr(o, n)}
 RESHAPE: set[Any] = {
     torch.flatten, torch.Tensor.flatten, torch.Tensor.reshape, torch.reshape, torch.Tensor.view,
-    torch.Tensor.contiguous, F.dropout, torch.dropout, torch.Tensor.clone,
+    torch.Tensor.contiguous, torch.Tensor.clone,
 }  # fmt: skip
 
 
@@ -70,7 +70,8 @@ class Chain:
     """
 
     def __init__(self, tape: Tape, outputs: Tensor) -> None:
-        by_output = {step.output_key: index for index, step in enumerate(tape.steps)}
+        # a function that hands its argument through (dropout in eval mode) is no link
+        by_output = {s.output_key: index for index, s in enumerate(tape.steps) if s.output_key != s.source_key}
         links: list[Link] = []
         key = (id(outputs), outputs._version)
         seen: list[Call] = []
@@ -87,6 +88,9 @@ class Chain:
             if step.source is None or not step.source.requires_grad:
                 break
             key = step.source_key
+        repeated = [call.key for call in tape.calls if sum(call.key == other.key for other in tape.calls) > 1]
+        if repeated:
+            raise UnsupportedLayer(_refusal(f"the module of {', '.join(repeated[0])} is used more than once"))
         if len(seen) != len(tape.calls) or tape.opaque:
             strays = [c.key[0] for c in tape.calls if all(c is not s for s in seen)] + list(tape.opaque)
             raise UnsupportedLayer(_refusal(f"parameter {strays[0]!r} does not lie on one chain from input to output"))
@@ -100,10 +104,7 @@ class Chain:
         if step.before is not None and step.output.dim() == 2:
             return Link(slope=step.before)
         rows_kept = step.source is not None and step.output.dim() == 2 and step.source.shape[:1] == step.output.shape[:1]
-        dropping = step.function in (F.dropout, torch.dropout) and bool(
-            step.kwargs.get("training", len(step.args) > 2 and step.args[2])
-        )
-        if step.function in RESHAPE and rows_kept and not dropping:
+        if step.function in RESHAPE and rows_kept:
             return None
         name = getattr(step.function, "__name__", str(step.function))
         around = [c.key[0] for c in (s.call for s in tape.steps[: index + 1]) if c is not None]
@@ -122,19 +123,20 @@ class Chain:
         """
         found: list[tuple[Call, Tensor]] = []
         remaining = sum(link.call is not None for link in self.links)
-        g = columns
+        g, fresh = columns, False
         for link in reversed(self.links):
             if link.weight is not None:
                 if link.call is not None:
                     found.append((link.call, g))
                     remaining -= 1
+                    fresh = False
                 if remaining == 0:
                     break
-                g = torch.matmul(g, link.weight)
+                g, fresh = torch.matmul(g, link.weight), True
             else:
                 assert link.slope is not None
                 slope = link.slope if example is None else link.slope[example]
-                g = g * slope
+                g = g.mul_(slope) if fresh else g * slope  # columns already handed out must not change
         return found
 
 

@@ -21,7 +21,7 @@ from laplace_kf.tape.blocks import Block
 
 __all__ = ["GradientSignals", "LookupSignals", "OuterSignals", "Signals", "add_gram", "symmetrised"]
 
-LEAF = 256  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
+LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
 WORKING_BYTES = 256 * 2**20  # size of the largest temporary a reduction may build
 
 
@@ -92,7 +92,7 @@ class OuterSignals(Signals):
         """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` to the lower triangles of ``total (R, I, I)`` (methods 4.5: sum in A)."""
         width = self.a.shape[-1]
         for r in range(total.shape[0]):
-            rows = self.a[:, :, r].reshape(-1, width)
+            rows = self.a[:, :, r].flatten(0, 1)
             add_gram(total[r, :width, :width], rows)
             if self.block.has_bias_column:
                 total[r, width, :width] += rows.sum(0, dtype=total.dtype)

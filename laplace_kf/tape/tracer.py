@@ -56,7 +56,7 @@ class Tracer:
         self._rows: dict[tuple[tuple[str, ...], int], int] = {}
         self._tied_rows: set[str] = set()
         self._may_be_chain = True
-        self._vmap_works = True
+        self._vmap_works: bool | None = None
         self._checked_examples = False
         if self._selected is not None:
             self.layout = flat_layout(self.named, self._selected)
@@ -110,6 +110,8 @@ class Tracer:
         for call in tape.calls:
             call.names = {role: name for role, name in call.names.items() if name in keep}
         tape.calls = [call for call in tape.calls if call.names]
+        for step in tape.steps:
+            step.call = step.call if step.call is not None and step.call.names else None
         if not outputs.requires_grad:
             self.require_all_seen()
         chain = self._chain(tape, outputs)
@@ -123,8 +125,6 @@ class Tracer:
         if not self._may_be_chain:
             return None
         try:
-            if outputs.dim() != 2 or len({call.key for call in tape.calls}) != len(tape.calls):
-                raise UnsupportedLayer("not a chain with one use of every weight")
             return Chain(tape, outputs)
         except UnsupportedLayer:
             self._may_be_chain = False
@@ -268,35 +268,31 @@ class Tracer:
         count = outputs.shape[0]
         if not self._checked_examples:
             self._check_independence(batch, outputs)
-        if self._vmap_works:
+        if self._vmap_works is not False:
             try:
-                return self._vmapped_gradients(batch, count, names, columns)
+                gradients = self._vmapped_gradients(batch, count, names, columns)
+                if self._vmap_works is None:  # batching rules can be missing or wrong: check one example by hand
+                    alone = self._gradients_of(batch, count, 0, names, columns[:, 0])
+                    scale = alone.abs().max().clamp_min(torch.finfo(alone.dtype).tiny)
+                    self._vmap_works = bool(((gradients[:, 0] - alone).abs().max() <= 1e-2 * scale).item())
+                if self._vmap_works:
+                    return gradients
             except (RuntimeError, ValueError, TypeError):
                 self._vmap_works = False  # data-dependent control flow, fused recurrent kernels, ...
-        rows = []
+        return torch.stack([self._gradients_of(batch, count, n, names, columns[:, n]) for n in range(count)], 1)
+
+    def _gradients_of(self, batch: Any, count: int, n: int, names: Sequence[str], columns: Tensor) -> Tensor:
+        """Gradients ``(V, Σ sizes)`` of example ``n`` for columns ``(V, ...)``, by one ordinary backward pass each."""
         parameters = [self.named[name] for name in names]
-        for n in range(count):
-            example = map_examples(batch, count, lambda t, n=n: t[n : n + 1])
-            with torch.enable_grad():
-                output, _ = run(self.model, example, self.forward)
-            grads = [
-                torch.autograd.grad(output, parameters, column[None], retain_graph=True, allow_unused=True)
-                for column in columns[:, n]
-            ]
-            rows.append(
-                torch.stack(
-                    [
-                        torch.cat(
-                            [
-                                (torch.zeros_like(p) if g is None else g).reshape(-1)
-                                for p, g in zip(parameters, grad, strict=True)
-                            ]
-                        )
-                        for grad in grads
-                    ]
-                )
-            )
-        return torch.stack(rows, 1)
+        example = map_examples(batch, count, lambda t: t[n : n + 1])
+        with torch.enable_grad():
+            output, _ = run(self.model, example, self.forward)
+        rows = []
+        for column in columns:
+            grads = torch.autograd.grad(output, parameters, column[None], retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+            rows.append(torch.cat([part.reshape(-1) for part in parts]))
+        return torch.stack(rows)
 
     def _check_independence(self, batch: Any, outputs: Tensor) -> None:
         with torch.no_grad():
@@ -324,7 +320,11 @@ class Tracer:
 
             _, pull = torch.func.vjp(outputs, prefixed)
             (grads,) = torch.func.vmap(pull)(column)
-            return torch.cat([grads[f"model.{name}"].reshape(column.shape[0], -1) for name in names], 1)
+            parts = [grads[f"model.{name}"] for name in names]
+            for part, name in zip(parts, names, strict=True):
+                if part.shape[1:] != self.named[name].shape:
+                    raise RuntimeError(f"vmap returned a gradient of shape {tuple(part.shape[1:])} for {name}")
+            return torch.cat([part.reshape(column.shape[0], -1) for part in parts], 1)
 
         size = sum(self.named[name].numel() for name in names)
         chunk = max(1, 2**26 // max(1, size * columns.shape[0]))
@@ -386,6 +386,7 @@ class Observation:
 
     def signals(self, columns: Tensor) -> dict[str, Signals]:
         """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
+        columns = columns.to(self.outputs.dtype)
         if self.chain is not None:
             return self.row_signals(columns, None)
         blocks = self.tracer.blocks
@@ -416,6 +417,7 @@ class Observation:
     def row_signals(self, columns: Tensor, example: Tensor | None) -> dict[str, Signals]:
         """As :meth:`signals` along the chain; ``columns (1, M, C)`` may be rows of the examples ``example (M,)``."""
         assert self.chain is not None
+        columns = columns.to(self.outputs.dtype)
         found: dict[str, Signals] = {}
         for call, g in self.chain.backward(columns, example):
             for block in self.blocks_of(call):
@@ -445,7 +447,7 @@ class Observation:
         edges = [call.edge for call in self.calls]
         rows = [
             torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
-            for column in columns.to(self.outputs.dtype)
+            for column in columns
         ]
         stacked = []
         for k, call in enumerate(self.calls):

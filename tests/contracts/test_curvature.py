@@ -149,8 +149,9 @@ def test_the_model_of_a_caller_without_gradients(structure: str) -> None:
     """``no_grad`` around the call changes nothing."""
     case = BY_NAME["tanh-mlp-categorical"]
     problem = case.make()
+    wanted = expected(case, structure)
     with torch.no_grad():
-        close(estimate(problem, structure=structure).mean().dense(), expected(case, structure))
+        close(estimate(problem, structure=structure).mean().dense(), wanted)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
@@ -165,6 +166,7 @@ def test_positions_without_targets_contribute_nothing(structure: str) -> None:
     assert float(estimate(empty, structure=structure).mean().dense().abs().max()) == 0.0
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 def test_device_follows_the_model(structure: str) -> None:
@@ -310,6 +312,7 @@ def test_defaults_are_kron_and_exact() -> None:
 # ------------------------------------------------------------------------------------------------ ekfac, low rank
 
 
+@pytest.mark.needs("structure:ekfac")
 @pytest.mark.parametrize("case", tagged("core"), ids=by_id)
 def test_ekfac_has_the_exact_trace_and_the_smaller_error(case: Case) -> None:
     """Per block: the eigenbasis diagonal keeps the trace and is the best diagonal in that basis."""

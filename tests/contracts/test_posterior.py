@@ -133,7 +133,10 @@ def test_matrix_methods(case: Case, structure: str, damping: str) -> None:
     check_matrix(posterior.precision, t.precision(structure, 12.0, constant(problem, 0.9), damping))
 
 
-@pytest.mark.parametrize("structure", ["ekfac", "lowrank", "auto"])
+@pytest.mark.parametrize(
+    "structure",
+    [pytest.param(name, marks=pytest.mark.needs(f"structure:{name}")) for name in ("ekfac", "lowrank", "auto")],
+)
 @over_core
 def test_other_structures_are_consistent(case: Case, structure: str) -> None:
     """Whatever they approximate: a symmetric positive definite precision whose methods agree with its dense form."""
@@ -290,7 +293,7 @@ def test_log_evidence_is_differentiable_in_the_prior(name: str, structure: str, 
         precision = t.precision(structure, problem.n, prior, damping)
         return oracles.log_evidence(precision, prior, t.theta, t.log_likelihood)
 
-    assert float(value) == pytest.approx(reference(1.3), rel=1e-9)
+    assert value.item() == pytest.approx(reference(1.3), rel=1e-9)
     numeric = (reference(1.3 + 1e-4) - reference(1.3 - 1e-4)) / 2e-4
     assert float(gradient) == pytest.approx(numeric, rel=1e-5)
 
@@ -310,7 +313,7 @@ def test_log_evidence_is_differentiable_in_the_noise_scale(structure: str, dampi
         precision = t.precision(structure, problem.n, prior, damping)
         return oracles.log_evidence(precision, prior, t.theta, t.log_likelihood)
 
-    assert float(posterior.log_evidence()) == pytest.approx(reference(0.7), rel=1e-9)
+    assert posterior.log_evidence().item() == pytest.approx(reference(0.7), rel=1e-9)
     assert float(gradient) == pytest.approx((reference(0.7001) - reference(0.6999)) / 2e-4, rel=1e-5)
 
 
@@ -320,7 +323,7 @@ def test_penalty(case: Case, structure: str, damping: str) -> None:
     problem, t = case.make(), truth(case)
     posterior = fitted(problem, structure=structure, damping=damping, prior_precision=1.7)
     dense = t.precision(structure, problem.n, constant(problem, 1.7), damping)
-    assert float(posterior.penalty()) == 0.0
+    assert posterior.penalty().item() == 0.0
     shift = 0.3 * normal(problem.size, seed=40)
     with torch.no_grad():
         for name, index in oracles.flat_index(problem.model, problem.names).items():
@@ -351,15 +354,35 @@ def _regression(prior: float, scale: float) -> tuple[nn.Module, Tensor, Tensor, 
     return model, x, y[:, None], exact
 
 
-@pytest.mark.parametrize("structure", ["full", "kron", "ekfac"])
+EXACT_FOR_LINEAR = ["full", "kron", pytest.param("ekfac", marks=pytest.mark.needs("structure:ekfac"))]
+
+
+@pytest.mark.parametrize("structure", EXACT_FOR_LINEAR)
 def test_bayesian_linear_regression_is_exact(structure: str) -> None:
-    """T25: posterior, evidence, functional covariance and linearised predictive equal the closed form."""
+    """T25: posterior and evidence equal the closed form, the Monte Carlo predictive up to its error."""
     model, x, y, exact = _regression(1.4, 0.6)
     posterior = lk.LaplacePosterior(
         model, lk.likelihoods.Gaussian(scale=0.6), structure=structure, prior_precision=1.4
     ).fit((x, y))
     close(posterior.precision.dense(), exact.precision, 1e-9)
     assert float(posterior.log_evidence()) == pytest.approx(exact.log_evidence, rel=1e-9)
+    new = normal(5, 2, seed=3)
+    mean, variance = exact.predict(torch.cat([new, torch.ones(5, 1, dtype=torch.float64)], 1))
+    sampled = posterior.predict(new, method="mc", samples=4000, generator=rng(5))
+    error = (variance / 4000).sqrt()
+    assert float(((sampled.mean[:, 0] - mean) / error).abs().max()) < 5
+    assert float((sampled.epistemic_variance[:, 0] / variance - 1).abs().max()) < 5 * (2 / 4000) ** 0.5
+    close(sampled.variance, sampled.epistemic_variance + 0.36)
+
+
+@pytest.mark.needs("predict:linearized", "functional_covariance")
+@pytest.mark.parametrize("structure", EXACT_FOR_LINEAR)
+def test_bayesian_linear_regression_predictive_is_exact(structure: str) -> None:
+    """T25: functional covariance and linearised predictive equal the closed form."""
+    model, x, y, exact = _regression(1.4, 0.6)
+    posterior = lk.LaplacePosterior(
+        model, lk.likelihoods.Gaussian(scale=0.6), structure=structure, prior_precision=1.4
+    ).fit((x, y))
     new = normal(5, 2, seed=3)
     mean, variance = exact.predict(torch.cat([new, torch.ones(5, 1, dtype=torch.float64)], 1))
     close(posterior.functional_covariance(new), variance.view(5, 1, 1), DENSE)
@@ -370,14 +393,12 @@ def test_bayesian_linear_regression_is_exact(structure: str) -> None:
     targets = normal(5, 1, seed=4)
     wanted = torch.distributions.Normal(mean, (variance + 0.36).sqrt()).log_prob(targets[:, 0])
     close(prediction.log_prob(targets), wanted, DENSE)
-    sampled = posterior.predict(new, method="mc", samples=20_000, generator=rng(5))
-    error = (variance / 20_000).sqrt()
-    assert float(((sampled.mean[:, 0] - mean) / error).abs().max()) < 5
-    assert float((sampled.epistemic_variance[:, 0] / variance - 1).abs().max()) < 0.06
-    close(sampled.variance, sampled.epistemic_variance + 0.36)
 
 
 # ------------------------------------------------------------------------------------------------ predictions
+
+
+DRAWS = 1500
 
 
 def draw(case: Case, structure: str, damping: str, n: float, lam: float, samples: int, seed: int) -> dict[str, Tensor]:
@@ -403,23 +424,22 @@ def test_predict_categorical(structure: str, damping: str) -> None:
     problem = case.make()
     posterior = fitted(problem, structure=structure, damping=damping, prior_precision=0.5)
     x, y = normal(6, 3, seed=50), labels(3, 6, seed=51)
-    probs = torch.softmax(run_draws(problem.model, draw(case, structure, damping, 5, 0.5, 4000, 1), x), -1)
-    prediction = posterior.predict(x, method="mc", samples=4000, space="weights", generator=rng(2))
+    probs = torch.softmax(run_draws(problem.model, draw(case, structure, damping, 5, 0.5, DRAWS, 1), x), -1)
+    prediction = posterior.predict(x, method="mc", samples=DRAWS, space="weights", generator=rng(2))
     assert prediction.probs.shape == (6, 3) and prediction.probs.dtype == torch.float64
-    error = (2 * probs.var(0) / 4000).sqrt()
+    error = (2 * probs.var(0) / DRAWS).sqrt()
     assert float(((prediction.probs - probs.mean(0)) / error).abs().max()) < 5
     close(prediction.probs.sum(1), torch.ones(6, dtype=torch.float64))
     close(prediction.entropy, -(prediction.probs * prediction.probs.log()).sum(1))
     close(prediction.log_prob(y), prediction.probs.log()[torch.arange(6), y])
     information = prediction.entropy + (probs * probs.log()).sum(-1).mean(0)
     assert prediction.mutual_information.shape == (6,)
-    assert float((prediction.mutual_information - information).abs().max()) < 0.03
+    assert float((prediction.mutual_information - information).abs().max()) < 0.05
     assert bool((prediction.mutual_information >= -1e-12).all())
     assert bool((prediction.entropy <= math.log(3) + 1e-12).all())
-    again = posterior.predict(x, method="mc", samples=4000, space="weights", generator=rng(2))
-    assert torch.equal(again.probs, prediction.probs)
-    other = posterior.predict(x, method="mc", samples=4000, space="weights", generator=rng(3))
-    assert not torch.equal(other.probs, prediction.probs)
+    few = [posterior.predict(x, method="mc", samples=7, space="weights", generator=rng(seed)) for seed in (2, 2, 3)]
+    assert torch.equal(few[0].probs, few[1].probs)
+    assert not torch.equal(few[0].probs, few[2].probs)
 
 
 @over_kinds
@@ -429,9 +449,9 @@ def test_predict_categorical_in_the_default_space(structure: str, damping: str) 
     problem = case.make()
     posterior = fitted(problem, structure=structure, damping=damping, prior_precision=2.0)
     x = normal(6, 3, seed=50)
-    prediction = posterior.predict(x, samples=4000, generator=rng(2))
-    probs = torch.softmax(run_draws(problem.model, draw(case, structure, damping, 5, 2.0, 4000, 1), x), -1)
-    error = (2 * probs.var(0) / 4000).sqrt()
+    prediction = posterior.predict(x, samples=DRAWS, generator=rng(2))
+    probs = torch.softmax(run_draws(problem.model, draw(case, structure, damping, 5, 2.0, DRAWS, 1), x), -1)
+    error = (2 * probs.var(0) / DRAWS).sqrt()
     assert float(((prediction.probs - probs.mean(0)) / error).abs().max()) < 5
 
 
@@ -479,15 +499,15 @@ def test_predict_gaussian(structure: str, damping: str) -> None:
     problem = case.make()
     posterior = fitted(problem, structure=structure, damping=damping, prior_precision=0.2)
     x, y = normal(6, 2, seed=50), 2 * normal(6, 2, seed=51)
-    z = run_draws(problem.model, draw(case, structure, damping, 5, 0.2, 4000, 1), x)
-    prediction = posterior.predict(x, method="mc", samples=4000, space="weights", generator=rng(2))
-    error = (2 * z.var(0) / 4000).sqrt()
+    z = run_draws(problem.model, draw(case, structure, damping, 5, 0.2, DRAWS, 1), x)
+    prediction = posterior.predict(x, method="mc", samples=DRAWS, space="weights", generator=rng(2))
+    error = (2 * z.var(0) / DRAWS).sqrt()
     assert float(((prediction.mean - z.mean(0)) / error).abs().max()) < 5
     assert float((prediction.epistemic_variance / z.var(0) - 1).abs().max()) < 0.25
     close(prediction.variance, prediction.epistemic_variance + 0.49)
     assert prediction.entropy.shape == (6,)
     density = torch.distributions.Normal(z, 0.7).log_prob(y).sum(-1).exp()
-    error = (2 * density.var(0) / 4000).sqrt()
+    error = (2 * density.var(0) / DRAWS).sqrt()
     value = prediction.log_prob(y)
     assert value.shape == (6,)
     assert float(((value.exp() - density.mean(0)) / error).abs().max()) < 5
@@ -499,10 +519,10 @@ def test_predict_bernoulli_and_poisson() -> None:
     problem = case.make()
     posterior = fitted(problem, structure="full", prior_precision=0.5)
     x, y = normal(6, 3, seed=50), binary(6, 2, seed=51)
-    probs = torch.sigmoid(run_draws(problem.model, draw(case, "full", "exact", 5, 0.5, 4000, 1), x))
-    prediction = posterior.predict(x, samples=4000, space="weights", generator=rng(2))
+    probs = torch.sigmoid(run_draws(problem.model, draw(case, "full", "exact", 5, 0.5, DRAWS, 1), x))
+    prediction = posterior.predict(x, samples=DRAWS, space="weights", generator=rng(2))
     assert prediction.probs.shape == (6, 2)
-    error = (2 * probs.var(0) / 4000).sqrt()
+    error = (2 * probs.var(0) / DRAWS).sqrt()
     assert float(((prediction.probs - probs.mean(0)) / error).abs().max()) < 5
     p = prediction.probs
     close(prediction.entropy, -(p * p.log() + (1 - p) * (1 - p).log()).sum(1))
@@ -520,11 +540,11 @@ def test_mixture_of_both_outputs_is_joint() -> None:
     problem = case.make()
     posterior = fitted(problem, structure="full", prior_precision=0.05)
     x, y = 3 * normal(4, 3, seed=60), normal(4, 2, seed=61)
-    z = run_draws(problem.model, draw(case, "full", "exact", 5, 0.05, 20_000, 1), x)
+    z = run_draws(problem.model, draw(case, "full", "exact", 5, 0.05, DRAWS, 1), x)
     parts = torch.distributions.Normal(z, 0.7).log_prob(y)
     joint = parts.sum(-1).exp()
-    value = posterior.predict(x, samples=20_000, space="weights", generator=rng(2)).log_prob(y)
-    error = (2 * joint.var(0) / 20_000).sqrt()
+    value = posterior.predict(x, samples=DRAWS, space="weights", generator=rng(2)).log_prob(y)
+    error = (2 * joint.var(0) / DRAWS).sqrt()
     assert float(((value.exp() - joint.mean(0)) / error).abs().max()) < 5
 
 
@@ -552,7 +572,7 @@ def test_save_and_load(case: Case, structure: str, damping: str, tmp_path: Path)
     posterior.save(path)
     fresh = case.make()
     with torch.no_grad():
-        for parameter in fresh.model.parameters():
+        for parameter in (p for p in fresh.model.parameters() if p.requires_grad):
             parameter.add_(0.1)  # the file, not the model, knows the mean
     loaded = lk.LaplacePosterior.load(path, fresh.model)
     assert torch.equal(loaded.precision.dense(), posterior.precision.dense())
@@ -792,7 +812,7 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
     case, val = make()
     problem = case.make()
     posterior = fitted(problem, structure=structure)
-    samples = 400
+    samples = 150
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = posterior.tune(
@@ -819,6 +839,7 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
     )
 
 
+@pytest.mark.needs("tune:linearized")
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_tune_with_the_linearised_predictive_is_exact(structure: str) -> None:
     """No Monte Carlo: N(f, J Λ⁻¹ Jᵀ + σ²) at every candidate."""
@@ -854,19 +875,18 @@ def test_tune_does_not_depend_on_the_order_of_the_grid() -> None:
 
 
 def test_tune_reports_the_edge() -> None:
+    """A grid with one value has no edge: that hyper-parameter was not searched."""
     case, val = _regression_data()
     posterior = fitted(case.make())
-    options: dict[str, Any] = {"method": "linearized", "n_data": [20.0]}
+    grid = [1e-6, 1e-2, 1.0, 30.0, 1e3, 1e5, 1e9]
+    options: dict[str, Any] = {"n_data": [20.0], "samples": 150}
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        grid = [1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0, 1e2, 1e4, 1e8]
-        scores = [row["objective"] for row in _quiet(posterior, val, prior_precision=grid, **options).table]
-        inner = min(range(len(grid)), key=scores.__getitem__)
-        assert 0 < inner < len(grid) - 1, "the example should have an optimum inside the grid"
-        result = posterior.tune(val, prior_precision=grid, **options)
-        assert not result.at_edge
+        result = posterior.tune(val, prior_precision=grid, generator=rng(3), **options)
+    assert not result.at_edge
+    inner = grid.index(float(result.best["prior_precision"]))
     with pytest.warns(UserWarning):
-        result = posterior.tune(val, prior_precision=grid[inner + 1 :], **options)
+        result = posterior.tune(val, prior_precision=grid[inner + 1 :], generator=rng(3), **options)
     assert result.at_edge
     assert float(result.best["prior_precision"]) == grid[inner + 1]
 
@@ -893,27 +913,32 @@ def test_tune_by_evidence() -> None:
         assert float(posterior.prior_precision) == max(values, key=values.__getitem__)
 
 
-def test_tune_without_grids_helps() -> None:
-    for make in (_classification, _regression_data):
-        case, val = make()
-        posterior = fitted(case.make())
-        options: dict[str, Any] = {"samples": 200, "space": "weights"}
-        before = float(-posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1]).mean())
-        result = _quiet(posterior, val, samples=50, generator=rng(1))
-        after = float(-posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1]).mean())
-        assert after < before + 0.02
-        assert len(result.table) > 5
+@pytest.mark.parametrize("make", [_classification, _regression_data], ids=["classification", "regression"])
+def test_tune_without_grids_helps(make: Callable[[], Any]) -> None:
+    case, val = make()
+    posterior = fitted(case.make())
+    options: dict[str, Any] = {"samples": 400, "space": "weights"}
+    before = float(-posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1]).mean())
+    result = _quiet(posterior, val, generator=rng(1))
+    after = float(-posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1]).mean())
+    assert after < before + 0.05
+    assert len(result.table) > 5
 
 
 def test_tune_accepts_loaders() -> None:
+    """The objective is a mean over examples, however they are batched."""
     case, val = _regression_data()
     posterior = fitted(case.make())
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*val), batch_size=7)
-    options: dict[str, Any] = {"method": "linearized", "n_data": [20.0], "prior_precision": PRIOR_GRID}
-    tables = [_quiet(posterior, data, **options).table for data in (val, loader, [val])]
+    options: dict[str, Any] = {"n_data": [20.0], "prior_precision": [1.0, 30.0, 1e3, 1e9], "samples": 300}
+    tables = [_quiet(posterior, data, generator=rng(2), **options).table for data in (val, loader, [val])]
     for table in tables[1:]:
         for one, two in zip(tables[0], table, strict=True):
-            assert float(one["objective"]) == pytest.approx(float(two["objective"]), rel=1e-9)
+            assert float(one["objective"]) == pytest.approx(float(two["objective"]), abs=0.1)
+    exact = torch.cat(oracles.outputs(case.make().model, val[0], len(val[0])))
+    nll = -torch.distributions.Normal(exact, 0.3).log_prob(val[1]).mean()
+    for table in tables:  # λ = 1e9: no spread left, and no Monte Carlo error
+        assert float(table[-1]["objective"]) == pytest.approx(float(nll), abs=1e-3)
 
 
 def test_tune_is_reproducible_and_leaves_the_global_generator() -> None:
@@ -949,9 +974,9 @@ def _mlp_posterior(**options: Any) -> tuple[Any, Tensor, Tensor]:
         lambda p, x, y: p.log_evidence(),
         lambda p, x, y: p.precision,
         lambda p, x, y: p.mean,
-        lambda p, x, y: p.functional_covariance(x),
+        pytest.param(lambda p, x, y: p.functional_covariance(x), marks=pytest.mark.needs("functional_covariance")),
         lambda p, x, y: p.summary(),
-        lambda p, x, y: p.update([(x, y)]),
+        pytest.param(lambda p, x, y: p.update([(x, y)]), marks=pytest.mark.needs("update")),
     ],
     ids=["predict", "sample", "tune", "penalty", "evidence", "precision", "mean", "covariance", "summary", "update"],
 )

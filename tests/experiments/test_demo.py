@@ -28,9 +28,12 @@ def test_demo_writes_a_complete_and_reasonable_result(tmp_path, capsys):
         f"{name}, {state}" for name in ("diagonal", "Kronecker", "full last layer") for state in ("untuned", "tuned")
     ]
     assert list(found) == ["MAP", "MC dropout", *posteriors]
-    assert all(row["accuracy"] > 0.95 for name, row in found.items() if not name.endswith("untuned"))
-    assert all(row["entropy_out"] > row["entropy_in"] for row in found.values())
-    assert found["Kronecker, tuned"]["entropy_out"] > found["MAP"]["entropy_out"]
-    assert found["Kronecker, tuned"]["auroc"] > 0.9
+    useful = {name: row for name, row in found.items() if not name.endswith("untuned")}
+    assert all(row["accuracy"] > 0.8 for row in useful.values())
+    assert all(row["entropy_out"] > row["entropy_in"] for row in useful.values())
+    for name in ("diagonal, tuned", "Kronecker, tuned", "full last layer, tuned"):
+        assert found[name]["nll"] < found["MAP"]["nll"]
+        assert found[name]["entropy_out"] > found["MAP"]["entropy_out"]
+        assert found[name]["auroc"] > 0.7
     printed = capsys.readouterr().out
     assert all(name in printed for name in found)

@@ -163,6 +163,10 @@ def test_log_prob_score_hessian_and_root(name: str, shape: tuple[int, ...]) -> N
     k = position_root.shape[0]
     assert position_root.shape == (k, shape[0], positions, channels)
     assert root.shape[0] == (k if len(shape) == 2 else k * positions)
+    if len(shape) > 2:
+        column = to_positions(root[2 * k + k - 1])  # the last root column of position 2, and nothing elsewhere
+        torch.testing.assert_close(column[:, 2], position_root[-1, :, 2])
+        assert not column[:, :2].any() and not column[:, 3:].any()
 
 
 def test_constants_of_the_densities() -> None:
@@ -846,6 +850,23 @@ def test_prediction_agrees_with_its_distribution(name: str, shape: tuple[int, ..
         layout = (lambda x: x.movedim(-1, 1)) if len(shape) == 4 else (lambda x: x)
         torch.testing.assert_close(layout(distribution.mean), prediction.mean)
         torch.testing.assert_close(layout(distribution.variance), prediction.variance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [*NATURAL, "heteroscedastic", "mixture-clip"])
+def test_predictive_density_leaves_out_ignored_targets(name: str, shape: tuple[int, ...]) -> None:
+    likelihood, outputs, targets = stack(name, shape)
+    if likelihood.ignore_index is None:
+        likelihood = copy.copy(likelihood)
+        likelihood.ignore_index = -100
+    holes = targets.clone(memory_format=torch.contiguous_format)
+    holes[0] = -100
+    holes[1].view(-1)[0] = -100
+    full, partial = (likelihood.predict(outputs).log_prob(y) for y in (targets, holes))
+    assert partial[0] == 0 and partial[1] != full[1]
+    torch.testing.assert_close(partial[2:], full[2:])
+    single = likelihood.predict(outputs[:1]).log_prob(holes)
+    torch.testing.assert_close(single, likelihood.log_prob(outputs[0], holes))
 
 
 def test_categorical_prediction() -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks: ratios measured in one process run, one thread, written to ``benchmarks/results``."""

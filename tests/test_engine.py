@@ -1,0 +1,232 @@
+"""The engine's two routes, its column selection, and how it finds the rows of an example."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import laplace_kf as lk
+from laplace_kf import engine
+from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
+from laplace_kf.estimators.importance import inclusion_probabilities, systematic
+from laplace_kf.tape import signals
+from laplace_kf.tape.tracer import Tracer
+from tests.cases import CASES
+from tests.contracts.test_curvature import estimate
+
+STRUCTURES = ("diag", "kron", "full")
+
+
+def net(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(fan_in, fan_out, dtype=torch.float64), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def data(n: int, inputs: int, classes: int) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(n, inputs, generator=rng, dtype=torch.float64)
+    return x, torch.randint(0, classes, (n,), generator=rng)
+
+
+class Unchained(nn.Module):
+    """The same network with a step that is no chain link."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.inner(x)]).sum(0)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU, nn.ELU, nn.Softplus])
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "projection", "importance", "empirical"])
+def test_chain_and_autograd_routes_agree(structure: str, estimator: str, activation: type[nn.Module]) -> None:
+    model = net(4, 5, 6, 3, activation=activation)
+    x, y = data(7, 4, 3)
+    found = []
+    for wrapped in (model, Unchained(model)):
+        rng = torch.Generator().manual_seed(3)
+        stats = lk.curvature.estimate(wrapped, "categorical", (x, y), structure, estimator, generator=rng)
+        found.append(stats.mean().dense())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-14)
+    tracer = Tracer(model, None, "all")
+    assert tracer.observe((x, y)).chain is not None
+    assert Tracer(Unchained(model), None, "all").observe((x, y)).chain is None
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_memory_budget_does_not_change_the_result(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns and examples are cut into chunks of one; the sums stay the same."""
+    for case in CASES:
+        if case.name not in ("tanh-mlp-categorical", "conv2d", "sequence-outputs-ignored", "embedding", "layernorm"):
+            continue
+        problem = case.make()
+        whole = estimate(problem, structure=structure, estimator="exact").mean().dense()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "MEMORY_BYTES", 1)
+            patch.setattr(signals, "WORKING_BYTES", 1)
+            parts = estimate(problem, structure=structure, estimator="exact").mean().dense()
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-15)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.just(0.0) | st.floats(1e-100, 1e6), min_size=1, max_size=40), st.floats(0.1, 50))
+def test_inclusion_probabilities(weights: list[float], budget: float) -> None:
+    w = torch.tensor(weights, dtype=torch.float64)
+    p = inclusion_probabilities(w, budget)
+    positive = int((w > 0).sum())
+    assert ((p >= 0) & (p <= 1)).all() and (p[w == 0] == 0).all()
+    assert float(p.sum()) == pytest.approx(min(budget, positive), rel=1e-9)
+    free = (p < 1) & (w > 0)
+    if int(free.sum()) > 1:  # proportional wherever they are not certain
+        ratio = p[free] / w[free]
+        assert float(ratio.max()) == pytest.approx(float(ratio.min()), rel=1e-6)
+
+
+def test_systematic_sampling_has_the_right_frequencies() -> None:
+    p = torch.tensor([1.0, 0.3, 0.0, 0.45, 0.05, 1.0, 0.2], dtype=torch.float64)
+    rng = torch.Generator().manual_seed(0)
+    counts, draws = torch.zeros(7), 4000
+    for _ in range(draws):
+        chosen = systematic(p, rng)
+        assert len(chosen) == 3
+        counts[chosen] += 1
+    assert (counts / draws - p).abs().max() < 4 * 0.5 / draws**0.5
+    assert counts[0] == counts[5] == draws and counts[2] == 0
+
+
+def test_importance_with_a_large_budget_is_exact() -> None:
+    model, (x, y) = net(4, 5, 3), data(6, 4, 3)
+    exact = lk.curvature.estimate(model, "categorical", (x, y), "kron").mean().dense()
+    found = lk.curvature.estimate(model, "categorical", (x, y), "kron", "importance", columns=5.0).mean().dense()
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-15)
+
+
+class TimeFirst(nn.Module):
+    """Works on ``(T, N, I)`` inside, flattened in either order."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order = order
+        self.layer = nn.Linear(2, 2, dtype=torch.float64)
+        self.head = nn.Linear(2, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, i = x.shape
+        if self.order == "examples first":
+            h = self.layer(x.reshape(n * t, i)).reshape(n, t, 2)
+        elif self.order == "time first":
+            h = self.layer(x.transpose(0, 1)).transpose(0, 1)
+        else:
+            h = self.layer(x.transpose(0, 1).reshape(t * n, i)).reshape(t, n, 2).transpose(0, 1)
+        return self.head(torch.tanh(h).sum(1))
+
+
+@pytest.mark.parametrize("n, t", [(3, 3), (4, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_rows_are_found_wherever_the_examples_lie(structure: str, n: int, t: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, t, 2, generator=rng, dtype=torch.float64), torch.arange(n) % 3
+    found = []
+    for order in ("examples first", "time first", "time first, flattened"):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = TimeFirst(order)
+        found.append(lk.curvature.estimate(model, "categorical", (x, y), structure).mean().dense())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(found[2], found[0], rtol=1e-12, atol=1e-15)
+
+
+class Positions(nn.Module):
+    """A learned position table, shared by all examples of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(4, 2, dtype=torch.float64)
+        self.head = nn.Linear(2, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(x + self.table(torch.arange(x.shape[1]))).sum(1))
+
+
+@pytest.mark.parametrize("n", [2, 4])  # 4: as many examples as positions, so shapes alone cannot tell
+def test_a_row_shared_by_all_examples_goes_through_per_example_gradients(n: int) -> None:
+    model = Positions()
+    x, y = torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(n) % 3
+    stats = lk.curvature.estimate(model, "categorical", (x, y), "diag")
+    single = [lk.curvature.estimate(model, "categorical", (x[i : i + 1], y[i : i + 1]), "diag") for i in range(n)]
+    mean = torch.stack([s.mean().diag() for s in single]).mean(0)
+    torch.testing.assert_close(stats.mean().diag(), mean, rtol=1e-10, atol=1e-14)
+    assert stats.blocks["table"].form == "vector"
+
+
+class BatchMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) * self.scale
+
+
+def test_examples_that_depend_on_each_other_are_refused() -> None:
+    x, y = data(4, 3, 3)
+    with pytest.raises(UnsupportedLayer, match="other examples"):
+        lk.curvature.estimate(BatchMean(), "categorical", (x, y), "diag")
+
+
+def test_statistics_of_other_parameters_do_not_add() -> None:
+    model, (x, y) = net(4, 5, 3), data(6, 4, 3)
+    one = lk.curvature.estimate(model, "categorical", (x, y), "kron")
+    for other in (
+        lk.curvature.estimate(model, "categorical", (x, y), "diag"),
+        lk.curvature.estimate(model, "categorical", (x, y), "kron", parameters=["0.*"]),
+    ):
+        with pytest.raises(IncompatiblePair):
+            one + other
+
+
+def test_recursive_needs_kron() -> None:
+    model, (x, y) = net(4, 5, 3), data(6, 4, 3)
+    with pytest.raises(IncompatiblePair, match="kron"):
+        lk.curvature.estimate(model, "categorical", (x, y), "diag", "recursive")
+
+
+@pytest.mark.parametrize("option", [{"samples": 3}, {"no_such": 1}])
+def test_an_option_that_nothing_takes_is_refused(option: dict[str, Any]) -> None:
+    model, (x, y) = net(4, 5, 3), data(6, 4, 3)
+    with pytest.raises(TypeError, match=next(iter(option))):
+        lk.curvature.estimate(model, "categorical", (x, y), "kron", "exact", **option)
+
+
+class Experts(nn.Module):
+    """Uses one of two layers, depending on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 3, dtype=torch.float64), nn.Linear(2, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if bool(x.sum() > 0) else self.two(x)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_module_first_used_in_a_later_batch(structure: str) -> None:
+    model = Experts()
+    up, down, y = torch.ones(3, 2).double(), -torch.ones(3, 2).double(), torch.tensor([0, 1, 2])
+    both = lk.curvature.estimate(model, "categorical", [(up, y), (down, y)], structure).mean().dense()
+    swapped = lk.curvature.estimate(model, "categorical", [(down, y), (up, y)], structure).mean().dense()
+    torch.testing.assert_close(both, swapped, rtol=1e-12, atol=1e-15)
+    with pytest.raises(UnsupportedLayer, match=r"two\.weight.*two"):
+        lk.curvature.estimate(model, "categorical", [(up, y)], structure)

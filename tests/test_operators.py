@@ -1,0 +1,186 @@
+"""Kronecker algebra as properties: every fast path of a Matrix equals the dense one, for any shape and scale."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from laplace_kf.errors import NonFinite, NotPositiveDefinite, ShapeMismatch
+from laplace_kf.linalg import cholesky, eigh
+from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic, KroneckerBlock, Matrix, Spectral, Sum
+
+DIMENSIONS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
+SCALES = st.floats(1e-3, 1e3)
+
+
+def psd(rng: torch.Generator, groups: int, size: int, rank: int) -> Tensor:
+    root = torch.randn(groups, size, rank, generator=rng, dtype=torch.float64)
+    return root @ root.transpose(-1, -2)
+
+
+def kronecker(shape: tuple[int, int, int], seed: int, definite: bool, one_hot: bool = False) -> KroneckerBlock:
+    rng = torch.Generator().manual_seed(seed)
+    groups, out, inp = shape
+    a = psd(rng, groups, inp, inp + 2 if definite else 1)
+    a = a.diagonal(dim1=-2, dim2=-1).clone() if one_hot else a
+    return KroneckerBlock(a, psd(rng, groups, out, out + 2 if definite else 1), "block", 0.7)
+
+
+def agrees(matrix: Matrix, seed: int) -> None:
+    """Every operation against the dense matrix."""
+    dense = matrix.dense()
+    rng = torch.Generator().manual_seed(seed)
+    v = torch.randn(matrix.size, 3, generator=rng, dtype=torch.float64)
+    scale = dense.abs().max()
+    inverse = torch.linalg.inv(dense)
+    condition = float(torch.linalg.cond(dense))
+    near = {"rtol": 1e-8, "atol": 1e-13 * condition * float(inverse.abs().max()) + 1e-13}
+    torch.testing.assert_close(matrix.matvec(v), dense @ v, rtol=1e-9, atol=1e-10 * float(scale))
+    torch.testing.assert_close(matrix.matvec(v[:, 0]), dense @ v[:, 0], rtol=1e-9, atol=1e-10 * float(scale))
+    torch.testing.assert_close(matrix.diag(), dense.diagonal(), rtol=1e-9, atol=1e-10 * float(scale))
+    torch.testing.assert_close(matrix.solve(v), inverse @ v, **near)
+    torch.testing.assert_close(matrix.quadratic(v), v.T @ inverse @ v, **near)
+    torch.testing.assert_close(matrix.quadratic(v[:, 0]), v[:, 0] @ inverse @ v[:, 0], **near)
+    torch.testing.assert_close(matrix.logdet(), torch.linalg.slogdet(dense)[1], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(matrix.scaled(2.5).dense(), 2.5 * dense, rtol=1e-9, atol=1e-10 * float(scale))
+    if isinstance(matrix, Spectral):
+        coloured = matrix.colour(torch.eye(matrix.size, dtype=torch.float64))  # rows R with Rᵀ R = Λ⁻¹
+        torch.testing.assert_close(coloured.T @ coloured, inverse, **near)
+        torch.testing.assert_close(matrix.energy(v[:, 0]), v[:, 0] @ dense @ v[:, 0], rtol=1e-8, atol=1e-10 * float(scale))
+
+
+@settings(max_examples=60, deadline=None)
+@given(DIMENSIONS, st.integers(0, 10**6), SCALES, SCALES, st.sampled_from(sorted(DAMPINGS)), st.booleans())
+def test_damped_kronecker(
+    shape: tuple[int, int, int], seed: int, n: float, prior: float, damping: str, one_hot: bool
+) -> None:
+    block = kronecker(shape, seed, definite=False, one_hot=one_hot)
+    precision = block.precision(n, torch.tensor(prior, dtype=torch.float64), damping)
+    agrees(precision, seed)
+    exact = n * block.dense() + prior * torch.eye(block.size, dtype=torch.float64)
+    if damping == "exact":
+        torch.testing.assert_close(precision.dense(), exact, rtol=1e-9, atol=1e-9 * float(exact.abs().max()))
+    else:  # methods 9.2: the factored forms always lie above
+        assert torch.linalg.eigvalsh(precision.dense() - exact).min() > -1e-9 * exact.abs().max()
+
+
+@settings(max_examples=60, deadline=None)
+@given(DIMENSIONS, st.integers(0, 10**6), st.booleans(), st.booleans())
+def test_sum_of_two_kronecker_products(shape: tuple[int, int, int], seed: int, swap: bool, one_hot: bool) -> None:
+    """Methods 5.4: exact solve and determinant if one of the two is definite."""
+    first, second = kronecker(shape, seed, definite=False), kronecker(shape, seed + 1, definite=True, one_hot=one_hot)
+    total = second.plus(first) if swap else first.plus(second)
+    assert isinstance(total, Spectral)
+    dense = first.dense() + second.dense()
+    torch.testing.assert_close(total.dense(), dense, rtol=1e-7, atol=1e-8 * float(dense.abs().max()))
+    torch.testing.assert_close(total.logdet(), torch.linalg.slogdet(dense)[1], rtol=1e-6, atol=1e-6)
+    v = torch.randn(total.size, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    torch.testing.assert_close(dense @ total.solve(v), v, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(DIMENSIONS, st.integers(0, 10**6), SCALES)
+def test_prior_that_differs_between_weight_and_bias(shape: tuple[int, int, int], seed: int, ratio: float) -> None:
+    block = kronecker(shape, seed, definite=True)
+    prior = torch.ones(shape, dtype=torch.float64)
+    prior[..., -1] = ratio
+    precision = block.precision(3.0, prior, "exact")
+    expected = 3.0 * block.dense() + torch.diag(prior.reshape(-1))
+    torch.testing.assert_close(precision.dense(), expected, rtol=1e-8, atol=1e-9 * float(expected.abs().max()))
+    torch.testing.assert_close(precision.logdet(), torch.linalg.slogdet(expected)[1], rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 10**6), SCALES)
+def test_diagonal_dense_isotropic(size: int, seed: int, prior: float) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    lam = torch.tensor(prior, dtype=torch.float64)
+    dense = DenseBlock(psd(rng, 1, size, max(1, size - 1))[0], "block")
+    diagonal = DiagonalBlock(torch.rand(1, size, 1, generator=rng, dtype=torch.float64), "block")
+    isotropic = Isotropic(size, lam)
+    eye = torch.eye(size, dtype=torch.float64)
+    for matrix in (dense, diagonal):
+        agrees(matrix.plus(isotropic), seed)
+        agrees(isotropic.plus(matrix), seed)
+        torch.testing.assert_close(matrix.plus(isotropic).dense(), matrix.dense() + prior * eye)
+    agrees(isotropic, seed)
+    agrees(isotropic.plus(isotropic), seed)
+    both = dense.plus(diagonal).plus(isotropic)
+    torch.testing.assert_close(both.dense(), dense.dense() + diagonal.dense() + prior * eye)
+    lazy = Sum((dense, diagonal)).plus(isotropic)
+    torch.testing.assert_close(lazy.dense(), both.dense())
+    agrees(lazy, seed)
+
+
+def test_decompositions_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = kronecker((1, 4, 5), 0, definite=True)
+    calls = []
+    original = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: calls.append(m.shape) or original(m))
+    for n in (1.0, 10.0, 100.0):
+        block.scaled(2.0).precision(n, torch.tensor(0.1, dtype=torch.float64), "exact").logdet()
+    assert calls == [(1, 5, 5), (1, 4, 4)]
+
+
+def test_singular_precision_names_block_and_knob() -> None:
+    block = kronecker((1, 3, 3), 0, definite=False)
+    precision = block.precision(1.0, torch.tensor(0.0, dtype=torch.float64), "exact")
+    for use in (precision.logdet, lambda: precision.solve(torch.ones(9).double()), lambda: precision.sample(1)):
+        with pytest.raises(NotPositiveDefinite, match=r"block.*prior_precision"):
+            use()
+    with pytest.raises(NotPositiveDefinite):
+        Isotropic(3, torch.tensor(0.0)).logdet()
+
+
+def test_indefinite_factor_is_refused_not_clamped() -> None:
+    with pytest.raises(NotPositiveDefinite, match="factor"):
+        eigh(torch.diag(torch.tensor([1.0, -0.5])), "block (input factor A)")
+    with pytest.raises(NonFinite, match="block"):
+        eigh(torch.tensor([[float("nan")]]), "block")
+
+
+def test_cholesky_retries_then_jitters_then_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    nearly = torch.tensor([[1.0, 1.0], [1.0, 1.0 + 1e-9]])  # singular in float32, and in float64 after the cast
+    with pytest.warns(RuntimeWarning, match="jitter"):
+        factor = cholesky(nearly, "block")
+    torch.testing.assert_close(factor @ factor.T, nearly)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        good = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        torch.testing.assert_close(cholesky(good, "block"), torch.linalg.cholesky(good))
+    with pytest.raises(NotPositiveDefinite, match="-1"):
+        cholesky(torch.diag(torch.tensor([1.0, -1.0])), "block")
+
+
+def test_failing_eigensolver_is_retried_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = torch.linalg.eigh
+
+    def fails_in_float32(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("did not converge")
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_in_float32)
+    values, vectors = eigh(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), "block")
+    torch.testing.assert_close(values, torch.tensor([1.0, 3.0]))
+    assert vectors.dtype == torch.float32
+
+    def always_fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", always_fails)
+    with pytest.raises(NotPositiveDefinite, match="converge"):
+        eigh(torch.eye(2), "block")
+
+
+def test_sizes_are_checked() -> None:
+    block = kronecker((1, 2, 3), 0, definite=True)
+    with pytest.raises(ShapeMismatch, match="6"):
+        block.matvec(torch.ones(5, dtype=torch.float64))
+    with pytest.raises(ShapeMismatch):
+        block.plus(Isotropic(5, torch.tensor(1.0, dtype=torch.float64)))
