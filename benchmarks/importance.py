@@ -8,6 +8,7 @@ estimator's, in turn in one process on one thread.
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ def _compare(model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> dict[str, d
         return lk.curvature.estimate(model, "categorical", batches, generator=training.generator(seed), **options)
 
     exact = _factors(estimate(estimator="exact"))
-    cost = ratios(in_turn({name: lambda o=o: estimate(**o) for name, o in ESTIMATORS.items()}, rounds), "exact")
+    jobs = {name: partial(estimate, **options) for name, options in ESTIMATORS.items()}
+    cost = ratios(in_turn(jobs, rounds), "exact")
     out = {}
     for name, options in ESTIMATORS.items():
         draws = [_errors(_factors(estimate(seed, **options)), exact) for seed in range(DRAWS if name != "exact" else 1)]

@@ -7,6 +7,7 @@ entries are keyword arguments of the model. Anything else goes through ``forward
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Any]:
-    """Outputs (a tensor) and targets of one batch, through ``forward`` if there is one."""
+    """Outputs ``(N, ...)`` and targets of one batch, through ``forward`` if there is one."""
     if forward is None:
         return default_forward(model, batch)
     outputs, targets = forward(model, batch)
@@ -112,7 +113,12 @@ class _Slices:
     def __iter__(self) -> Iterator[Any]:
         total = self.batch[1].shape[0]
         for start in range(0, total, BATCH_SIZE):
-            yield map_examples(self.batch, total, lambda t, s=start: t[s : s + BATCH_SIZE])
+            part = slice(start, start + BATCH_SIZE)
+            yield map_examples(self.batch, total, partial(_take, part=part))
+
+
+def _take(tensor: Tensor, part: slice) -> Tensor:
+    return tensor[part]
 
 
 def tensors_of(structure: Any) -> Iterator[Tensor]:
@@ -128,7 +134,7 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``change`` to every tensor whose first axis enumerates the ``count`` examples; keeps the rest."""
+    """Applies ``change`` to every tensor ``(count, ...)``, whose first axis enumerates the examples; keeps the rest."""
     if isinstance(structure, Tensor):
         return change(structure) if structure.dim() and structure.shape[0] == count else structure
     if isinstance(structure, Mapping):

@@ -189,7 +189,7 @@ def _products(
     layout: FlatLayout = flat_layout(named, select(model, parameters))
     if v.shape != (layout.size,):
         raise ShapeMismatch(f"expected v of shape ({layout.size},), got {tuple(v.shape)}")
-    weights = [named[name] for name in layout.names]
+    weights: list[Tensor] = [named[name] for name in layout.names]
     direction = [part[0] for part in layout.split(v[None]).values()]
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import getstate, setstate
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ MEMORY_BYTES = 512 * 2**20  # back-propagated columns of one minibatch that may 
 class StructureRule(Protocol):
     """What the engine needs of a structure (see :class:`laplace_kf.structures.base.Structure`)."""
 
-    name: str
+    name: ClassVar[str]
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes per column of ``count`` examples."""
@@ -70,6 +70,7 @@ class Statistics:
         sums: sums by block name.
         count: number of examples behind the sums (a float once scaled).
         log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
+        terms: number of scalar densities in that sum.
     """
 
     structure: StructureRule
@@ -78,6 +79,7 @@ class Statistics:
     sums: Sums
     count: float
     log_likelihood: Tensor
+    terms: float
 
     @property
     def n_data(self) -> float:
@@ -109,8 +111,15 @@ class Statistics:
                 sums[name] = mine or theirs or ()
             else:
                 sums[name] = tuple(a + b for a, b in zip(mine, theirs, strict=True))
-        likelihood = self.log_likelihood + other.log_likelihood
-        return Statistics(self.structure, self.layout, blocks, sums, self.count + other.count, likelihood)
+        return Statistics(
+            self.structure,
+            self.layout,
+            blocks,
+            sums,
+            self.count + other.count,
+            self.log_likelihood + other.log_likelihood,
+            self.terms + other.terms,
+        )
 
     def scale(self, factor: float) -> Statistics:
         """Sums and counts times ``factor``: the mean does not change.
@@ -121,8 +130,12 @@ class Statistics:
         if not 0 < factor < float("inf"):
             raise ValueError(f"the factor must be positive and finite, got {factor}")
         sums = {name: tuple(part * factor for part in parts) for name, parts in self.sums.items()}
-        return Statistics(
-            self.structure, self.layout, self.blocks, sums, self.count * factor, self.log_likelihood * factor
+        return replace(
+            self,
+            sums=sums,
+            count=self.count * factor,
+            log_likelihood=self.log_likelihood * factor,
+            terms=self.terms * factor,
         )
 
     def mean(self) -> Blockwise:
@@ -161,6 +174,7 @@ class Accumulator:
         self.dtype = dtype
         self.sums: Sums = {}
         self.count = 0
+        self.terms = 0.0
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
 
     def add(self, batch: Any, index: int) -> None:
@@ -189,6 +203,7 @@ class Accumulator:
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
             log_prob = self.likelihood.log_prob(wide, observation.targets)
         self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
+        self.terms += self.likelihood.terms(observation.targets)
         self.count += observation.count
 
     def add_columns(self, signals: Mapping[str, Signals]) -> None:
@@ -200,15 +215,13 @@ class Accumulator:
         if not self.structure.add_output_factor(self.sums, name, factor):
             raise IncompatiblePair(
                 f"estimator {self.estimator.name!r} gives Kronecker output factors, which structure "
-                f"{self.structure.name!r} does not have; use structure=\"kron\", or another estimator"
+                f'{self.structure.name!r} does not have; use structure="kron", or another estimator'
             )
 
     def columns_at_once(self, observation: Observation) -> int:
         """How many columns of a minibatch fit into the memory budget."""
         itemsize = observation.outputs.element_size()
-        each = observation.column_bytes() + self.structure.column_bytes(
-            self.tracer.blocks, observation.count, itemsize
-        )
+        each = observation.column_bytes() + self.structure.column_bytes(self.tracer.blocks, observation.count, itemsize)
         return max(1, MEMORY_BYTES // max(1, each))
 
     def freeze(self) -> Statistics:
@@ -231,7 +244,9 @@ class Accumulator:
                         f"the curvature of block {name!r} is not finite, although all batches and outputs were; the "
                         "weights or activations are too large for this floating-point type"
                     )
-        return Statistics(self.structure, self.tracer.layout, blocks, sums, float(self.count), self.log_likelihood)
+        return Statistics(
+            self.structure, self.tracer.layout, blocks, sums, float(self.count), self.log_likelihood, self.terms
+        )
 
 
 def collect(
@@ -265,7 +280,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
-    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), getstate()
+    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), getstate()  # noqa: NPY002 (the caller's)
     try:
         for module, _ in modes:
             module.training = False
@@ -274,7 +289,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, mode in modes:
             module.training = mode
         torch.set_rng_state(cpu)
-        np.random.set_state(numpy_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
         setstate(python_state)
         for device, state in states:
             with suppress(RuntimeError):

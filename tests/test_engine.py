@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ def net(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:
     layers: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out, dtype=torch.float64), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -133,7 +134,7 @@ class TimeFirst(nn.Module):
         return self.head(torch.tanh(h).sum(1))
 
 
-@pytest.mark.parametrize("n, t", [(3, 3), (4, 2), (2, 4), (1, 3)])
+@pytest.mark.parametrize(("n", "t"), [(3, 3), (4, 2), (2, 4), (1, 3)])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_rows_are_found_wherever_the_examples_lie(structure: str, n: int, t: int) -> None:
     rng = torch.Generator().manual_seed(0)

@@ -51,7 +51,9 @@ def agrees(matrix: Matrix, seed: int) -> None:
     if isinstance(matrix, Spectral):
         coloured = matrix.colour(torch.eye(matrix.size, dtype=torch.float64))  # rows R with Rᵀ R = Λ⁻¹
         torch.testing.assert_close(coloured.T @ coloured, inverse, **near)
-        torch.testing.assert_close(matrix.energy(v[:, 0]), v[:, 0] @ dense @ v[:, 0], rtol=1e-8, atol=1e-10 * float(scale))
+        torch.testing.assert_close(
+            matrix.energy(v[:, 0]), v[:, 0] @ dense @ v[:, 0], rtol=1e-8, atol=1e-10 * float(scale)
+        )
 
 
 @settings(max_examples=60, deadline=None)

@@ -43,9 +43,7 @@ class Estimator(ABC):
     draws: ClassVar[bool] = False
 
     @abstractmethod
-    def measure(
-        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
-    ) -> None:
+    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         """Adds one minibatch's curvature, summed over its examples, to the sink."""
 
 
@@ -61,9 +59,7 @@ class ColumnEstimator(Estimator):
     ) -> Iterator[Tensor]:
         """Columns ``(v, N, ...)`` in chunks of at most ``at_once``."""
 
-    def measure(
-        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
-    ) -> None:
+    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         for chunk in self.columns(observation, likelihood, generator, sink.columns_at_once(observation)):
             sink.add_columns(observation.signals(chunk))
 

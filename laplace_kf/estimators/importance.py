@@ -63,9 +63,7 @@ class Importance(Estimator):
             raise ValueError(f"columns must be positive, got {columns}")
         self.columns = columns
 
-    def measure(
-        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
-    ) -> None:
+    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         outputs = widened(observation.outputs)
         root = likelihood.position_root(outputs, observation.targets)  # (K, N, T, C)
         kinds, count, positions, width = root.shape

@@ -18,9 +18,7 @@ class Recursive(Estimator):
 
     name = "recursive"
 
-    def measure(
-        self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator
-    ) -> None:
+    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         chain = observation.chain or observation.require_chain()
         root = likelihood.position_root(widened(observation.outputs), observation.targets)[:, :, 0]  # (K, N, C)
         rows = root.reshape(-1, root.shape[-1])

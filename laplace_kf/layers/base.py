@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 __all__ = ["RULES", "AffineRule", "BoundCall", "LayerRule", "MatrixRule", "MatrixView", "register", "rule_names"]
@@ -84,7 +83,7 @@ class LayerRule(ABC):
 
     @abstractmethod
     def leading(self, call: BoundCall, output: Tensor) -> int:
-        """Number of leading axes of ``output`` that enumerate rows (examples, positions) rather than features."""
+        """How many leading axes of ``output (d0, d1, ...)`` enumerate rows (examples, positions), not features."""
 
     def refuses(self, call: BoundCall) -> str | None:
         """A reason why this particular call must go through the per-example fallback, or ``None``."""
@@ -102,7 +101,7 @@ class MatrixRule(LayerRule):
 
     @abstractmethod
     def inputs(self, rows: Tensor, call: BoundCall, kernel: Sequence[int]) -> Tensor:
-        """Input rows ``(B, ...)`` to what the weight multiplies, ``(B, T, R, I)``; indices ``(B, T)`` if ``one_hot``."""
+        """Input rows ``(B, ...)`` to what the weight multiplies: ``(B, T, R, I)``, or tokens ``(B, T)`` if one-hot."""
 
     @abstractmethod
     def outputs(self, rows: Tensor, call: BoundCall, groups: int) -> Tensor:
@@ -161,5 +160,3 @@ def functions_of(*candidates: tuple[Any, str]) -> tuple[Callable[..., Any], ...]
         if function is not None and all(function is not f for f in found):
             found.append(function)
     return tuple(found)
-
-

@@ -98,7 +98,8 @@ class ConvTransposeRule(ConvRule):
         padding, extra = as_tuple(call["padding"], dims), as_tuple(call["output_padding"], dims)
         size = rows.shape[2:]
         spread = rows.new_zeros(*rows.shape[:2], *((n - 1) * s + 1 for n, s in zip(size, stride, strict=True)))
-        spread[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = rows
+        strided = (slice(None), slice(None), *(slice(None, None, s) for s in stride))
+        spread[strided] = rows
         pad: list[int] = []
         for axis in reversed(range(dims)):
             reach = dilation[axis] * (kernel[axis] - 1) - padding[axis]

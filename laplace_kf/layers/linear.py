@@ -32,6 +32,4 @@ class LinearRule(MatrixRule):
         return rows[..., None, None, :]
 
 
-LINEAR = register(
-    LinearRule("linear", (F.linear,), ("nn.Linear",), {"input": None, "weight": None, "bias": None})
-)
+LINEAR = register(LinearRule("linear", (F.linear,), ("nn.Linear",), {"input": None, "weight": None, "bias": None}))

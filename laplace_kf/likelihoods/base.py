@@ -536,6 +536,25 @@ class Likelihood(abc.ABC):
 
     # -- naming and saving
 
+    def terms(self, targets: Tensor) -> float:
+        """How many scalar densities make up :meth:`log_prob` of these targets (of any shape), ignored ones left out."""
+        return float(targets.numel() if self.ignore_index is None else int((targets != self.ignore_index).sum()))
+
+    def rescaled(
+        self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float
+    ) -> tuple[float | Tensor, Tensor]:
+        """What a noise parameter that was changed since a fit does to curvature and log likelihood.
+
+        Args:
+            fitted: :meth:`parameters` at the time of the fit.
+            log_likelihood: sum of ``log p`` at that time, 0-dim.
+            terms: sum of :meth:`terms` over the data.
+
+        Returns:
+            The factor on the curvature (1.0 by default) and the log likelihood now, 0-dim.
+        """
+        return 1.0, log_likelihood
+
     def parameters(self) -> dict[str, float]:
         """Numeric parameters of the density that are not network outputs (a noise scale); empty for most."""
         return {}

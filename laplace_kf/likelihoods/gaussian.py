@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -89,3 +89,14 @@ class Gaussian(ElementwiseLikelihood):
 
     def _settings(self) -> dict[str, Any]:
         return {"scale": _as_float(self.scale), "ignore_index": self.ignore_index}
+
+    def rescaled(
+        self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float
+    ) -> tuple[float | Tensor, Tensor]:
+        """As the base class: the curvature goes with ``1/σ²``, the likelihood through the squared error it contains."""
+        before, now = fitted["scale"], torch.as_tensor(self.scale, dtype=log_likelihood.dtype)
+        if not now.requires_grad and float(now) == before:
+            return 1.0, log_likelihood
+        squares = -2 * before**2 * (log_likelihood + terms * (math.log(before) + 0.5 * LOG_2PI))
+        likelihood = -squares / (2 * now.square()) - terms * (now.log() + 0.5 * LOG_2PI)
+        return before**2 / now.square(), likelihood

@@ -176,7 +176,7 @@ class Sum(Matrix):
         flat: list[Matrix] = []
         for term in terms:
             flat.extend(term.terms if isinstance(term, Sum) else (term,))
-        self.terms = tuple(flat)
+        self.terms: tuple[Matrix, ...] = tuple(flat)
         self.label = next((term.label for term in flat if term.label), "")
 
     @property

@@ -143,7 +143,7 @@ class KroneckerBlock(CurvatureBlock):
         inputs: ``A (R, I, I)``, or its diagonal ``(R, I)`` for one-hot inputs.
         outputs: ``G (R, O, O)``.
         label: name of the block, for messages.
-        scale: factor in front.
+        scale: factor in front; where the two factors are damped one by one it belongs to ``G``.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class KroneckerBlock(CurvatureBlock):
     def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         if prior.dim():
             return self._with_unequal_prior(n, prior, damping)
-        return self._spectral(DAMPINGS[damping](self, n * self.scale, prior))
+        return self._spectral(DAMPINGS[damping](self, n, prior))
 
     def _with_unequal_prior(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """A prior that differs between the weight and the bias of a layer is ``I ⊗ diag(λ_i)`` over the inputs."""
@@ -287,7 +287,7 @@ def balance(block: KroneckerBlock) -> Tensor:
     """``ω (R,)`` of methods 5.2, the ratio of mean eigenvalues' square roots; 1 for a dead factor."""
     trace_a = block.inputs.sum(-1) if block.inputs.dim() == 2 else block.inputs.diagonal(dim1=-2, dim2=-1).sum(-1)
     mean_a = trace_a / block.shape[2]
-    mean_g = block.outputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean_g = block.scale * block.outputs.diagonal(dim1=-2, dim2=-1).mean(-1)
     omega = (mean_a / mean_g).sqrt()
     usable = torch.isfinite(omega) & (omega > 0)
     return torch.where(usable, omega.clamp(1e-6, 1e6), torch.ones_like(omega))
@@ -300,14 +300,13 @@ DAMPINGS: Registry[DampingGrid] = Registry("damping")
 @DAMPINGS.register("exact")
 def _exact(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
     """``N s_G s_Aᵀ + λ`` (methods 5.3)."""
-    s_a, s_g = block.input_spectrum()[0], block.output_spectrum()[0]
-    return n * s_g[:, :, None] * s_a[:, None, :] + prior
+    return n * block.spectrum() + prior
 
 
 def _factored_grid(block: KroneckerBlock, n: float | Tensor, prior: Tensor, omega: Tensor) -> Tensor:
     root_n = torch.as_tensor(n, dtype=prior.dtype, device=prior.device).sqrt()
     root_prior = prior.sqrt()
-    s_a, s_g = block.input_spectrum()[0], block.output_spectrum()[0]
+    s_a, s_g = block.input_spectrum()[0], block.scale * block.output_spectrum()[0]
     a = root_n * s_a + omega[:, None] * root_prior
     g = root_n * s_g + root_prior / omega[:, None]
     return g[:, :, None] * a[:, None, :]

@@ -6,11 +6,9 @@ negative log-likelihood at the trained weights ``θ*`` (methods 9.1).
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
+from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive, prior_tensors
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Objective, TuningResult, tune
 from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
@@ -37,8 +36,6 @@ __all__ = ["LaplacePosterior"]
 METHODS = ("mc", "map")
 SPACES = ("auto", "weights", "activations")
 
-PriorPrecision = float | Tensor | Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class _Fitted:
@@ -47,6 +44,12 @@ class _Fitted:
     statistics: Statistics
     curvature: Blockwise
     mean: Tensor
+    noise: dict[str, float]
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor in the type and on the device of the curvature."""
+        return next(iter(self.statistics.sums.values()))[0]
 
 
 class LaplacePosterior:
@@ -104,7 +107,7 @@ class LaplacePosterior:
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
         self._cache: dict[tuple[Any, ...], Blockwise] = {}
-        self.prior_precision = prior_precision  # type: ignore[assignment]
+        self.prior_precision = prior_precision
 
     def __repr__(self) -> str:
         state = "not fitted" if self._state is None else f"n_data={self.n_data:g}, P={self._state.mean.shape[0]}"
@@ -144,14 +147,12 @@ class LaplacePosterior:
         if passes < 1 or int(passes) != passes:
             raise ValueError(f"passes must be a positive integer, got {passes}")
         if n_data is not None:
-            n_data = _positive("n_data", n_data)
+            n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
         batches = as_batches(train_loader)
         with preserved(self.model):
             tracer = Tracer(self.model, self.forward, self.parameters)
-            accumulator = Accumulator(
-                tracer, self.likelihood, self.estimator, self.structure, generator, self.dtype
-            )
+            accumulator = Accumulator(tracer, self.likelihood, self.estimator, self.structure, generator, self.dtype)
             index = 0
             for number in range(passes):
                 seen = accumulator.count
@@ -167,11 +168,11 @@ class LaplacePosterior:
             statistics = statistics.scale(1 / passes)
         named = dict(self.model.named_parameters())
         mean = torch.cat([named[name].detach().reshape(-1) for name in statistics.layout.names]).clone()
-        self._accept(_Fitted(statistics, statistics.mean(), mean), n_data)
+        self._accept(_Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters()), n_data)
         return self
 
     def _accept(self, state: _Fitted, n_data: float | None) -> None:
-        self._prior_by_name(state.statistics.layout)  # a prior given by patterns has to cover every parameter
+        by_parameter(self._prior, state.statistics.layout)  # has to cover every parameter
         self._state = state
         self._n_data = float(n_data) if n_data is not None else state.statistics.count
         self._cache = {}
@@ -193,7 +194,7 @@ class LaplacePosterior:
     @n_data.setter
     def n_data(self, value: float) -> None:
         self._fitted("n_data")
-        self._n_data = _positive("n_data", value)
+        self._n_data = positive("n_data", value)
 
     @property
     def counted_data(self) -> float:
@@ -207,43 +208,10 @@ class LaplacePosterior:
 
     @prior_precision.setter
     def prior_precision(self, value: PriorPrecision) -> None:
-        if isinstance(value, Mapping):
-            if not value:
-                raise ValueError("prior_precision is an empty mapping; give {name pattern: number} for all parameters")
-            checked: PriorPrecision = {pattern: _prior_value(entry) for pattern, entry in value.items()}
-        elif isinstance(value, Tensor):
-            if value.dim():
-                raise ShapeMismatch(f"prior_precision must be a number or 0-dim, got shape {tuple(value.shape)}")
-            _prior_value(float(value.detach()))
-            checked = value
-        else:
-            checked = _prior_value(value)
-        previous = self._prior
+        checked = checked_prior(value)
+        if self._state is not None:
+            by_parameter(checked, self._state.statistics.layout)  # has to cover every parameter
         self._prior = checked
-        try:
-            if self._state is not None:
-                self._prior_by_name(self._state.statistics.layout)
-        except BaseException:
-            self._prior = previous
-            raise
-
-    def _prior_by_name(self, layout: FlatLayout) -> dict[str, float] | None:
-        """The prior of every parameter if it was given by patterns, else ``None``."""
-        if not isinstance(self._prior, Mapping):
-            return None
-        found: dict[str, float] = {}
-        for pattern, value in self._prior.items():
-            hits = [name for name in layout.names if fnmatchcase(name, pattern)]
-            if not hits:
-                raise UnknownName("pattern in prior_precision", pattern, layout.names)
-            for name in hits:
-                found.setdefault(name, value)
-        missing = [name for name in layout.names if name not in found]
-        if missing:
-            raise ValueError(
-                f"prior_precision gives no value for {', '.join(missing)}; add a pattern (such as '*': 1.0, last)"
-            )
-        return found
 
     # -- the Gaussian --------------------------------------------------------------------------------------------------
 
@@ -261,8 +229,7 @@ class LaplacePosterior:
     @property
     def precision(self) -> Blockwise:
         """The precision ``Λ = N C̄ + λ I`` as a Matrix of size ``P`` (flat order)."""
-        prior = self._prior if isinstance(self._prior, (Tensor, Mapping)) else float(self._prior)
-        return self.precision_at(self.n_data, prior)
+        return self.precision_at(self.n_data, self._prior)
 
     def precision_at(self, n_data: float, prior_precision: PriorPrecision | None = None) -> Blockwise:
         """The precision at another ``N`` and λ (a Matrix of size ``P``); the posterior keeps its own.
@@ -272,22 +239,26 @@ class LaplacePosterior:
         """
         state = self._fitted("precision")
         prior = self._prior if prior_precision is None else prior_precision
-        reusable = isinstance(prior, (int, float)) or (isinstance(prior, Mapping) and prior is self._prior)
-        key = (n_data, prior if isinstance(prior, (int, float)) else tuple(prior.items())) if reusable else None  # type: ignore[union-attr]
+        factor, _ = self._rescaled()
+        reusable = not isinstance(factor, Tensor) and not isinstance(prior, Tensor)
+        key = (n_data, factor, tuple(prior.items()) if isinstance(prior, Mapping) else prior) if reusable else None
         if key is not None and key in self._cache:
             return self._cache[key]
-        like = next(iter(state.statistics.sums.values()))[0]
-
-        def tensor(value: float | Tensor) -> Tensor:
-            return value.to(like) if isinstance(value, Tensor) else like.new_tensor(float(value))
-
-        by_name = self._prior_by_name(state.statistics.layout) if isinstance(prior, Mapping) else None
-        given: Tensor | dict[str, Tensor]
-        given = {n: tensor(v) for n, v in by_name.items()} if by_name is not None else tensor(prior)  # type: ignore[arg-type]
-        precision = state.curvature.precision(n_data, given, self.damping)
+        given = prior_tensors(prior, state.statistics.layout, state.like)
+        curvature = state.curvature if isinstance(factor, float) and factor == 1.0 else state.curvature.scaled(factor)
+        precision = curvature.precision(n_data, given, self.damping)
         if key is not None:
             self._cache = {key: precision}  # one entry: a grid search must not fill the memory
         return precision
+
+    def _rescaled(self) -> tuple[float | Tensor, Tensor]:
+        """Factor on the curvature and log likelihood, if the likelihood's noise was changed since the fit."""
+        state = self._fitted("precision")
+        statistics = state.statistics
+        factor, fit = self.likelihood.rescaled(state.noise, statistics.log_likelihood, statistics.terms)
+        if isinstance(factor, Tensor):
+            factor = factor.to(state.like) if factor.requires_grad else float(factor)
+        return factor, fit
 
     @property
     def gaussian(self) -> Gaussian:
@@ -313,16 +284,15 @@ class LaplacePosterior:
         ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I``; differentiable in a tensor λ. The data
         term is scaled by N over the number of examples seen.
         """
-        prior = self._prior if isinstance(self._prior, (Tensor, Mapping)) else float(self._prior)
-        return self.log_evidence_at(self.n_data, prior)
+        return self.log_evidence_at(self.n_data, self._prior)
 
     def log_evidence_at(self, n_data: float, prior_precision: PriorPrecision) -> Tensor:
         """:meth:`log_evidence` at another ``N`` and λ, 0-dim."""
         state = self._fitted("log_evidence")
         layout = state.statistics.layout
-        by_name = self._prior_by_name(layout) if isinstance(prior_precision, Mapping) else None
+        by_name = by_parameter(prior_precision, layout)
         mean = layout.split(state.mean[None].double())
-        fit = state.statistics.log_likelihood * (n_data / state.statistics.count)
+        fit = self._rescaled()[1] * (n_data / state.statistics.count)
         logdet = self.precision_at(n_data, prior_precision).logdet().double().cpu()
         total = fit - logdet / 2
         for name, size in zip(layout.names, layout.sizes, strict=True):
@@ -336,8 +306,7 @@ class LaplacePosterior:
         state = self._fitted("penalty")
         named = dict(self.model.named_parameters())
         current = torch.cat([named[name].reshape(-1) for name in state.statistics.layout.names])
-        like = next(iter(state.statistics.sums.values()))[0]
-        return self.precision.energy((current - state.mean).to(like.dtype)) / 2
+        return self.precision.energy((current - state.mean).to(state.like.dtype)) / 2
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
@@ -380,12 +349,11 @@ class LaplacePosterior:
         mean = self.mean
         if method == "map":
             inputs = to_device(x, next(iter(mean.values())).device)
-            outputs = outputs_at(self.model, self.forward, mean, inputs)[None]
+            with preserved(self.model):
+                outputs = outputs_at(self.model, self.forward, mean, inputs)[None]
             check_finite(outputs, 0, "the model's output")
         else:
-            outputs = sampled_outputs(
-                self.model, self.forward, mean, self.precision, draw_seeds(samples, generator), x
-            )
+            outputs = sampled_outputs(self.model, self.forward, mean, self.precision, draw_seeds(samples, generator), x)
         return self.likelihood.predict(outputs, keep_samples=keep_samples)
 
     def tune(
@@ -423,22 +391,14 @@ class LaplacePosterior:
             UnknownName: for an unknown objective.
         """
         self._fitted("tune")
-        return tune(
-            self, val, objective, method, n_data, prior_precision, samples, generator, extend, progress
-        )
+        return tune(self, val, objective, method, n_data, prior_precision, samples, generator, extend, progress)
 
-    # -- looking at it, keeping it ---------------------------------------------------------------------------------------
+        """One row per block: shape, structure, condition numbers, effective parameters. Prints as a table."""
 
     def summary(self) -> Summary:
-        """One row per block: shape, structure, condition numbers, effective number of parameters; prints as a table."""
+        """One row per block (shape, structure, condition numbers, effective parameters); prints as a table."""
         state = self._fitted("summary")
-        like = next(iter(state.statistics.sums.values()))[0]
-        by_name = self._prior_by_name(state.statistics.layout)
-        prior: Tensor | dict[str, Tensor]
-        if by_name is not None:
-            prior = {name: like.new_tensor(value) for name, value in by_name.items()}
-        else:
-            prior = torch.as_tensor(self._prior).detach().to(like)
+        prior = prior_tensors(self._prior, state.statistics.layout, state.like)
         note = "" if self.estimator.is_ggn else " (empirical Fisher: not the Gauss-Newton matrix)"
         title = (
             f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}, estimator "
@@ -465,6 +425,8 @@ class LaplacePosterior:
             "prior_precision": float(prior.detach()) if isinstance(prior, Tensor) else prior,
             "n_data": self._n_data,
             "count": statistics.count,
+            "terms": statistics.terms,
+            "noise": state.noise,
             "names": list(statistics.layout.names),
             "shapes": [list(shape) for shape in statistics.layout.shapes],
             "blocks": [block.to_json() for block in statistics.blocks.values()],
@@ -521,21 +483,14 @@ class LaplacePosterior:
             for name, count in header["parts"].items()
         }
         statistics = Statistics(
-            posterior.structure, layout, blocks, sums, float(header["count"]), tensors["log_likelihood"]
+            posterior.structure,
+            layout,
+            blocks,
+            sums,
+            float(header["count"]),
+            tensors["log_likelihood"],
+            float(header["terms"]),
         )
-        posterior._accept(_Fitted(statistics, statistics.mean(), tensors["mean"].to(device)), header["n_data"])
+        mean = tensors["mean"].to(device)
+        posterior._accept(_Fitted(statistics, statistics.mean(), mean, header["noise"]), header["n_data"])
         return posterior
-
-
-def _positive(what: str, value: float) -> float:
-    number = float(value)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{what} must be positive and finite, got {value}")
-    return number
-
-
-def _prior_value(value: float) -> float:
-    number = float(value)
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"prior_precision must be finite and not negative, got {value}")
-    return number

@@ -23,7 +23,7 @@ class BlockRow:
         parameters: parameter names.
         shape: canonical shape ``(R, O, I)``.
         structure: what its curvature is kept as.
-        condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of the block.
+        condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
         size: number of parameters.
     """
@@ -87,9 +87,11 @@ def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[st
     effective = float((grid / total.where(total > 0, 1.0)).sum())
     if isinstance(matrix, KroneckerBlock):
         kind = "kron" if block.shape[0] == 1 else f"kron ({block.shape[0]} groups)"
-        condition = (_condition(matrix.input_spectrum()[0]), _condition(matrix.output_spectrum()[0]))
+        condition: tuple[float, ...] = tuple(
+            _condition(values) for values, _ in (matrix.input_spectrum(), matrix.output_spectrum())
+        )
     else:
-        kind = {DiagonalBlock: "diag", DenseBlock: "full"}[type(matrix)]  # type: ignore[index]
+        kind = {DiagonalBlock: "diag", DenseBlock: "full"}.get(type(matrix), type(matrix).__name__)
         condition = (_condition(grid),)
     return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size)
 

@@ -127,16 +127,14 @@ def tune(
                 axis.insert(0, axis[0] ** 2 / axis[1])
             elif len(axis) > 1 and value == axis[-1]:
                 axis.append(axis[-1] ** 2 / axis[-2])
-    rows = [
-        {"n_data": n, "prior_precision": p, "objective": table[n, p]} for n in counts for p in priors
-    ]
+    rows = [{"n_data": n, "prior_precision": p, "objective": table[n, p]} for n in counts for p in priors]
     chosen = {"n_data": best[0], "prior_precision": best[1], "objective": table[best]}
     posterior.n_data, posterior.prior_precision = best
     if beyond:
         warnings.warn(
             f"the best {name} lies on the edge of the grid (n_data={best[0]:.4g} in [{counts[0]:.4g}, "
-            f"{counts[-1]:.4g}], prior_precision={best[1]:.4g} in [{priors[0]:.4g}, {priors[-1]:.4g}]); widen the grid, "
-            "or pass extend=k to extend it up to k times",
+            f"{counts[-1]:.4g}], prior_precision={best[1]:.4g} in [{priors[0]:.4g}, {priors[-1]:.4g}]); widen the "
+            "grid, or pass extend=k to extend it up to k times",
             stacklevel=3,
         )
     return TuningResult(rows, chosen, bool(beyond), name)
@@ -198,22 +196,21 @@ def _validation(
         groups: dict[float, list[tuple[float, float]]] = {}
         for n, p in points:
             groups.setdefault(float(f"{p / n:.9e}"), []).append((n, p))
-        bar = tqdm(total=len(points), desc="tune", disable=not progress)
-        for members in groups.values():
-            base = members[0][0]
-            precision = posterior.precision_at(*members[0])
-            drawn: dict[tuple[float, float], list[list[Tensor]]] = {m: [[] for _ in batches] for m in members}
-            for seed in seeds if method == "mc" else [0]:
-                noise = weight_noise(precision, seed) if method == "mc" else {}
-                for n, p in members:
-                    weights = shifted(posterior.mean, noise, math.sqrt(base / n))
-                    for k, (batch, _) in enumerate(batches):
-                        with torch.no_grad():
-                            drawn[n, p][k].append(outputs_at(model, forward, weights, inputs_of(batch)))
-            for point in members:
-                found[point] = mean_score([torch.stack(parts) for parts in drawn[point]])
-                bar.update()
-        bar.close()
+        with preserved(model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
+            for members in groups.values():
+                base = members[0][0]
+                precision = posterior.precision_at(*members[0])
+                drawn: dict[tuple[float, float], list[list[Tensor]]] = {m: [[] for _ in batches] for m in members}
+                for seed in seeds if method == "mc" else [0]:
+                    noise = weight_noise(precision, seed) if method == "mc" else {}
+                    for n, p in members:
+                        weights = shifted(posterior.mean, noise, math.sqrt(base / n))
+                        for k, (batch, _) in enumerate(batches):
+                            with torch.no_grad():
+                                drawn[n, p][k].append(outputs_at(model, forward, weights, inputs_of(batch)))
+                for point in members:
+                    found[point] = mean_score([torch.stack(parts) for parts in drawn[point]])
+                    bar.update()
         return found
 
     return measure

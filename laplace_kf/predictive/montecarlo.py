@@ -30,28 +30,27 @@ class _Caller(nn.Module):
         return model_outputs(self.model, inputs)
 
 
-def outputs_at(
-    model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any
-) -> Tensor:
-    """Network outputs ``(N, ...)`` in eval mode with some parameters replaced; the model itself is not touched.
+def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any) -> Tensor:
+    """Network outputs ``(N, ...)`` with some parameters replaced; the model itself is not touched.
 
     Args:
-        model: the module.
+        model: the module, in the mode it is to run in (see :func:`laplace_kf.engine.preserved`).
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
         weights: replacements by parameter name, ``None`` for the model's own.
         inputs: what the model takes: a tensor, a tuple, or a mapping of keyword arguments.
 
     Raises:
-        NonFinite: if the inputs have NaN or infinite entries.
         ShapeMismatch: if the outputs have no example and output axes.
     """
     caller = _Caller(model, forward)
     track = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(inputs))
-    with preserved(model), torch.set_grad_enabled(track):
+    with torch.set_grad_enabled(track):
         replaced = {f"model.{name}": value for name, value in (weights or {}).items()}
         outputs: Tensor = torch.func.functional_call(caller, replaced, (inputs,))
     if outputs.dim() < 2:
-        raise ShapeMismatch(f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}")
+        raise ShapeMismatch(
+            f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"
+        )
     return outputs
 
 
@@ -92,9 +91,9 @@ def sampled_outputs(
         NonFinite: if outputs are not finite; says which knob to turn.
     """
     inputs = to_device(inputs, next(iter(mean.values())).device)
-    drawn = torch.stack(
-        [outputs_at(model, forward, shifted(mean, weight_noise(precision, seed)), inputs) for seed in seeds]
-    )
+    with preserved(model):
+        draws = (shifted(mean, weight_noise(precision, seed)) for seed in seeds)
+        drawn = torch.stack([outputs_at(model, forward, weights, inputs) for weights in draws])
     if not torch.isfinite(drawn.detach()).all():
         raise NonFinite("outputs at sampled weights have NaN or infinite entries; increase prior_precision or n_data")
     return drawn

@@ -103,7 +103,9 @@ class Chain:
             return Link(weight=weight.detach(), call=step.call)
         if step.before is not None and step.output.dim() == 2:
             return Link(slope=step.before)
-        rows_kept = step.source is not None and step.output.dim() == 2 and step.source.shape[:1] == step.output.shape[:1]
+        rows_kept = (
+            step.source is not None and step.output.dim() == 2 and step.source.shape[:1] == step.output.shape[:1]
+        )
         if step.function in RESHAPE and rows_kept:
             return None
         name = getattr(step.function, "__name__", str(step.function))

@@ -12,6 +12,7 @@ diagonal only (:func:`add_gram`); :func:`symmetrised` completes them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -119,18 +120,18 @@ class OuterSignals(Signals):
         for gradients in self._gradient_chunks(total.dtype):
             total += gradients.square().sum((0, 1))
 
-    def _gradient_chunks(self, dtype: torch.dtype) -> list[Tensor]:
+    def _gradient_chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """Per-example gradients ``(V, n, R, O, I)`` for runs of examples, lazily, within the working memory."""
         per_example = self.g.shape[0] * self.block.size * torch.finfo(dtype).bits // 8
         step = max(1, WORKING_BYTES // max(1, per_example))
 
-        def chunks():  # type: ignore[no-untyped-def]
+        def chunks() -> Iterator[Tensor]:
             for start in range(0, self.g.shape[1], step):
                 part = slice(start, start + step)
                 a = self.a[part] if self.example is None else self.a[self.example[part]]
                 yield self._gradients(a.to(dtype), self.g[:, part].to(dtype))
 
-        return chunks()  # type: ignore[no-any-return]
+        return chunks()
 
     def _gradients(self, a: Tensor, g: Tensor) -> Tensor:
         # (V, n, R, O, T) @ (n, R, T, I)

@@ -150,20 +150,19 @@ class Tape(TorchFunctionMode):
         version: int,
     ) -> Call | None:
         names: dict[str, str] = {}
+        reason: str | None = None
         if rule is not None and bound is not None:
             reason = rule.refuses(bound)
             if reason is None:
                 names = {r: used[id(bound.values.get(r))] for r in rule.roles if id(bound.values.get(r)) in used}
             others = set(used.values()) - set(names.values())
         else:
-            reason, others = None, set(used.values())
+            others = set(used.values())
         for name in others:
-            self.opaque.setdefault(name, reason or getattr(func, "__name__", str(func)))
+            self.opaque.setdefault(name, reason if reason is not None else str(getattr(func, "__name__", func)))
         if not names or rule is None or bound is None:
             return None
-        call = Call(
-            rule, bound, names, get_gradient_edge(output), output.shape, rule.leading(bound, output), version
-        )
+        call = Call(rule, bound, names, get_gradient_edge(output), output.shape, rule.leading(bound, output), version)
         self.calls.append(call)
         return call
 

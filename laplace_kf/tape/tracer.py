@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_tensor, map_examples, run, tensors_of, to_device
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
-from laplace_kf.layers.base import AffineRule, BoundCall, MatrixRule, MatrixView, flatten_rows
+from laplace_kf.layers.base import AffineRule, MatrixRule, MatrixView, flatten_rows
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout
 from laplace_kf.tape.chain import Chain, derivative
 from laplace_kf.tape.select import owner, select
@@ -318,7 +318,7 @@ class Tracer:
             def outputs(parameters: dict[str, Tensor]) -> Tensor:
                 return torch.func.functional_call(wrapper, parameters, (example,))[0]
 
-            _, pull = torch.func.vjp(outputs, prefixed)
+            pull = torch.func.vjp(outputs, prefixed)[1]
             (grads,) = torch.func.vmap(pull)(column)
             parts = [grads[f"model.{name}"] for name in names]
             for part, name in zip(parts, names, strict=True):
@@ -446,8 +446,7 @@ class Observation:
             return []
         edges = [call.edge for call in self.calls]
         rows = [
-            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True)
-            for column in columns
+            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True) for column in columns
         ]
         stacked = []
         for k, call in enumerate(self.calls):

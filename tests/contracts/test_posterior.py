@@ -885,7 +885,7 @@ def test_tune_reports_the_edge() -> None:
         result = posterior.tune(val, prior_precision=grid, generator=rng(3), **options)
     assert not result.at_edge
     inner = grid.index(float(result.best["prior_precision"]))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="edge"):
         result = posterior.tune(val, prior_precision=grid[inner + 1 :], generator=rng(3), **options)
     assert result.at_edge
     assert float(result.best["prior_precision"]) == grid[inner + 1]
@@ -1105,9 +1105,12 @@ def test_outputs_of_one_dimension() -> None:
     ids=lambda v: next(iter(v)) + "-" + str(next(iter(v.values()))) if isinstance(v, dict) else v,
 )
 def test_unknown_names(options: dict[str, Any], shown: str) -> None:
-    with pytest.raises(ANY) as caught:
+    def build_and_fit() -> None:
         posterior, x, y = _mlp_posterior(**options)
         posterior.fit([(x, y)])
+
+    with pytest.raises(ANY) as caught:
+        build_and_fit()
     assert shown in str(caught.value)
     if next(iter(options)) in {"structure", "estimator", "damping"}:
         assert isinstance(caught.value, lk.errors.UnknownName)
@@ -1141,9 +1144,12 @@ def test_everything_frozen() -> None:
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_bad_hyperparameters(value: float) -> None:
-    with pytest.raises(ANY):
+    def build_and_fit() -> None:
         posterior, x, y = _mlp_posterior(prior_precision=value)
         posterior.fit([(x, y)]).precision.logdet()
+
+    with pytest.raises(ANY):
+        build_and_fit()
     posterior, x, y = _mlp_posterior()
     posterior.fit([(x, y)])
     dense = posterior.precision.dense()
@@ -1158,9 +1164,13 @@ def test_singular_without_a_prior(structure: str) -> None:
     """λ = 0 with a dead unit: a typed error that says what to do."""
     posterior, x, y = _mlp_posterior(structure=structure)
     posterior.fit([(x[:1] * 0, y[:1])])
-    with pytest.raises((lk.errors.NotPositiveDefinite, ValueError)):
+
+    def solve() -> None:
         posterior.prior_precision = 0.0
         posterior.precision.solve(torch.ones(31, dtype=torch.float64))
+
+    with pytest.raises((lk.errors.NotPositiveDefinite, ValueError)):
+        solve()
 
 
 def test_a_failing_fit_leaves_the_posterior() -> None:
@@ -1209,7 +1219,7 @@ def test_a_failing_tune_leaves_the_hyperparameters() -> None:
 def test_a_failing_save_leaves_the_file(tmp_path: Path) -> None:
     posterior, x, y = _mlp_posterior()
     posterior.fit([(x, y)])
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no such folder"):
         posterior.save(tmp_path / "no such folder" / "p.safetensors")
     assert not list(tmp_path.iterdir())
 
