@@ -54,7 +54,8 @@ class Config:
         threads: processor threads, 0 for torch's default.
         hidden: width of the two hidden layers.
         epochs: passes over the training images.
-        batch: examples per minibatch, in training and in curvature passes.
+        batch: examples per minibatch of training.
+        curvature_batch: examples per minibatch of curvature passes.
         lr: step size of SGD with momentum.
         momentum: its momentum.
         schedule: of the step size; a cosine to zero lets a few epochs come close to where many constant ones end.
@@ -83,8 +84,9 @@ class Config:
     device: str = "cpu"
     threads: int = 0
     hidden: int = 1024
-    epochs: int = 12
+    epochs: int = 15
     batch: int = 100
+    curvature_batch: int = 500
     lr: float = 5e-2
     momentum: float = 0.9
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -108,7 +110,17 @@ class Config:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "hidden", "epochs", "batch", "passes", "samples", "tune_samples", "tune_size"):
+        for name in (
+            "repeats",
+            "hidden",
+            "epochs",
+            "batch",
+            "curvature_batch",
+            "passes",
+            "samples",
+            "tune_samples",
+            "tune_size",
+        ):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "prior_precision", "mean_field_sigma"):
             _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
@@ -179,7 +191,7 @@ def _fit_network(config: Config, images: Images, seed: int, model: nn.Sequential
     """Train ``model`` on freshly binarised images; a mean-field network on the variational bound, others with L2."""
     device = torch.device(config.device)
     n_data = len(images.train[0])
-    batches = _binary_batches(config, images, seed)
+    batches = _binary_batches(config.batch, images, seed)
     bayesian = any(isinstance(module, variational.MeanFieldLinear) for module in model)
     decay = 0.0 if bayesian else config.prior_precision / n_data
     model = model.to(device)
@@ -194,9 +206,9 @@ def _fit_network(config: Config, images: Images, seed: int, model: nn.Sequential
     return model
 
 
-def _binary_batches(config: Config, images: Images, seed: int) -> training.Batches:
-    rng = training.generator(seed, config.device)
-    return training.Batches(*images.train, config.batch, rng, transform=training.binarise)
+def _binary_batches(size: int, images: Images, seed: int) -> training.Batches:
+    rng = training.generator(seed, images.train[0].device)
+    return training.Batches(*images.train, size, rng, transform=training.binarise)
 
 
 def _repetition(config: Config, seed: int) -> Outcome:
@@ -227,7 +239,7 @@ def _repetition(config: Config, seed: int) -> Outcome:
             model, "categorical", structure=structure, estimator="exact", damping=config.damping,
             prior_precision=config.prior_precision,
         )  # fmt: skip
-        batches = _binary_batches(config, images, seed)
+        batches = _binary_batches(config.curvature_batch, images, seed)
         with stage(f"{name}: curvature"):
             posterior.fit(batches, passes=config.passes, n_data=n_data, generator=rng)
         settings[f"{name}, untuned"] = {"n_data": float(n_data), "prior_precision": config.prior_precision}

@@ -19,8 +19,9 @@ __all__ = ["MeanFieldLinear", "kl", "mean_field_mlp", "predict"]
 class MeanFieldLinear(nn.Module):
     """A linear layer with an independent Gaussian over every weight and bias.
 
-    Noise is drawn on the pre-activations, whose distribution given the inputs is Gaussian with mean ``M a + m`` and
-    variance ``Σ_w a² + Σ_b`` (the local reparameterisation): one draw per example instead of one per batch.
+    In training, noise is drawn on the pre-activations, whose distribution given the inputs is Gaussian with mean
+    ``M a + m`` and variance ``Σ_w a² + Σ_b`` (the local reparameterisation): one draw per example instead of one per
+    batch. In eval mode every call draws one set of weights for all its inputs.
 
     Args:
         layer: gives the initial means.
@@ -38,12 +39,17 @@ class MeanFieldLinear(nn.Module):
         self.rng = rng
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``(N, I) -> (N, O)``, a fresh draw at every call, in training and in eval mode."""
+        """``(N, I) -> (N, O)``, with a fresh draw at every call."""
         weight_sd, bias_sd = (nn.functional.softplus(rho) for rho in (self.weight_rho, self.bias_rho))
+        if not self.training:
+            weight, bias = self.weight + weight_sd * self._noise(weight_sd), self.bias + bias_sd * self._noise(bias_sd)
+            return nn.functional.linear(inputs, weight, bias)
         mean = nn.functional.linear(inputs, self.weight, self.bias)
         variance = nn.functional.linear(inputs.square(), weight_sd.square(), bias_sd.square())
-        noise = torch.empty_like(mean).normal_(generator=self.rng)
-        return mean + noise * variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt()
+        return mean + variance.clamp_min(torch.finfo(variance.dtype).tiny).sqrt() * self._noise(mean)
+
+    def _noise(self, like: Tensor) -> Tensor:
+        return torch.empty_like(like).normal_(generator=self.rng)
 
 
 def mean_field_mlp(
@@ -68,5 +74,5 @@ def kl(model: nn.Module, prior_precision: float) -> Tensor:
 @torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, samples: int, *, size: int = 5000) -> Tensor:
     """Class probabilities ``(N, C)`` averaged over ``samples`` draws."""
-    parts = [torch.stack([model(part).softmax(-1) for _ in range(samples)]).mean(0) for part in inputs.split(size)]
+    parts = [sum(model(part).softmax(-1) for _ in range(samples)) / samples for part in inputs.split(size)]
     return torch.cat(parts)

@@ -134,7 +134,7 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``change`` to every tensor ``(count, ...)``, whose first axis enumerates the examples; keeps the rest."""
+    """Applies ``change`` to every tensor of shape ``(count, ...)`` and keeps the rest."""
     if isinstance(structure, Tensor):
         return change(structure) if structure.dim() and structure.shape[0] == count else structure
     if isinstance(structure, Mapping):

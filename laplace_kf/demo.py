@@ -77,6 +77,8 @@ def mc_dropout(
 ) -> Tensor:
     """Class probabilities averaged over random dropout masks (methods 10.4).
 
+    A sample is one thinned network: its mask is the same for all inputs of a forward pass, as a weight draw is. (Every
+    input's average has the distribution that masks of its own would give it, for a fraction of the random numbers.)
     The model runs in eval mode, so BatchNorm and the like stay put; only the ``nn.Dropout`` modules drop, with masks
     from ``generator``. Modes and the global generator are left as they were.
 
@@ -93,7 +95,7 @@ def mc_dropout(
 
     def drop(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
         keep = 1.0 - float(module.p)  # type: ignore[arg-type]
-        mask = torch.empty_like(output).bernoulli_(keep, generator=generator)
+        mask = torch.empty_like(output[:1]).bernoulli_(keep, generator=generator)
         return output * mask / keep if keep else torch.zeros_like(output)
 
     modes = {module: module.training for module in model.modules()}

@@ -41,7 +41,7 @@ class StructureRule(Protocol):
         """Bytes per column of ``count`` examples."""
 
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
-        """Makes zero sums for new blocks."""
+        """Makes zero sums for new blocks, in the type and on the device of ``like`` (any shape)."""
 
     def add_inputs(self, sums: Sums, signals: Mapping[str, OuterSignals | LookupSignals]) -> None:
         """Takes in inputs."""
@@ -50,7 +50,7 @@ class StructureRule(Protocol):
         """Takes in columns."""
 
     def add_output_factor(self, sums: Sums, name: str, factor: Tensor) -> bool:
-        """Takes in an output factor."""
+        """Takes in an output factor ``(O, O)``."""
 
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         """The sums as they are kept."""

@@ -61,7 +61,7 @@ def cholesky(matrix: Tensor, block: str) -> Tensor:
 
 
 def require_positive(values: Tensor, block: str) -> None:
-    """Raises :class:`NotPositiveDefinite` unless every eigenvalue is finite and positive."""
+    """Raises :class:`NotPositiveDefinite` unless all eigenvalues (of any shape) are finite and positive."""
     smallest = float(values.detach().min()) if values.numel() else 1.0
     if not smallest > 0 or not bool(torch.isfinite(values.detach()).all()):
         raise NotPositiveDefinite(block, smallest, KNOB)

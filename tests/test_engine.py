@@ -169,7 +169,7 @@ def test_a_row_shared_by_all_examples_goes_through_per_example_gradients(n: int)
     single = [lk.curvature.estimate(model, "categorical", (x[i : i + 1], y[i : i + 1]), "diag") for i in range(n)]
     mean = torch.stack([s.mean().diag() for s in single]).mean(0)
     torch.testing.assert_close(stats.mean().diag(), mean, rtol=1e-10, atol=1e-14)
-    assert stats.blocks["table"].form == "vector"
+    assert not stats.blocks["table"].factorises
 
 
 class BatchMean(nn.Module):

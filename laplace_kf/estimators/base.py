@@ -23,7 +23,7 @@ class Sink(Protocol):
         """Takes in the signals of some columns."""
 
     def add_output_factor(self, name: str, factor: Tensor) -> None:
-        """Takes in an output factor of a block."""
+        """Takes in an output factor ``(O, O)`` of a block."""
 
     def columns_at_once(self, observation: Observation) -> int:
         """How many columns of this minibatch fit into the memory budget (at least 1)."""

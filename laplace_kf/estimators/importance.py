@@ -39,7 +39,7 @@ def inclusion_probabilities(weights: Tensor, budget: float) -> Tensor:
 
 
 def systematic(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices included by systematic sampling: each with its probability, their number fixed up to rounding."""
+    """Indices included by systematic sampling with probabilities ``(K,)``; their number is fixed up to rounding."""
     edges = probabilities.double().cumsum(0)
     start = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).to(edges.device)
     crossings = torch.floor(edges - start)

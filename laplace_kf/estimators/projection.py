@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import UnknownName
 from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, widened
 from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.registry import Registry
 from laplace_kf.tape import Observation
+
+Noise = Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor]
+NOISES: Registry[Noise] = Registry("projection noise")
+
+
+@NOISES.register("rademacher")
+def rademacher(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Signs of equal probability, of the given shape."""
+    return torch.randint(0, 2, shape, generator=generator, device=generator.device).to(dtype) * 2 - 1
+
+
+@NOISES.register("gaussian")
+def gaussian(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers, of the given shape."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
 
 
 @ESTIMATORS.register("projection")
@@ -28,9 +43,7 @@ class Projection(ColumnEstimator):
     def __init__(self, samples: int = 1, noise: str = "rademacher") -> None:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        if noise not in ("rademacher", "gaussian"):
-            raise UnknownName("projection noise", noise, ["rademacher", "gaussian"])
-        self.samples, self.gaussian = samples, noise == "gaussian"
+        self.samples, self.noise = samples, NOISES[noise]
 
     def columns(
         self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
@@ -40,8 +53,5 @@ class Projection(ColumnEstimator):
         width = likelihood.root_width(outputs)
         for start in range(0, self.samples, at_once):
             shape = (min(at_once, self.samples - start), count, positions, width)
-            if self.gaussian:
-                v = torch.randn(shape, generator=generator, device=generator.device, dtype=outputs.dtype)
-            else:
-                v = torch.randint(0, 2, shape, generator=generator, device=generator.device).to(outputs.dtype) * 2 - 1
-            yield likelihood.root_product(outputs, v.to(outputs.device), observation.targets) / self.samples**0.5
+            v = self.noise(shape, generator, outputs.dtype).to(outputs.device)
+            yield likelihood.root_product(outputs, v, observation.targets) / self.samples**0.5

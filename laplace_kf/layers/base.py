@@ -83,7 +83,7 @@ class LayerRule(ABC):
 
     @abstractmethod
     def leading(self, call: BoundCall, output: Tensor) -> int:
-        """How many leading axes of ``output (d0, d1, ...)`` enumerate rows (examples, positions), not features."""
+        """How many leading axes of the output's shape enumerate rows (examples, positions), not features."""
 
     def refuses(self, call: BoundCall) -> str | None:
         """A reason why this particular call must go through the per-example fallback, or ``None``."""

@@ -54,7 +54,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def scaled(self, factor: float | Tensor) -> Matrix:
-        """``factor`` times this matrix."""
+        """This matrix times a number or 0-dim ``factor``."""
 
     def _cholesky(self) -> Tensor:
         if self.size > DENSE_WARNING:

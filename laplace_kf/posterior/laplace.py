@@ -372,7 +372,8 @@ class LaplacePosterior:
         """Grid search over (N, λ) on validation data with common random numbers; sets both (methods 9.3).
 
         Args:
-            val: loader, iterable of batches, or a pair of tensors; not needed for ``objective="evidence"``.
+            val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; ``objective="evidence"`` needs
+                none.
             objective: ``"nll"``, ``"brier"``, ``"evidence"``, or a callable ``(prediction, targets) -> mean score``
                 (lower is better).
             method: ``"mc"`` or ``"map"`` predictions.
@@ -393,7 +394,7 @@ class LaplacePosterior:
         self._fitted("tune")
         return tune(self, val, objective, method, n_data, prior_precision, samples, generator, extend, progress)
 
-        """One row per block: shape, structure, condition numbers, effective parameters. Prints as a table."""
+    # -- looking at it, keeping it -------------------------------------------------------------------------------------
 
     def summary(self) -> Summary:
         """One row per block (shape, structure, condition numbers, effective parameters); prints as a table."""

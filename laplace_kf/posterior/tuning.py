@@ -20,6 +20,7 @@ from laplace_kf.batches import as_batches, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.posterior.prior import positive
 from laplace_kf.predictive import draw_seeds, outputs_at, shifted, weight_noise
 from laplace_kf.registry import Registry
 
@@ -97,10 +98,12 @@ def tune(
 ) -> TuningResult:
     """The search behind :meth:`LaplacePosterior.tune`; sets the posterior's (N, λ) only when it has succeeded.
 
+    ``val`` is a loader or a pair ``(x (N, ...), y (N, ...))``.
+
     Objectives are means over examples: of a validation set of several batches, the mean over all its examples.
     """
-    counts = sorted({_positive("n_data", n) for n in (n_data or default_n_data(posterior.counted_data))})
-    priors = sorted({_positive("prior_precision", p) for p in (prior_precision or default_prior_precision())})
+    counts = sorted({positive("n_data", n) for n in (n_data or default_n_data(posterior.counted_data))})
+    priors = sorted({positive("prior_precision", p) for p in (prior_precision or default_prior_precision())})
     name = objective if isinstance(objective, str) else getattr(objective, "__name__", "objective")
     if objective == "evidence":
         measure = _evidence(posterior)
@@ -141,12 +144,6 @@ def tune(
 
 
 Measure = Callable[[Sequence[tuple[float, float]], bool], dict[tuple[float, float], float]]
-
-
-def _positive(what: str, value: float) -> float:
-    if not (float(value) > 0 and math.isfinite(float(value))):
-        raise ValueError(f"every {what} of the grid must be positive and finite, got {value}")
-    return float(value)
 
 
 def _evidence(posterior: LaplacePosterior) -> Measure:

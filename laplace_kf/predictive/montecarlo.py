@@ -73,7 +73,7 @@ def weight_noise(precision: Blockwise, seed: int) -> dict[str, Tensor]:
 
 
 def shifted(mean: Mapping[str, Tensor], noise: Mapping[str, Tensor], spread: float = 1.0) -> dict[str, Tensor]:
-    """``mean + spread · noise`` by parameter name, in the mean's type; names without noise keep their mean."""
+    """``mean + spread · noise`` by parameter name, of the same shapes; names without noise keep it."""
     return {name: value + spread * noise[name].to(value) if name in noise else value for name, value in mean.items()}
 
 

@@ -34,7 +34,7 @@ class Structure(ABC):
 
     @abstractmethod
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
-        """Adds zero sums for blocks that have none yet, in the type and on the device of ``like``."""
+        """Adds zero sums for blocks that have none yet, in the type and on the device of ``like`` (any shape)."""
 
     def add_inputs(self, sums: Sums, signals: Mapping[str, OuterSignals | LookupSignals]) -> None:
         """Takes in what one minibatch's inputs say (once a minibatch)."""

@@ -61,5 +61,5 @@ class Full(Structure):
         return {self.KEY: (total[place[:, None], place[None, :]],)}
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
-        whole = Block(self.KEY, layout.names, layout.shapes, (1, layout.size, 1), None, "vector")
+        whole = Block(self.KEY, layout.names, layout.shapes, (1, layout.size, 1), None, False)
         return Blockwise(layout, [(whole, DenseBlock(means[self.KEY][0], self.KEY))])

@@ -31,7 +31,7 @@ class Block:
         shapes: their shapes.
         shape: canonical shape ``(R, O, I)``; ``I`` includes the bias column.
         view: how the weight reads as ``(R, O, I)``; ``None`` for a vector block or a bias on its own.
-        form: ``"matrix"`` (inputs and columns are known) or ``"vector"`` (per-example gradients only).
+        factorises: inputs and columns are known (a matrix block); otherwise only per-example gradients (a vector).
         one_hot: the inputs are tokens, so the input factor is diagonal.
     """
 
@@ -40,7 +40,7 @@ class Block:
     shapes: tuple[tuple[int, ...], ...]
     shape: tuple[int, int, int]
     view: MatrixView | None
-    form: str
+    factorises: bool
     one_hot: bool = False
 
     @property
@@ -51,13 +51,13 @@ class Block:
     @property
     def has_bias_column(self) -> bool:
         """Whether the last input column is the constant 1 of a bias."""
-        return self.form == "matrix" and (self.view is None or len(self.parameters) == 2)
+        return self.factorises and (self.view is None or len(self.parameters) == 2)
 
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Parameter-shaped tensors ``(K, *shape)`` by name to canonical ``(K, R, O, I)``."""
         parts = [tensors[name] for name in self.parameters]
         count = parts[0].shape[0]
-        if self.form == "vector":
+        if not self.factorises:
             return torch.cat([part.reshape(count, -1) for part in parts], 1).reshape(count, *self.shape)
         columns = []
         if self.view is not None:
@@ -69,7 +69,7 @@ class Block:
     def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
         """Canonical ``(K, R, O, I)`` to parameter-shaped tensors ``(K, *shape)`` by name."""
         count = matrix.shape[0]
-        if self.form == "vector":
+        if not self.factorises:
             sizes = [math.prod(shape) for shape in self.shapes]
             parts = matrix.reshape(count, -1).split(sizes, 1)
             return {
@@ -93,7 +93,7 @@ class Block:
             "shapes": [list(shape) for shape in self.shapes],
             "shape": list(self.shape),
             "view": None if view is None else [list(view.split), list(view.permutation), list(view.shape)],
-            "form": self.form,
+            "factorises": self.factorises,
             "one_hot": self.one_hot,
         }
 
@@ -107,7 +107,7 @@ class Block:
             shapes=tuple(tuple(shape) for shape in data["shapes"]),
             shape=tuple(data["shape"]),
             view=None if view is None else MatrixView(tuple(view[0]), tuple(view[1]), tuple(view[2])),
-            form=data["form"],
+            factorises=data["factorises"],
             one_hot=data["one_hot"],
         )
 

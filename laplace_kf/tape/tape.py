@@ -51,7 +51,7 @@ class Call:
         return tuple(self.names.values())
 
     def input(self) -> Tensor:
-        """The input as it was consumed.
+        """The input as it was consumed, in its own shape.
 
         Raises:
             UnsupportedLayer: if it was changed in place since.
@@ -69,7 +69,7 @@ class Call:
 class Step:
     """One function call of the forward pass, for analyses that need the whole chain of functions.
 
-    A tensor at one moment is identified by ``(id, version)``, so that in-place activations are told apart.
+    A tensor (of any shape) at one moment is known by ``(id, version)``, which tells in-place activations apart.
     """
 
     function: Callable[..., Any]
@@ -84,7 +84,7 @@ class Step:
 
 
 class Tape(TorchFunctionMode):
-    """Records the calls that consume tracked parameters; use as a context manager around one forward pass.
+    """Records the calls that consume tracked parameters, whatever the shapes; surround one forward pass with it.
 
     Args:
         tracked: ``id(parameter)`` to parameter name.

@@ -209,13 +209,13 @@ class Tracer:
                 joint = not others and bias is not None and bias not in opaque and partners[bias] == {name}
                 members = [name, bias] if joint and bias is not None else [name]
                 shape = (*view.shape[:2], view.shape[2] + len(members) - 1)
-                planned.append(self._block(members, shape, view, "matrix", one_hot))
+                planned.append(self._block(members, shape, view, True, one_hot))
             else:  # a bias: with its weight if that one will claim it, otherwise on its own
                 (weight, *others) = partners[name]
                 if not others and weight is not None and weight not in opaque and partners[weight] == {name}:
                     continue
                 members = [name]
-                planned.append(self._block(members, (1, math.prod(self.named[name].shape), 1), None, "matrix", False))
+                planned.append(self._block(members, (1, math.prod(self.named[name].shape), 1), None, True, False))
             done.update(members)
         for block in planned:
             known = self._block_of.get(block.parameters[0])
@@ -231,7 +231,12 @@ class Tracer:
                 )
 
     def _block(
-        self, members: Sequence[str], shape: tuple[int, int, int], view: MatrixView | None, form: str, one_hot: bool
+        self,
+        members: Sequence[str],
+        shape: tuple[int, int, int],
+        view: MatrixView | None,
+        factorises: bool,
+        one_hot: bool,
     ) -> Block:
         path = owner(members[0])
         alone = all(n in members for n in self.layout.names if owner(n) == path)
@@ -241,13 +246,13 @@ class Tracer:
             shapes=tuple(tuple(self.named[n].shape) for n in members),
             shape=shape,
             view=view,
-            form=form,
+            factorises=factorises,
             one_hot=one_hot,
         )
 
     def _vector_block(self, members: Sequence[str]) -> Block:
         size = sum(self.named[n].numel() for n in members)
-        return self._block(members, (1, size, 1), None, "vector", False)
+        return self._block(members, (1, size, 1), None, False, False)
 
     # -- per-example gradients of parameters without a rule ------------------------------------------------------
 
@@ -372,7 +377,7 @@ class Observation:
     def column_bytes(self) -> int:
         """Bytes that one back-propagated column of this minibatch takes over all blocks."""
         rows = sum(math.prod(call.shape) for call in self.calls)
-        vectors = sum(b.size for b in self.tracer.blocks.values() if b.form == "vector") * self.count
+        vectors = sum(b.size for b in self.tracer.blocks.values() if not b.factorises) * self.count
         return (rows + vectors) * self.outputs.element_size()
 
     def input_signals(self) -> dict[str, OuterSignals | LookupSignals]:
@@ -380,7 +385,7 @@ class Observation:
         found: dict[str, OuterSignals | LookupSignals] = {}
         for name, members in self._by_block().items():
             block = self.tracer.blocks[name]
-            if block.form == "matrix":
+            if block.factorises:
                 found[name] = self._matrix_signals(block, members, None)
         return found
 
@@ -394,11 +399,11 @@ class Observation:
         grads = self._backward(columns)
         for name, members in self._by_block().items():
             block = blocks[name]
-            if block.form == "matrix":
+            if block.factorises:
                 found[name] = self._matrix_signals(block, members, grads)
             elif name not in self.tracer.example_wise:
                 found[name] = GradientSignals(block, self._affine_gradients(block, members, grads))
-        rest = [b for b in blocks.values() if b.form == "vector" and b.name not in found]
+        rest = [b for b in blocks.values() if not b.factorises and b.name not in found]
         if rest:
             names = [parameter for block in rest for parameter in block.parameters]
             gradients = self.tracer.example_gradients(self.batch, self.outputs, names, columns)

@@ -1,7 +1,6 @@
 """The demo as a user runs it."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from laplace_kf.__main__ import main
 
 @pytest.mark.slow
 def test_demo_writes_a_complete_and_reasonable_result(tmp_path, capsys):
-    state, start = torch.get_rng_state(), time.perf_counter()
+    state = torch.get_rng_state()
     assert main(["demo", "--out", str(tmp_path)]) == 0
-    assert time.perf_counter() - start < 90
     assert torch.equal(torch.get_rng_state(), state)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "entropy.png",
