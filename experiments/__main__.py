@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import data, runner
+from experiments import data, readme, runner
 from experiments.registry import EXPERIMENTS
 from laplace_kf.errors import LaplaceKFError
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if chosen.command == "list":
             _list()
+        elif chosen.command == "readme":
+            readme.write()
         elif chosen.command == "data":
             for path in data.fetch(chosen.name):
                 print(f"ready: {path}")
@@ -53,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("experiment", metavar="ID_OR_CONFIG", help="E1 to E35, demo, or a file of configs/ (name or path)")
     run.add_argument("settings", metavar="key=value", nargs="*", help="settings that differ from the file's")
     run.add_argument("--out", type=Path, help="where to write (default: results/<id>)")
+    commands.add_parser("readme", help="collect results into docs/ and put their tables into README.md")
     sets = commands.add_parser("data", help="data sets").add_subparsers(dest="action", required=True)
     fetch = sets.add_parser("fetch", help="download the public originals of a data set into the user cache")
     fetch.add_argument("name", metavar="NAME", help=", ".join(data.DATA_SETS))

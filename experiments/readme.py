@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 
 def _load(path: str) -> dict[str, Any] | None:
     file = ROOT / path
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    loaded: dict[str, Any] = json.loads(file.read_text())
+    return loaded
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -39,15 +44,16 @@ def ood_mnist() -> str:
     columns = {"accuracy %": "accuracy", "NLL": "nll", "ECE %": "ece", "entropy MNIST": "entropy_in",
                "entropy notMNIST": "entropy_out", "AUROC": "auroc"}  # fmt: skip
     rows = []
-    for method, values in result["metrics"]["methods"].items():
+    for method, values in result["metrics"].items():
         cells = [method]
         for title, key in columns.items():
             scale, digits = (100, 2) if title.endswith("%") else (1, 3)
             cells.append(f"{scale * values[key]['mean']:.{digits}f} ± {scale * values[key]['std']:.{digits}f}")
         rows.append(cells)
     verdicts = [
-        f"* {v['claim']}: **{'confirmed' if v['confirmed'] else 'refuted'}** ({v['text']})"
-        for v in result["metrics"]["verdicts"]
+        f"* {v['claim']}: **{v['verdict']}** ({v['value']['mean']:.4f} against {v['reference']['mean']:.4f}; "
+        f"difference {v['difference']['mean']:+.4f} ± {v['difference']['std']:.4f})"
+        for v in result["verdicts"]
     ]
     head = (
         f"784-{config['hidden']}-{config['hidden']}-10, {config['epochs']} epochs on binarised MNIST, mean ± standard "
@@ -104,11 +110,26 @@ def render(text: str) -> str:
         if not pattern.search(text):
             raise ValueError(f"README.md has no place for table {name!r}")
         content = table()
-        text = pattern.sub(lambda match, body=content: f"{match[1]}{body}\n{match[2]}", text)
+        text = pattern.sub(partial(_filled, content), text)
     return text
 
 
+COLLECTED = {
+    "results/E20/result.json": "docs/results/ood_mnist.json",
+    "results/E20/entropy.png": "docs/pictures/ood_mnist.png",
+    "results/demo/entropy.png": "docs/pictures/demo.png",
+}
+
+
+def _filled(content: str, place: re.Match[str]) -> str:
+    return f"{place[1]}{content}\n{place[2]}"
+
+
 def write() -> None:
-    """Rewrites README.md in place."""
+    """Copies what runs of the experiments left under ``results/`` into ``docs/``, then rewrites README.md."""
+    for source, target in COLLECTED.items():
+        if (ROOT / source).is_file():
+            (ROOT / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / source, ROOT / target)
     readme = ROOT / "README.md"
     readme.write_text(render(readme.read_text()))

@@ -20,13 +20,14 @@ from laplace_kf.reports import missing_extra
 try:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgba
     from matplotlib.figure import Figure
 except ImportError as error:
     raise missing_extra(error.name) from error
 
 __all__ = ["colour", "inverse_entropy_cdf", "legend_below", "panels", "reliability_diagram"]
 
-INK, SOFT, GRID = "#1c2430", "#5b6675", "#e3e7ec"
+INK, SOFT, GRID, GAP = "#1c2430", "#5b6675", "#e3e7ec", "#c23b22"
 COLOURS = {
     "MAP": "#1c2430",
     "MC dropout": "#e08e0b",
@@ -38,8 +39,8 @@ COLOURS = {
 SPARE = ("#b0492c", "#4fb3d9", "#7a8b22", "#9a6b4b", "#6c7a89")
 """Colours for methods without one of their own, in order of appearance."""
 RELIABILITY_KEY = (
-    "Bars: accuracy by confidence, darker where there are more inputs; red: the gap to the diagonal, on which a "
-    "calibrated model lies."
+    "Bars: accuracy by confidence; red: the gap to the diagonal, on which a calibrated model lies. Both are darker "
+    "where there are more inputs."
 )
 """How to read a reliability diagram, for captions."""
 
@@ -130,9 +131,9 @@ def reliability_diagram(
 ) -> Figure:
     """Accuracy against confidence, one panel per method; a calibrated model lies on the diagonal.
 
-    Bars are the accuracy of each non-empty bin of confidence (the largest probability), the dot is the bin's mean
-    confidence on the diagonal, the line between them the gap. The share of all inputs in a bin is shown by the
-    opacity of its bar, and the expected calibration error (the gaps weighted by these shares) in the corner.
+    Bars are the accuracy of each non-empty bin of confidence (the largest probability); the line from a bar to the
+    diagonal is the gap to the bin's mean confidence. Both are the more opaque the more inputs a bin holds. The expected
+    calibration error in the corner is the mean gap, weighted by these counts.
 
     Args:
         predictions: ``{label: (probs (N, C), labels (N,))}``.
@@ -157,14 +158,16 @@ def reliability_diagram(
         share = count[filled] / count.sum()
         left = torch.arange(bins).double()[filled] / bins
         tone = colour(label, list(predictions))
-        bars = axis.bar(left.tolist(), accuracy.tolist(), 1 / bins, align="edge", color=tone, edgecolor="white")
-        for bar, part in zip(bars, share.tolist(), strict=True):
-            bar.set_alpha(0.2 + 0.8 * part**0.5)
+        weights = (0.15 + 0.85 * share.sqrt()).tolist()
+        fills, gaps = ([to_rgba(shade, weight) for weight in weights] for shade in (tone, GAP))
+        axis.bar(left.tolist(), accuracy.tolist(), 1 / bins, align="edge", color=fills, edgecolor="white")
         height = mean_confidence.tolist()
-        axis.vlines(height, accuracy.tolist(), height, color="#c23b22", linewidth=1.6)
+        axis.vlines(height, accuracy.tolist(), height, colors=gaps, linewidth=1.8)
         axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":")
         error = float((share * (accuracy - mean_confidence).abs()).sum())
-        axis.text(0.04, 0.95, f"ECE {100 * error:.1f} %", transform=axis.transAxes, va="top", fontsize=10, color=INK)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+        text = f"ECE {100 * error:.1f} %"
+        axis.text(0.05, 0.95, text, transform=axis.transAxes, va="top", fontsize=10, color=INK, bbox=box)
         axis.set(xlim=(0, 1), ylim=(0, 1.0))
         axis.set_title(label, loc="left", fontsize=10.5, color=INK)
         axis.set_xlabel("confidence", color=INK)

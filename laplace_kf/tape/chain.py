@@ -42,7 +42,7 @@ def derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     if function not in ELEMENTWISE:
         return None
     if function in _RELU:
-        return args[0].detach() > 0
+        return (args[0].detach() > 0).to(args[0].dtype)  # as numbers: multiplying by booleans converts them each time
     with torch.enable_grad():
         h = args[0].detach().clone().requires_grad_()
         value = function(h.clone(), *args[1:], **kwargs)
@@ -137,7 +137,7 @@ class Chain:
                 g, fresh = torch.matmul(g, link.weight), True
             else:
                 assert link.slope is not None
-                slope = link.slope if example is None else link.slope[example]
+                slope = link.slope if example is None else link.slope.index_select(0, example)
                 g = g.mul_(slope) if fresh else g * slope  # columns already handed out must not change
         return found
 

@@ -44,9 +44,14 @@ def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
 
 
 def symmetrised(total: Tensor) -> Tensor:
-    """A full symmetric copy of matrices ``(..., d, d)`` that are filled on and below the diagonal."""
-    lower = total.tril(-1)
-    return lower + lower.transpose(-1, -2) + torch.diag_embed(total.diagonal(dim1=-2, dim2=-1))
+    """Completes matrices ``(..., d, d)`` filled on and below the diagonal, in place, and returns them."""
+    width = total.shape[-1]
+    for start in range(0, width, LEAF):
+        stop = min(start + LEAF, width)
+        total[..., :start, start:stop] = total[..., start:stop, :start].transpose(-1, -2)
+        corner = total[..., start:stop, start:stop]
+        corner.copy_(corner.tril() + corner.tril(-1).transpose(-1, -2))
+    return total
 
 
 class Signals(ABC):
@@ -87,7 +92,7 @@ class OuterSignals(Signals):
     example: Tensor | None = None
 
     def _inputs(self) -> Tensor:
-        return self.a if self.example is None else self.a[self.example]
+        return self.a if self.example is None else self.a.index_select(0, self.example)
 
     def add_input_gram(self, total: Tensor) -> None:
         """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` to the lower triangles of ``total (R, I, I)`` (methods 4.5: sum in A)."""

@@ -7,10 +7,11 @@ import pytest
 
 from experiments import ood
 from experiments.__main__ import main
+from experiments.claims import Claim
 
 
 def test_verdicts_are_on_the_mean_paired_difference():
-    claim = ood.Claim("a at most b", "nll", "a", "b", most=0.0)
+    claim = Claim("a at most b", "nll", "a", "b", most=0.0)
     runs = [{"a": {"nll": 1.0}, "b": {"nll": 1.5}}, {"a": {"nll": 2.0}, "b": {"nll": 1.9}}]
     verdict = claim.judge(runs)
     assert verdict["verdict"] == "confirmed"
