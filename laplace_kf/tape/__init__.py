@@ -2,9 +2,10 @@
 
 from laplace_kf.tape.blocks import Block, FlatLayout
 from laplace_kf.tape.chain import Chain
+from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.select import select
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
-from laplace_kf.tape.tracer import Observation, Tracer
+from laplace_kf.tape.tracer import Tracer
 
 __all__ = [
     "Block",

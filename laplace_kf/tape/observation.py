@@ -1,0 +1,227 @@
+"""One minibatch after its forward pass: back-propagates columns and assembles every block's signals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from laplace_kf.batches import map_examples
+from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
+from laplace_kf.tape.blocks import Block
+from laplace_kf.tape.chain import Chain
+from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.rows import Rows, occurrences
+from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
+from laplace_kf.tape.tape import Call
+
+__all__ = ["Observation", "Source"]
+
+
+class Source(Protocol):
+    """What an observation needs of the tracer that made it."""
+
+    blocks: dict[str, Block]
+    example_wise: set[str]
+    rows: Rows
+    gradients: ExampleGradients
+
+    def block_of(self, parameter: str) -> Block:
+        """The block a parameter belongs to."""
+
+    def observe(self, batch: Any, index: int = 0) -> Observation:
+        """Another forward pass."""
+
+    def chain_or_refusal(self, batch: Any) -> Chain:
+        """The chain of a batch."""
+
+
+class Observation:
+    """One minibatch after its forward pass.
+
+    Attributes:
+        outputs: network outputs ``(N, ...)``, part of the autograd graph.
+        targets: the batch's targets.
+        calls: uses of selected parameters that have a rule.
+        chain: the chain of links if the network is one, else ``None``.
+    """
+
+    def __init__(
+        self,
+        tracer: Source,
+        batch: Any,
+        outputs: Tensor,
+        targets: Any,
+        calls: Sequence[Call],
+        chain: Chain | None,
+    ) -> None:
+        self.tracer, self.batch, self.outputs, self.targets = tracer, batch, outputs, targets
+        self.calls, self.chain = list(calls), chain
+        self.keys = occurrences(calls)
+        self.count = int(outputs.shape[0])
+        self._inputs: dict[str, Tensor] = {}
+
+    def column_bytes(self) -> int:
+        """Bytes that one back-propagated column of this minibatch takes over all blocks."""
+        rows = sum(math.prod(call.shape) for call in self.calls)
+        vectors = sum(b.size for b in self.tracer.blocks.values() if not b.factorises) * self.count
+        return (rows + vectors) * self.outputs.element_size()
+
+    def input_signals(self) -> dict[str, OuterSignals | LookupSignals]:
+        """Signals of the matrix blocks with inputs only (no columns)."""
+        found: dict[str, OuterSignals | LookupSignals] = {}
+        for name, members in self._by_block().items():
+            block = self.tracer.blocks[name]
+            if block.factorises:
+                found[name] = self._matrix_signals(block, members, None)
+        return found
+
+    def signals(self, columns: Tensor) -> dict[str, Signals]:
+        """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
+        columns = _significant(columns).to(self.outputs.dtype)
+        if self.chain is not None:
+            return self.row_signals(columns, None)
+        blocks = self.tracer.blocks
+        found: dict[str, Signals] = {}
+        grads = self._backward(columns)
+        for name, members in self._by_block().items():
+            block = blocks[name]
+            if block.factorises:
+                found[name] = self._matrix_signals(block, members, grads)
+            elif name not in self.tracer.example_wise:
+                found[name] = GradientSignals(block, self._affine_gradients(block, members, grads))
+        rest = [b for b in blocks.values() if not b.factorises and b.name not in found]
+        if rest:
+            names = [parameter for block in rest for parameter in block.parameters]
+            gradients = self.tracer.gradients(self.batch, self.outputs, names, columns)
+            for block, part in zip(rest, gradients.split([b.size for b in rest], -1), strict=True):
+                found[block.name] = GradientSignals(block, part)
+        return found
+
+    def gathered(self, example: Tensor) -> Observation:
+        """A new forward pass on copies of the examples ``(M,)`` of this minibatch."""
+        return self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
+
+    def require_chain(self) -> Chain:
+        """The chain of this minibatch; raises :class:`UnsupportedLayer` with the reason if there is none."""
+        return self.tracer.chain_or_refusal(self.batch)
+
+    def row_signals(self, columns: Tensor, example: Tensor | None) -> dict[str, Signals]:
+        """As :meth:`signals` along the chain; ``columns (1, M, C)`` may be rows of the examples ``example (M,)``."""
+        assert self.chain is not None
+        columns = _significant(columns).to(self.outputs.dtype)
+        found: dict[str, Signals] = {}
+        for call, g in self.chain.backward(columns, example):
+            for block in self.blocks_of(call):
+                found[block.name] = OuterSignals(
+                    block, self._block_inputs(block, [call]), g[:, :, None, None, :], example
+                )
+        return found
+
+    # -- assembling ------------------------------------------------------------------------------------------------
+
+    def blocks_of(self, call: Call) -> list[Block]:
+        """The blocks that a call's parameters belong to."""
+        blocks = {block.name: block for block in map(self.tracer.block_of, call.names.values())}
+        return list(blocks.values())
+
+    def _by_block(self) -> dict[str, list[Call]]:
+        members: dict[str, list[Call]] = {}
+        for call in self.calls:
+            for block in self.blocks_of(call):
+                members.setdefault(block.name, []).append(call)
+        return members
+
+    def _backward(self, columns: Tensor) -> list[Tensor]:
+        """Gradients ``(V, *output shape)`` of every call."""
+        if not self.calls:
+            return []
+        edges = [call.edge for call in self.calls]
+        rows = [
+            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True) for column in columns
+        ]
+        stacked = []
+        for k, call in enumerate(self.calls):
+            parts = [row[k] for row in rows]
+            zero = columns.new_zeros(call.shape)
+            stacked.append(torch.stack([zero if part is None else part for part in parts]))
+        return stacked
+
+    def _arrange(self, rows: Tensor, call: Call, axis: int) -> Tensor:
+        """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)``."""
+        return self.tracer.rows.arrange(rows, call, self.keys[self._index(call)], self.count, axis)
+
+    def _block_inputs(self, block: Block, members: Sequence[Call]) -> Tensor:
+        """Inputs of a block over all its calls: ``(N, T, R, I)``, or tokens ``(N, T)``; computed once."""
+        if block.name not in self._inputs:
+            parts = []
+            for call in members:
+                if block.view is None:  # a bias on its own: its input is the constant 1 alone
+                    positions = math.prod(call.shape) // math.prod(block.shape[:2]) // self.count
+                    parts.append(self.outputs.new_zeros(self.count, positions, block.shape[0], 0))
+                    continue
+                rule, bound = call.rule, call.bound
+                assert isinstance(rule, MatrixRule)
+                rows = flatten_rows(call.input(), call.leading)
+                kernel = tuple(bound["weight"].shape[2:])
+                parts.append(self._arrange(rule.inputs(rows, bound, kernel), call, 0))
+            self._inputs[block.name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        return self._inputs[block.name]
+
+    def _matrix_signals(
+        self, block: Block, members: Sequence[Call], grads: Sequence[Tensor] | None
+    ) -> OuterSignals | LookupSignals:
+        inputs = self._block_inputs(block, members)
+        if grads is None:
+            g = self.outputs.new_zeros(0, self.count, 1, *block.shape[:2])
+        else:
+            parts = []
+            for call in members:
+                rule = call.rule
+                assert isinstance(rule, MatrixRule)
+                rows = _flatten_output(grads[self._index(call)], call.leading)
+                parts.append(self._arrange(rule.outputs(rows, call.bound, block.shape[0]), call, 1))
+            g = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+        if block.one_hot:
+            return LookupSignals(block, inputs, g)
+        return OuterSignals(block, inputs, g)
+
+    def _index(self, call: Call) -> int:
+        return next(k for k, other in enumerate(self.calls) if other is call)
+
+    def _affine_gradients(self, block: Block, members: Sequence[Call], grads: Sequence[Tensor]) -> Tensor:
+        total: dict[str, Tensor] = {}
+        for call in members:
+            rule, bound = call.rule, call.bound
+            assert isinstance(rule, AffineRule)
+            g = rule.outputs(_flatten_output(grads[self._index(call)], call.leading), bound)  # (V, B, F, T)
+            for role, name in call.names.items():
+                if role == "weight":
+                    normal = rule.normalised(flatten_rows(call.input(), call.leading), bound)
+                    rows = (g * normal).sum(-1)
+                else:
+                    rows = g.sum(-1)
+                part = self._arrange(rows[:, :, None], call, 1).sum(2)  # (V, N, F)
+                total[name] = total[name] + part if name in total else part
+        return torch.cat([total[name] for name in block.parameters], -1)
+
+
+def _significant(columns: Tensor) -> Tensor:
+    """Columns without the entries whose squares would be denormal numbers.
+
+    A confident classifier has class probabilities of 1e-30; their columns carry no curvature in any floating type,
+    but arithmetic on denormal numbers is many times slower.
+    """
+    if not columns.numel():
+        return columns
+    size = columns.abs()
+    limit = size.max() * torch.finfo(columns.dtype).tiny ** (1 / 3)
+    return torch.where(size < limit, torch.zeros((), dtype=columns.dtype, device=columns.device), columns)
+
+
+def _flatten_output(grads: Tensor, leading: int) -> Tensor:
+    """``(V, d0, ..., dk, *features)`` to ``(V, B, *features)``."""
+    return grads.reshape(grads.shape[0], math.prod(grads.shape[1 : 1 + leading]), *grads.shape[1 + leading :])
