@@ -6,6 +6,7 @@ averaged over the data.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -90,12 +91,19 @@ def make_pair(
 ) -> tuple[Structure, Estimator]:
     """Structure and estimator, each with those of the options that it takes.
 
+    An option that neither takes is refused, unless it has the value that changes nothing (``samples=1``).
+
     Raises:
         UnknownName: for unregistered names.
-        TypeError: for an option that neither takes; names what is allowed.
+        TypeError: for an option that would have no effect; names what is allowed.
     """
     mine, theirs = _accepted(structure, STRUCTURES), _accepted(estimator, ESTIMATORS)
-    stray = [name for name in options if name not in mine and name not in theirs]
+    neutral = {name: value for entry in ESTIMATORS for name, value in _accepted(entry, ESTIMATORS).items()}
+    stray = [
+        name
+        for name, value in options.items()
+        if name not in mine and name not in theirs and (name not in neutral or value != neutral[name])
+    ]
     if stray:
         raise TypeError(
             f"option {stray[0]!r} is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor "
@@ -107,11 +115,11 @@ def make_pair(
     )
 
 
-def _accepted(rule: Any, registry: Registry[Any]) -> set[str]:
+def _accepted(rule: Any, registry: Registry[Any]) -> dict[str, Any]:
+    """Option names and defaults of a registered entry (none for an object that is made already)."""
     if not isinstance(rule, str):
-        return set()
-    code = registry[rule].__init__.__code__ if "__init__" in vars(registry[rule]) else None
-    return set() if code is None else set(code.co_varnames[1 : code.co_argcount])
+        return {}
+    return {name: parameter.default for name, parameter in inspect.signature(registry[rule]).parameters.items()}
 
 
 def ggn_vector_product(
