@@ -6,6 +6,7 @@ loop over examples.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,9 @@ class ExampleGradients:
 
         size = sum(self.named[name].numel() for name in names)
         chunk = max(1, 2**26 // max(1, size * columns.shape[0]))
-        stacked = torch.func.vmap(single, in_dims=(0, 1), chunk_size=chunk)(sliced, columns)
+        with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
+            warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+            stacked = torch.func.vmap(single, in_dims=(0, 1), chunk_size=chunk)(sliced, columns)
         return stacked.transpose(0, 1)
 
 

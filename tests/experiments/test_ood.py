@@ -33,7 +33,7 @@ def test_a_small_run_on_the_real_files(tmp_path):
     words = (
         "repeats=2 hidden=64 epochs=6 batch=20 lr=0.03 train_size=2000 val_size=200 test_size=300 "
         "ood_size=300 passes=1 samples=10 tune_size=100 tune_samples=3 n_data_factors=[1,1000] "
-        "prior_precisions=[0.01,100] progress=false"
+        "prior_precisions=[0.01,100] mean_field=true progress=false"
     )
     assert main(["run", "E20", *words.split(), "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
