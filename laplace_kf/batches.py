@@ -75,7 +75,12 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Any]:
-    """Outputs ``(N, ...)`` and targets of one batch, through ``forward`` if there is one."""
+    """Outputs ``(N, ...)`` and targets of one batch, through ``forward`` if there is one.
+
+    The model gets copies: one that changes its input in place must not change the user's data, or what the next pass
+    sees.
+    """
+    batch = private(batch)
     if forward is None:
         return default_forward(model, batch)
     outputs, targets = forward(model, batch)
@@ -133,29 +138,30 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
             yield from tensors_of(value)
 
 
+def private(structure: Any) -> Any:
+    """The structure with copies of its tensors (of any shape)."""
+    return _map(structure, torch.clone)
+
+
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
     """Applies ``change`` to every tensor of shape ``(count, ...)`` and keeps the rest."""
-    if isinstance(structure, Tensor):
-        return change(structure) if structure.dim() and structure.shape[0] == count else structure
-    if isinstance(structure, Mapping):
-        return {key: map_examples(value, count, change) for key, value in structure.items()}
-    if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(map_examples(value, count, change) for value in structure))
-    if isinstance(structure, (tuple, list)):
-        return type(structure)(map_examples(value, count, change) for value in structure)
-    return structure
+    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t)
 
 
 def to_device(structure: Any, device: torch.device) -> Any:
     """The structure with its tensors on ``device``."""
+    return _map(structure, lambda t: t.to(device, non_blocking=True))
+
+
+def _map(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(structure, Tensor):
-        return structure.to(device, non_blocking=True)
+        return change(structure)
     if isinstance(structure, Mapping):
-        return {key: to_device(value, device) for key, value in structure.items()}
+        return {key: _map(value, change) for key, value in structure.items()}
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(to_device(value, device) for value in structure))
+        return type(structure)(*(_map(value, change) for value in structure))
     if isinstance(structure, (tuple, list)):
-        return type(structure)(to_device(value, device) for value in structure)
+        return type(structure)(_map(value, change) for value in structure)
     return structure
 
 

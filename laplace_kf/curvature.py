@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_kf.batches import Forward, as_batches, run, to_device
+from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
@@ -202,7 +202,8 @@ def _products(
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for batch in as_batches(data):
+        for index, batch in enumerate(as_batches(data)):
+            check_finite(batch, index, "the batch")
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "preserved"]
 
 Sums = dict[str, tuple[Tensor, ...]]
-MEMORY_BYTES = 512 * 2**20  # back-propagated columns of one minibatch that may exist at once
+MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
 
 
 class StructureRule(Protocol):
@@ -270,24 +270,63 @@ def collect(
         return accumulator.freeze()
 
 
+class _Snapshot:
+    """What one module must look like afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(module.__dict__)
+        self.containers = {
+            name: value.copy() for name, value in self.attributes.items() if isinstance(value, (dict, list, set))
+        }
+        kept = [b for b in module._buffers.values() if b is not None]
+        if getattr(module, "max_norm", None) is not None:
+            kept += list(module.parameters(recurse=False))
+        self.tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in kept]
+
+    def restore(self) -> None:
+        """Puts attributes, containers and tensors back; tensors only if something wrote to them."""
+        own = self.module.__dict__
+        for name in own.keys() - self.attributes.keys():
+            del own[name]
+        own.update(self.attributes)
+        for name, contents in self.containers.items():
+            current = own[name]
+            if _identities(current) != _identities(contents):
+                current.clear()
+                current.extend(contents) if isinstance(contents, list) else current.update(contents)
+        for tensor, version, content in self.tensors:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(content)
+
+
+def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in container.items()]
+    return [id(value) for value in container]
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module's mode and the caller's random states are what they were.
+    """Eval mode inside; afterwards the model and the caller's random states are what they were.
 
-    Random states are those of torch (CPU and the model's accelerators), numpy and Python: loaders shuffle and augment
-    from them.
+    Of the model: every module's mode and attributes, its buffers, and the weights of embeddings that renormalise
+    themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
+    loaders shuffle and augment from them.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modules = [_Snapshot(module) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
     cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), getstate()  # noqa: NPY002 (the caller's)
     try:
-        for module, _ in modes:
-            module.training = False
-        yield
+        for snapshot in modules:
+            snapshot.module.training = False
+        with torch.inference_mode(False):  # curvature needs a graph, also for a caller in inference mode
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for snapshot in modules:
+            snapshot.restore()
         torch.set_rng_state(cpu)
         np.random.set_state(numpy_state)  # noqa: NPY002
         setstate(python_state)

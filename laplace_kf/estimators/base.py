@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class Estimator(ABC):
     name: ClassVar[str]
     is_ggn: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values that can be saved."""
+        return {}
 
     @abstractmethod
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:

@@ -8,6 +8,8 @@ number of columns fixed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,9 @@ class Importance(Estimator):
             raise ValueError(f"columns must be positive, got {columns}")
         self.columns = columns
 
+    def options(self) -> dict[str, Any]:
+        return {"columns": self.columns}
+
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         outputs = widened(observation.outputs)
         root = likelihood.position_root(outputs, observation.targets)  # (K, N, T, C)
@@ -83,5 +88,18 @@ class Importance(Estimator):
             columns = likelihood.from_positions(rows, outputs[example[part]])
             if observation.chain is not None:
                 sink.add_columns(observation.row_signals(columns, example[part]))
-            else:
-                sink.add_columns(observation.gathered(example[part]).signals(columns))
+                continue
+            again = observation.gathered(example[part])
+            if again is not None:
+                sink.add_columns(again.signals(columns))
+                continue
+            for chunk in _layers(rows[0], example[part], count).split(max(1, sink.columns_at_once(observation))):
+                sink.add_columns(observation.signals(likelihood.from_positions(chunk, outputs)))
+
+
+def _layers(rows: Tensor, example: Tensor, count: int) -> Tensor:
+    """Rows ``(M, T, C)`` of examples ``(M,)`` as columns ``(V, N, T, C)``: an example's k-th row stands in column k."""
+    rank = (example[:, None] == example[None, :]).tril(-1).sum(1)
+    out = rows.new_zeros(int(rank.max()) + 1, count, *rows.shape[1:])
+    out[rank, example] = rows
+    return out

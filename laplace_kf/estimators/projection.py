@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,10 @@ class Projection(ColumnEstimator):
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.samples, self.noise = samples, NOISES[noise]
+        self.noise_name = noise
+
+    def options(self) -> dict[str, Any]:
+        return {"samples": self.samples, "noise": self.noise_name}
 
     def columns(
         self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int

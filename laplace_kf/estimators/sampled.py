@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ class Sampled(ColumnEstimator):
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.samples = samples
+
+    def options(self) -> dict[str, Any]:
+        return {"samples": self.samples}
 
     def columns(
         self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int

@@ -250,9 +250,8 @@ class KroneckerBlock(CurvatureBlock):
         return super().plus(other)
 
     def is_definite(self) -> bool:
-        """Whether both factors have a plain Cholesky factor (no jitter)."""
-        a_ok = bool((self.inputs > 0).all()) if self.inputs.dim() == 2 else _has_cholesky(self.inputs)
-        return a_ok and _has_cholesky(self.outputs) and float(torch.as_tensor(self.scale)) > 0
+        """Whether both factors are positive definite beyond rounding."""
+        return _definite(self.inputs) and _definite(self.outputs) and float(torch.as_tensor(self.scale)) > 0
 
     def _generalised(self, metric: KroneckerBlock) -> Spectral:
         """``self + metric`` with ``metric`` positive definite: two generalised eigenproblems."""
@@ -262,8 +261,11 @@ class KroneckerBlock(CurvatureBlock):
         return Spectral(inputs, outputs, grid, self.label)
 
 
-def _has_cholesky(matrix: Tensor) -> bool:
-    return not bool(torch.linalg.cholesky_ex(matrix)[1].any())
+def _definite(factor: Tensor) -> bool:
+    """Whether matrices ``(R, d, d)`` or diagonals ``(R, d)`` have no eigenvalue that is zero up to rounding."""
+    values = factor if factor.dim() == 2 else torch.linalg.eigvalsh(factor)
+    limit = values.shape[-1] * torch.finfo(values.dtype).eps * values.amax(-1)
+    return bool((values.amin(-1) > limit).all())
 
 
 def _generalised_basis(matrix: Tensor, metric: Tensor, label: str) -> tuple[Tensor, Basis]:

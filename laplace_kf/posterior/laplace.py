@@ -99,10 +99,14 @@ class LaplacePosterior:
         if self.parameters != "last_layer":
             select(model, self.parameters)  # refuses early what fit would refuse
         _ = DAMPINGS[damping]
+        if damping != "exact" and not self.structure.takes_damping:
+            raise IncompatiblePair(
+                f"structure {self.structure.name!r} has no Kronecker blocks, so damping={damping!r} would have no "
+                'effect; leave damping out, or use structure="kron"'
+            )
         self.damping = damping
         self.forward = forward
         self.dtype = dtype
-        self._options = dict(options)
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
@@ -416,11 +420,15 @@ class LaplacePosterior:
         state = self._fitted("save")
         statistics = state.statistics
         prior = self._prior
+        try:
+            likelihood: dict[str, Any] | None = self.likelihood.to_config()
+        except IncompatiblePair:
+            likelihood = None  # it cannot be written down; load(likelihood=) has to bring it
         header = {
-            "likelihood": self.likelihood.to_config(),
+            "likelihood": likelihood,
             "structure": self.structure.name,
             "estimator": self.estimator.name,
-            "options": self._options,
+            "options": {**self.structure.options(), **self.estimator.options()},
             "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
             "damping": self.damping,
             "prior_precision": float(prior.detach()) if isinstance(prior, Tensor) else prior,
@@ -452,12 +460,14 @@ class LaplacePosterior:
         Args:
             path: file written by :meth:`save`.
             model: module whose parameters have the file's names and shapes.
-            likelihood: needed only if the file's one was an object that cannot be written down.
+            likelihood: needed only if the file's one was an object that cannot be written down (``FromDistribution``).
             forward: as in the constructor (functions are not saved).
 
         Raises:
             CorruptFile: if the file is truncated, altered or not one of ours.
-            ShapeMismatch: if the model's parameters do not have the file's names and shapes.
+            ShapeMismatch: if the model's parameters do not have the file's names and shapes, or the selection covers
+                others in this model.
+            IncompatiblePair: if the likelihood is needed and missing.
         """
         tensors, header = store.read(path)
         layout = FlatLayout(tuple(header["names"]), tuple(tuple(shape) for shape in header["shapes"]))
@@ -466,6 +476,14 @@ class LaplacePosterior:
             found = tuple(named[name].shape) if name in named else None
             if found != shape:
                 raise ShapeMismatch(f"the file has parameter {name!r} of shape {shape}, the model has {found}")
+        chosen = header["parameters"]
+        if chosen != "last_layer" and select(model, chosen) != list(layout.names):
+            raise ShapeMismatch(
+                f"the file covers {len(layout.names)} parameters, but parameters={chosen!r} selects "
+                f"{len(select(model, chosen))} of this model: it is not the architecture the file was saved for"
+            )
+        if likelihood is None and header["likelihood"] is None:
+            raise IncompatiblePair("the file's likelihood could not be written down; pass it as load(likelihood=...)")
         posterior = cls(
             model,
             likelihood if likelihood is not None else Likelihood.from_config(header["likelihood"]),
@@ -492,6 +510,6 @@ class LaplacePosterior:
             tensors["log_likelihood"],
             float(header["terms"]),
         )
-        mean = tensors["mean"].to(device)
+        mean = tensors["mean"].to(device, named[layout.names[0]].dtype)
         posterior._accept(_Fitted(statistics, statistics.mean(), mean, header["noise"]), header["n_data"])
         return posterior

@@ -41,7 +41,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     """
     target = Path(path)
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(header, sort_keys=True)
+    text = json.dumps(header)  # in the order given: of a prior's patterns the first match counts
     metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
@@ -73,7 +73,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         header = metadata["header"]
         if _checksum(tensors, header) != metadata.get("sha256"):
             raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
-        return tensors, json.loads(header)
+        loaded: dict[str, Any] = json.loads(header)
+        return tensors, loaded
     except CorruptFile:
         raise
     except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import as_batches, run, to_device
+from laplace_kf.batches import as_batches, check_finite, run, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior.prior import positive
 from laplace_kf.predictive import draw_seeds, outputs_at, shifted, weight_noise
@@ -102,14 +102,16 @@ def tune(
 
     Objectives are means over examples: of a validation set of several batches, the mean over all its examples.
     """
-    counts = sorted({positive("n_data", n) for n in (n_data or default_n_data(posterior.counted_data))})
-    priors = sorted({positive("prior_precision", p) for p in (prior_precision or default_prior_precision())})
+    counts = _axis("n_data", default_n_data(posterior.counted_data) if n_data is None else n_data)
+    priors = _axis("prior_precision", default_prior_precision() if prior_precision is None else prior_precision)
     name = objective if isinstance(objective, str) else getattr(objective, "__name__", "objective")
     if objective == "evidence":
         measure = _evidence(posterior)
     else:
         if val is None:
             raise ShapeMismatch('tune needs validation data for this objective; only objective="evidence" needs none')
+        if isinstance(objective, str) and objective not in OBJECTIVES:
+            raise UnknownName(OBJECTIVES.kind, objective, [*OBJECTIVES, "evidence"])
         score = OBJECTIVES[objective] if isinstance(objective, str) else objective
         measure = _validation(posterior, val, score, method, samples, generator)
     table: dict[tuple[float, float], float] = {}
@@ -146,6 +148,14 @@ def tune(
 Measure = Callable[[Sequence[tuple[float, float]], bool], dict[tuple[float, float], float]]
 
 
+def _axis(what: str, values: Iterable[float] | float) -> list[float]:
+    """Grid values in increasing order, each once; one number is a grid of one."""
+    found = sorted({positive(what, value) for value in (values if isinstance(values, Iterable) else [values])})
+    if not found:
+        raise ValueError(f"the grid for {what} is empty; leave it out for the default one")
+    return found
+
+
 def _evidence(posterior: LaplacePosterior) -> Measure:
     def measure(points: Sequence[tuple[float, float]], progress: bool) -> dict[tuple[float, float], float]:
         return {(n, p): -float(posterior.log_evidence_at(n, p)) for n, p in points}
@@ -168,7 +178,8 @@ def _validation(
     device = next(iter(posterior.mean.values())).device
     batches, sizes = [], []
     with preserved(model):
-        for batch in as_batches(val):
+        for index, batch in enumerate(as_batches(val)):
+            check_finite(batch, index, "the validation batch")
             batch = to_device(batch, device)
             with torch.no_grad():
                 outputs, targets = run(model, batch, forward)

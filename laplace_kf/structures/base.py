@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class Structure(ABC):
     """
 
     name: ClassVar[str]
+    takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
+
+    def options(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain values that can be saved."""
+        return {}
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes this structure adds per back-propagated column of ``count`` examples."""

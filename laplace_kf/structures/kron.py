@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -87,9 +88,14 @@ class Kronecker(Structure):
     """
 
     name = "kron"
+    takes_damping = True
 
     def __init__(self, vector_blocks: str = "diag") -> None:
         self.vector_form = VECTOR_FORMS[vector_blocks]
+        self.vector_blocks = vector_blocks
+
+    def options(self) -> dict[str, Any]:
+        return {"vector_blocks": self.vector_blocks}
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(b.size for b in blocks.values() if not b.factorises) * count * itemsize

@@ -41,12 +41,19 @@ def derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     """``φ'(h)`` of an elementwise function at its argument, the shape of ``h``; ``None`` for any other function."""
     if function not in ELEMENTWISE:
         return None
+    h = args[0] if args else kwargs.get("input")
+    if not isinstance(h, Tensor) or not h.is_floating_point() or not h.requires_grad:
+        return None
     if function in _RELU:
-        return (args[0].detach() > 0).to(args[0].dtype)  # as numbers: multiplying by booleans converts them each time
-    with torch.enable_grad():
-        h = args[0].detach().clone().requires_grad_()
-        value = function(h.clone(), *args[1:], **kwargs)
-        return torch.autograd.grad(value.sum(), h)[0]
+        return (h.detach() > 0).to(h.dtype)  # as numbers: multiplying by booleans converts them each time
+    others = {name: value for name, value in kwargs.items() if name != "input"}
+    try:
+        with torch.enable_grad():
+            leaf = h.detach().clone().requires_grad_()
+            value = function(leaf.clone(), *args[1:], **others)
+            return torch.autograd.grad(value.sum(), leaf)[0]
+    except RuntimeError:  # inside a function transform, or not differentiable here: then it is no chain link
+        return None
 
 
 @dataclass
@@ -88,9 +95,10 @@ class Chain:
             if step.source is None or not step.source.requires_grad:
                 break
             key = step.source_key
-        repeated = [call.key for call in tape.calls if sum(call.key == other.key for other in tape.calls) > 1]
+        names = [name for call in tape.calls for name in call.key]
+        repeated = [name for name in names if names.count(name) > 1]
         if repeated:
-            raise UnsupportedLayer(_refusal(f"the module of {', '.join(repeated[0])} is used more than once"))
+            raise UnsupportedLayer(_refusal(f"parameter {repeated[0]!r} is used more than once"))
         if len(seen) != len(tape.calls) or tape.opaque:
             strays = [c.key[0] for c in tape.calls if all(c is not s for s in seen)] + list(tape.opaque)
             raise UnsupportedLayer(_refusal(f"parameter {strays[0]!r} does not lie on one chain from input to output"))

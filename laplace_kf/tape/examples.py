@@ -72,7 +72,7 @@ class ExampleGradients:
         rows = []
         for column in columns:
             grads = torch.autograd.grad(output, parameters, column[None], retain_graph=True, allow_unused=True)
-            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+            parts = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, grads, strict=True)]
             rows.append(torch.cat([part.reshape(-1) for part in parts]))
         return torch.stack(rows)
 

@@ -84,6 +84,19 @@ class Observation:
         columns = _significant(columns).to(self.outputs.dtype)
         if self.chain is not None:
             return self.row_signals(columns, None)
+        found = self.ruled_signals(columns)
+        rest = [b for b in self.tracer.blocks.values() if not b.factorises and b.name not in found]
+        if rest:
+            names = [parameter for block in rest for parameter in block.parameters]
+            gradients = self.tracer.gradients(self.batch, self.outputs, names, columns)
+            for block, part in zip(rest, gradients.split([b.size for b in rest], -1), strict=True):
+                found[block.name] = GradientSignals(block, part)
+        return found
+
+    def ruled_signals(self, columns: Tensor) -> dict[str, Signals]:
+        """As :meth:`signals`, for the blocks that need no per-example gradients."""
+        if self.chain is not None:
+            return self.row_signals(columns, None)
         blocks = self.tracer.blocks
         found: dict[str, Signals] = {}
         grads = self._backward(columns)
@@ -93,17 +106,19 @@ class Observation:
                 found[name] = self._matrix_signals(block, members, grads)
             elif name not in self.tracer.example_wise:
                 found[name] = GradientSignals(block, self._affine_gradients(block, members, grads))
-        rest = [b for b in blocks.values() if not b.factorises and b.name not in found]
-        if rest:
-            names = [parameter for block in rest for parameter in block.parameters]
-            gradients = self.tracer.gradients(self.batch, self.outputs, names, columns)
-            for block, part in zip(rest, gradients.split([b.size for b in rest], -1), strict=True):
-                found[block.name] = GradientSignals(block, part)
         return found
 
-    def gathered(self, example: Tensor) -> Observation:
-        """A new forward pass on copies of the examples ``(M,)`` of this minibatch."""
-        return self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
+    def gathered(self, example: Tensor) -> Observation | None:
+        """A new forward pass on copies of the examples ``(M,)``; ``None`` if they do not give the same outputs.
+
+        They do not if the minibatch holds a tensor that only happens to be as long as there are examples.
+        """
+        again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
+        wanted = self.outputs.detach()[example]
+        if again.outputs.shape != wanted.shape:
+            return None
+        gap = (again.outputs.detach() - wanted).abs().max()
+        return again if bool(gap <= 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()) else None
 
     def require_chain(self) -> Chain:
         """The chain of this minibatch; raises :class:`UnsupportedLayer` with the reason if there is none."""

@@ -25,41 +25,64 @@ Key = tuple[tuple[str, ...], int]
 
 
 class Rows:
-    """How the examples lie in the rows of every call; learned from the first minibatch of at least two examples.
+    """How the examples lie in the rows of every call.
 
     Attributes:
-        shared: names of parameters with rows that belong to several examples at once.
+        shared: names of parameters with rows that belong to several examples, or to examples in no regular order.
     """
 
     def __init__(self) -> None:
         self.shared: set[str] = set()
-        self._modes: dict[Key, int] = {}
+        self._modes: dict[tuple[Key, int], int] = {}
+        self._now: dict[Key, int] = {}
 
     def locate(self, calls: Sequence[Call], outputs: Tensor) -> None:
-        """Probes calls that are not known yet with gradients of the first and last of ``outputs (N, ...)``."""
+        """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
+
+        Examples are told apart by the binary digits of their number: one backward pass with the examples whose digit
+        is 1, one with those whose digit is 0, for every digit. A row that answers to both belongs to several.
+        """
         count = outputs.shape[0]
-        pairs = zip(calls, occurrences(calls), strict=True)
-        unknown = [(call, key) for call, key in pairs if key not in self._modes]
+        self._now = {}
+        unknown: list[tuple[Call, Key, int]] = []
+        for call, key in zip(calls, occurrences(calls), strict=True):
+            total = math.prod(call.shape[: call.leading])
+            mode = self._modes.get((key, total // count)) if total % count == 0 else None
+            if mode is None:
+                unknown.append((call, key, total))
+            else:
+                self._now[key] = mode
         if count < 2 or not unknown or not outputs.requires_grad:
             return
-        generator = torch.Generator().manual_seed(0)
-        touched: list[list[tuple[int, Tensor]]] = [[] for _ in unknown]
-        edges = [call.edge for call, _ in unknown]
-        for probe in (0, count - 1):
-            seed = torch.zeros_like(outputs)
-            noise = torch.randn(outputs.shape[1:], generator=generator, dtype=torch.float64)
-            seed[probe] = noise.to(outputs.dtype).to(outputs.device)
-            grads = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
-            for found, (call, _), grad in zip(touched, unknown, grads, strict=True):
-                if grad is not None:
-                    rows = flatten_rows(grad, call.leading)
-                    found.append((probe, (rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0))
-        for found, (call, key) in zip(touched, unknown, strict=True):
-            mode = _example_axis(call.shape[: call.leading], count, found)
-            if mode is None:
+        number = torch.arange(count, device=outputs.device)
+        digits = max(1, (count - 1).bit_length())
+        example = [torch.zeros(total, dtype=torch.long, device=outputs.device) for _, _, total in unknown]
+        known = [torch.zeros(total, dtype=torch.bool, device=outputs.device) for _, _, total in unknown]
+        several = [False] * len(unknown)
+        noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        edges = [call.edge for call, _, _ in unknown]
+        for digit in range(digits):
+            ones = (number >> digit) % 2 == 1
+            hits = []
+            for part in (ones, ~ones):
+                seed = torch.zeros_like(outputs)
+                seed[part] = noise.to(outputs)
+                grads = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
+                hits.append([_touched(grad, call) for grad, (call, _, _) in zip(grads, unknown, strict=True)])
+            for k, (one, zero) in enumerate(zip(*hits, strict=True)):
+                if one is None or zero is None:
+                    continue
+                several[k] = several[k] or bool((one & zero).any())
+                example[k] += one.long() << digit
+                known[k] |= one | zero
+        for k, (call, key, total) in enumerate(unknown):
+            readings = [] if several[k] else _readings(call.shape[: call.leading], count, example[k], known[k])
+            if not readings:
                 self.shared.update(call.names.values())
-            else:
-                self._modes[key] = mode
+                continue
+            self._now[key] = readings[0]
+            if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
+                self._modes[key, total // count] = readings[0]
 
     def arrange(self, rows: Tensor, call: Call, key: Key, count: int, axis: int) -> Tensor:
         """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)`` for ``N = count`` examples.
@@ -75,7 +98,7 @@ class Rows:
                 f"the layer with parameters {', '.join(call.key)} has {total} rows for {count} examples; keep the "
                 "example axis first in the model's outputs"
             )
-        mode = self._modes.get(key, FIRST)
+        mode = self._now.get(key, FIRST)
         outer = {FIRST: 1, LAST: total // count}.get(mode) or math.prod(call.shape[:mode])
         inner = total // count // outer
         before, rest = rows.shape[:axis], rows.shape[axis + 1 :]
@@ -94,19 +117,27 @@ def occurrences(calls: Sequence[Call]) -> list[Key]:
     return keys
 
 
-def _example_axis(lead: Sequence[int], count: int, touched: Sequence[tuple[int, Tensor]]) -> int | None:
-    """The first reading of the rows in which each probed example touched no other example's rows."""
-    total = math.prod(lead)
-    if total % count:
+def _touched(grad: Tensor | None, call: Call) -> Tensor | None:
+    """Which rows ``(B,)`` a gradient reached."""
+    if grad is None:
         return None
+    rows = flatten_rows(grad, call.leading)
+    return (rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0
+
+
+def _readings(lead: Sequence[int], count: int, example: Tensor, known: Tensor) -> list[int]:
+    """The regular readings of the rows that agree with every row whose example is known; equal ones count once."""
+    total = math.prod(lead)
+    if total % count or not total:  # no row at all: rows are chosen by the data
+        return []
+    index = torch.arange(total, device=example.device)
     candidates = [(FIRST, 1), (LAST, total // count)]
     candidates += [(k, math.prod(lead[:k])) for k in range(1, len(lead)) if lead[k] == count]
+    found: list[int] = []
+    assigned: list[Tensor] = []
     for mode, outer in candidates:
-        fits = True
-        for probe, rows in touched:
-            of_example = rows.reshape(outer, count, total // count // outer).any(0).any(-1)
-            of_example[probe] = False
-            fits = fits and not bool(of_example.any())
-        if fits:
-            return mode
-    return None
+        guess = index // (total // count // outer) % count
+        if torch.equal(guess[known], example[known]) and not any(torch.equal(guess, other) for other in assigned):
+            found.append(mode)
+            assigned.append(guess)
+    return found

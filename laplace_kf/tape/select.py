@@ -13,8 +13,8 @@ __all__ = ["owner", "select"]
 
 
 def owner(name: str) -> str:
-    """The module path of a parameter name (``""`` for the root module)."""
-    return name.rpartition(".")[0]
+    """The module path of a parameter name (``""`` for the root); a parametrised module owns its original tensors."""
+    return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
 def select(model: nn.Module, parameters: str | Sequence[str], order: Sequence[str] | None = None) -> list[str]:
@@ -45,8 +45,16 @@ def select(model: nn.Module, parameters: str | Sequence[str], order: Sequence[st
             if not order:
                 raise UnsupportedLayer("no parameter took part in the forward pass, so there is no last layer")
             last = owner(order[-1])
-            return [name for name in trainable if owner(name) == last]
+            chosen = [name for name in trainable if owner(name) == last]
+            if not chosen:
+                raise UnsupportedLayer(
+                    f"the last layer, module {last!r}, is frozen; set requires_grad on its parameters, or name another "
+                    "selection with parameters=[patterns]"
+                )
+            return chosen
         raise UnknownName("parameter selection", parameters, ["all", "last_layer", "a list of name patterns"])
+    if not parameters:
+        raise ValueError("parameters is an empty list; give name patterns, 'all' or 'last_layer'")
     # a tied parameter carries several names; a pattern may use any of them
     first = {id(p): name for name, p in named.items()}
     matched: set[str] = set()

@@ -23,7 +23,7 @@ from laplace_kf.tape.blocks import Block
 __all__ = ["GradientSignals", "LookupSignals", "OuterSignals", "Signals", "add_gram", "symmetrised"]
 
 LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
-WORKING_BYTES = 256 * 2**20  # size of the largest temporary a reduction may build
+WORKING_BYTES = 64 * 2**20  # size of the largest temporary a reduction may build
 
 
 def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
@@ -67,6 +67,10 @@ class Signals(ABC):
         """Adds ``Σ_vn (per-example gradient)²`` to ``total (R, O, I)``."""
 
     @abstractmethod
+    def total(self) -> Tensor:
+        """The gradients added up over columns and examples, ``(R, O, I)``."""
+
+    @abstractmethod
     def jacobian(self) -> Tensor:
         """Per-example gradients of every column in canonical order, ``(V·N, P_b)``."""
 
@@ -106,7 +110,7 @@ class OuterSignals(Signals):
 
     def add_column_gram(self, total: Tensor) -> None:
         """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangles of ``total (R, O, O)`` (methods 4.5: mean in G)."""
-        positions = self.g.shape[2]
+        positions = max(1, self.g.shape[2])  # a call may have met no row at all
         for r in range(total.shape[0]):
             add_gram(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), 1.0 / positions)
 
@@ -144,6 +148,12 @@ class OuterSignals(Signals):
         if self.block.has_bias_column:
             out = torch.cat([out, g.sum(2)[..., None]], -1)
         return out
+
+    def total(self) -> Tensor:
+        a = self._inputs().flatten(0, 1)  # (N·T, R, I)
+        g = self.g.sum(0).flatten(0, 1)
+        out = torch.einsum("mro,mri->roi", g, a)
+        return torch.cat([out, g.sum(0)[..., None]], -1) if self.block.has_bias_column else out
 
     def jacobian(self) -> Tensor:
         gradients = self._gradients(self._inputs(), self.g)
@@ -186,7 +196,7 @@ class LookupSignals(Signals):
 
     def add_column_gram(self, total: Tensor) -> None:
         """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangle of ``total (1, O, O)``."""
-        add_gram(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / self.g.shape[2])
+        add_gram(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / max(1, self.g.shape[2]))
 
     def _tokens(self) -> Tensor:
         return self.tokens if self.example is None else self.tokens[self.example]
@@ -208,6 +218,12 @@ class LookupSignals(Signals):
         squares = summed.square().sum(0, dtype=total.dtype)  # (K, O)
         total[0].index_add_(1, token, squares.T)
 
+    def total(self) -> Tensor:
+        summed, _, token = self._per_token()
+        out = summed.new_zeros(self.block.shape)
+        out[0].index_add_(1, token, summed.sum(0).T)
+        return out
+
     def jacobian(self) -> Tensor:
         summed, row, token = self._per_token()
         columns, _, outputs = summed.shape
@@ -226,6 +242,9 @@ class GradientSignals(Signals):
 
     def add_squares(self, total: Tensor) -> None:
         total += self.gradients.to(total.dtype).square().sum((0, 1)).reshape(total.shape)
+
+    def total(self) -> Tensor:
+        return self.gradients.sum((0, 1)).reshape(self.block.shape)
 
     def jacobian(self) -> Tensor:
         return self.gradients.reshape(-1, self.block.size)

@@ -57,7 +57,7 @@ class Call:
             UnsupportedLayer: if it was changed in place since.
         """
         value: Tensor = self.bound["input"]
-        if value._version != self.version:
+        if _version(value) != self.version:
             raise UnsupportedLayer(
                 f"the input of the layer with parameters {', '.join(self.key)} was changed in place after the layer "
                 "read it; make that operation out of place"
@@ -123,11 +123,11 @@ class Tape(TorchFunctionMode):
         if self.record_steps:
             source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
             if isinstance(source, Tensor):
-                source_key = (id(source), source._version)
+                source_key = (id(source), _version(source))
                 before = self.on_step(func, args, kwargs) if self.on_step is not None else None
         rule = RULES.get(func) if used else None
         bound = rule.bind(args, kwargs) if rule is not None else None
-        version = bound["input"]._version if bound is not None else 0
+        version = _version(bound["input"]) if bound is not None else 0
         output = func(*args, **kwargs)
         call = None
         # a result that is the parameter itself (``weight.to(dtype)``) is a look, not a use
@@ -136,7 +136,7 @@ class Tape(TorchFunctionMode):
             call = self._record(func, rule, bound, used, output, version)
         if self.record_steps and isinstance(output, Tensor):
             # the tensors are kept alive so that their ids stay theirs
-            key = (id(output), output._version)
+            key = (id(output), _version(output))
             self.steps.append(Step(func, args, kwargs, source, source_key, output, key, call, before))
         return output
 
@@ -165,6 +165,10 @@ class Tape(TorchFunctionMode):
         call = Call(rule, bound, names, get_gradient_edge(output), output.shape, rule.leading(bound, output), version)
         self.calls.append(call)
         return call
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else int(tensor._version)  # inference tensors do not count
 
 
 def _tensors(structure: Any) -> Iterator[Tensor]:

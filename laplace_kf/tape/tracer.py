@@ -47,6 +47,8 @@ class Tracer:
         self.layout: FlatLayout
         self._selected: list[str] | None = None if parameters == "last_layer" else select(model, parameters)
         self.example_wise: set[str] = set()
+        self._hidden: set[str] = set()
+        self._verified: set[str] = set()
         self._block_of: dict[str, str] = {}
         self.rows = Rows()
         self.gradients = ExampleGradients(model, forward, self.named)
@@ -92,9 +94,9 @@ class Tracer:
             UnsupportedLayer: if a parameter is used in a way that cannot be handled; names it.
         """
         batch = to_device(batch, self.device)
-        tracked = {id(p): name for name, p in self.named.items() if p.requires_grad}
-        if self._selected is not None:
-            tracked = {key: name for key, name in tracked.items() if name in self._selected}
+        # to find the last layer, frozen parameters have to be seen as well
+        names = self.named if self._selected is None else self._selected
+        tracked = {id(self.named[name]): name for name in names}
         tape = Tape(tracked, record_steps=self._may_be_chain, on_step=derivative if self._may_be_chain else None)
         with torch.enable_grad(), tape:
             outputs, targets = run(self.model, batch, self.forward)
@@ -114,8 +116,12 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             self.rows.locate(tape.calls, outputs)
+        observation = Observation(self, batch, outputs, targets, tape.calls, chain)
         self._plan(tape)
-        return Observation(self, batch, outputs, targets, tape.calls, chain)
+        if self._verify(observation):
+            return observation
+        self._plan(tape)
+        return Observation(self, batch, outputs, targets, tape.calls, None)
 
     def _chain(self, tape: Tape, outputs: Tensor) -> Chain | None:
         """The chain of this forward pass, if the network is one; asked once, then remembered."""
@@ -138,7 +144,8 @@ class Tracer:
 
     def _plan(self, tape: Tape) -> None:
         """Blocks of parameters met for the first time; those known already must be used as before."""
-        planned, example_wise = plan(tape.calls, set(tape.opaque) | self.rows.shared, self.layout, self.named)
+        unruled = set(tape.opaque) | self.rows.shared | self._hidden
+        planned, example_wise = plan(tape.calls, unruled, self.layout, self.named)
         for block in planned:
             known = self._block_of.get(block.parameters[0])
             if known is None:
@@ -150,6 +157,52 @@ class Tracer:
                     f"parameters {', '.join(block.parameters)} are used in one way in one minibatch and in another way "
                     "in the next; leave them out with parameters=[patterns]"
                 )
+
+    def _verify(self, observation: Observation) -> bool:
+        """Checks the blocks met for the first time against one ordinary backward pass.
+
+        The gradients that their signals imply must add up to what autograd gives for the parameters themselves. They
+        do not if a parameter also acts where no tape sees it: inside a custom ``autograd.Function``, or through a
+        gradient taken in the forward pass. Such parameters go through per-example gradients.
+
+        Returns:
+            Whether all blocks passed; if not, the failed ones are forgotten, to be planned anew.
+        """
+        fresh = {n: b for n, b in self.blocks.items() if n not in self._verified}
+        self._verified.update(fresh)
+        fresh = {n: b for n, b in fresh.items() if n not in self.example_wise}
+        unseen = [name for name in self.unseen() if name not in self._hidden]
+        outputs = observation.outputs
+        if not (fresh or unseen) or not outputs.requires_grad:
+            return True
+        generator = torch.Generator().manual_seed(1)
+        seed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+        names = [*(name for block in fresh.values() for name in block.parameters), *unseen]
+        weights = [self.named[name] for name in names]
+        grads = torch.autograd.grad(outputs, weights, seed, retain_graph=True, allow_unused=True)
+        true = {
+            name: (torch.zeros_like(weight) if grad is None else grad.to_dense())[None]
+            for name, weight, grad in zip(names, weights, grads, strict=True)
+        }
+        with torch.no_grad():
+            implied = {n: s.total() for n, s in observation.ruled_signals(seed[None]).items() if n in fresh}
+        failed = []
+        met = {name for name, grad in zip(names, grads, strict=True) if name in unseen and grad is not None}
+        self._hidden |= met
+        for name, block in fresh.items():
+            expected = block.pack(true)[0]
+            found = implied.get(name, torch.zeros_like(expected))
+            scale = torch.maximum(expected.abs().max(), found.abs().max())
+            if bool((found - expected).abs().max() > 10 * torch.finfo(expected.dtype).eps ** 0.5 * scale):
+                failed.append(block)
+        for block in failed:
+            self._hidden.update(block.parameters)
+            del self.blocks[block.name]
+            for name in block.parameters:
+                del self._block_of[name]
+        passed = not failed and not met
+        self._may_be_chain = self._may_be_chain and passed
+        return passed
 
 
 def _check_outputs(outputs: Tensor, index: int) -> None:
