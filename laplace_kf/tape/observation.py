@@ -94,7 +94,7 @@ class Observation:
         return found
 
     def ruled_signals(self, columns: Tensor) -> dict[str, Signals]:
-        """As :meth:`signals`, for the blocks that need no per-example gradients."""
+        """As :meth:`signals` for columns ``(V, N, ...)``, but only of blocks that need no per-example gradients."""
         if self.chain is not None:
             return self.row_signals(columns, None)
         blocks = self.tracer.blocks
