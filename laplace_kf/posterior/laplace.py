@@ -29,7 +29,7 @@ from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Objective, TuningResult, tune
 from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
 from laplace_kf.structures import Structure
-from laplace_kf.tape import Block, FlatLayout, Tracer, select
+from laplace_kf.tape import Tracer, select
 
 __all__ = ["LaplacePosterior"]
 
@@ -418,7 +418,6 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
         """
         state = self._fitted("save")
-        statistics = state.statistics
         prior = self._prior
         try:
             likelihood: dict[str, Any] | None = self.likelihood.to_config()
@@ -433,18 +432,10 @@ class LaplacePosterior:
             "damping": self.damping,
             "prior_precision": float(prior.detach()) if isinstance(prior, Tensor) else prior,
             "n_data": self._n_data,
-            "count": statistics.count,
-            "terms": statistics.terms,
             "noise": state.noise,
-            "names": list(statistics.layout.names),
-            "shapes": [list(shape) for shape in statistics.layout.shapes],
-            "blocks": [block.to_json() for block in statistics.blocks.values()],
-            "parts": {name: len(parts) for name, parts in statistics.sums.items()},
         }
-        tensors = {"mean": state.mean, "log_likelihood": statistics.log_likelihood}
-        for name, parts in statistics.sums.items():
-            tensors.update({f"{name}/{k}": part for k, part in enumerate(parts)})
-        store.write(path, tensors, header)
+        tensors, described = store.packed(state.statistics)
+        store.write(path, {**tensors, "mean": state.mean}, {**header, "statistics": described})
 
     @classmethod
     def load(
@@ -470,7 +461,7 @@ class LaplacePosterior:
             IncompatiblePair: if the likelihood is needed and missing.
         """
         tensors, header = store.read(path)
-        layout = FlatLayout(tuple(header["names"]), tuple(tuple(shape) for shape in header["shapes"]))
+        layout = store.layout_of(header["statistics"])
         named = dict(model.named_parameters())
         for name, shape in zip(layout.names, layout.shapes, strict=True):
             found = tuple(named[name].shape) if name in named else None
@@ -495,21 +486,8 @@ class LaplacePosterior:
             forward=forward,
             **header["options"],
         )
-        device = named[layout.names[0]].device
-        blocks = {data["name"]: Block.from_json(data) for data in header["blocks"]}
-        sums = {
-            name: tuple(tensors[f"{name}/{k}"].to(device) for k in range(count))
-            for name, count in header["parts"].items()
-        }
-        statistics = Statistics(
-            posterior.structure,
-            layout,
-            blocks,
-            sums,
-            float(header["count"]),
-            tensors["log_likelihood"],
-            float(header["terms"]),
-        )
-        mean = tensors["mean"].to(device, named[layout.names[0]].dtype)
+        first = named[layout.names[0]]
+        statistics = store.unpacked(tensors, header["statistics"], posterior.structure, first.device)
+        mean = tensors["mean"].to(first.device, first.dtype)
         posterior._accept(_Fitted(statistics, statistics.mean(), mean, header["noise"]), header["n_data"])
         return posterior

@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from laplace_kf.engine import Statistics, StructureRule
 from laplace_kf.errors import CorruptFile
+from laplace_kf.tape import Block, FlatLayout
 
-__all__ = ["read", "write"]
+__all__ = ["layout_of", "packed", "read", "unpacked", "write"]
 
 FORMAT = "laplace_kf posterior"
 VERSION = 1
@@ -79,3 +81,42 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise
     except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
         raise CorruptFile(f"{path} cannot be read as a laplace_kf posterior: {error}") from error
+
+
+def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Statistics as tensors (any shapes, by name) and JSON-able values."""
+    tensors = {"log_likelihood": statistics.log_likelihood}
+    for name, parts in statistics.sums.items():
+        tensors.update({f"{name}/{k}": part for k, part in enumerate(parts)})
+    described = {
+        "count": statistics.count,
+        "terms": statistics.terms,
+        "names": list(statistics.layout.names),
+        "shapes": [list(shape) for shape in statistics.layout.shapes],
+        "blocks": [block.to_json() for block in statistics.blocks.values()],
+        "parts": {name: len(parts) for name, parts in statistics.sums.items()},
+    }
+    return tensors, described
+
+
+def layout_of(described: Mapping[str, Any]) -> FlatLayout:
+    """The flat layout of packed statistics."""
+    return FlatLayout(tuple(described["names"]), tuple(tuple(shape) for shape in described["shapes"]))
+
+
+def unpacked(
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: StructureRule, device: torch.device
+) -> Statistics:
+    """The inverse of :func:`packed`, with the sums (any shapes) on ``device``."""
+    return Statistics(
+        structure=structure,
+        layout=layout_of(described),
+        blocks={data["name"]: Block.from_json(data) for data in described["blocks"]},
+        sums={
+            name: tuple(tensors[f"{name}/{k}"].to(device) for k in range(count))
+            for name, count in described["parts"].items()
+        },
+        count=float(described["count"]),
+        log_likelihood=tensors["log_likelihood"],
+        terms=float(described["terms"]),
+    )
