@@ -19,7 +19,7 @@ from benchmarks.timing import in_turn, ratios
 from experiments import data, training
 from laplace_kf.operators import KroneckerBlock
 
-IMAGES, BATCH, DRAWS = 10_000, 1000, 5
+IMAGES, BATCH, DRAWS = 10_000, 1000, 3
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
     "sampled, 1": {"estimator": "sampled", "samples": 1},

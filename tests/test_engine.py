@@ -107,6 +107,13 @@ def test_systematic_sampling_has_the_right_frequencies() -> None:
     assert counts[0] == counts[5] == draws and counts[2] == 0
 
 
+def test_systematic_sampling_does_not_alias_with_the_order_of_the_columns() -> None:
+    """Equal probabilities of 1/9 over (example, column) must not pick one column kind for all examples."""
+    p = torch.full((90 * 9,), 1 / 9, dtype=torch.float64)
+    kinds = systematic(p, torch.Generator().manual_seed(0)) % 9
+    assert len(kinds.unique()) == 9
+
+
 def test_importance_with_a_large_budget_is_exact() -> None:
     model, (x, y) = net(4, 5, 3), data(6, 4, 3)
     exact = lk.curvature.estimate(model, "categorical", (x, y), "kron").mean().dense()

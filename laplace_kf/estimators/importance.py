@@ -2,8 +2,7 @@
 
 On a trained classifier most root columns ``√p_k (e_k − p)`` are almost zero. A column with squared norm ``q`` is kept
 with probability ``π = min(1, c q)`` and scaled by ``π^{-1/2}``, which is unbiased; ``c`` is set so that the expected
-number kept is the budget. Selection is systematic (one uniform number for the whole minibatch), which keeps the
-number of columns fixed.
+number kept is the budget. Selection is systematic in a random order, which keeps the number of columns fixed.
 """
 
 from __future__ import annotations
@@ -42,11 +41,13 @@ def inclusion_probabilities(weights: Tensor, budget: float) -> Tensor:
 
 def systematic(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     """Indices included by systematic sampling with probabilities ``(K,)``; their number is fixed up to rounding."""
-    edges = probabilities.double().cumsum(0)
+    # in a random order: equal probabilities in the order of the data would pick the same column of every example
+    order = torch.randperm(len(probabilities), generator=generator, device=generator.device).to(probabilities.device)
+    edges = probabilities[order].double().cumsum(0)
     start = torch.rand((), generator=generator, device=generator.device, dtype=torch.float64).to(edges.device)
     crossings = torch.floor(edges - start)
     before = torch.cat([torch.floor(-start)[None], crossings[:-1]])
-    return torch.nonzero(crossings > before)[:, 0]
+    return order[crossings > before].sort().values
 
 
 @ESTIMATORS.register("importance")
