@@ -103,7 +103,6 @@ class Chain:
             strays = [c.key[0] for c in tape.calls if all(c is not s for s in seen)] + list(tape.opaque)
             raise UnsupportedLayer(_refusal(f"parameter {strays[0]!r} does not lie on one chain from input to output"))
         self.links = links[::-1]
-        self.examples = outputs.shape[0]
 
     def _link(self, step: Step, tape: Tape, index: int) -> Link | None:
         if step.function is F.linear and isinstance(step.source, Tensor) and step.source.dim() == 2:
