@@ -21,7 +21,7 @@ from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.operators import Blockwise, Matrix
-from laplace_kf.tape import Block, FlatLayout, LookupSignals, Observation, OuterSignals, Signals, Tracer
+from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ class StructureRule(Protocol):
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         """Makes zero sums for new blocks, in the type and on the device of ``like`` (any shape)."""
 
-    def add_inputs(self, sums: Sums, signals: Mapping[str, OuterSignals | LookupSignals]) -> None:
+    def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
         """Takes in inputs."""
 
     def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:

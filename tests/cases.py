@@ -878,7 +878,7 @@ _case(
     CATEGORICAL,
 )
 _case("bilinear", _bilinear, lambda: (normal(4, 2), labels(2, 4)), CATEGORICAL)
-_case("gru", GRUNet, lambda: (normal(3, 3, 2), labels(2, 3)), CATEGORICAL)
+_case("gru", GRUNet, lambda: (normal(3, 3, 2), labels(2, 3)), CATEGORICAL, "open")
 _case("attention", AttentionNet, lambda: (normal(3, 3, 4), labels(2, 3)), CATEGORICAL, "open")
 _case("transformer-layer", _attention_layer, lambda: (normal(3, 3, 2), labels(2, 3)), CATEGORICAL, "open")
 _case("weight-norm", _weight_norm, lambda: (normal(4, 2), labels(2, 4)), CATEGORICAL, "single")

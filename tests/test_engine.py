@@ -159,24 +159,28 @@ def test_rows_are_found_wherever_the_examples_lie(structure: str, n: int, t: int
 class Positions(nn.Module):
     """A learned position table, shared by all examples of a batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, added: bool) -> None:
         super().__init__()
         self.table = nn.Embedding(4, 2, dtype=torch.float64)
         self.head = nn.Linear(2, 3, dtype=torch.float64)
+        self.added = added
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(x + self.table(torch.arange(x.shape[1]))).sum(1))
+        rows = self.table(torch.arange(x.shape[1]))
+        return self.head(torch.tanh(x + rows if self.added else x * rows).sum(1))
 
 
+@pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize("n", [2, 4])  # 4: as many examples as positions, so shapes alone cannot tell
-def test_a_row_shared_by_all_examples_goes_through_per_example_gradients(n: int) -> None:
-    model = Positions()
+def test_a_row_shared_by_all_examples(n: int, added: bool) -> None:
+    """What is added is repeated for every example; any other use goes through per-example gradients."""
+    model = Positions(added)
     x, y = torch.randn(n, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(n) % 3
     stats = lk.curvature.estimate(model, "categorical", (x, y), "diag")
     single = [lk.curvature.estimate(model, "categorical", (x[i : i + 1], y[i : i + 1]), "diag") for i in range(n)]
     mean = torch.stack([s.mean().diag() for s in single]).mean(0)
     torch.testing.assert_close(stats.mean().diag(), mean, rtol=1e-10, atol=1e-14)
-    assert not stats.blocks["table"].factorises
+    assert stats.blocks["table"].factorises == added
 
 
 class BatchMean(nn.Module):
@@ -185,7 +189,8 @@ class BatchMean(nn.Module):
         self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - x.mean(0)) * self.scale
+        scaled = x * self.scale
+        return scaled - scaled.mean(0)
 
 
 def test_examples_that_depend_on_each_other_are_refused() -> None:

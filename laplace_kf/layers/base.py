@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,6 +33,18 @@ class MatrixView:
     split: tuple[int, ...]
     permutation: tuple[int, ...]
     shape: tuple[int, int, int]
+
+    def transposed(self) -> MatrixView:
+        """The reading of a matrix whose memory holds columns where this one expects rows (one group only)."""
+        groups, rows, columns = self.split
+        exchanged = tuple({1: 2, 2: 1}.get(p, p) for p in self.permutation)
+        return MatrixView((groups, columns, rows), exchanged, self.shape)
+
+    def turned(self) -> MatrixView:
+        """The reading of the same memory as ``Wᵀ`` (one group only)."""
+        groups, out, inp = self.shape
+        first, second, third = self.permutation
+        return MatrixView(self.split, (first, third, second), (groups, inp, out))
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """``(K, *weight shape)`` to ``(K, R, O, I)``."""
@@ -73,9 +85,17 @@ class LayerRule(ABC):
     modules: tuple[str, ...]
     arguments: Mapping[str, Any] = field(hash=False, default_factory=dict)
     roles: ClassVar[tuple[str, ...]] = ("weight", "bias")
+    one_hot: ClassVar[bool] = False
+    keeps_memory: ClassVar[bool] = False  # the result may share its memory with the parameter (``expand``)
 
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> BoundCall:
-        """Names the arguments of a call and fills in the defaults."""
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], parameters: Collection[int] = ()) -> BoundCall:
+        """Names the arguments of a call and fills in the defaults.
+
+        Args:
+            args: positional arguments.
+            kwargs: keyword arguments.
+            parameters: ids of the tensors among them that are parameters, for rules that cannot tell by position.
+        """
         values = dict(self.arguments)
         values.update(zip(self.arguments, args, strict=False))
         values.update(kwargs)
@@ -85,15 +105,13 @@ class LayerRule(ABC):
     def leading(self, call: BoundCall, output: Tensor) -> int:
         """How many leading axes of the output's shape enumerate rows (examples, positions), not features."""
 
-    def refuses(self, call: BoundCall) -> str | None:
-        """A reason why this particular call must go through the per-example fallback, or ``None``."""
+    def refuses(self, call: BoundCall, output: Tensor) -> str | None:
+        """A reason why this call (``output`` of any shape) must go through the per-example fallback, or ``None``."""
         return None
 
 
 class MatrixRule(LayerRule):
     """A weight that multiplies inputs: ``h = W [a; 1]`` at every position (methods 1.1, 4.5)."""
-
-    one_hot: ClassVar[bool] = False
 
     @abstractmethod
     def view(self, weight: Tensor, call: BoundCall) -> MatrixView:

@@ -50,7 +50,7 @@ class ConvRule(MatrixRule):
     def leading(self, call: BoundCall, output: Tensor) -> int:
         return output.dim() - call["weight"].dim() + 1
 
-    def refuses(self, call: BoundCall) -> str | None:
+    def refuses(self, call: BoundCall, output: Tensor) -> str | None:
         if call["input"].dim() != call["weight"].dim():
             return "a convolution of one image without its batch axis"
         return None

@@ -19,7 +19,7 @@ class EmbeddingRule(MatrixRule):
     def leading(self, call: BoundCall, output: Tensor) -> int:
         return output.dim() - 1
 
-    def refuses(self, call: BoundCall) -> str | None:
+    def refuses(self, call: BoundCall, output: Tensor) -> str | None:
         if call["max_norm"] is not None:
             return "an embedding with max_norm, which rewrites its weight in the forward pass"
         if call["scale_grad_by_freq"]:

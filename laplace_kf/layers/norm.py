@@ -48,7 +48,7 @@ class ChannelNormRule(AffineRule):
 class BatchNormRule(ChannelNormRule):
     """``F.batch_norm`` in eval mode: running statistics, so that examples stay independent."""
 
-    def refuses(self, call: BoundCall) -> str | None:
+    def refuses(self, call: BoundCall, output: Tensor) -> str | None:
         if call["training"] or call["running_mean"] is None:
             return "batch normalisation over the minibatch, which ties examples together (use running statistics)"
         return None

@@ -2,7 +2,14 @@
 
 from laplace_kf.operators.base import Isotropic, Matrix, Sum, fresh_generator, standard_normal
 from laplace_kf.operators.blockwise import Blockwise
-from laplace_kf.operators.curvature import DAMPINGS, CurvatureBlock, DenseBlock, DiagonalBlock, KroneckerBlock
+from laplace_kf.operators.curvature import (
+    DAMPINGS,
+    CurvatureBlock,
+    DenseBlock,
+    DiagonalBlock,
+    KroneckerBlock,
+    SpectralBlock,
+)
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = [
@@ -16,6 +23,7 @@ __all__ = [
     "KroneckerBlock",
     "Matrix",
     "Spectral",
+    "SpectralBlock",
     "Sum",
     "fresh_generator",
     "standard_normal",

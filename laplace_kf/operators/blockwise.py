@@ -11,7 +11,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.operators.base import Isotropic, Matrix, fresh_generator
 from laplace_kf.operators.curvature import CurvatureBlock
 from laplace_kf.operators.spectral import Spectral
-from laplace_kf.tape.blocks import Block, FlatLayout
+from laplace_kf.tape.blocks import Block, FlatLayout, merged
 
 __all__ = ["Blockwise"]
 
@@ -36,12 +36,12 @@ class Blockwise(Matrix):
     def _each(self, v: Tensor, operation: Callable[[Matrix, Tensor], Tensor]) -> Tensor:
         columns = self._checked(v)[:, None] if v.dim() == 1 else self._checked(v)
         parts = self.layout.split(columns.T)
-        out: dict[str, Tensor] = {}
+        found = []
         for block, matrix in self.entries:
             packed = block.pack(parts).reshape(columns.shape[1], -1)
             result = operation(matrix, packed.T).T
-            out.update(block.unpack(result.reshape(-1, *block.shape)))
-        return self.layout.join(out).T.reshape(v.shape)
+            found.append(block.unpack(result.reshape(-1, *block.shape)))
+        return self.layout.join(merged(found)).T.reshape(v.shape)
 
     def matvec(self, v: Tensor) -> Tensor:
         return self._each(v, lambda matrix, part: matrix.matvec(part))
@@ -62,10 +62,8 @@ class Blockwise(Matrix):
         return torch.stack(terms).sum()
 
     def diag(self) -> Tensor:
-        out: dict[str, Tensor] = {}
-        for block, matrix in self.entries:
-            out.update(block.unpack(matrix.diag().reshape(1, *block.shape)))
-        return self.layout.join(out).reshape(-1)
+        found = [block.unpack(matrix.diag().reshape(1, *block.shape)) for block, matrix in self.entries]
+        return self.layout.join(merged(found)).reshape(-1)
 
     def dense(self) -> Tensor:
         parts = [(self.layout.positions(block), matrix.dense()) for block, matrix in self.entries]
@@ -81,10 +79,9 @@ class Blockwise(Matrix):
     def draw(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, Λ⁻¹)`` as parameter-shaped tensors ``(n, *shape)`` by name."""
         generator = generator if generator is not None else fresh_generator()
-        out: dict[str, Tensor] = {}
-        for block, matrix in self.entries:
-            out.update(block.unpack(matrix.sample(n, generator).reshape(n, *block.shape)))
-        return out
+        return merged(
+            block.unpack(matrix.sample(n, generator).reshape(n, *block.shape)) for block, matrix in self.entries
+        )
 
     def scaled(self, factor: float | Tensor) -> Blockwise:
         return Blockwise(self.layout, [(block, matrix.scaled(factor)) for block, matrix in self.entries])

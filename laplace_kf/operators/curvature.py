@@ -7,18 +7,18 @@ per block and shared by every ``(n, prior)``, so that changing them costs one gr
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import cholesky, eigh
-from laplace_kf.operators.base import Isotropic, Matrix
+from laplace_kf.operators.base import Isotropic, Matrix, Sum
 from laplace_kf.operators.spectral import Basis, Spectral
 from laplace_kf.registry import Registry
 
-__all__ = ["DAMPINGS", "CurvatureBlock", "DenseBlock", "DiagonalBlock", "KroneckerBlock", "balance"]
+__all__ = ["DAMPINGS", "CurvatureBlock", "DenseBlock", "DiagonalBlock", "KroneckerBlock", "SpectralBlock", "balance"]
 
 
 class CurvatureBlock(Matrix):
@@ -141,7 +141,7 @@ class KroneckerBlock(CurvatureBlock):
 
     Args:
         inputs: ``A (R, I, I)``, or its diagonal ``(R, I)`` for one-hot inputs.
-        outputs: ``G (R, O, O)``.
+        outputs: ``G (R, O, O)``, or its diagonal ``(R, O)``.
         label: name of the block, for messages.
         scale: factor in front; where the two factors are damped one by one it belongs to ``G``.
     """
@@ -171,6 +171,8 @@ class KroneckerBlock(CurvatureBlock):
 
     def output_spectrum(self) -> tuple[Tensor, Basis]:
         """Eigenvalues ``(R, O)`` of ``G`` and their basis."""
+        if self.outputs.dim() == 2:
+            return self.outputs, Basis.identity()
         if "G" not in self._eigen:
             self._eigen["G"] = eigh(self.outputs, f"{self.label} (output factor G)")
         values, vectors = self._eigen["G"]
@@ -183,21 +185,17 @@ class KroneckerBlock(CurvatureBlock):
 
     # -- Matrix ------------------------------------------------------------------------------------------------------
 
-    def _dense_inputs(self) -> Tensor:
-        return torch.diag_embed(self.inputs) if self.inputs.dim() == 2 else self.inputs
-
     def dense(self) -> Tensor:
-        a = self._dense_inputs()
-        return torch.block_diag(*(self.scale * torch.kron(g, f) for g, f in zip(self.outputs, a, strict=True)))
+        pairs = zip(_full(self.outputs), _full(self.inputs), strict=True)
+        return torch.block_diag(*(self.scale * torch.kron(g, a) for g, a in pairs))
 
     def diag(self) -> Tensor:
-        a = self.inputs if self.inputs.dim() == 2 else self.inputs.diagonal(dim1=-2, dim2=-1)
-        g = self.outputs.diagonal(dim1=-2, dim2=-1)
-        return (self.scale * g[:, :, None] * a[:, None, :]).reshape(-1)
+        return (self.scale * _diagonal(self.outputs)[:, :, None] * _diagonal(self.inputs)[:, None, :]).reshape(-1)
 
     def matvec(self, v: Tensor) -> Tensor:
         columns = self._checked(v)[:, None] if v.dim() == 1 else self._checked(v)
-        w = torch.matmul(self.outputs, columns.T.reshape(-1, *self.shape))
+        w = columns.T.reshape(-1, *self.shape)
+        w = w * self.outputs[:, :, None] if self.outputs.dim() == 2 else torch.matmul(self.outputs, w)
         w = w * self.inputs[:, None, :] if self.inputs.dim() == 2 else torch.matmul(w, self.inputs)
         return self.scale * w.reshape(-1, self.size).T.reshape(v.shape)
 
@@ -234,8 +232,9 @@ class KroneckerBlock(CurvatureBlock):
         column = prior[:, :1, :]
         if not torch.equal(prior, column.expand_as(prior)):
             return super().plus(DiagonalBlock(prior, self.label))
+        ones = torch.ones_like(_diagonal(self.outputs))
         return KroneckerBlock(self.inputs, self.outputs, self.label, n * self.scale).plus(
-            KroneckerBlock(column[:, 0], torch.eye(self.shape[1]).to(self.outputs).expand_as(self.outputs), self.label)
+            KroneckerBlock(column[:, 0], ones, self.label)
         )
 
     def plus(self, other: Matrix) -> Matrix:
@@ -261,6 +260,95 @@ class KroneckerBlock(CurvatureBlock):
         return Spectral(inputs, outputs, grid, self.label)
 
 
+class SpectralBlock(CurvatureBlock):
+    """``(B_G ⊗ B_A) diag(S) (B_G ⊗ B_A)ᵀ`` with orthogonal bases: curvature that is known in an eigenbasis.
+
+    Args:
+        inputs: basis ``B_A`` of the input side.
+        outputs: basis ``B_G`` of the output side.
+        grid: ``S (R, O, I)``, not negative.
+        label: name of the block, for messages.
+    """
+
+    def __init__(self, inputs: Basis, outputs: Basis, grid: Tensor, label: str) -> None:
+        self.inputs, self.outputs, self.grid, self.label = inputs, outputs, grid, label
+        self.shape = tuple(grid.shape)  # type: ignore[assignment]
+
+    @classmethod
+    def of_sum(cls, terms: Sequence[tuple[Tensor, Tensor]], label: str) -> SpectralBlock:
+        """``Σ_k G_k ⊗ A_k`` (factors ``(R, d, d)`` or diagonals ``(R, d)``) in the eigenbases of its two marginals.
+
+        Keeps the diagonal there, hence the trace; the nearest matrix of this form in Frobenius norm for these bases,
+        and exact for one term or terms that commute.
+        """
+
+        def marginal(factors: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Basis, list[Tensor]]:
+            weights = [_diagonal(other).sum(-1) for other in others]
+            if all(factor.dim() == 2 for factor in factors):
+                return Basis.identity(), list(factors)
+            total = torch.stack([_full(f) * w[:, None, None] for f, w in zip(factors, weights, strict=True)]).sum(0)
+            vectors = eigh(total, label)[1]
+            rotated = [
+                torch.einsum("rdk,rd->rk", vectors.square(), f) if f.dim() == 2
+                else torch.einsum("rdk,rdk->rk", vectors, torch.matmul(f, vectors))
+                for f in factors
+            ]  # fmt: skip
+            return Basis.orthogonal(vectors), [values.clamp_min(0) for values in rotated]
+
+        outs, ins = [g for g, _ in terms], [a for _, a in terms]
+        inputs, in_values = marginal(ins, outs)
+        outputs, out_values = marginal(outs, ins)
+        grid = torch.stack([g[:, :, None] * a[:, None, :] for g, a in zip(out_values, in_values, strict=True)]).sum(0)
+        return cls(inputs, outputs, grid, label)
+
+    def spectrum(self) -> Tensor:
+        return self.grid
+
+    def _spectral(self, grid: Tensor) -> Spectral:
+        return Spectral(self.inputs, self.outputs, grid, self.label)
+
+    def dense(self) -> Tensor:
+        return self._spectral(self.grid).dense()
+
+    def diag(self) -> Tensor:
+        return self._spectral(self.grid).diag()
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._spectral(self.grid).matvec(v)
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self._spectral(self.grid).solve(v)
+
+    def logdet(self) -> Tensor:
+        return self._spectral(self.grid).logdet()
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self._spectral(self.grid).sample(n, generator)
+
+    def scaled(self, factor: float | Tensor) -> SpectralBlock:
+        return SpectralBlock(self.inputs, self.outputs, self.grid * factor, self.label)
+
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        if DAMPINGS[damping] is not _exact:
+            raise IncompatiblePair(
+                f"block {self.label!r} has no single pair of Kronecker factors, which damping={damping!r} needs; use "
+                'damping="exact"'
+            )
+        if prior.dim():
+            return Sum((self.scaled(n), DiagonalBlock(prior, self.label)))
+        return self._spectral(n * self.grid + prior)
+
+
+def _full(factor: Tensor) -> Tensor:
+    """A factor as matrices ``(R, d, d)``."""
+    return torch.diag_embed(factor) if factor.dim() == 2 else factor
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    """Diagonals ``(R, d)`` of a factor."""
+    return factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
+
+
 def _definite(factor: Tensor) -> bool:
     """Whether matrices ``(R, d, d)`` or diagonals ``(R, d)`` have no eigenvalue that is zero up to rounding."""
     values = factor if factor.dim() == 2 else torch.linalg.eigvalsh(factor)
@@ -274,8 +362,7 @@ def _generalised_basis(matrix: Tensor, metric: Tensor, label: str) -> tuple[Tens
         root = metric.sqrt()
         basis = Basis(torch.diag_embed(root), torch.diag_embed(1 / root), root.log().sum(-1))
         return matrix / metric, basis
-    matrix = torch.diag_embed(matrix) if matrix.dim() == 2 else matrix
-    metric = torch.diag_embed(metric) if metric.dim() == 2 else metric
+    matrix, metric = _full(matrix), _full(metric)
     lower = cholesky(metric, label)
     half = torch.linalg.solve_triangular(lower, matrix, upper=False)
     whitened = torch.linalg.solve_triangular(lower, half.transpose(-1, -2), upper=False)
@@ -287,9 +374,8 @@ def _generalised_basis(matrix: Tensor, metric: Tensor, label: str) -> tuple[Tens
 
 def balance(block: KroneckerBlock) -> Tensor:
     """``ω (R,)`` of methods 5.2, the ratio of mean eigenvalues' square roots; 1 for a dead factor."""
-    trace_a = block.inputs.sum(-1) if block.inputs.dim() == 2 else block.inputs.diagonal(dim1=-2, dim2=-1).sum(-1)
-    mean_a = trace_a / block.shape[2]
-    mean_g = block.scale * block.outputs.diagonal(dim1=-2, dim2=-1).mean(-1)
+    mean_a = _diagonal(block.inputs).mean(-1)
+    mean_g = block.scale * _diagonal(block.outputs).mean(-1)
     omega = (mean_a / mean_g).sqrt()
     usable = torch.isfinite(omega) & (omega > 0)
     return torch.where(usable, omega.clamp(1e-6, 1e6), torch.ones_like(omega))

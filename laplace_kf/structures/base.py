@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace_kf.operators import Blockwise
 from laplace_kf.registry import Registry
-from laplace_kf.tape import Block, FlatLayout, LookupSignals, OuterSignals, Signals
+from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
 
 __all__ = ["STRUCTURES", "Structure", "Sums"]
 
@@ -41,7 +41,7 @@ class Structure(ABC):
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         """Adds zero sums for blocks that have none yet, in the type and on the device of ``like`` (any shape)."""
 
-    def add_inputs(self, sums: Sums, signals: Mapping[str, OuterSignals | LookupSignals]) -> None:
+    def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
         """Takes in what one minibatch's inputs say (once a minibatch)."""
         return
 

@@ -1,24 +1,26 @@
 """Kronecker factors: ``C̄_b ≈ G ⊗ A`` for every layer with a matrix form, one pair per group (methods 4.1, 4.5).
 
 ``A`` sums over the positions of an example, ``G`` averages over them ("expand"). Vector blocks (normalisation layers,
-parameters without a rule) keep their exact diagonal, or on request a small dense block.
+parameters without a rule) keep their exact diagonal, or on request a small dense block. A weight that is used as itself
+and as its transpose (tied embedding and output matrix) has a pair of factors for each use; their sum is kept in the
+eigenbases of its two marginals, with its exact diagonal there, so that no trace is lost.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix
+from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix, SpectralBlock
 from laplace_kf.registry import Registry
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
-from laplace_kf.tape import Block, FlatLayout, LookupSignals, OuterSignals, Signals
+from laplace_kf.tape import Block, FlatLayout, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.signals import symmetrised
 
-__all__ = ["VECTOR_FORMS", "Kronecker", "VectorForm"]
+__all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
 
 
 class VectorForm(ABC):
@@ -76,29 +78,56 @@ VECTOR_FORMS.register("diag")(_DiagonalForm())
 VECTOR_FORMS.register("full")(_DenseForm())
 
 
+Sharing = Callable[[OuterSignals], OuterSignals]
+SHARINGS: Registry[Sharing] = Registry("weight sharing")
+
+
+@SHARINGS.register("expand")
+def _expand(signal: OuterSignals) -> OuterSignals:
+    """Every position is a row of its own: A sums over them, G is their mean (methods 4.5)."""
+    return signal
+
+
+@SHARINGS.register("reduce")
+def _reduce(signal: OuterSignals) -> OuterSignals:
+    """One row per example: its mean input and its summed column (Eschenhagen et al. 2023, "KFAC-reduce")."""
+    return signal.reduced()
+
+
 @STRUCTURES.register("kron")
 class Kronecker(Structure):
     """See the module's text.
 
     Args:
         vector_blocks: ``"diag"`` or ``"full"``, the form of blocks that do not factorise.
+        sharing: ``"expand"`` or ``"reduce"``, what the positions that share a weight are to its factors. Embeddings
+            and tied weights always expand.
+        max_side: a factor wider than this keeps its diagonal only (vocabularies; a side of 50,000 would take 10 GB).
 
     Raises:
-        UnknownName: for any other ``vector_blocks``.
+        UnknownName: for any other ``vector_blocks`` or ``sharing``.
+        ValueError: if ``max_side`` is not positive.
     """
 
     name = "kron"
     takes_damping = True
 
-    def __init__(self, vector_blocks: str = "diag") -> None:
+    def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
         self.vector_form = VECTOR_FORMS[vector_blocks]
-        self.vector_blocks = vector_blocks
+        self.shared_rows = SHARINGS[sharing]
+        if max_side < 1:
+            raise ValueError(f"max_side must be positive, got {max_side}")
+        self.vector_blocks, self.sharing, self.max_side = vector_blocks, sharing, max_side
 
     def options(self) -> dict[str, Any]:
-        return {"vector_blocks": self.vector_blocks}
+        return {"vector_blocks": self.vector_blocks, "sharing": self.sharing, "max_side": self.max_side}
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(b.size for b in blocks.values() if not b.factorises) * count * itemsize
+
+    def _side(self, like: Tensor, groups: int, width: int, diagonal: bool) -> Tensor:
+        wide = diagonal or width > self.max_side
+        return zeros(like, groups, width) if wide else zeros(like, groups, width, width)
 
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         for name, block in blocks.items():
@@ -106,45 +135,53 @@ class Kronecker(Structure):
                 continue
             groups, out, inp = block.shape
             if block.factorises:
-                a = zeros(like, groups, inp) if block.one_hot else zeros(like, groups, inp, inp)
-                sums[name] = (a, zeros(like, groups, out, out))
+                sums[name] = (self._side(like, groups, inp, block.one_hot), self._side(like, groups, out, False))
+                if block.turned is not None:
+                    sums[name] += (self._side(like, 1, out, block.turned), self._side(like, 1, inp, False))
             else:
                 sums[name] = (self.vector_form.start(block, like),)
 
-    def add_inputs(self, sums: Sums, signals: Mapping[str, OuterSignals | LookupSignals]) -> None:
+    def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
         for name, signal in signals.items():
-            if isinstance(signal, LookupSignals):
-                signal.add_input_counts(sums[name][0])
-            else:
-                signal.add_input_gram(sums[name][0])
+            for k, part in enumerate(self._parts(signal)):
+                part.add_input_gram(sums[name][2 * k])
 
     def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
         for name, signal in signals.items():
-            if isinstance(signal, (OuterSignals, LookupSignals)):
-                signal.add_column_gram(sums[name][1])
+            if isinstance(signal, (OuterSignals, LookupSignals, TiedSignals)):
+                for k, part in enumerate(self._parts(signal)):
+                    part.add_column_gram(sums[name][2 * k + 1])
             else:
                 self.vector_form.add(sums[name][0], signal)
 
+    def _parts(self, signal: MatrixSignals) -> tuple[OuterSignals | LookupSignals, ...]:
+        """The uses of one weight, each with a pair of factors."""
+        if isinstance(signal, TiedSignals):
+            return signal.straight, signal.turned
+        return (self.shared_rows(signal) if isinstance(signal, OuterSignals) else signal,)
+
     def add_output_factor(self, sums: Sums, name: str, factor: Tensor) -> bool:
-        sums[name][1][0] += factor
+        total = sums[name][1][0]
+        total += factor if total.dim() == 2 else factor.diagonal()
         return True
 
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         out: Sums = {}
         for name, block in blocks.items():
-            parts = sums[name]
             if block.factorises:
-                out[name] = (parts[0] if block.one_hot else symmetrised(parts[0]), symmetrised(parts[1]))
+                out[name] = tuple(symmetrised(part) if part.dim() == 3 else part for part in sums[name])
             else:
-                out[name] = (self.vector_form.finished(parts[0]),)
+                out[name] = (self.vector_form.finished(sums[name][0]),)
         return out
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
         entries: list[tuple[Block, Matrix]] = []
         for name, block in blocks.items():
             parts = means[name]
-            if block.factorises:
+            if not block.factorises:
+                entries.append((block, self.vector_form.matrix(parts[0], name)))
+            elif block.turned is None:
                 entries.append((block, KroneckerBlock(parts[0], parts[1], name)))
             else:
-                entries.append((block, self.vector_form.matrix(parts[0], name)))
+                entries.append((block, SpectralBlock.of_sum([(parts[1], parts[0]), (parts[2], parts[3])], name)))
         return Blockwise(layout, entries)

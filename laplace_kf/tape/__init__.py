@@ -4,7 +4,7 @@ from laplace_kf.tape.blocks import Block, FlatLayout
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.select import select
-from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
+from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.tracer import Tracer
 
 __all__ = [
@@ -13,9 +13,11 @@ __all__ = [
     "FlatLayout",
     "GradientSignals",
     "LookupSignals",
+    "MatrixSignals",
     "Observation",
     "OuterSignals",
     "Signals",
+    "TiedSignals",
     "Tracer",
     "select",
 ]

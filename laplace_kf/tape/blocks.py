@@ -8,8 +8,8 @@ vector ``(1, P_b, 1)`` for parameters that have no matrix form.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.layers.base import MatrixView
 
-__all__ = ["Block", "FlatLayout"]
+__all__ = ["Block", "FlatLayout", "merged"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Block:
         view: how the weight reads as ``(R, O, I)``; ``None`` for a vector block or a bias on its own.
         factorises: inputs and columns are known (a matrix block); otherwise only per-example gradients (a vector).
         one_hot: the inputs are tokens, so the input factor is diagonal.
+        pieces: for each parameter the range of entries that belong to the block, ``None`` for all of them.
+        turned: the weight is also used as its transpose (tied embedding and output matrix, tied autoencoder); says
+            whether the inputs there are tokens.
     """
 
     name: str
@@ -42,6 +45,8 @@ class Block:
     view: MatrixView | None
     factorises: bool
     one_hot: bool = False
+    pieces: tuple[tuple[int, int] | None, ...] = ()
+    turned: bool | None = None
 
     @property
     def size(self) -> int:
@@ -53,10 +58,28 @@ class Block:
         """Whether the last input column is the constant 1 of a bias."""
         return self.factorises and (self.view is None or len(self.parameters) == 2)
 
+    def as_turned(self) -> Block:
+        """The block of the uses as ``Wᵀ``, with canonical shape ``(1, I, O)``."""
+        assert self.view is not None and self.turned is not None
+        view = self.view.turned()
+        return replace(
+            self, name=f"{self.name} (transposed)", shape=view.shape, view=view, one_hot=self.turned, turned=None
+        )
+
+    def covers(self, parameter: str, start: int, stop: int) -> bool:
+        """Whether entries ``start`` to ``stop`` of a parameter belong to this block."""
+        if parameter not in self.parameters:
+            return False
+        piece = self.pieces[self.parameters.index(parameter)] if self.pieces else None
+        return piece is None or (piece[0] <= start and stop <= piece[1])
+
     def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Parameter-shaped tensors ``(K, *shape)`` by name to canonical ``(K, R, O, I)``."""
+        count = tensors[self.parameters[0]].shape[0]
         parts = [tensors[name] for name in self.parameters]
-        count = parts[0].shape[0]
+        for k, piece in enumerate(self.pieces):
+            if piece is not None:
+                parts[k] = parts[k].reshape(count, -1)[:, piece[0] : piece[1]]
         if not self.factorises:
             return torch.cat([part.reshape(count, -1) for part in parts], 1).reshape(count, *self.shape)
         columns = []
@@ -67,7 +90,10 @@ class Block:
         return torch.cat(columns, -1) if len(columns) > 1 else columns[0]
 
     def unpack(self, matrix: Tensor) -> dict[str, Tensor]:
-        """Canonical ``(K, R, O, I)`` to parameter-shaped tensors ``(K, *shape)`` by name."""
+        """Canonical ``(K, R, O, I)`` to parameter-shaped tensors ``(K, *shape)`` by name.
+
+        Entries that do not belong to the block are 0; :func:`merged` puts the blocks of one parameter together.
+        """
         count = matrix.shape[0]
         if not self.factorises:
             sizes = [math.prod(shape) for shape in self.shapes]
@@ -79,10 +105,20 @@ class Block:
         out: dict[str, Tensor] = {}
         if self.view is not None:
             weight = matrix[..., :-1] if self.has_bias_column else matrix
-            out[self.parameters[0]] = self.view.from_matrix(weight, self.shapes[0])
+            out[self.parameters[0]] = self._placed(self.view.from_matrix(weight, (-1,)), 0)
         if self.has_bias_column:
-            out[self.parameters[-1]] = matrix[..., -1].reshape(count, *self.shapes[-1])
+            out[self.parameters[-1]] = self._placed(matrix[..., -1].reshape(count, -1), len(self.parameters) - 1)
         return out
+
+    def _placed(self, flat: Tensor, index: int) -> Tensor:
+        """Entries ``(K, n)`` of a parameter's piece as the whole parameter, zero elsewhere."""
+        shape = self.shapes[index]
+        piece = self.pieces[index] if self.pieces else None
+        if piece is None:
+            return flat.reshape(flat.shape[0], *shape)
+        out = flat.new_zeros(flat.shape[0], math.prod(shape))
+        out[:, piece[0] : piece[1]] = flat
+        return out.reshape(flat.shape[0], *shape)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values from which :meth:`from_json` rebuilds the block."""
@@ -95,6 +131,8 @@ class Block:
             "view": None if view is None else [list(view.split), list(view.permutation), list(view.shape)],
             "factorises": self.factorises,
             "one_hot": self.one_hot,
+            "pieces": [None if piece is None else list(piece) for piece in self.pieces],
+            "turned": self.turned,
         }
 
     @classmethod
@@ -109,7 +147,18 @@ class Block:
             view=None if view is None else MatrixView(tuple(view[0]), tuple(view[1]), tuple(view[2])),
             factorises=data["factorises"],
             one_hot=data["one_hot"],
+            pieces=tuple(None if piece is None else (piece[0], piece[1]) for piece in data.get("pieces", ())),
+            turned=data.get("turned"),
         )
+
+
+def merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors ``(K, *shape)`` of several blocks by name; what blocks say about one parameter is added up."""
+    out: dict[str, Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            out[name] = out[name] + tensor if name in out else tensor
+    return out
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Chain:
             if step.source is None or not step.source.requires_grad:
                 break
             key = step.source_key
-        names = [name for call in tape.calls for name in call.key]
+        names = [name for call in tape.calls for name in call.names]
         repeated = [name for name in names if names.count(name) > 1]
         if repeated:
             raise UnsupportedLayer(_refusal(f"parameter {repeated[0]!r} is used more than once"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -14,9 +15,10 @@ from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.rows import Rows, occurrences
-from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
-from laplace_kf.tape.tape import Call
+from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
+from laplace_kf.tape.tape import Call, Portion
 
 __all__ = ["Observation", "Source"]
 
@@ -29,8 +31,8 @@ class Source(Protocol):
     rows: Rows
     gradients: ExampleGradients
 
-    def block_of(self, parameter: str) -> Block:
-        """The block a parameter belongs to."""
+    def block_of(self, portion: Portion) -> Block:
+        """The block a portion of a parameter belongs to."""
 
     def observe(self, batch: Any, index: int = 0) -> Observation:
         """Another forward pass."""
@@ -70,9 +72,9 @@ class Observation:
         vectors = sum(b.size for b in self.tracer.blocks.values() if not b.factorises) * self.count
         return (rows + vectors) * self.outputs.element_size()
 
-    def input_signals(self) -> dict[str, OuterSignals | LookupSignals]:
+    def input_signals(self) -> dict[str, MatrixSignals]:
         """Signals of the matrix blocks with inputs only (no columns)."""
-        found: dict[str, OuterSignals | LookupSignals] = {}
+        found: dict[str, MatrixSignals] = {}
         for name, members in self._by_block().items():
             block = self.tracer.blocks[name]
             if block.factorises:
@@ -140,7 +142,7 @@ class Observation:
 
     def blocks_of(self, call: Call) -> list[Block]:
         """The blocks that a call's parameters belong to."""
-        blocks = {block.name: block for block in map(self.tracer.block_of, call.names.values())}
+        blocks = {block.name: block for block in map(self.tracer.block_of, call.portions.values())}
         return list(blocks.values())
 
     def _by_block(self) -> dict[str, list[Call]]:
@@ -186,7 +188,16 @@ class Observation:
             self._inputs[block.name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return self._inputs[block.name]
 
-    def _matrix_signals(
+    def _matrix_signals(self, block: Block, members: Sequence[Call], grads: Sequence[Tensor] | None) -> MatrixSignals:
+        if block.turned is None:
+            return self._one_reading(block, members, grads)
+        straight = [call for call in members if view_of(call) == block.view]
+        turned = [call for call in members if view_of(call) != block.view]
+        first = self._one_reading(dataclasses.replace(block, turned=None), straight, grads)
+        assert isinstance(first, OuterSignals)
+        return TiedSignals(block, first, self._one_reading(block.as_turned(), turned, grads))
+
+    def _one_reading(
         self, block: Block, members: Sequence[Call], grads: Sequence[Tensor] | None
     ) -> OuterSignals | LookupSignals:
         inputs = self._block_inputs(block, members)
@@ -213,13 +224,17 @@ class Observation:
             rule, bound = call.rule, call.bound
             assert isinstance(rule, AffineRule)
             g = rule.outputs(_flatten_output(grads[self._index(call)], call.leading), bound)  # (V, B, F, T)
-            for role, name in call.names.items():
+            for role, portion in call.portions.items():
+                name = portion.name
                 if role == "weight":
                     normal = rule.normalised(flatten_rows(call.input(), call.leading), bound)
                     rows = (g * normal).sum(-1)
                 else:
                     rows = g.sum(-1)
                 part = self._arrange(rows[:, :, None], call, 1).sum(2)  # (V, N, F)
+                if not portion.whole:
+                    after = math.prod(block.shapes[block.parameters.index(name)]) - portion.stop
+                    part = torch.nn.functional.pad(part, (portion.start, after))
                 total[name] = total[name] + part if name in total else part
         return torch.cat([total[name] for name in block.parameters], -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
@@ -9,9 +10,73 @@ from torch import Tensor
 from laplace_kf.layers.base import MatrixRule, MatrixView
 from laplace_kf.tape.blocks import Block, FlatLayout
 from laplace_kf.tape.select import owner
-from laplace_kf.tape.tape import Call
+from laplace_kf.tape.tape import Call, Portion
 
-__all__ = ["plan"]
+__all__ = ["plan", "view_of"]
+
+Place = tuple[str, int, int]
+
+
+def view_of(call: Call) -> MatrixView:
+    """How the weight of a call with a matrix rule reads as ``(R, O, I)``, in the order of the parameter's memory."""
+    assert isinstance(call.rule, MatrixRule)
+    view = call.rule.view(call.bound["weight"], call.bound)
+    return view.transposed() if call.portions["weight"].transposed else view
+
+
+class _Uses:
+    """How the parameters were used in one forward pass."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self.views: dict[Place, dict[MatrixView, bool]] = {}
+        self.partners: dict[Place, set[Place | None]] = {}
+        self.affine: set[str] = set()
+        self.refused: set[str] = set()
+        for call in calls:
+            weight, bias = call.portions.get("weight"), call.portions.get("bias")
+            if not isinstance(call.rule, MatrixRule):
+                self.affine.update(call.names)
+                self.refused.update(p.name for p in call.portions.values() if p.transposed)
+                continue
+            if weight is not None:
+                view, one_hot = view_of(call), call.rule.one_hot
+                known = self.views.setdefault(weight.place, {})
+                if known.setdefault(view, one_hot) != one_hot:
+                    self.refused.add(weight.name)
+                self.partners.setdefault(weight.place, set()).add(bias.place if bias is not None else None)
+            if bias is not None:
+                self.partners.setdefault(bias.place, set()).add(weight.place if weight is not None else None)
+
+    def reading(self, weight: Place) -> tuple[MatrixView, bool, bool | None] | None:
+        """The one reading of a weight: view, one-hot, and whether its transpose reads tokens (``None``: unused)."""
+        views = self.views[weight]
+        if len(views) == 1:
+            ((view, one_hot),) = views.items()
+            return view, one_hot, None
+        if len(views) > 2:
+            return None
+        # a lookup is the transposed use: its input factor is diagonal, and the other one's may be, too
+        (first, hot), (second, other) = sorted(views.items(), key=lambda item: item[1])
+        if first.shape[0] != 1 or first.turned() != second or hot:
+            return None
+        return first, hot, other
+
+
+def _scattered(places: Collection[Place], sizes: Mapping[str, int]) -> set[str]:
+    """Parameters whose places overlap or leave entries out."""
+    by_name: dict[str, list[tuple[int, int]]] = {}
+    for name, start, stop in places:
+        by_name.setdefault(name, []).append((start, stop))
+    found = set()
+    for name, ranges in by_name.items():
+        end = 0
+        for start, stop in sorted(ranges):
+            if start != end:
+                found.add(name)
+            end = stop
+        if end != sizes[name]:
+            found.add(name)
+    return found
 
 
 def plan(
@@ -19,8 +84,10 @@ def plan(
 ) -> tuple[list[Block], set[str]]:
     """The blocks of the parameters seen in one forward pass.
 
-    A weight and a bias that are always used together become ``[W|b]``. A parameter that is read in two different ways,
-    or that ``unruled`` names, has no matrix form; all such parameters of a module share one vector block.
+    A weight and a bias that are always used together become ``[W|b]``; rows of a weight that are used by themselves
+    are blocks of their own. A weight that is also used as its transpose has one block for both uses. A parameter that
+    is read in other several ways, or that ``unruled`` names, has no matrix form; all such parameters of a module share
+    one vector block.
 
     Args:
         calls: the recorded uses that have a rule.
@@ -31,66 +98,84 @@ def plan(
     Returns:
         The blocks, and the names of those that need per-example gradients.
     """
-    opaque = {name for name in layout.names if name in unruled}
-    views: dict[str, set[tuple[MatrixView, bool]]] = {}
-    partners: dict[str, set[str | None]] = {}
-    affine: set[str] = set()
-    for call in calls:
-        weight, bias = call.names.get("weight"), call.names.get("bias")
-        if isinstance(call.rule, MatrixRule):
-            if weight is not None:
-                views.setdefault(weight, set()).add((call.rule.view(named[weight], call.bound), call.rule.one_hot))
-                partners.setdefault(weight, set()).add(bias)
-            if bias is not None:
-                partners.setdefault(bias, set()).add(weight)
-        else:
-            affine.update(name for name in (weight, bias) if name is not None)
-    opaque |= {name for name, seen in views.items() if len(seen) > 1 or name in affine}
-    opaque |= affine & set(partners)
-
-    def block(members: Sequence[str], view: MatrixView | None, factorises: bool, one_hot: bool = False) -> Block:
-        size = sum(named[n].numel() for n in members)
-        shape = (1, size, 1)
-        if view is not None:
-            shape = (view.shape[0], view.shape[1], view.shape[2] + len(members) - 1)
-        path = owner(members[0])
-        alone = all(n in members for n in layout.names if owner(n) == path)
-        return Block(
-            name=path if path and alone else members[0],
-            parameters=tuple(members),
-            shapes=tuple(tuple(named[n].shape) for n in members),
-            shape=shape,
-            view=view,
-            factorises=factorises,
-            one_hot=one_hot,
-        )
-
-    def together(weight: str, bias: str) -> bool:
-        return not {weight, bias} & opaque and partners[weight] == {bias} and partners[bias] == {weight}
+    uses = _Uses(calls)
+    sizes = {name: named[name].numel() for name in layout.names}
+    opaque = {name for name in layout.names if name in unruled} | uses.refused
+    opaque |= _scattered(uses.partners, sizes)
+    opaque |= {place[0] for place in uses.views if uses.reading(place) is None}
+    opaque |= uses.affine & {place[0] for place in uses.partners}
+    affine = uses.affine - opaque
 
     blocks: list[Block] = []
     example_wise: set[str] = set()
     done: set[str] = set()
-    for name in layout.names:
-        if name in done or not (name in partners or name in affine or name in opaque):
-            continue
-        (partner, *others) = partners.get(name, {None})
-        joint = (
-            partner is not None and not others and together(*((name, partner) if name in views else (partner, name)))
+
+    def vector(members: Sequence[str]) -> Block:
+        size = sum(sizes[n] for n in members)
+        return Block(
+            _title([Portion(n, 0, sizes[n]) for n in members], layout),
+            tuple(members),
+            tuple(tuple(named[n].shape) for n in members),
+            (1, size, 1),
+            None,
+            False,
         )
-        if name in opaque:
-            members = [n for n in layout.names if n in opaque and owner(n) == owner(name)]
-            made = block(members, None, False)
-            example_wise.add(made.name)
-        elif name in affine:
-            made = block([n for n in layout.names if n in affine - opaque and owner(n) == owner(name)], None, False)
-        elif name in views:
-            ((view, one_hot),) = views[name]
-            made = block([name, partner] if joint and partner is not None else [name], view, True, one_hot)
-        elif joint:
-            continue  # its weight will claim it
-        else:
-            made = block([name], None, True)
-        blocks.append(made)
-        done.update(made.parameters)
+
+    def matrix(places: Sequence[Place]) -> Block:
+        names = [name for name, _, _ in places]
+        pieces = tuple(None if (a, b) == (0, sizes[n]) else (a, b) for n, a, b in places)
+        weight = uses.reading(places[0]) if places[0] in uses.views else None
+        view, one_hot, turned = weight if weight is not None else (None, False, None)
+        shape = (1, places[0][2] - places[0][1], 1)
+        if view is not None:
+            shape = (view.shape[0], view.shape[1], view.shape[2] + len(places) - 1)
+        portions = [Portion(n, a, b, False, (a, b) == (0, sizes[n])) for n, a, b in places]
+        return Block(
+            name=_title(portions, layout, tuple(named[names[0]].shape)),
+            parameters=tuple(names),
+            shapes=tuple(tuple(named[n].shape) for n in names),
+            shape=shape,
+            view=view,
+            factorises=True,
+            one_hot=one_hot,
+            pieces=pieces if any(piece is not None for piece in pieces) else (),
+            turned=turned,
+        )
+
+    for name in layout.names:
+        places = sorted(place for place in uses.partners if place[0] == name)
+        if name in done or not (places or name in affine or name in opaque):
+            continue
+        if name in opaque or name in affine:
+            kind = opaque if name in opaque else affine
+            made = vector([n for n in layout.names if n in kind and owner(n) == owner(name)])
+            blocks.append(made)
+            done.update(made.parameters)
+            if name in opaque:
+                example_wise.add(made.name)
+            continue
+        for place in places:
+            (partner, *others) = uses.partners[place]
+            joint = (
+                partner is not None
+                and not others
+                and uses.partners[partner] == {place}
+                and not {partner[0], name} & opaque
+                and uses.reading(place if place in uses.views else partner)[2] is None  # type: ignore[index]
+            )
+            if joint and place not in uses.views:
+                continue  # its weight will claim it
+            blocks.append(matrix([place, partner] if joint and partner is not None else [place]))
     return blocks, example_wise
+
+
+def _title(portions: Sequence[Portion], layout: FlatLayout, shape: tuple[int, ...] = ()) -> str:
+    """A block's name: its module if it has all of the module's parameters, else its first parameter (and rows)."""
+    first = portions[0]
+    path = owner(first.name)
+    names = [portion.name for portion in portions]
+    if not first.whole:
+        row = max(1, (first.stop - first.start) if len(shape) < 2 else math.prod(shape[1:]))
+        return f"{first.name}[{first.start // row}:{first.stop // row}]" if len(shape) > 1 else str(first)
+    alone = all(portion.whole for portion in portions) and all(n in names for n in layout.names if owner(n) == path)
+    return path if path and alone else first.name

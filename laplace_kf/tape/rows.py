@@ -78,7 +78,7 @@ class Rows:
         for k, (call, key, total) in enumerate(unknown):
             readings = [] if several[k] else _readings(call.shape[: call.leading], count, example[k], known[k])
             if not readings:
-                self.shared.update(call.names.values())
+                self.shared.update(call.names)
                 continue
             self._now[key] = readings[0]
             if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time

@@ -20,7 +20,16 @@ from torch import Tensor
 
 from laplace_kf.tape.blocks import Block
 
-__all__ = ["GradientSignals", "LookupSignals", "OuterSignals", "Signals", "add_gram", "symmetrised"]
+__all__ = [
+    "GradientSignals",
+    "LookupSignals",
+    "MatrixSignals",
+    "OuterSignals",
+    "Signals",
+    "TiedSignals",
+    "add_gram",
+    "symmetrised",
+]
 
 LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
 WORKING_BYTES = 64 * 2**20  # size of the largest temporary a reduction may build
@@ -33,7 +42,7 @@ def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
         total: ``(d, d)``; entries above the diagonal are left undefined.
         rows: ``(K, d)``, cast to the type of ``total``.
     """
-    rows = rows.to(total.dtype)
+    rows = rows.to(total)  # also from another device
     width = rows.shape[1]
     if width <= LEAF:
         total.addmm_(rows.T, rows, alpha=alpha)
@@ -41,6 +50,14 @@ def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
     for start in range(0, width, LEAF):
         stop = min(start + LEAF, width)
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=alpha)
+
+
+def _add_columns(total: Tensor, rows: Tensor, alpha: float) -> None:
+    """Adds ``alpha · rowsᵀ rows`` to the lower triangle ``(d, d)``, or its diagonal to ``(d,)``."""
+    if total.dim() == 1:
+        total += alpha * rows.to(total).square().sum(0)
+    else:
+        add_gram(total, rows, alpha)
 
 
 def symmetrised(total: Tensor) -> Tensor:
@@ -55,16 +72,32 @@ def symmetrised(total: Tensor) -> Tensor:
 
 
 class Signals(ABC):
-    """The reductions over one block's signals; ``V`` columns of ``N`` examples.
-
-    ``count`` is the number of (column, example) rows, ``V · N``.
-    """
+    """The reductions over one block's signals; ``V`` columns of ``N`` examples."""
 
     block: Block
 
+    @property
     @abstractmethod
+    def count(self) -> tuple[int, int]:
+        """Columns ``V`` and examples (or gathered rows) ``N``."""
+
+    @abstractmethod
+    def gradients(self, part: slice, dtype: torch.dtype) -> Tensor:
+        """Per-example gradients ``(V, n, R, O, I)`` of a run of examples."""
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of examples with their gradients ``(V, n, R, O, I)``, lazily, within the working memory."""
+        columns, examples = self.count
+        per_example = columns * self.block.size * torch.finfo(dtype).bits // 8
+        step = max(1, WORKING_BYTES // max(1, per_example))
+        for start in range(0, examples, step):
+            part = slice(start, min(start + step, examples))
+            yield part, self.gradients(part, dtype)
+
     def add_squares(self, total: Tensor) -> None:
         """Adds ``Σ_vn (per-example gradient)²`` to ``total (R, O, I)``."""
+        for _, gradients in self.chunks(total.dtype):
+            total += gradients.square().sum((0, 1)).reshape(total.shape)
 
     @abstractmethod
     def total(self) -> Tensor:
@@ -98,21 +131,40 @@ class OuterSignals(Signals):
     def _inputs(self) -> Tensor:
         return self.a if self.example is None else self.a.index_select(0, self.example)
 
+    def reduced(self) -> OuterSignals:
+        """One position per example: the mean input and the summed column (weight sharing "reduce")."""
+        if self.a.shape[1] == 1:
+            return self
+        return OuterSignals(self.block, self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True), self.example)
+
     def add_input_gram(self, total: Tensor) -> None:
-        """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` to the lower triangles of ``total (R, I, I)`` (methods 4.5: sum in A)."""
+        """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` (methods 4.5: sum in A).
+
+        Args:
+            total: lower triangles ``(R, I, I)``, or ``(R, I)`` for the diagonal alone.
+        """
         width = self.a.shape[-1]
         for r in range(total.shape[0]):
             rows = self.a[:, :, r].flatten(0, 1)
+            if total.dim() == 2:
+                total[r, :width] += rows.to(total).square().sum(0)
+                if self.block.has_bias_column:
+                    total[r, width] += rows.shape[0]
+                continue
             add_gram(total[r, :width, :width], rows)
             if self.block.has_bias_column:
-                total[r, width, :width] += rows.sum(0, dtype=total.dtype)
+                total[r, width, :width] += rows.sum(0, dtype=total.dtype).to(total.device)
                 total[r, width, width] += rows.shape[0]
 
     def add_column_gram(self, total: Tensor) -> None:
-        """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangles of ``total (R, O, O)`` (methods 4.5: mean in G)."""
+        """Adds ``Σ_vn mean_t g gᵀ`` (methods 4.5: mean in G).
+
+        Args:
+            total: lower triangles ``(R, O, O)``, or ``(R, O)`` for the diagonal alone.
+        """
         positions = max(1, self.g.shape[2])  # a call may have met no row at all
         for r in range(total.shape[0]):
-            add_gram(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), 1.0 / positions)
+            _add_columns(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), 1.0 / positions)
 
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]
@@ -126,21 +178,15 @@ class OuterSignals(Signals):
             if self.block.has_bias_column:
                 total[:, :, width] += squares.sum(0)
             return
-        for gradients in self._gradient_chunks(total.dtype):
-            total += gradients.square().sum((0, 1))
+        super().add_squares(total)
 
-    def _gradient_chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Per-example gradients ``(V, n, R, O, I)`` for runs of examples, lazily, within the working memory."""
-        per_example = self.g.shape[0] * self.block.size * torch.finfo(dtype).bits // 8
-        step = max(1, WORKING_BYTES // max(1, per_example))
+    @property
+    def count(self) -> tuple[int, int]:
+        return self.g.shape[0], self.g.shape[1]
 
-        def chunks() -> Iterator[Tensor]:
-            for start in range(0, self.g.shape[1], step):
-                part = slice(start, start + step)
-                a = self.a[part] if self.example is None else self.a[self.example[part]]
-                yield self._gradients(a.to(dtype), self.g[:, part].to(dtype))
-
-        return chunks()
+    def gradients(self, part: slice, dtype: torch.dtype) -> Tensor:
+        a = self.a[part] if self.example is None else self.a[self.example[part]]
+        return self._gradients(a.to(dtype), self.g[:, part].to(dtype))
 
     def _gradients(self, a: Tensor, g: Tensor) -> Tensor:
         # (V, n, R, O, T) @ (n, R, T, I)
@@ -189,14 +235,14 @@ class LookupSignals(Signals):
     g: Tensor
     example: Tensor | None = None
 
-    def add_input_counts(self, total: Tensor) -> None:
+    def add_input_gram(self, total: Tensor) -> None:
         """Adds how often each token occurs to ``total (1, I)``, the diagonal of the one-hot input factor."""
-        tokens = self.tokens[self.tokens >= 0]
+        tokens = self.tokens[self.tokens >= 0].to(total.device)
         total[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=total.dtype))
 
     def add_column_gram(self, total: Tensor) -> None:
-        """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangle of ``total (1, O, O)``."""
-        add_gram(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / max(1, self.g.shape[2]))
+        """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangle of ``total (1, O, O)``, or to the diagonal ``(1, O)``."""
+        _add_columns(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / max(1, self.g.shape[2]))
 
     def _tokens(self) -> Tensor:
         return self.tokens if self.example is None else self.tokens[self.example]
@@ -232,19 +278,67 @@ class LookupSignals(Signals):
         out[:, row[:, None], index[None, :], token[:, None]] = summed
         return out.reshape(-1, self.block.size)
 
+    @property
+    def count(self) -> tuple[int, int]:
+        return self.g.shape[0], self.g.shape[1]
+
+    def gradients(self, part: slice, dtype: torch.dtype) -> Tensor:
+        example = None if self.example is None else self.example[part]
+        tokens = self.tokens[part] if example is None else self.tokens
+        own = LookupSignals(self.block, tokens, self.g[:, part].to(dtype), example)
+        return own.jacobian().reshape(self.g.shape[0], -1, *self.block.shape)
+
 
 @dataclass
 class GradientSignals(Signals):
     """Signals of a vector block: per-example gradients ``(V, N, P_b)`` themselves."""
 
     block: Block
-    gradients: Tensor
+    values: Tensor
 
     def add_squares(self, total: Tensor) -> None:
-        total += self.gradients.to(total.dtype).square().sum((0, 1)).reshape(total.shape)
+        total += self.values.to(total.dtype).square().sum((0, 1)).reshape(total.shape)
 
     def total(self) -> Tensor:
-        return self.gradients.sum((0, 1)).reshape(self.block.shape)
+        return self.values.sum((0, 1)).reshape(self.block.shape)
 
     def jacobian(self) -> Tensor:
-        return self.gradients.reshape(-1, self.block.size)
+        return self.values.reshape(-1, self.block.size)
+
+    @property
+    def count(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1]
+
+    def gradients(self, part: slice, dtype: torch.dtype) -> Tensor:
+        values = self.values[:, part].to(dtype)
+        return values.reshape(*values.shape[:2], *self.block.shape)
+
+
+@dataclass
+class TiedSignals(Signals):
+    """Signals of a weight that is used as itself and as its transpose (a tied embedding and output matrix).
+
+    Attributes:
+        straight: signals of the uses as ``W``, in canonical order.
+        turned: signals of the uses as ``Wᵀ``, whose own canonical order is ``(1, I, O)``.
+    """
+
+    block: Block
+    straight: OuterSignals
+    turned: OuterSignals | LookupSignals
+
+    @property
+    def count(self) -> tuple[int, int]:
+        return self.straight.count
+
+    def gradients(self, part: slice, dtype: torch.dtype) -> Tensor:
+        return self.straight.gradients(part, dtype) + self.turned.gradients(part, dtype).transpose(-1, -2)
+
+    def jacobian(self) -> Tensor:
+        return self.gradients(slice(None), self.straight.g.dtype).reshape(-1, self.block.size)
+
+    def total(self) -> Tensor:
+        return self.straight.total() + self.turned.total().transpose(-1, -2)
+
+
+MatrixSignals = OuterSignals | LookupSignals | TiedSignals

@@ -4,6 +4,11 @@
 modules and sees parameters wherever they are used: in ``nn.Linear``, in a custom layer that calls ``F.linear``, in a
 re-used or tied module, in an elementwise scale. An output is remembered by its *gradient edge* (its place in the
 autograd graph), not as a tensor, so an in-place activation after a layer cannot falsify what is read later.
+
+A function may read a *view* of a parameter: its transpose, or some of its rows (the three projections packed into one
+weight of an attention layer). Views are recognised by where they lie in the parameter's memory (:class:`Portion`), so
+it does not matter by which calls they were made. Functions that are fused for speed but made of functions with rules
+(attention, recurrent layers) are replaced by their parts: :data:`laplace_kf.layers.parts.PARTS`.
 """
 
 from __future__ import annotations
@@ -19,8 +24,37 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
+from laplace_kf.layers.elementwise import ADDITIONS
+from laplace_kf.layers.parts import PARTS
 
-__all__ = ["Call", "Step", "Tape"]
+__all__ = ["Call", "Portion", "Step", "Tape"]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Which entries of a parameter a function read.
+
+    Attributes:
+        name: the parameter.
+        start: first entry in the parameter's row-major order.
+        stop: one past the last.
+        transposed: a matrix that was read with rows and columns exchanged.
+        whole: all entries.
+    """
+
+    name: str
+    start: int
+    stop: int
+    transposed: bool = False
+    whole: bool = True
+
+    def __str__(self) -> str:
+        return self.name if self.whole else f"{self.name}[{self.start}:{self.stop}]"
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Name and range: equal for two readings of the same entries."""
+        return self.name, self.start, self.stop
 
 
 @dataclass
@@ -30,25 +64,32 @@ class Call:
     Attributes:
         rule: the layer rule.
         bound: the call's arguments by name.
-        names: role (``"weight"``, ``"bias"``) to parameter name, tracked parameters only.
+        portions: role (``"weight"``, ``"bias"``) to what was read, tracked parameters only.
         edge: where the output stands in the autograd graph.
         shape: shape of the output.
         leading: how many leading output axes enumerate rows.
         version: version counter of the input when it was consumed.
+        repeated: for a lookup made once for all examples, the shape to which its tokens were repeated.
     """
 
     rule: LayerRule
     bound: BoundCall
-    names: dict[str, str]
+    portions: dict[str, Portion]
     edge: GradientEdge
     shape: torch.Size
     leading: int
     version: int
+    repeated: torch.Size | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The parameter names, in role order."""
+        return [portion.name for portion in self.portions.values()]
 
     @property
     def key(self) -> tuple[str, ...]:
-        """The parameter names, in role order."""
-        return tuple(self.names.values())
+        """What was read, in role order."""
+        return tuple(str(portion) for portion in self.portions.values())
 
     def input(self) -> Tensor:
         """The input as it was consumed, in its own shape.
@@ -62,7 +103,8 @@ class Call:
                 f"the input of the layer with parameters {', '.join(self.key)} was changed in place after the layer "
                 "read it; make that operation out of place"
             )
-        return value.detach()
+        value = value.detach()
+        return value if self.repeated is None else value.expand(self.repeated)
 
 
 @dataclass
@@ -109,6 +151,8 @@ class Tape(TorchFunctionMode):
         self.opaque: dict[str, str] = {}
         self.order: list[str] = []
         self.steps: list[Step] = []
+        self._results: dict[int, Tensor] = {}
+        self._lookups: dict[int, tuple[Tensor, Call]] = {}
 
     def __torch_function__(
         self,
@@ -118,7 +162,16 @@ class Tape(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        used = {id(t): self.tracked[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.tracked}
+        parts = PARTS.get(func)
+        if parts is not None and any(self._root(t) is not None for t in _tensors((args, kwargs))):
+            replacement = parts(func, args, kwargs)
+            if replacement is not None:
+                with self:
+                    return replacement(*args, **kwargs)
+        if func in ADDITIONS and self._lookups:
+            args = self._repeated_lookups(args)
+        used = {id(t): self._root(t) for t in _tensors((args, kwargs))}
+        used = {key: root for key, root in used.items() if root is not None}
         source, source_key, before = None, (0, 0), None
         if self.record_steps:
             source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
@@ -126,44 +179,110 @@ class Tape(TorchFunctionMode):
                 source_key = (id(source), _version(source))
                 before = self.on_step(func, args, kwargs) if self.on_step is not None else None
         rule = RULES.get(func) if used else None
-        bound = rule.bind(args, kwargs) if rule is not None else None
-        version = _version(bound["input"]) if bound is not None else 0
+        bound = rule.bind(args, kwargs, used) if rule is not None else None
+        version = _version(bound["input"]) if bound is not None and bound["input"] is not None else 0
         output = func(*args, **kwargs)
         call = None
-        # a result that is the parameter itself (``weight.to(dtype)``) is a look, not a use
-        if used and any(t.requires_grad and id(t) not in self.tracked for t in _tensors(output)):
-            self.order.extend(used.values())
-            call = self._record(func, rule, bound, used, output, version)
+        if used and self._consumed(output, rule):
+            self.order.extend(root[1] for root in used.values() if root is not None)
+            call = self._record(func, rule, bound, args, kwargs, output, version)
         if self.record_steps and isinstance(output, Tensor):
             # the tensors are kept alive so that their ids stay theirs
             key = (id(output), _version(output))
             self.steps.append(Step(func, args, kwargs, source, source_key, output, key, call, before))
         return output
 
+    def _root(self, tensor: Tensor) -> tuple[Tensor, str] | None:
+        """The tracked parameter that a tensor is, or is a view of, with its name."""
+        name = self.tracked.get(id(tensor))
+        if name is not None:
+            return tensor, name
+        if id(tensor) in self._results:
+            return None
+        base = tensor._base
+        name = self.tracked.get(id(base)) if base is not None else None
+        return None if base is None or name is None else (base, name)
+
+    def _consumed(self, output: Any, rule: LayerRule | None) -> bool:
+        """Whether a call did something with a parameter, rather than only look at it (``weight.T``, ``weight[:4]``)."""
+        made = [t for t in _tensors(output) if t.requires_grad]
+        if rule is not None and rule.keeps_memory:
+            return bool(made)
+        return any(self._root(t) is None for t in made)
+
+    def _portion(self, tensor: Any) -> Portion | None:
+        """What a function read of a tracked parameter; ``None`` for no parameter, or entries that are no range."""
+        root = self._root(tensor) if isinstance(tensor, Tensor) else None
+        if root is None:
+            return None
+        parameter, name = root
+        size = parameter.numel()
+        if tensor is parameter:
+            return Portion(name, 0, size)
+        if not parameter.is_contiguous():
+            return None
+        start = int(tensor.storage_offset() - parameter.storage_offset())
+        stop = start + tensor.numel()
+        whole = (start, stop) == (0, size)
+        if tensor.is_contiguous():
+            return Portion(name, start, stop, False, whole)
+        if tensor.dim() == 2 and tensor.T.is_contiguous():
+            return Portion(name, start, stop, True, whole)
+        return None
+
+    def _repeated_lookups(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Repeats what was looked up once for all examples (a position table): each example has its own rows then."""
+        shapes = [a.shape for a in args if isinstance(a, Tensor)]
+        changed = list(args)
+        for k, value in enumerate(args):
+            found = self._lookups.pop(id(value), None) if isinstance(value, Tensor) else None
+            if found is None or len(shapes) != 2:
+                continue
+            try:
+                shape = torch.broadcast_shapes(*shapes)
+            except RuntimeError:
+                continue
+            call = found[1]
+            if shape != value.shape and shape[-1:] == value.shape[-1:] and value.requires_grad:
+                changed[k] = value.expand(shape)
+                call.edge, call.shape, call.leading = get_gradient_edge(changed[k]), shape, len(shape) - 1
+                call.repeated = shape[:-1]
+        return tuple(changed)
+
     def _record(
         self,
         func: Callable[..., Any],
         rule: LayerRule | None,
         bound: BoundCall | None,
-        used: Mapping[int, str],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         output: Any,
         version: int,
     ) -> Call | None:
-        names: dict[str, str] = {}
-        reason: str | None = None
+        reason = str(getattr(func, "__name__", func))
+        portions: dict[str, Portion] = {}
         if rule is not None and bound is not None:
-            reason = rule.refuses(bound)
-            if reason is None:
-                names = {r: used[id(bound.values.get(r))] for r in rule.roles if id(bound.values.get(r)) in used}
-            others = set(used.values()) - set(names.values())
-        else:
-            others = set(used.values())
-        for name in others:
-            self.opaque.setdefault(name, reason if reason is not None else str(getattr(func, "__name__", func)))
-        if not names or rule is None or bound is None:
+            refusal = rule.refuses(bound, output)
+            if refusal is not None:
+                reason = refusal
+            else:
+                read = {role: self._portion(bound.values.get(role)) for role in rule.roles}
+                portions = {role: portion for role, portion in read.items() if portion is not None}
+        covered = [bound[role] for role in portions] if bound is not None else []
+        for tensor in _tensors((args, kwargs)):
+            root = self._root(tensor)
+            if root is not None and all(tensor is not known for known in covered):
+                self.opaque.setdefault(root[1], reason)
+        if not portions or rule is None or bound is None:
             return None
-        call = Call(rule, bound, names, get_gradient_edge(output), output.shape, rule.leading(bound, output), version)
+        call = Call(
+            rule, bound, portions, get_gradient_edge(output), output.shape, rule.leading(bound, output), version
+        )
         self.calls.append(call)
+        if rule.keeps_memory:
+            self._results[id(output)] = output
+        if rule.one_hot:
+            self._lookups[id(output)] = (output, call)  # kept alive so that the id stays its own
         return call
 
 

@@ -17,7 +17,7 @@ from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.plan import plan
 from laplace_kf.tape.rows import Rows
 from laplace_kf.tape.select import owner, select
-from laplace_kf.tape.tape import Tape
+from laplace_kf.tape.tape import Portion, Tape
 
 __all__ = ["Tracer"]
 
@@ -49,7 +49,7 @@ class Tracer:
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
         self._verified: set[str] = set()
-        self._block_of: dict[str, str] = {}
+        self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
         self.gradients = ExampleGradients(model, forward, self.named)
         self._may_be_chain = True
@@ -61,13 +61,14 @@ class Tracer:
         """Device of the first selected parameter."""
         return next(iter(self.named.values())).device
 
-    def block_of(self, parameter: str) -> Block:
-        """The block that a parameter belongs to."""
-        return self.blocks[self._block_of[parameter]]
+    def block_of(self, portion: Portion) -> Block:
+        """The block that a portion of a parameter belongs to."""
+        found = [self.blocks[name] for name in self._blocks_of[portion.name]]
+        return next(block for block in found if len(found) == 1 or block.covers(*portion.place))
 
     def unseen(self) -> list[str]:
         """Selected parameters that no observation has met yet."""
-        return [name for name in self.layout.names if name not in self._block_of]
+        return [name for name in self.layout.names if name not in self._blocks_of]
 
     def require_all_seen(self) -> None:
         """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass."""
@@ -107,10 +108,10 @@ class Tracer:
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
         for call in tape.calls:
-            call.names = {role: name for role, name in call.names.items() if name in keep}
-        tape.calls = [call for call in tape.calls if call.names]
+            call.portions = {role: portion for role, portion in call.portions.items() if portion.name in keep}
+        tape.calls = [call for call in tape.calls if call.portions]
         for step in tape.steps:
-            step.call = step.call if step.call is not None and step.call.names else None
+            step.call = step.call if step.call is not None and step.call.portions else None
         if not outputs.requires_grad:
             self.require_all_seen()
         chain = self._chain(tape, outputs)
@@ -146,17 +147,20 @@ class Tracer:
         """Blocks of parameters met for the first time; those known already must be used as before."""
         unruled = set(tape.opaque) | self.rows.shared | self._hidden
         planned, example_wise = plan(tape.calls, unruled, self.layout, self.named)
-        for block in planned:
-            known = self._block_of.get(block.parameters[0])
-            if known is None:
-                self.blocks[block.name] = block
-                self._block_of.update(dict.fromkeys(block.parameters, block.name))
-                self.example_wise |= {block.name} & example_wise
-            elif self.blocks[known] != block:
-                raise UnsupportedLayer(
-                    f"parameters {', '.join(block.parameters)} are used in one way in one minibatch and in another way "
-                    "in the next; leave them out with parameters=[patterns]"
-                )
+        parameters = {name for block in planned for name in block.parameters}
+        known = {name for found in map(self._blocks_of.get, parameters) for name in found or ()}
+        fresh = [block for block in planned if all(name not in self._blocks_of for name in block.parameters)]
+        if {b.name: b for b in planned if b not in fresh} != {name: self.blocks[name] for name in known}:
+            names = ", ".join(sorted(parameters & set(self._blocks_of)))
+            raise UnsupportedLayer(
+                f"parameters {names} are used in one way in one minibatch and in another way in the next; leave them "
+                "out with parameters=[patterns]"
+            )
+        for block in fresh:
+            self.blocks[block.name] = block
+            for name in block.parameters:
+                self._blocks_of.setdefault(name, []).append(block.name)
+            self.example_wise |= {block.name} & example_wise
 
     def _verify(self, observation: Observation) -> bool:
         """Checks the blocks met for the first time against one ordinary backward pass.
@@ -197,9 +201,11 @@ class Tracer:
                 failed.append(block)
         for block in failed:
             self._hidden.update(block.parameters)
+        # a bias or other rows of a failed weight are planned anew together with it
+        for block in [b for b in self.blocks.values() if self._hidden & set(b.parameters)]:
             del self.blocks[block.name]
             for name in block.parameters:
-                del self._block_of[name]
+                self._blocks_of.pop(name, None)
         passed = not failed and not met
         self._may_be_chain = self._may_be_chain and passed
         return passed
