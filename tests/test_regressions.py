@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.structures.kron import Kronecker
+from tests import oracles
+from tests.cases import CATEGORICAL, build, labels, normal
 from tests.oracles import jacobian
 
 STRUCTURES = ("diag", "full")
@@ -419,3 +421,49 @@ def test_oracle_of_this_file() -> None:
     p = model(x).detach().softmax(-1)
     h = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     torch.testing.assert_close(dense(model, x), torch.einsum("ncp,ncd,ndq->pq", j, h, j) / len(x))
+
+
+class Elementwise(nn.Module):
+    """Elementwise parameters in every form: out of place, in place, repeated, broadcast, scalar, tied to a view."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.vector, self.scalar = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1))
+        self.table, self.form = nn.Parameter(torch.randn(1, 6, 4)), form
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sin(self.first(x))
+        if self.form == "out of place":
+            h = (h * self.vector + self.vector) * self.scalar
+        elif self.form == "in place":
+            h *= self.vector
+            h += self.scalar
+        elif self.form == "rows of a table":
+            h = h + self.table[:, : x.shape[1]]
+        elif self.form == "repeated":
+            h = torch.cat([self.table[:, :1].expand(x.shape[0], -1, -1), self.vector.expand(x.shape[0], 1, 4), h], 1)
+        elif self.form == "both operands":
+            h = h + self.vector * self.vector
+        elif self.form == "view":
+            h = h @ self.table[0, :4] + self.table[0, 4]
+        return self.head(h.mean(1))
+
+
+@pytest.mark.parametrize("form", ["out of place", "in place", "rows of a table", "repeated", "both operands", "view"])
+def test_elementwise_parameters_have_their_exact_diagonal(form: str) -> None:
+    model = build(lambda: Elementwise(form))
+    used = {"out of place": ["vector", "scalar"], "in place": ["vector", "scalar"], "rows of a table": ["table"],
+            "repeated": ["table", "vector"], "both operands": ["vector"], "view": ["table"]}[form]  # fmt: skip
+    names = [*used, "first.*", "head.*"]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in used or "." in name)
+    x, y = normal(3, 5, 3), labels(2, 3)
+    ggn = oracles.dense_ggn(model, x, y, CATEGORICAL.nll)
+    full = lk.curvature.estimate(model, "categorical", [(x, y)], "full", parameters=names).mean().dense()
+    torch.testing.assert_close(full, ggn, rtol=1e-9, atol=1e-12)
+    kron = lk.curvature.estimate(model, "categorical", [(x, y)], "kron", parameters=names)
+    diagonal = kron.layout.split(kron.mean().diag()[None])
+    exact = kron.layout.split(ggn.diagonal()[None])
+    for name in used:
+        torch.testing.assert_close(diagonal[name], exact[name], rtol=1e-9, atol=1e-12)

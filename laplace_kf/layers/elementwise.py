@@ -85,6 +85,7 @@ def _methods(*names: str) -> tuple[Any, ...]:
 
 
 ADDITIONS = set(_methods("add", "__add__", "__radd__", "add_", "__iadd__"))
-SCALE = register(ScaleRule("scale", _methods("mul", "multiply", "__mul__", "__rmul__", "mul_", "__imul__"), ("w * x",)))
+# in place (``x *= w``) the input is gone when the curvature needs it: that goes through per-example gradients
+SCALE = register(ScaleRule("scale", _methods("mul", "multiply", "__mul__", "__rmul__"), ("w * x",)))
 SHIFT = register(ShiftRule("shift", tuple(ADDITIONS), ("x + b",)))
 REPEAT = register(RepeatRule("repeat", _methods("expand", "broadcast_to", "repeat"), ("b.expand(N, ...)",)))
