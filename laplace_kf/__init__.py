@@ -3,8 +3,18 @@
 from laplace_kf import curvature, errors, likelihoods
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, TuningResult
+from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
 
 __version__ = "0.1.0"
 
-__all__ = ["LaplacePosterior", "Prediction", "TuningResult", "curvature", "errors", "likelihoods", "support_table"]
+__all__ = [
+    "LaplacePosterior",
+    "Prediction",
+    "Subnetwork",
+    "TuningResult",
+    "curvature",
+    "errors",
+    "likelihoods",
+    "support_table",
+]

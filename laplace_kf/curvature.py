@@ -22,6 +22,7 @@ from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
+from laplace_kf.subnetwork import Selection, covered
 from laplace_kf.tape import FlatLayout, select
 from laplace_kf.tape.blocks import flat_layout
 
@@ -34,7 +35,7 @@ def estimate(
     data: Iterable[Any] | tuple[Any, Tensor],
     structure: str | Structure = "kron",
     estimator: str | Estimator = "exact",
-    parameters: str | Sequence[str] = "all",
+    parameters: Selection = "all",
     *,
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
@@ -47,10 +48,11 @@ def estimate(
         model: trained module; left exactly as it is.
         likelihood: registered name or object.
         data: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
-        structure: ``"diag"``, ``"kron"``, ``"full"``, ``"isotropic"``.
+        structure: ``"diag"``, ``"kron"``, ``"ekfac"``, ``"lowrank"`` (``rank=``), ``"layer"``, ``"full"``,
+            ``"isotropic"`` or ``"auto"``; ``"ekfac"`` and ``"lowrank"`` go over the data twice.
         estimator: ``"exact"``, ``"sampled"`` (``samples=``), ``"projection"`` (``samples=``, ``noise=``),
             ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
-        parameters: ``"all"``, ``"last_layer"`` or a list of name patterns.
+        parameters: ``"all"``, ``"last_layer"``, a list of name patterns, or a :class:`Subnetwork` of single weights.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
@@ -63,17 +65,11 @@ def estimate(
         UnknownName, UnsupportedLayer, ShapeMismatch, NonFinite, IncompatiblePair: see :mod:`laplace_kf.errors`.
     """
     structure, estimator = make_pair(structure, estimator, options)
-    return collect(
-        model,
-        as_batches(data),
-        get_likelihood(likelihood),
-        estimator,
-        structure,
-        parameters=parameters,
-        forward=forward,
-        generator=generator if generator is not None else fresh_generator(),
-        dtype=dtype,
-    )
+    generator = generator if generator is not None else fresh_generator()
+    settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
+    job = (model, as_batches(data), get_likelihood(likelihood), estimator)
+    names, structure = covered(parameters, structure, *job, **settings)
+    return collect(*job, structure, parameters=names, **settings)
 
 
 def make_structure(structure: str | Structure, **options: Any) -> Structure:

@@ -6,15 +6,16 @@ accumulation, moving averages, merging workers and discounting old data are all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from random import getstate, setstate
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from laplace_kf.batches import Forward, check_finite
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
@@ -22,9 +23,6 @@ from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "preserved"]
 
@@ -36,6 +34,32 @@ class StructureRule(Protocol):
     """What the engine needs of a structure (see :class:`laplace_kf.structures.base.Structure`)."""
 
     name: ClassVar[str]
+    several_passes: bool
+
+    @property
+    def fixed(self) -> Sums:
+        """What earlier passes found and the sums refer to."""
+
+    def first(self) -> Any:
+        """The structure as a user asks for it."""
+
+    def with_fixed(self, fixed: Sums) -> StructureRule:
+        """The structure that reads saved sums."""
+
+    def settled(self, blocks: Mapping[str, Block], layout: FlatLayout, outputs: Tensor, like: Tensor) -> StructureRule:
+        """The structure to gather, decided at the first minibatch (outputs ``(N, ...)``)."""
+
+    def require_memory(self, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
+        """Refuses what does not fit, in the type and on the device of ``like`` (any shape)."""
+
+    def refined(self, statistics: Statistics) -> StructureRule | None:
+        """What to gather in a further pass over the data."""
+
+    def merged(self, mine: Sums, other: Any, theirs: Sums) -> tuple[StructureRule, Sums]:
+        """The sums of two data sets together."""
+
+    def kept_layout(self, layout: FlatLayout) -> FlatLayout:
+        """The part of a layout that the sums cover."""
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes per column of ``count`` examples."""
@@ -104,15 +128,9 @@ class Statistics:
         for name in set(self.blocks) & set(other.blocks):
             if self.blocks[name] != other.blocks[name]:
                 raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
-        sums: Sums = {}
-        for name in {**self.sums, **other.sums}:
-            mine, theirs = self.sums.get(name), other.sums.get(name)
-            if mine is None or theirs is None:
-                sums[name] = mine or theirs or ()
-            else:
-                sums[name] = tuple(a + b for a, b in zip(mine, theirs, strict=True))
+        structure, sums = self.structure.merged(self.sums, other.structure, other.sums)
         return Statistics(
-            self.structure,
+            structure,
             self.layout,
             blocks,
             sums,
@@ -195,6 +213,9 @@ class Accumulator:
             kind = observation.outputs.dtype
             self.dtype = kind if kind in (torch.float32, torch.float64) else torch.float32
         like = torch.zeros((), dtype=self.dtype, device=observation.outputs.device)
+        if self.count == 0:
+            self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
+        self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)
         self.structure.prepare(self.sums, self.tracer.blocks, self.tracer.layout, like)
         with torch.no_grad():
             self.structure.add_inputs(self.sums, observation.input_signals())
@@ -244,9 +265,8 @@ class Accumulator:
                         f"the curvature of block {name!r} is not finite, although all batches and outputs were; the "
                         "weights or activations are too large for this floating-point type"
                     )
-        return Statistics(
-            self.structure, self.tracer.layout, blocks, sums, float(self.count), self.log_likelihood, self.terms
-        )
+        layout = self.structure.kept_layout(self.tracer.layout)
+        return Statistics(self.structure, layout, blocks, sums, float(self.count), self.log_likelihood, self.terms)
 
 
 def collect(
@@ -260,14 +280,51 @@ def collect(
     forward: Forward | None = None,
     generator: torch.Generator,
     dtype: torch.dtype | None = None,
+    passes: int = 1,
+    progress: bool = False,
 ) -> Statistics:
-    """One pass over the batches; the model is in eval mode meanwhile and left exactly as it was."""
+    """Statistics of the data; the model is in eval mode meanwhile and left exactly as it was.
+
+    Args:
+        model, likelihood, estimator, structure, parameters, forward, generator, dtype: see :class:`Accumulator` and
+            :class:`laplace_kf.tape.Tracer`.
+        batches: one pass over the data, or more if the structure or ``passes`` asks for it.
+        passes: how often to go through the data for one sum (random augmentation).
+        progress: show a bar.
+
+    Raises:
+        ShapeMismatch: if the data have to be seen again and cannot be.
+    """
+    if (structure.several_passes or passes > 1) and isinstance(batches, Iterator):
+        raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
     with preserved(model):
         tracer = Tracer(model, forward, parameters)
-        accumulator = Accumulator(tracer, likelihood, estimator, structure, generator, dtype)
-        for index, batch in enumerate(batches):
-            accumulator.add(batch, index)
-        return accumulator.freeze()
+        following: StructureRule | None = structure
+        stage = 0
+        while following is not None:
+            accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype)
+            index, stage = 0, stage + 1
+            for number in range(passes):
+                seen = accumulator.count
+                label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
+                for batch in tqdm(batches, desc=label, disable=not progress):
+                    accumulator.add(batch, index)
+                    index += 1
+                if (number or stage > 1) and accumulator.count == seen:
+                    raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
+            statistics = accumulator.freeze()
+            following = statistics.structure.refined(statistics)
+        return statistics
+
+
+_ONCE = (
+    "{reason}, but these data can be gone through only once: pass a DataLoader, a list of batches or a pair of tensors "
+    "(a generator can be made into a list: list(batches))"
+)
+
+
+def _reason(structure: StructureRule, passes: int) -> str:
+    return f"passes={passes}" if passes > 1 else f"structure {structure.name!r} goes over the data more than once"
 
 
 class _Snapshot:

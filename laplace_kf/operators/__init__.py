@@ -10,6 +10,7 @@ from laplace_kf.operators.curvature import (
     KroneckerBlock,
     SpectralBlock,
 )
+from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "DiagonalBlock",
     "Isotropic",
     "KroneckerBlock",
+    "LowRank",
+    "LowRankBlock",
     "Matrix",
     "Spectral",
     "SpectralBlock",

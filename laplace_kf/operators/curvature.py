@@ -25,6 +25,17 @@ class CurvatureBlock(Matrix):
     """A positive semi-definite block of curvature in canonical order ``(R, O, I)``."""
 
     shape: tuple[int, int, int]
+    kind: str = "dense"
+
+    def leading(self) -> tuple[Tensor, ...]:
+        """The spectra whose condition numbers tell something: of both factors, or of the whole (any shapes)."""
+        return (self.spectrum(),)
+
+    def effective(self, n: float, prior: Tensor) -> float:
+        """Effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)`` for a prior of 0-dim or ``(R, O, I)`` (its mean)."""
+        grid = n * self.spectrum().double()
+        total = grid + prior.detach().double().mean()
+        return float((grid / total.where(total > 0, 1.0)).sum())
 
     @abstractmethod
     def spectrum(self) -> Tensor:
@@ -54,6 +65,8 @@ class CurvatureBlock(Matrix):
 
 class DiagonalBlock(CurvatureBlock):
     """A diagonal, ``(R, O, I)``."""
+
+    kind = "diag"
 
     def __init__(self, values: Tensor, label: str) -> None:
         self.values, self.label = values, label
@@ -98,6 +111,8 @@ class DiagonalBlock(CurvatureBlock):
 
 class DenseBlock(CurvatureBlock):
     """A dense block ``(P_b, P_b)``; the eigenbasis is made on first need and kept."""
+
+    kind = "full"
 
     def __init__(self, matrix: Tensor, label: str, eigen: list[tuple[Tensor, Tensor]] | None = None) -> None:
         self.matrix, self.label = matrix, label
@@ -159,6 +174,14 @@ class KroneckerBlock(CurvatureBlock):
         self._eigen: dict[str, tuple[Tensor, Tensor]] = eigen if eigen is not None else {}
 
     # -- the two factors' spectra, each made once --------------------------------------------------------------------
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """What it is called in a summary."""
+        return "kron" if self.shape[0] == 1 else f"kron ({self.shape[0]} groups)"
+
+    def leading(self) -> tuple[Tensor, ...]:
+        return self.input_spectrum()[0], self.output_spectrum()[0]
 
     def input_spectrum(self) -> tuple[Tensor, Basis]:
         """Eigenvalues ``(R, I)`` of ``A`` and their basis."""
@@ -269,6 +292,8 @@ class SpectralBlock(CurvatureBlock):
         grid: ``S (R, O, I)``, not negative.
         label: name of the block, for messages.
     """
+
+    kind = "eigenbasis"
 
     def __init__(self, inputs: Basis, outputs: Basis, grid: Tensor, label: str) -> None:
         self.inputs, self.outputs, self.grid, self.label = inputs, outputs, grid, label

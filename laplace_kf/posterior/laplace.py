@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from laplace_kf.batches import Forward, as_batches, check_finite, to_device
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Accumulator, Statistics, preserved
+from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
@@ -29,7 +28,8 @@ from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Objective, TuningResult, tune
 from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
 from laplace_kf.structures import Structure
-from laplace_kf.tape import Tracer, select
+from laplace_kf.subnetwork import Selection, Subnetwork, covered
+from laplace_kf.tape import EntryLayout, select
 
 __all__ = ["LaplacePosterior"]
 
@@ -45,6 +45,7 @@ class _Fitted:
     curvature: Blockwise
     mean: Tensor
     noise: dict[str, float]
+    rest: dict[str, Tensor] = field(default_factory=dict)  # of a subnetwork: parameters, zero at the chosen weights
 
     @property
     def like(self) -> Tensor:
@@ -58,10 +59,13 @@ class LaplacePosterior:
     Args:
         model: trained module; never changed.
         likelihood: registered name or likelihood object.
-        structure: ``"kron"``, ``"diag"``, ``"full"``, ``"isotropic"``, or a structure object.
+        structure: ``"kron"``, ``"diag"``, ``"ekfac"``, ``"lowrank"`` (``rank=``), ``"layer"``, ``"full"``,
+            ``"isotropic"``, ``"auto"`` (``memory=``; :attr:`structure` is the chosen one after ``fit``), or a structure
+            object. ``"ekfac"`` and ``"lowrank"`` go over the data twice.
         estimator: ``"exact"``, ``"importance"`` (``columns=``), ``"sampled"`` or ``"projection"`` (``samples=``),
             ``"recursive"``, ``"empirical"`` (not the Gauss-Newton matrix), or an estimator object.
-        parameters: ``"all"`` trainable parameters, ``"last_layer"``, or a list of ``fnmatch`` patterns over names.
+        parameters: ``"all"`` trainable parameters, ``"last_layer"``, a list of ``fnmatch`` patterns over names, or a
+            :class:`Subnetwork` of single weights, whose posterior is dense (structure ``"full"``).
         prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).
         damping: how Kronecker blocks take λ: ``"exact"`` (eigenbasis), ``"factored"`` or ``"balanced"``
             (methods 5.2, 5.3, 9.2).
@@ -82,7 +86,7 @@ class LaplacePosterior:
         likelihood: str | Likelihood,
         structure: str | Structure = "kron",
         estimator: str | Estimator = "exact",
-        parameters: str | Sequence[str] = "all",
+        parameters: Selection = "all",
         prior_precision: PriorPrecision = 1.0,
         damping: str = "exact",
         forward: Forward | None = None,
@@ -95,14 +99,20 @@ class LaplacePosterior:
         self.model = model
         self.likelihood = get_likelihood(likelihood)
         self.structure, self.estimator = make_pair(structure, estimator, dict(options))
-        self.parameters = parameters if isinstance(parameters, str) else tuple(parameters)
-        if self.parameters != "last_layer":
-            select(model, self.parameters)  # refuses early what fit would refuse
+        self._asked = self.structure
+        self.parameters = parameters if isinstance(parameters, (str, Subnetwork)) else tuple(parameters)
+        single = isinstance(self.parameters, Subnetwork)
+        within = self.parameters.within if isinstance(self.parameters, Subnetwork) else self.parameters
+        if single:
+            self.structure.of_entries(EntryLayout((), (), ()))  # refuses early what fit would refuse
+        if within != "last_layer":
+            select(model, within)  # as well
         _ = DAMPINGS[damping]
-        if damping != "exact" and not self.structure.takes_damping:
+        if damping != "exact" and (single or not self.structure.takes_damping):
+            what = "a subnetwork" if single else f"structure {self.structure.name!r}"
             raise IncompatiblePair(
-                f"structure {self.structure.name!r} has no Kronecker blocks, so damping={damping!r} would have no "
-                'effect; leave damping out, or use structure="kron"'
+                f"{what} has no Kronecker blocks, so damping={damping!r} would have no effect; leave damping out, or "
+                'use structure="kron" over whole parameters'
             )
         self.damping = damping
         self.forward = forward
@@ -153,31 +163,34 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        batches = as_batches(train_loader)
-        with preserved(self.model):
-            tracer = Tracer(self.model, self.forward, self.parameters)
-            accumulator = Accumulator(tracer, self.likelihood, self.estimator, self.structure, generator, self.dtype)
-            index = 0
-            for number in range(passes):
-                seen = accumulator.count
-                for batch in tqdm(batches, desc=f"fit {number + 1}/{passes}", disable=not progress):
-                    accumulator.add(batch, index)
-                    index += 1
-                if number and accumulator.count == seen:
-                    raise ShapeMismatch(
-                        f"pass {number + 1} of {passes} yielded no batch: pass a loader that can be iterated again"
-                    )
-            statistics = accumulator.freeze()
+        job = (self.model, as_batches(train_loader), self.likelihood, self.estimator)
+        settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
+        names, structure = covered(
+            self.parameters,
+            self._asked,
+            *job,
+            prior=lambda layout: by_parameter(self._prior, layout),
+            n_data=n_data,
+            **settings,
+        )
+        statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
         if passes > 1:
             statistics = statistics.scale(1 / passes)
         named = dict(self.model.named_parameters())
-        mean = torch.cat([named[name].detach().reshape(-1) for name in statistics.layout.names]).clone()
-        self._accept(_Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters()), n_data)
+        layout = statistics.layout
+        weights = {name: named[name].detach()[None] for name in layout.names}
+        mean = layout.join(weights).clone()
+        rest: dict[str, Tensor] = {}
+        if isinstance(self.parameters, Subnetwork):
+            rest = {name: (weights[name] - part)[0] for name, part in layout.split(mean).items()}
+        state = _Fitted(statistics, statistics.mean(), mean[0], self.likelihood.parameters(), rest)
+        self._accept(state, n_data)
         return self
 
     def _accept(self, state: _Fitted, n_data: float | None) -> None:
         by_parameter(self._prior, state.statistics.layout)  # has to cover every parameter
         self._state = state
+        self.structure = state.statistics.structure.first()
         self._n_data = float(n_data) if n_data is not None else state.statistics.count
         self._cache = {}
 
@@ -223,7 +236,8 @@ class LaplacePosterior:
     def mean(self) -> dict[str, Tensor]:
         """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
         state = self._fitted("mean")
-        return {name: part[0].clone() for name, part in state.statistics.layout.split(state.mean[None]).items()}
+        whole = {name: part[0] for name, part in state.statistics.layout.split(state.mean[None]).items()}
+        return {name: part + state.rest[name] if name in state.rest else part.clone() for name, part in whole.items()}
 
     @property
     def curvature(self) -> Blockwise:
@@ -309,7 +323,8 @@ class LaplacePosterior:
         """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
         state = self._fitted("penalty")
         named = dict(self.model.named_parameters())
-        current = torch.cat([named[name].reshape(-1) for name in state.statistics.layout.names])
+        layout = state.statistics.layout
+        current = layout.join({name: named[name][None] for name in layout.names})[0]
         return self.precision.energy((current - state.mean).to(state.like.dtype)) / 2
 
     # -- prediction ----------------------------------------------------------------------------------------------------
@@ -405,9 +420,10 @@ class LaplacePosterior:
         state = self._fitted("summary")
         prior = prior_tensors(self._prior, state.statistics.layout, state.like)
         note = "" if self.estimator.is_ggn else " (empirical Fisher: not the Gauss-Newton matrix)"
+        chosen = f" (chosen: {self.structure.reason})" if self.structure.reason else ""
         title = (
-            f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}, estimator "
-            f"{self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {self._prior}"
+            f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}{chosen}, "
+            f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {self._prior}"
         )
         return summarise(state.curvature, self.n_data, prior, title)
 
@@ -428,13 +444,15 @@ class LaplacePosterior:
             "structure": self.structure.name,
             "estimator": self.estimator.name,
             "options": {**self.structure.options(), **self.estimator.options()},
-            "parameters": self.parameters if isinstance(self.parameters, str) else list(self.parameters),
+            "reason": self.structure.reason,
+            "parameters": chosen.to_json() if isinstance(chosen := self.parameters, Subnetwork) else chosen,
             "damping": self.damping,
             "prior_precision": float(prior.detach()) if isinstance(prior, Tensor) else prior,
             "n_data": self._n_data,
             "noise": state.noise,
         }
         tensors, described = store.packed(state.statistics)
+        tensors.update({f"rest/{name}": value for name, value in state.rest.items()})
         store.write(path, {**tensors, "mean": state.mean}, {**header, "statistics": described})
 
     @classmethod
@@ -468,7 +486,8 @@ class LaplacePosterior:
             if found != shape:
                 raise ShapeMismatch(f"the file has parameter {name!r} of shape {shape}, the model has {found}")
         chosen = header["parameters"]
-        if chosen != "last_layer" and select(model, chosen) != list(layout.names):
+        single = isinstance(chosen, Mapping)
+        if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
             raise ShapeMismatch(
                 f"the file covers {len(layout.names)} parameters, but parameters={chosen!r} selects "
                 f"{len(select(model, chosen))} of this model: it is not the architecture the file was saved for"
@@ -480,7 +499,7 @@ class LaplacePosterior:
             likelihood if likelihood is not None else Likelihood.from_config(header["likelihood"]),
             structure=header["structure"],
             estimator=header["estimator"],
-            parameters=header["parameters"],
+            parameters=Subnetwork(**chosen) if single else chosen,
             prior_precision=header["prior_precision"],
             damping=header["damping"],
             forward=forward,
@@ -489,5 +508,8 @@ class LaplacePosterior:
         first = named[layout.names[0]]
         statistics = store.unpacked(tensors, header["statistics"], posterior.structure, first.device)
         mean = tensors["mean"].to(first.device, first.dtype)
-        posterior._accept(_Fitted(statistics, statistics.mean(), mean, header["noise"]), header["n_data"])
+        rest = {name: tensors[f"rest/{name}"].to(first.device) for name in layout.names if f"rest/{name}" in tensors}
+        state = _Fitted(statistics, statistics.mean(), mean, header["noise"], rest)
+        posterior._accept(state, header["n_data"])
+        posterior.structure.reason = header.get("reason", "")
         return posterior

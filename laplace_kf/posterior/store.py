@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace_kf.engine import Statistics, StructureRule
 from laplace_kf.errors import CorruptFile
-from laplace_kf.tape import Block, FlatLayout
+from laplace_kf.tape import Block, EntryLayout, FlatLayout
 
 __all__ = ["layout_of", "packed", "read", "unpacked", "write"]
 
@@ -88,6 +88,9 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors = {"log_likelihood": statistics.log_likelihood}
     for name, parts in statistics.sums.items():
         tensors.update({f"{name}/{k}": part for k, part in enumerate(parts)})
+    fixed = statistics.structure.fixed
+    for name, parts in fixed.items():
+        tensors.update({f"fixed/{name}/{k}": part for k, part in enumerate(parts)})
     described = {
         "count": statistics.count,
         "terms": statistics.terms,
@@ -95,27 +98,32 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "shapes": [list(shape) for shape in statistics.layout.shapes],
         "blocks": [block.to_json() for block in statistics.blocks.values()],
         "parts": {name: len(parts) for name, parts in statistics.sums.items()},
+        "fixed": {name: len(parts) for name, parts in fixed.items()},
+        "entries": statistics.layout.to_json(),
     }
     return tensors, described
 
 
 def layout_of(described: Mapping[str, Any]) -> FlatLayout:
     """The flat layout of packed statistics."""
-    return FlatLayout(tuple(described["names"]), tuple(tuple(shape) for shape in described["shapes"]))
+    whole = FlatLayout(tuple(described["names"]), tuple(tuple(shape) for shape in described["shapes"]))
+    chosen = described.get("entries")
+    return whole if chosen is None else EntryLayout(whole.names, whole.shapes, tuple(map(tuple, chosen)))
 
 
 def unpacked(
     tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: StructureRule, device: torch.device
 ) -> Statistics:
     """The inverse of :func:`packed`, with the sums (any shapes) on ``device``."""
+
+    def parts(prefix: str, counts: Mapping[str, int]) -> dict[str, tuple[Tensor, ...]]:
+        return {n: tuple(tensors[f"{prefix}{n}/{k}"].to(device) for k in range(c)) for n, c in counts.items()}
+
     return Statistics(
-        structure=structure,
+        structure=structure.with_fixed(parts("fixed/", described.get("fixed", {}))),
         layout=layout_of(described),
         blocks={data["name"]: Block.from_json(data) for data in described["blocks"]},
-        sums={
-            name: tuple(tensors[f"{name}/{k}"].to(device) for k in range(count))
-            for name, count in described["parts"].items()
-        },
+        sums=parts("", described["parts"]),
         count=float(described["count"]),
         log_likelihood=tensors["log_likelihood"],
         terms=float(described["terms"]),

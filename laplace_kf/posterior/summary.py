@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from laplace_kf.operators import Blockwise, CurvatureBlock, DenseBlock, DiagonalBlock, KroneckerBlock
+from laplace_kf.operators import Blockwise, CurvatureBlock
 from laplace_kf.operators.blockwise import prior_of
 from laplace_kf.tape import Block
 
@@ -80,20 +80,9 @@ def summarise(curvature: Blockwise, n: float, prior: Tensor | Mapping[str, Tenso
 
 
 def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:
-    value = prior_of(block, prior).detach().double()
-    grid = n * matrix.spectrum().double()
-    mean_prior = value if value.dim() == 0 else value.mean()
-    total = grid + mean_prior
-    effective = float((grid / total.where(total > 0, 1.0)).sum())
-    if isinstance(matrix, KroneckerBlock):
-        kind = "kron" if block.shape[0] == 1 else f"kron ({block.shape[0]} groups)"
-        condition: tuple[float, ...] = tuple(
-            _condition(values) for values, _ in (matrix.input_spectrum(), matrix.output_spectrum())
-        )
-    else:
-        kind = {DiagonalBlock: "diag", DenseBlock: "full"}.get(type(matrix), type(matrix).__name__)
-        condition = (_condition(grid),)
-    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size)
+    effective = matrix.effective(n, prior_of(block, prior).detach())
+    condition = tuple(_condition(values) for values in matrix.leading())
+    return BlockRow(block.name, block.parameters, block.shape, matrix.kind, condition, effective, block.size)
 
 
 def _condition(values: Tensor) -> float:

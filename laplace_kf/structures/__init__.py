@@ -1,6 +1,18 @@
-"""Structures: diagonal, Kronecker, full, isotropic. Each is one file that registers itself."""
+"""Structures: which sums over the data are kept. Each is one file that registers itself."""
 
-from laplace_kf.structures import diag, full, isotropic, kron
+from laplace_kf.structures import auto, diag, ekfac, full, isotropic, kron, layer, lowrank
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums
 
-__all__ = ["STRUCTURES", "Structure", "Sums", "diag", "full", "isotropic", "kron"]
+__all__ = [
+    "STRUCTURES",
+    "Structure",
+    "Sums",
+    "auto",
+    "diag",
+    "ekfac",
+    "full",
+    "isotropic",
+    "kron",
+    "layer",
+    "lowrank",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -9,11 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from laplace_kf.engine import Statistics
+from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators import Blockwise
 from laplace_kf.registry import Registry
-from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
+from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
 
-__all__ = ["STRUCTURES", "Structure", "Sums"]
+__all__ = ["STRUCTURES", "Structure", "Sums", "added", "memory_limit", "zeros"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 
@@ -23,11 +26,84 @@ STRUCTURES: Registry[type[Structure]] = Registry("structure")
 class Structure(ABC):
     """Statistics of one kind: additive sums by block name, and how to read their mean as a matrix.
 
-    Every method is a function of its arguments; a structure holds no data.
+    Every method is a function of its arguments; a structure holds no data. One that goes over the data several times
+    holds what the earlier passes found (:attr:`fixed`), in a new object for every pass.
+
+    Attributes:
+        reason: why it was chosen, if it was chosen automatically.
     """
 
     name: ClassVar[str]
     takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
+    several_passes: bool = False  # whether the data have to be gone through more than once
+    reason: str = ""
+
+    @property
+    def fixed(self) -> Sums:
+        """What earlier passes found and the sums refer to (bases): tensors by block name, kept with the sums."""
+        return {}
+
+    def with_fixed(self, fixed: Sums) -> Structure:
+        """The structure that reads saved sums, given their :attr:`fixed` tensors."""
+        return self
+
+    def first(self) -> Structure:
+        """The structure as a user asks for it: what the first pass of another fit starts from."""
+        return self
+
+    def settled(self, blocks: Mapping[str, Block], layout: FlatLayout, outputs: Tensor, like: Tensor) -> Structure:
+        """The structure to gather, decided at the first minibatch.
+
+        Args:
+            blocks, layout: what the tape found.
+            outputs: the network's outputs ``(N, ...)`` for it.
+            like: type and device of the sums (any shape).
+        """
+        return self
+
+    def refined(self, statistics: Statistics) -> Structure | None:
+        """What to gather in a further pass over the data, given the finished one; ``None`` if this was the last."""
+        return None
+
+    def merged(self, mine: Sums, other: Structure, theirs: Sums) -> tuple[Structure, Sums]:
+        """The sums of two data sets together, and the structure that reads them."""
+        return self, added(mine, theirs)
+
+    def kept_layout(self, layout: FlatLayout) -> FlatLayout:
+        """The part of a layout that the sums cover: all of it, but for single weights."""
+        return layout
+
+    def of_entries(self, entries: EntryLayout) -> Structure:
+        """The structure over single weights; raises :class:`IncompatiblePair` where there is none."""
+        raise IncompatiblePair(
+            f"a subnetwork of single weights has a dense posterior, structure {self.name!r} does not apply to it; use "
+            'structure="full" (or leave structure out), or select whole parameters with parameters=[patterns]'
+        )
+
+    def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
+        """Bytes that the sums and their decompositions take, roughly, for numbers of ``itemsize`` bytes."""
+        return 2 * layout.size * itemsize
+
+    def require_memory(self, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
+        """Refuses sums that do not fit into the memory of the device of ``like`` (any shape).
+
+        Raises:
+            IncompatiblePair: with the bytes needed and what would fit.
+        """
+        itemsize, limit = like.element_size(), memory_limit(like.device)
+        needed = self.memory(blocks, layout, itemsize)
+        if needed <= limit:
+            return
+        fitting = [f"structure={n!r}" for n, s in STRUCTURES.items() if s().memory(blocks, layout, itemsize) <= limit]
+        last = list(blocks.values())[-1]
+        part = self.memory({last.name: last}, FlatLayout(last.parameters, last.shapes), itemsize)
+        if part <= limit:
+            fitting.append(f"parameters={list(last.parameters)} ({_size(part)})")
+        fitting.append(f"parameters=Subnetwork(size={int((limit / (3 * itemsize)) ** 0.5)}) or fewer single weights")
+        raise IncompatiblePair(
+            f"structure={self.name!r} over {layout.size} parameters needs {_size(needed)} (its sums and their "
+            f"decompositions), and the device has {_size(limit)}; what fits: {', '.join(fitting)}"
+        )
 
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values that can be saved."""
@@ -60,6 +136,28 @@ class Structure(ABC):
     @abstractmethod
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
         """The mean curvature from means (sums divided by the number of examples)."""
+
+
+def memory_limit(device: torch.device) -> int:
+    """Bytes of memory of a device (of this machine, for the CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not known on this platform
+        return 16 * 2**30
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**27 else f"{count / 2**20:.1f} MiB"
+
+
+def added(mine: Sums, theirs: Sums) -> Sums:
+    """Two sets of sums added part by part; a block that one of them lacks is taken from the other."""
+    out = dict(mine)
+    for name, parts in theirs.items():
+        out[name] = tuple(a + b for a, b in zip(mine[name], parts, strict=True)) if name in mine else parts
+    return out
 
 
 def zeros(like: Tensor, *shape: int) -> Tensor:

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators import Blockwise, DenseBlock
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
-from laplace_kf.tape import Block, FlatLayout, Signals
+from laplace_kf.tape import Block, EntryLayout, FlatLayout, Signals
 from laplace_kf.tape.signals import add_gram, symmetrised
-
-MEMORY_LIMIT = 16 * 2**30  # bytes; a larger matrix is refused rather than attempted
 
 
 @STRUCTURES.register("full")
@@ -23,17 +20,17 @@ class Full(Structure):
     name = "full"
     KEY = "all"
 
+    def of_entries(self, entries: EntryLayout) -> Structure:
+        return DenseEntries(entries)
+
+    def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
+        return 3 * layout.size**2 * itemsize  # the sum, the eigenvectors and the room to compute them
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(block.size for block in blocks.values()) * count * itemsize
 
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         if self.KEY not in sums:
-            needed = layout.size**2 * like.element_size()
-            if needed > MEMORY_LIMIT:
-                raise IncompatiblePair(
-                    f'structure="full" over {layout.size} parameters needs {needed / 2**30:.1f} GiB for its matrix '
-                    f'alone; use structure="kron" or "diag", or select fewer parameters (parameters="last_layer")'
-                )
             sums[self.KEY] = (zeros(like, layout.size, layout.size),)
 
     def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
@@ -61,5 +58,64 @@ class Full(Structure):
         return {self.KEY: (total[place[:, None], place[None, :]],)}
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
-        whole = Block(self.KEY, layout.names, layout.shapes, (1, layout.size, 1), None, False)
-        return Blockwise(layout, [(whole, DenseBlock(means[self.KEY][0], self.KEY))])
+        return Blockwise(layout, [(layout.whole(self.KEY), DenseBlock(means[self.KEY][0], self.KEY))])
+
+
+class DenseEntries(Structure):
+    """The dense Gauss-Newton matrix ``(k, k)`` of single weights (a subnetwork); the rest of the network is fixed.
+
+    Args:
+        entries: which weights.
+    """
+
+    name = "full"
+
+    def __init__(self, entries: EntryLayout) -> None:
+        self.entries = entries
+        self._of_block: dict[str, tuple[Tensor, Tensor]] = {}  # canonical positions in a block, places in the matrix
+
+    def first(self) -> Structure:
+        return Full()
+
+    def kept_layout(self, layout: FlatLayout) -> FlatLayout:
+        return self.entries
+
+    def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
+        return 3 * self.entries.size**2 * itemsize
+
+    def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
+        return 2 * self.entries.size * count * itemsize
+
+    def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
+        size = self.entries.size
+        if Full.KEY not in sums:
+            sums[Full.KEY] = (zeros(like, size, size),)
+        place: Tensor | None = None
+        for name, block in blocks.items():
+            if name in self._of_block:
+                continue
+            if place is None:
+                place = torch.full((layout.size,), -1)
+                place[self.entries.within(layout)] = torch.arange(size)
+            mine = place[layout.positions(block)]
+            index = (mine >= 0).nonzero()[:, 0]
+            self._of_block[name] = (index.to(like.device), mine[index].to(like.device))
+
+    def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
+        total = sums[Full.KEY][0]
+        rows: Tensor | None = None
+        for name, signal in signals.items():
+            index, place = self._of_block[name]
+            if not len(index):
+                continue
+            found = signal.entries(index, total.dtype).to(total.device)
+            rows = total.new_zeros(found.shape[0], total.shape[0]) if rows is None else rows
+            rows[:, place] = found
+        if rows is not None:
+            add_gram(total, rows)
+
+    def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
+        return {Full.KEY: (symmetrised(sums[Full.KEY][0]),)}
+
+    def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
+        return self.first().matrix(means, blocks, layout)

@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix, SpectralBlock
 from laplace_kf.registry import Registry
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
-from laplace_kf.tape import Block, FlatLayout, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
+from laplace_kf.tape import Block, EntryLayout, FlatLayout, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.signals import symmetrised
 
 __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
@@ -29,6 +29,10 @@ class VectorForm(ABC):
     @abstractmethod
     def start(self, block: Block, like: Tensor) -> Tensor:
         """Zero sums in the type and on the device of ``like`` (of any shape)."""
+
+    @abstractmethod
+    def memory(self, block: Block) -> int:
+        """How many numbers the sums and their decomposition take."""
 
     @abstractmethod
     def add(self, total: Tensor, signal: Signals) -> None:
@@ -50,6 +54,9 @@ class _DiagonalForm(VectorForm):
     def start(self, block: Block, like: Tensor) -> Tensor:
         return zeros(like, *block.shape)
 
+    def memory(self, block: Block) -> int:
+        return 2 * block.size
+
     def add(self, total: Tensor, signal: Signals) -> None:
         signal.add_squares(total)
 
@@ -63,6 +70,9 @@ class _DiagonalForm(VectorForm):
 class _DenseForm(VectorForm):
     def start(self, block: Block, like: Tensor) -> Tensor:
         return zeros(like, block.size, block.size)
+
+    def memory(self, block: Block) -> int:
+        return 3 * block.size**2
 
     def add(self, total: Tensor, signal: Signals) -> None:
         signal.add_outer(total)
@@ -121,6 +131,26 @@ class Kronecker(Structure):
 
     def options(self) -> dict[str, Any]:
         return {"vector_blocks": self.vector_blocks, "sharing": self.sharing, "max_side": self.max_side}
+
+    def of_entries(self, entries: EntryLayout) -> Structure:
+        # the default structure: single weights have no factors, and what they have is the dense matrix
+        return STRUCTURES["full"]().of_entries(entries)
+
+    def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
+        def side(width: int, diagonal: bool = False) -> int:
+            return width if diagonal or width > self.max_side else width**2
+
+        total = 0
+        for block in blocks.values():
+            groups, out, inp = block.shape
+            if not block.factorises:
+                total += self.vector_form.memory(block)
+                continue
+            factors = groups * (side(out) + side(inp, block.one_hot))
+            if block.turned is not None:
+                factors += side(inp) + side(out, block.turned)
+            total += 2 * factors + block.size  # factors, their eigenvectors, and the grid of a precision
+        return total * itemsize
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(b.size for b in blocks.values() if not b.factorises) * count * itemsize

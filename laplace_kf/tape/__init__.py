@@ -2,6 +2,7 @@
 
 from laplace_kf.tape.blocks import Block, FlatLayout
 from laplace_kf.tape.chain import Chain
+from laplace_kf.tape.entries import EntryBlock, EntryLayout
 from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.select import select
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
@@ -10,6 +11,8 @@ from laplace_kf.tape.tracer import Tracer
 __all__ = [
     "Block",
     "Chain",
+    "EntryBlock",
+    "EntryLayout",
     "FlatLayout",
     "GradientSignals",
     "LookupSignals",

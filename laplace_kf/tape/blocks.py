@@ -204,6 +204,14 @@ class FlatLayout:
             start += size
         return block.pack({name: offsets[name] for name in block.parameters}).reshape(-1)
 
+    def to_json(self) -> list[list[int]] | None:
+        """Which entries it covers, as plain values: ``None`` for whole parameters."""
+        return None
+
+    def whole(self, name: str) -> Block:
+        """One vector block ``(1, P, 1)`` over all of it, in flat order."""
+        return Block(name, self.names, self.shapes, (1, self.size, 1), None, False)
+
 
 def flat_layout(parameters: Mapping[str, Tensor], names: Sequence[str]) -> FlatLayout:
     """The layout of ``names`` (already in model order) with the shapes of ``parameters``."""

@@ -111,6 +111,37 @@ class Signals(ABC):
         """Adds ``Σ_vn j jᵀ`` to the lower triangle of ``total (P_b, P_b)``, ``j`` in canonical order."""
         add_gram(total, self.jacobian())
 
+    def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        """Adds ``Σ_vn (B_Gᵀ (per-example gradient) B_A)²`` to ``total (R, O, I)``.
+
+        Args:
+            total: the sums.
+            inputs: ``B_A (R, I, I)``, or ``None`` for the identity.
+            outputs: ``B_G (R, O, O)``, or ``None`` for the identity.
+        """
+        for _, gradients in self.chunks(total.dtype):
+            turned = gradients if inputs is None else torch.matmul(gradients, inputs.to(gradients.device))
+            turned = turned if outputs is None else torch.matmul(outputs.to(turned.device).transpose(-1, -2), turned)
+            total += turned.square().sum((0, 1)).to(total.device)
+
+    def entries(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The entries at canonical positions ``index (k,)`` of the per-example gradients, ``(V·N, k)``."""
+        parts = [gradients.flatten(2)[..., index] for _, gradients in self.chunks(dtype)]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    def project(self, directions: Tensor) -> Tensor:
+        """Products of the per-example gradients with ``directions (K, R, O, I)``: ``(V·N, K)``."""
+        flat = directions.flatten(1).T
+        parts = [gradients.flatten(2).to(flat.device) @ flat for _, gradients in self.chunks(directions.dtype)]
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    def add_combined(self, total: Tensor, weights: Tensor) -> None:
+        """Adds the per-example gradients times ``weights (V·N, K)`` to ``total (K, R, O, I)``."""
+        each = weights.reshape(*self.count, -1)
+        for part, gradients in self.chunks(total.dtype):
+            mine = each[:, part].flatten(0, 1).T
+            total += (mine @ gradients.flatten(2).flatten(0, 1).to(total.device)).reshape(total.shape)
+
 
 @dataclass
 class OuterSignals(Signals):
@@ -121,12 +152,19 @@ class OuterSignals(Signals):
         a: inputs ``(N, T, R, I)`` without the constant 1; ``I`` may be 0 for a bias on its own.
         g: columns ``(V, N, T, R, O)``, or ``(1, M, T, R, O)`` for gathered rows.
         example: for gathered rows, the example ``(M,)`` each one belongs to; otherwise ``None``.
+        rotated: the inputs are complete as they are, in another basis; no constant 1 belongs to them.
     """
 
     block: Block
     a: Tensor
     g: Tensor
     example: Tensor | None = None
+    rotated: bool = False
+
+    @property
+    def has_constant(self) -> bool:
+        """Whether the constant 1 of a bias is to be appended to the inputs."""
+        return self.block.has_bias_column and not self.rotated
 
     def _inputs(self) -> Tensor:
         return self.a if self.example is None else self.a.index_select(0, self.example)
@@ -148,11 +186,11 @@ class OuterSignals(Signals):
             rows = self.a[:, :, r].flatten(0, 1)
             if total.dim() == 2:
                 total[r, :width] += rows.to(total).square().sum(0)
-                if self.block.has_bias_column:
+                if self.has_constant:
                     total[r, width] += rows.shape[0]
                 continue
             add_gram(total[r, :width, :width], rows)
-            if self.block.has_bias_column:
+            if self.has_constant:
                 total[r, width, :width] += rows.sum(0, dtype=total.dtype).to(total.device)
                 total[r, width, width] += rows.shape[0]
 
@@ -175,7 +213,7 @@ class OuterSignals(Signals):
                 total[0, :, :width].addmm_(squares[:, 0].T, a[:, 0].square())
             else:
                 total[:, :, :width] += torch.einsum("nro,nri->roi", squares, a.square())
-            if self.block.has_bias_column:
+            if self.has_constant:
                 total[:, :, width] += squares.sum(0)
             return
         super().add_squares(total)
@@ -191,7 +229,7 @@ class OuterSignals(Signals):
     def _gradients(self, a: Tensor, g: Tensor) -> Tensor:
         # (V, n, R, O, T) @ (n, R, T, I)
         out = torch.matmul(g.permute(0, 1, 3, 4, 2), a.permute(0, 2, 1, 3))
-        if self.block.has_bias_column:
+        if self.has_constant:
             out = torch.cat([out, g.sum(2)[..., None]], -1)
         return out
 
@@ -199,11 +237,65 @@ class OuterSignals(Signals):
         a = self._inputs().flatten(0, 1)  # (N·T, R, I)
         g = self.g.sum(0).flatten(0, 1)
         out = torch.einsum("mro,mri->roi", g, a)
-        return torch.cat([out, g.sum(0)[..., None]], -1) if self.block.has_bias_column else out
+        return torch.cat([out, g.sum(0)[..., None]], -1) if self.has_constant else out
 
     def jacobian(self) -> Tensor:
         gradients = self._gradients(self._inputs(), self.g)
         return gradients.reshape(-1, self.block.size)
+
+    def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        """As the base class, with inputs and columns rotated before they are multiplied."""
+        a, g = self.a.to(total), self.g.to(total)
+        if inputs is not None:
+            a = torch.einsum("ntri,rij->ntrj", a, inputs[:, : a.shape[-1]])
+            a = a + inputs[:, -1] if self.has_constant else a
+        if outputs is not None:
+            g = torch.einsum("vntro,rop->vntrp", g, outputs)
+        example = None if self.example is None else self.example.to(total.device)
+        OuterSignals(self.block, a, g, example, self.rotated or inputs is not None).add_squares(total)
+
+    def entries(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        _, outs, width = self.block.shape
+        r, o, i = index // (outs * width), index // width % outs, index % width
+        inputs, g = self._inputs().to(dtype), self.g.to(dtype)
+        out = g.new_zeros(*self.count, len(index))
+        for t in range(g.shape[2]):  # a position at a time: V·N·T·k products would not fit
+            a = inputs[:, t]
+            if self.has_constant:
+                a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
+            out += g[:, :, t][..., r, o] * a[:, r, i]
+        return out.flatten(0, 1)
+
+    def _runs(self, count: int) -> Iterator[slice]:
+        """Runs of ``count`` directions whose images of all rows fit into the working memory."""
+        each = 8 * self.count[1] * self.g[0, 0].numel()
+        step = max(1, WORKING_BYTES // max(1, each))
+        return (slice(start, start + step) for start in range(0, count, step))
+
+    def project(self, directions: Tensor) -> Tensor:
+        columns, rows = self.count
+        a, width = self.a.to(directions), self.a.shape[-1]
+        g = self.g.to(directions).transpose(0, 1).flatten(2)  # (N, V, T·R·O)
+        parts = []
+        for part in self._runs(len(directions)):
+            some = directions[part]
+            # W a first and then gᵀ(W a): the columns share the expensive product
+            moved = torch.einsum("ntri,kroi->nktro", a, some[..., :width])
+            if self.has_constant:
+                moved = moved + some[:, None, :, :, -1]
+            moved = moved if self.example is None else moved.index_select(0, self.example.to(moved.device))
+            parts.append(torch.matmul(g, moved.flatten(2).transpose(1, 2)))  # (N, V, k)
+        return torch.cat(parts, 2).transpose(0, 1).reshape(columns * rows, -1)
+
+    def add_combined(self, total: Tensor, weights: Tensor) -> None:
+        a, width = self._inputs().to(total), self.a.shape[-1]
+        g = self.g.to(total).transpose(0, 1).flatten(2)
+        each = weights.reshape(*self.count, -1).permute(1, 2, 0)  # (N, K, V)
+        for part in self._runs(len(total)):
+            mixed = torch.matmul(each[:, part], g).reshape(g.shape[0], -1, *self.g.shape[2:])
+            total[part, ..., :width] += torch.einsum("nktro,ntri->kroi", mixed, a)
+            if self.has_constant:
+                total[part, ..., -1] += mixed.sum((0, 2))
 
     def add_outer(self, total: Tensor) -> None:
         """As the base class, through ``Σ_n (Σ_v g gᵀ) ⊗ a aᵀ`` where every weight is used once per example.
@@ -216,7 +308,7 @@ class OuterSignals(Signals):
             super().add_outer(total)
             return
         a, g = self._inputs()[:, 0, 0].to(total.dtype), self.g[:, :, 0, 0].to(total.dtype)
-        if self.block.has_bias_column:
+        if self.has_constant:
             a = torch.cat([a, a.new_ones(a.shape[0], 1)], 1)
         outputs, width = self.block.shape[1], a.shape[1]
         weights = torch.einsum("vno,vnp->opn", g, g)
@@ -243,6 +335,32 @@ class LookupSignals(Signals):
     def add_column_gram(self, total: Tensor) -> None:
         """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangle of ``total (1, O, O)``, or to the diagonal ``(1, O)``."""
         _add_columns(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / max(1, self.g.shape[2]))
+
+    def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
+        if inputs is not None:
+            super().add_rotated_squares(total, inputs, outputs)
+            return
+        g = self.g if outputs is None else torch.matmul(self.g.to(outputs), outputs)
+        LookupSignals(self.block, self.tokens.to(g.device), g, self.example).add_squares(total)
+
+    def entries(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        tokens, g = self._tokens(), self.g.to(dtype)
+        o, i = index // self.block.shape[2], index % self.block.shape[2]
+        out = g.new_zeros(*self.count, len(index))
+        for t in range(tokens.shape[1]):
+            out += g[:, :, t, 0][..., o] * (tokens[:, t, None] == i)
+        return out.flatten(0, 1)
+
+    def project(self, directions: Tensor) -> Tensor:
+        summed, example, token = self._per_token()
+        products = torch.einsum("vjo,koj->vjk", summed.to(directions), directions[:, 0][..., token])
+        out = products.new_zeros(*self.count, len(directions))
+        return out.index_add_(1, example.to(out.device), products).flatten(0, 1)
+
+    def add_combined(self, total: Tensor, weights: Tensor) -> None:
+        summed, example, token = self._per_token()
+        each = weights.reshape(*self.count, -1)[:, example]  # (V, J, K)
+        total[:, 0].index_add_(2, token.to(total.device), torch.einsum("vjk,vjo->koj", each, summed.to(total)))
 
     def _tokens(self) -> Tensor:
         return self.tokens if self.example is None else self.tokens[self.example]

@@ -1,0 +1,162 @@
+"""Low rank plus diagonal on flat vectors: ``U diag(l) Uᵀ + diag(d)``, through ``k``-sized systems only (Woodbury)."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import ShapeMismatch
+from laplace_kf.linalg import cholesky, require_positive
+from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, fresh_generator, standard_normal
+from laplace_kf.operators.curvature import CurvatureBlock
+
+__all__ = ["LowRank", "LowRankBlock"]
+
+
+class LowRank(Matrix):
+    """``Λ = U diag(l) Uᵀ + diag(d)``; never a ``(P, P)`` object except in :meth:`dense`.
+
+    Every result is differentiable in ``prior`` and ``values``.
+
+    Args:
+        vectors: ``U (P, k)`` with orthonormal columns.
+        values: ``l (k,)``, not negative.
+        prior: ``d``, 0-dim or ``(P,)``: the prior precision and any other diagonal part; positive for everything but
+            products.
+        label: name of the block, for messages.
+    """
+
+    def __init__(self, vectors: Tensor, values: Tensor, prior: Tensor, label: str = "") -> None:
+        if vectors.shape[1:] != values.shape or prior.shape not in ((), vectors.shape[:1]):
+            raise ShapeMismatch(
+                f"vectors {tuple(vectors.shape)}, values {tuple(values.shape)} and prior {tuple(prior.shape)} do not "
+                "fit: they must be (P, k), (k,) and () or (P,)"
+            )
+        self.vectors, self.values, self.prior, self.label = vectors, values, prior, label
+
+    @property
+    def size(self) -> int:
+        return self.vectors.shape[0]
+
+    def _columns(self, v: Tensor) -> Tensor:
+        return self._checked(v)[:, None] if v.dim() == 1 else self._checked(v)
+
+    def _diagonal(self) -> Tensor:
+        """``d`` as a column that broadcasts over ``(P, K)``."""
+        return self.prior if self.prior.dim() == 0 else self.prior[:, None]
+
+    def _inner(self) -> Tensor:
+        """Cholesky factor of ``I + √l Uᵀ D⁻¹ U √l``, ``(k, k)``."""
+        require_positive(self.prior, self.label)
+        root = self.values.sqrt()
+        if self.prior.dim() == 0:  # the columns are orthonormal
+            gram = torch.diag_embed(self.values / self.prior)
+        else:
+            gram = root[:, None] * (self.vectors.T @ (self.vectors / self._diagonal())) * root
+        return cholesky(torch.eye(len(root), dtype=gram.dtype, device=gram.device) + gram, self.label)
+
+    def dense(self) -> Tensor:
+        return (self.vectors * self.values) @ self.vectors.T + torch.diag_embed(self.prior.expand(self.size))
+
+    def diag(self) -> Tensor:
+        return self.vectors.square() @ self.values + self.prior
+
+    def matvec(self, v: Tensor) -> Tensor:
+        columns = self._columns(v)
+        low = self.vectors @ (self.values[:, None] * (self.vectors.T @ columns))
+        return (low + self._diagonal() * columns).reshape(v.shape)
+
+    def solve(self, v: Tensor) -> Tensor:
+        factor, root = self._inner(), self.values.sqrt()
+        plain = self._columns(v) / self._diagonal()
+        inner = torch.cholesky_solve(root[:, None] * (self.vectors.T @ plain), factor)
+        return (plain - self.vectors @ (root[:, None] * inner) / self._diagonal()).reshape(v.shape)
+
+    def variances(self) -> Tensor:
+        """The diagonal of the inverse, ``(P,)``."""
+        factor, root = self._inner(), self.values.sqrt()
+        scaled = torch.linalg.solve_triangular(factor, (self.vectors * root).T, upper=False)  # (k, P)
+        return 1 / self.prior - scaled.square().sum(0) / self.prior.square()
+
+    def logdet(self) -> Tensor:
+        inner = 2 * self._inner().diagonal().log().sum()
+        return inner + (self.size * self.prior.log() if self.prior.dim() == 0 else self.prior.log().sum())
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """``Λ⁻¹ (√d ε + U √l ε')`` with standard normal ``ε (P,)``, ``ε' (k,)``: its covariance is ``Λ⁻¹``."""
+        generator = generator if generator is not None else fresh_generator(self.vectors.device)
+        require_positive(self.prior, self.label)
+        wide = standard_normal((n, self.size), self.vectors, generator) * self.prior.sqrt()
+        low = standard_normal((n, len(self.values)), self.vectors, generator) * self.values.sqrt()
+        return self.solve((wide + low @ self.vectors.T).T).T
+
+    def scaled(self, factor: float | Tensor) -> LowRank:
+        return LowRank(self.vectors, self.values * factor, self.prior * factor, self.label)
+
+    def plus(self, other: Matrix) -> Matrix:
+        self._same_size(other)
+        if isinstance(other, Isotropic):
+            return LowRank(self.vectors, self.values, self.prior + other.value, self.label)
+        return super().plus(other)
+
+
+class LowRankBlock(CurvatureBlock):
+    """``C̄ ≈ U diag(l) Uᵀ + diag(r)`` over a flat vector, ``(1, P, 1)``.
+
+    Args:
+        vectors: ``U (P, k)`` with orthonormal columns.
+        values: ``l (k,)``, not negative.
+        remainder: ``r``, 0-dim or ``(P,)``, not negative: what the low rank leaves of the exact diagonal.
+        label: name of the block, for messages.
+    """
+
+    def __init__(self, vectors: Tensor, values: Tensor, remainder: Tensor, label: str) -> None:
+        self.vectors, self.values, self.remainder, self.label = vectors, values, remainder, label
+        self.shape = (1, vectors.shape[0], 1)
+        self.kind = f"low rank ({len(values)})" + (" + diag" if remainder.dim() else "")
+
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> LowRank:
+        diagonal = n * self.remainder + (prior.reshape(-1) if prior.dim() else prior)
+        return LowRank(self.vectors, n * self.values, diagonal, self.label)
+
+    def _plain(self) -> LowRank:
+        return LowRank(self.vectors, self.values, self.remainder, self.label)
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues ``(1, P, 1)``: those of the low rank and zeros; with a remainder, those of the dense matrix."""
+        if self.remainder.dim() == 0:
+            padded = self.values.new_zeros(self.size)
+            padded[: len(self.values)] = self.values
+            return (padded + self.remainder).reshape(self.shape)
+        if self.size > DENSE_WARNING:
+            warnings.warn(
+                f"the spectrum of low rank plus diagonal of size {self.size} goes through a dense matrix",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return torch.linalg.eigvalsh(self.dense()).clamp_min(0).reshape(self.shape)
+
+    def leading(self) -> tuple[Tensor, ...]:
+        return (self.values,)
+
+    def effective(self, n: float, prior: Tensor) -> float:
+        """Without the spectrum: ``P − tr(λ Λ⁻¹)``."""
+        flat = prior.reshape(-1) if prior.dim() else prior
+        if not bool((n * self.remainder + flat > 0).all()):
+            return super().effective(n, prior)
+        variances = self.precision(n, prior.to(self.values.dtype), "exact").variances()
+        return float((1 - flat * variances.double()).sum())
+
+    def dense(self) -> Tensor:
+        return self._plain().dense()
+
+    def diag(self) -> Tensor:
+        return self._plain().diag()
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._plain().matvec(v)
+
+    def scaled(self, factor: float | Tensor) -> LowRankBlock:
+        return LowRankBlock(self.vectors, self.values * factor, self.remainder * factor, self.label)

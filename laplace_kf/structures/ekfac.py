@@ -1,0 +1,169 @@
+"""Eigenvalue-corrected Kronecker: Kronecker eigenbases, exact second moments along them (George et al. 2018).
+
+A first pass over the data gathers the factors ``A`` and ``G``; a second one gathers
+``S = Σ_vn (B_Gᵀ (Σ_t g ⊗ a) B_A)²`` in their eigenbases, positions added before squaring. Of all matrices that are
+diagonal in these bases the result is nearest to the exact layer block, and it has its exact trace. A grouped
+convolution has one pair of bases per group; one-hot inputs and factors that are kept as diagonals keep their own basis;
+a weight that is used as itself and as its transpose has the bases of its two marginals. Vector blocks are as in the
+Kronecker structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_kf.engine import Statistics
+from laplace_kf.operators import Basis, Blockwise, Matrix, SpectralBlock
+from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, zeros
+from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
+
+
+@STRUCTURES.register("ekfac")
+class EigenvalueCorrected(Structure):
+    """The first pass: Kronecker factors.
+
+    Args:
+        vector_blocks, sharing, max_side: of the factors, as in the Kronecker structure.
+
+    Raises:
+        UnknownName, ValueError: as there.
+    """
+
+    name = "ekfac"
+    several_passes = True
+
+    def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
+        kron: Callable[..., Structure] = STRUCTURES["kron"]
+        self.kron = kron(vector_blocks=vector_blocks, sharing=sharing, max_side=max_side)
+
+    def options(self) -> dict[str, Any]:
+        return self.kron.options()
+
+    def with_fixed(self, fixed: Sums) -> Structure:
+        return InBases(self, fixed, {})
+
+    def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
+        grids = sum(block.size for block in blocks.values() if block.factorises)
+        return self.kron.memory(blocks, layout, itemsize) + grids * itemsize
+
+    def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
+        return self.kron.column_bytes(blocks, count, itemsize)
+
+    def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
+        self.kron.prepare(sums, blocks, layout, like)
+
+    def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
+        self.kron.add_inputs(sums, signals)
+
+    def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
+        factors = {n: s for n, s in signals.items() if blocks[n].factorises}
+        self.kron.add_columns(sums, factors, blocks)  # the rest is gathered in the second pass
+
+    def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
+        return self.kron.finished(sums, blocks, layout)
+
+    def refined(self, statistics: Statistics) -> Structure:
+        factors = {n: statistics.sums[n] for n, block in statistics.blocks.items() if block.factorises}
+        return InBases(self, {n: _bases(n, parts) for n, parts in factors.items()}, factors)
+
+    def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
+        return self.kron.matrix(means, blocks, layout)
+
+
+class InBases(Structure):
+    """The second pass: squares in bases that are given.
+
+    Args:
+        rule: the structure of the first pass.
+        bases: by block name, ``B_A (R, I, I)`` and ``B_G (R, O, O)``; an empty tensor for the identity.
+        factors: the sums that they came from; kept with the squares so that two statistics can be
+            brought into common bases.
+    """
+
+    name = "ekfac"
+    several_passes = True
+
+    def __init__(self, rule: EigenvalueCorrected, bases: Sums, factors: Sums) -> None:
+        self.rule, self.bases, self.factors = rule, bases, factors
+
+    @property
+    def fixed(self) -> Sums:
+        return self.bases
+
+    def options(self) -> dict[str, Any]:
+        return self.rule.options()
+
+    def first(self) -> Structure:
+        return self.rule
+
+    def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
+        return self.rule.memory(blocks, layout, itemsize)
+
+    def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
+        return self.rule.column_bytes(blocks, count, itemsize)
+
+    def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
+        for name, block in blocks.items():
+            if block.factorises and name not in sums:
+                sums[name] = (zeros(like, *block.shape),)
+        self.rule.kron.prepare(sums, _vectors(blocks), layout, like)
+
+    def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
+        for name, signal in signals.items():
+            if blocks[name].factorises:
+                inputs, outputs = (basis if basis.numel() else None for basis in self.bases[name])
+                signal.add_rotated_squares(sums[name][0], inputs, outputs)
+            else:
+                self.rule.kron.add_columns(sums, {name: signal}, blocks)
+
+    def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
+        out = {n: (*self.factors[n], *sums[n]) for n, block in blocks.items() if block.factorises}
+        return {**out, **self.rule.kron.finished(sums, _vectors(blocks), layout)}
+
+    def merged(self, mine: Sums, other: Structure, theirs: Sums) -> tuple[Structure, Sums]:
+        """Equal bases: the sum. Else the squares go into the eigenbases of the summed factors, with their trace."""
+        sums, fixed = added(mine, theirs), {**other.fixed, **self.bases}
+        for name in set(self.bases) & set(other.fixed):
+            old = self.bases[name], other.fixed[name]
+            if all(torch.equal(a, b) for a, b in zip(*old, strict=True)):
+                continue
+            *factors, _ = sums[name]
+            fixed[name] = _bases(name, factors)
+            grids = [_moved(p[name][-1], b, fixed[name]) for p, b in zip((mine, theirs), old, strict=True)]
+            sums[name] = (*factors, grids[0] + grids[1])
+        return InBases(self.rule, fixed, {}), sums
+
+    def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
+        vectors = {b.name: m for b, m in self.rule.kron.matrix(means, _vectors(blocks), layout).entries}
+        entries: list[tuple[Block, Matrix]] = []
+        for name, block in blocks.items():
+            if not block.factorises:
+                entries.append((block, vectors[name]))
+                continue
+            inputs, outputs = (Basis.orthogonal(b) if b.numel() else Basis.identity() for b in self.bases[name])
+            entries.append((block, SpectralBlock(inputs, outputs, means[name][-1], name)))
+        return Blockwise(layout, entries)
+
+
+def _vectors(blocks: Mapping[str, Block]) -> dict[str, Block]:
+    return {name: block for name, block in blocks.items() if not block.factorises}
+
+
+def _bases(name: str, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Bases from the factors ``A, G`` of a weight and those of its uses as a transpose, if there are any."""
+    terms = [(factors[1], factors[0])] if len(factors) == 2 else [(factors[1], factors[0]), (factors[2], factors[3])]
+    block = SpectralBlock.of_sum(terms, name)
+    sides = (block.inputs.matrix, block.outputs.matrix)
+    empty = block.grid.new_zeros(0)
+    return tuple(empty if side is None else side.contiguous() for side in sides)  # type: ignore[return-value]
+
+
+def _moved(grid: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:
+    """The diagonal in new bases of what is diagonal in old ones, ``(R, O, I)``: the trace stays."""
+    inputs, outputs = (torch.matmul(b.mT, a).square() if b.numel() else b for a, b in zip(old, new, strict=True))
+    grid = torch.matmul(outputs, grid) if outputs.numel() else grid
+    return torch.matmul(grid, inputs.mT) if inputs.numel() else grid
