@@ -187,7 +187,19 @@ class Truth:
             return self.ggn
         if structure == "diag":
             return torch.diag(self.ggn.diagonal())
+        if structure == "ekfac":
+            return self.corrected
+        if structure == "layer":
+            return oracles.layer_blocks(self.ggn, oracles.flat_index(self.problem.model, self.problem.names))
+        if structure == "lowrank":
+            return oracles.low_rank_plus_diagonal(self.ggn, min(20, self.problem.size))
         return self.kron
+
+    @functools.cached_property
+    def corrected(self) -> Tensor:
+        """(P, P), eigenvalue-corrected."""
+        p = self.problem
+        return oracles.eigenvalue_corrected(p.model, p.x, p.y, p.likelihood.curvature, self.kron_blocks, p.names)
 
     def precision(self, structure: str, n: float, prior: Tensor, damping: str = "exact") -> Tensor:
         """Λ of a structure, dense; ``prior (P,)``."""

@@ -331,6 +331,56 @@ def assemble(blocks: Sequence[Block], size: int, dense: Callable[[Block], Tensor
     return out
 
 
+@torch.enable_grad()
+def eigenvalue_corrected(
+    model: nn.Module, x: Any, y: Tensor, curvature: OutputMatrix, blocks: Sequence[Block], names: Sequence[str]
+) -> Tensor:
+    """Every factorised block with its eigenvalues replaced by mean squares of rotated per-example gradients: (P, P).
+
+    One example, one column of the output root and one block at a time (George et al. 2018, section 3.1). A lookup
+    table keeps its one-hot basis: its input factor is diagonal.
+    """
+    index, modules = flat_index(model, names), dict(model.named_modules())
+    n = count(y)
+    rows, z = jacobian(model, x, n, names), outputs(model, x, n)
+    out = torch.zeros(sum(i.numel() for i in index.values()), sum(i.numel() for i in index.values())).double()
+    for block in blocks:
+        flat = block.index.reshape(-1)
+        where = (flat[:, None], flat[None, :])
+        if block.values is not None:
+            out[where] = torch.diag(block.values)
+            continue
+        lookup = isinstance(modules.get(block.names[0].rpartition(".")[0]), nn.Embedding)
+        of_a = torch.eye(block.A.shape[0]).double() if lookup else torch.linalg.eigh(block.A)[1]
+        of_g = torch.linalg.eigh(block.G)[1]
+        squares = torch.zeros(block.index.shape, dtype=torch.float64)
+        for i in range(n):
+            values, vectors = torch.linalg.eigh(curvature(z[i], y[i : i + 1]))
+            for value, vector in zip(values.clamp(min=0), vectors.T, strict=True):
+                gradient = (value.sqrt() * vector @ rows[i])[flat].view(block.index.shape)
+                squares += (of_g.T @ gradient @ of_a) ** 2 / n
+        basis = torch.kron(of_g.contiguous(), of_a.contiguous())
+        out[where] = basis @ torch.diag(squares.reshape(-1)) @ basis.T
+    return out
+
+
+def low_rank_plus_diagonal(ggn: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors and what they leave of the diagonal: (P, P)."""
+    values, vectors = torch.linalg.eigh(ggn)
+    low = vectors[:, -rank:] @ torch.diag(values[-rank:]) @ vectors[:, -rank:].T
+    return low + torch.diag((ggn - low).diagonal().clamp(min=0))
+
+
+def layer_blocks(ggn: Tensor, index: Mapping[str, Tensor]) -> Tensor:
+    """The blocks of a dense matrix that belong to one module, zero elsewhere: (P, P)."""
+    out = torch.zeros_like(ggn)
+    for module in {name.rpartition(".")[0] for name in index}:
+        mine = torch.cat([where.reshape(-1) for name, where in index.items() if name.rpartition(".")[0] == module])
+        where = (mine[:, None], mine[None, :])
+        out[where] = ggn[where]
+    return out
+
+
 CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

@@ -20,7 +20,7 @@ from laplace_kf.tape.tracer import Tracer
 from tests.cases import CASES
 from tests.contracts.test_curvature import estimate
 
-STRUCTURES = ("diag", "kron", "full")
+STRUCTURES = ("diag", "kron", "full", "ekfac", "layer", "lowrank")
 
 
 def net(*widths: int, activation: type[nn.Module] = nn.Tanh) -> nn.Sequential:

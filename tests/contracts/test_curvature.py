@@ -68,6 +68,8 @@ def same_rng() -> Iterator[None]:
     assert random.getstate() == before[2]
 
 
+# of the low-rank structure on problems whose rank is at most its own: nothing is lost
+MORE = ["ekfac", "layer", "lowrank"]
 STRICT = [case for case in CASES if case.make().kron == "blocks"]
 
 # ------------------------------------------------------------------------------------------------ exact
@@ -313,7 +315,7 @@ def test_defaults_are_kron_and_exact() -> None:
 
 
 @pytest.mark.needs("structure:ekfac")
-@pytest.mark.parametrize("case", tagged("core"), ids=by_id)
+@pytest.mark.parametrize("case", [*tagged("core"), BY_NAME["conv2d-circular"]], ids=by_id)
 def test_ekfac_has_the_exact_trace_and_the_smaller_error(case: Case) -> None:
     """Per block: the eigenbasis diagonal keeps the trace and is the best diagonal in that basis."""
     problem, t = case.make(), truth(case)
@@ -325,6 +327,26 @@ def test_ekfac_has_the_exact_trace_and_the_smaller_error(case: Case) -> None:
         close(mine.trace(), exact.trace(), 1e-9)
         if block.values is None:
             assert float((mine - exact).norm()) <= float((kron - exact).norm()) * (1 + 1e-9) + 1e-12
+
+
+# circular padding makes eigenvalues of A come in pairs, whose eigenvectors are not unique
+PAIRS = [(c, s) for c in STRICT for s in MORE if (c.name, s) != ("conv2d-circular", "ekfac")]
+
+
+@pytest.mark.parametrize(("case", "structure"), PAIRS, ids=str)
+def test_exact_in_the_other_structures(case: Case, structure: str) -> None:
+    """Against rotated squares one example at a time, the layers' blocks of the dense matrix, and its eigenvectors."""
+    problem = case.make()
+    matrix = estimate(problem, structure=structure).mean()
+    close(matrix.dense(), expected(case, structure), 1e-8)
+    close(matrix.diag(), expected(case, structure).diagonal(), 1e-8)
+
+
+@pytest.mark.parametrize("case", tagged("reused"), ids=by_id)
+def test_calls_are_added_before_the_rotated_square(case: Case) -> None:
+    """The trace of every layer is exact, however often it is called."""
+    problem = case.make()
+    close(estimate(problem, structure="ekfac").mean().dense().trace(), truth(case).ggn.trace())
 
 
 # ------------------------------------------------------------------------------------------------ randomised estimators

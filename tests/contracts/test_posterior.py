@@ -41,6 +41,9 @@ STRUCTURES = [
     ("kron", "exact"),
     ("kron", "factored"),
     ("kron", "balanced"),
+    ("ekfac", "exact"),
+    ("layer", "exact"),
+    ("lowrank", "exact"),
 ]
 KINDS = [pytest.param(s, d, id=s if s != "kron" else f"kron-{d}") for s, d in STRUCTURES]
 over_kinds = pytest.mark.parametrize(("structure", "damping"), KINDS)
