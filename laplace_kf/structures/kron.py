@@ -17,7 +17,16 @@ from torch import Tensor
 from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix, SpectralBlock
 from laplace_kf.registry import Registry
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
-from laplace_kf.tape import Block, EntryLayout, FlatLayout, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
+from laplace_kf.tape import (
+    Block,
+    EntryLayout,
+    FlatLayout,
+    LookupSignals,
+    MatrixSignals,
+    OuterSignals,
+    Signals,
+    TiedSignals,
+)
 from laplace_kf.tape.signals import symmetrised
 
 __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]

@@ -94,7 +94,7 @@ class LowRankPlusDiagonal(Structure):
                 # the same directions for the same block in every fit, so that statistics have them in common
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 shape = (self._width(layout.size), *block.shape)
-                self._sketch[name] = torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+                self._sketch[name] = torch.randn(shape, generator=generator).to(like)
             if name not in sums:
                 squares = (zeros(like, *block.shape),) if self.diagonal else ()
                 sums[name] = (torch.zeros_like(self._sketch[name]), *squares)

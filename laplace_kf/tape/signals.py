@@ -126,7 +126,7 @@ class Signals(ABC):
 
     def entries(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """The entries at canonical positions ``index (k,)`` of the per-example gradients, ``(V·N, k)``."""
-        parts = [gradients.flatten(2)[..., index] for _, gradients in self.chunks(dtype)]
+        parts = [gradients.flatten(2)[..., index.to(gradients.device)] for _, gradients in self.chunks(dtype)]
         return torch.cat(parts, 1).flatten(0, 1)
 
     def project(self, directions: Tensor) -> Tensor:
@@ -256,6 +256,7 @@ class OuterSignals(Signals):
 
     def entries(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         _, outs, width = self.block.shape
+        index = index.to(self.g.device)
         r, o, i = index // (outs * width), index // width % outs, index % width
         inputs, g = self._inputs().to(dtype), self.g.to(dtype)
         out = g.new_zeros(*self.count, len(index))
@@ -344,7 +345,7 @@ class LookupSignals(Signals):
         LookupSignals(self.block, self.tokens.to(g.device), g, self.example).add_squares(total)
 
     def entries(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        tokens, g = self._tokens(), self.g.to(dtype)
+        tokens, g, index = self._tokens(), self.g.to(dtype), index.to(self.g.device)
         o, i = index // self.block.shape[2], index % self.block.shape[2]
         out = g.new_zeros(*self.count, len(index))
         for t in range(tokens.shape[1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def test_damping_has_no_choice(structure: str) -> None:
 
 
 def net(*widths: int) -> nn.Module:
-    layers = [nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True)]
+    layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     return nn.Sequential(*[m for layer in layers for m in (layer, nn.Tanh())][:-1])
 
 
@@ -327,7 +328,7 @@ def test_what_does_not_fit_is_refused_with_what_does(structure: str, monkeypatch
         posterior.sample(1)
     monkeypatch.setattr(base, "memory_limit", lambda device: 20 * 2**20)
     if structure == "full":
-        with pytest.raises(lk.errors.IncompatiblePair, match="diag.*kron.*parameters=.*2.weight"):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"diag.*kron.*parameters=.*2\.weight"):
             posterior.fit((x, y))
     elif structure != "layer":
         posterior.fit((x, y))
@@ -356,3 +357,23 @@ def test_blockwise_of_low_rank_is_one_block() -> None:
     assert isinstance(matrix, LowRank) and matrix.vectors.shape == (problem.size, 3)
     eye = torch.eye(3).double()
     close(matrix.vectors.T @ matrix.vectors, eye)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("structure", [*MORE, "auto", "subnetwork"])
+def test_device_follows_the_model(structure: str) -> None:
+    problem = BY_NAME["conv2d-groups"].make()
+    options: dict[str, Any] = {"structure": structure}
+    if structure == "subnetwork":
+        options = {"parameters": lk.Subnetwork(7)}
+    cpu = lk.LaplacePosterior(problem.model, "categorical", **options).fit(problem.uneven())
+    problem.model.cuda()
+    data = [tuple(t.cuda() for t in batch) for batch in problem.uneven()]
+    gpu = lk.LaplacePosterior(problem.model, "categorical", **options).fit(data)
+    dense = gpu.precision.dense()
+    assert dense.is_cuda
+    close(dense.cpu(), cpu.precision.dense(), 1e-7)
+    assert all(value.is_cuda for value in gpu.sample(2).values())
+    gpu.predict(data[0][0], samples=2)
+    float(gpu.log_evidence())
