@@ -26,12 +26,14 @@ class Experiment:
         module: has ``Config`` (a dataclass of settings with defaults) and ``run(Config) -> Report``; empty if the
             experiment has not been written.
         config: name of its default configuration file, without ``.yaml``.
+        resumable: ``run(Config, folder)`` keeps finished parts in that folder, and uses those that are there.
     """
 
     id: str
     title: str
     module: str = ""
     config: str = ""
+    resumable: bool = False
 
     def load(self) -> ModuleType:
         """The experiment's module.
@@ -83,7 +85,7 @@ for _entry in (
     Experiment("E34", "factored against exact damping in the posterior"),
     Experiment("E35", "kept against summed task factors"),
     Experiment("calibration", "defaults against MAP and laplace-torch on real data", "experiments.calibration",
-               "calibration"),
+               "calibration", resumable=True),
     Experiment("shakespeare", "a tutorial: what a transformer does not know", "experiments.shakespeare", "shakespeare"),
     Experiment("demo", "known and unknown handwritten digits, in half a minute", "laplace_kf.demo", "demo"),
 ):  # fmt: skip

@@ -36,6 +36,7 @@ for testing. ``python -m experiments run shakespeare``.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import warnings
@@ -185,8 +186,9 @@ def _trained(config: Config, texts: Texts, seed: int) -> tuple[Transformer, list
         model = Transformer(len(texts.alphabet), config.context, config.width, config.heads, config.layers)
     batches = training.Batches(*texts.train, config.batch, training.generator(seed))
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=config.epochs * len(batches) + 1, pct_start=0.1
+    steps = config.epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / (0.1 * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
     )
     history = training.train(
         model, batches, optimizer, config.epochs, after_step=schedule.step, seed=seed,
@@ -315,8 +317,8 @@ def run(config: Config) -> Report:
             f"A transformer with {parameters} parameters ({config.layers} blocks of width {config.width}) "
             f"learned to predict the next character from {len(texts.train[0])} windows of {config.context} characters, "
             f"{config.epochs} epochs. It reads {len(texts.read['Shakespeare'][0])} windows of held-out plays, as many "
-            f"of the same characters shuffled, and {len(texts.read['foreign'][0])} of Latin, German and French; the first "
-            f"{config.burn_in} characters of a window only serve as context. Mean and standard deviation over "
+            f"of the same characters shuffled, and {len(texts.read['foreign'][0])} of Latin, German and French; the "
+            f"first {config.burn_in} characters of a window only serve as context. Mean and standard deviation over "
             f"{config.repeats} seed(s). {confirmed} of {len(verdicts)} claims confirmed."
         ),
         seed=config.seed,

@@ -46,7 +46,7 @@ class Reading:
     information: Tensor
 
     def scores(self, burn_in: int) -> dict[str, Tensor]:
-        """The scores ``(N, T - burn_in)`` that may tell texts apart, by name; one that is zero but for rounding is left out."""
+        """The scores ``(N, T - burn_in)`` that may tell texts apart, by name; one that is zero is left out."""
         scores = {"entropy": self.entropy[:, burn_in:], "information": self.information[:, burn_in:]}
         return {name: values for name, values in scores.items() if float(values.max()) > ROUNDING}
 
