@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="all experiments, and which of them are ready")
     run = commands.add_parser("run", help="run one experiment")
-    run.add_argument("experiment", metavar="ID_OR_CONFIG", help="E1 to E35, demo, or a file of configs/ (name or path)")
+    run.add_argument(
+        "experiment", metavar="ID_OR_CONFIG", help="E1 to E35, a word of the list, or a file of configs/ (name or path)"
+    )
     run.add_argument("settings", metavar="key=value", nargs="*", help="settings that differ from the file's")
     run.add_argument("--out", type=Path, help="where to write (default: results/<id>)")
     commands.add_parser("readme", help="collect results into docs/ and put their tables into README.md")
@@ -66,7 +68,7 @@ def _list() -> None:
     for entry in EXPERIMENTS.values():
         state = "ready" if entry.module else "not yet"
         configs = f"  [{', '.join(runner.config_names(entry.id))}]" if entry.module else ""
-        print(f"{entry.id:5} {state:8} {entry.title}{configs}")
+        print(f"{entry.id:11} {state:8} {entry.title}{configs}")
 
 
 def _run(name: str, settings: Sequence[str], out: Path | None) -> None:

@@ -14,7 +14,10 @@ __all__ = ["Claim", "verdict_table"]
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim about two methods: ``metric`` of ``method`` minus that of ``other``, per seed, must be in a range."""
+    """A claim about two methods: ``metric`` of ``method`` minus that of ``other``, per seed, must be in a range.
+
+    ``other_metric`` is the metric of ``other``, if it is not the same one.
+    """
 
     text: str
     metric: str
@@ -22,10 +25,12 @@ class Claim:
     other: str
     least: float = float("-inf")
     most: float = float("inf")
+    other_metric: str = ""
 
     def judge(self, runs: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
         """The verdict on the mean difference over seeds, with the numbers behind it."""
-        value, reference = ([run[name][self.metric] for run in runs] for name in (self.method, self.other))
+        value = [run[self.method][self.metric] for run in runs]
+        reference = [run[self.other][self.other_metric or self.metric] for run in runs]
         summary = metrics.mean_std([
             {"value": v, "reference": r, "difference": v - r} for v, r in zip(value, reference, strict=True)
         ])  # fmt: skip

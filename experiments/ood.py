@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -27,21 +27,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from experiments import data, training, variational
-from experiments.claims import Claim, verdict_table
+from experiments.claims import verdict_table
+from experiments.ood_report import CLAIMS, PUBLISHED, Outcome, measure, methods_table, pictures, tuning_table
 from laplace_kf.demo import mc_dropout
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.reports import metrics, plots
-from laplace_kf.reports.html import Picture, Report, Table
+from laplace_kf.reports import metrics
+from laplace_kf.reports.html import Report
 
 __all__ = ["Config", "run"]
 
 STRUCTURES = {"diagonal": "diag", "Kronecker": "kron"}
-PUBLISHED = {
-    "mean field": 0.9888, "MAP": 0.9886, "MC dropout": 0.9885, "diagonal, tuned": 0.9885, "Kronecker, tuned": 0.9880
-}  # fmt: skip
-"""Test accuracies of table 5.1: 250 epochs, 1000 draws per image, tuned."""
-CERTAIN = 0.1
-"""A prediction counts as certain when its entropy is below this many nats."""
 
 
 @dataclass
@@ -150,17 +145,6 @@ class Images:
     val: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     letters: Tensor
-
-
-@dataclass
-class Outcome:
-    """One repetition: probabilities on test images and letters, in this order, by method; how tuning went; times."""
-
-    probs: dict[str, Tensor]
-    settings: dict[str, dict[str, float]]
-    tuning: dict[str, dict[str, Any]]
-    labels: Tensor
-    seconds: dict[str, float]
 
 
 def _images(config: Config, seed: int) -> Images:
@@ -289,45 +273,6 @@ def _tune(
     return {"best": result.best, "at_edge": result.at_edge, "table": result.table}
 
 
-def _measure(outcome: Outcome) -> dict[str, dict[str, float]]:
-    """The metrics of every method of one repetition."""
-    found = {}
-    count = len(outcome.labels)
-    for name, probs in outcome.probs.items():
-        inside, outside = metrics.entropy(probs[:count]), metrics.entropy(probs[count:])
-        found[name] = {
-            **metrics.classification(probs[:count], outcome.labels),
-            "entropy_in": float(inside.mean()),
-            "entropy_out": float(outside.mean()),
-            "certain_out": float((outside < CERTAIN).double().mean()),
-            **metrics.out_of_distribution(inside, outside),
-            **outcome.settings.get(name, {}),
-        }
-    return found
-
-
-KRON, DIAG = "Kronecker, tuned", "diagonal, tuned"
-TINY = 1e-12
-CLAIMS = (
-    Claim("accuracy of the tuned Kronecker posterior within 0.2 points of MAP", "accuracy", KRON, "MAP", -0.002, 0.002),
-    Claim("its test NLL is not worse than MAP's", "nll", KRON, "MAP", most=0.0),
-    Claim("its mean entropy on letters is above MAP's", "entropy_out", KRON, "MAP", least=TINY),
-    Claim("and above the tuned diagonal posterior's", "entropy_out", KRON, DIAG, least=TINY),
-    Claim("and above MC dropout's", "entropy_out", KRON, "MC dropout", least=TINY),
-    Claim("its AUROC for letters is at least MAP's", "auroc", KRON, "MAP", least=0.0),
-    Claim(
-        "its share of certain predictions on letters is at most MC dropout's",
-        "certain_out",
-        KRON,
-        "MC dropout",
-        most=0.0,
-    ),
-    Claim("mean entropy on letters: tuned diagonal at least MAP's", "entropy_out", DIAG, "MAP", least=0.0),
-    Claim("mean entropy on letters: MC dropout above MAP's", "entropy_out", "MC dropout", "MAP", least=TINY),
-    Claim("mean entropy on letters: mean field below tuned Kronecker's", "entropy_out", "mean field", KRON, most=-TINY),
-)
-
-
 def run(config: Config) -> Report:
     """Train, fit, tune, predict and compare, for every seed; writes nothing."""
     seeds = [config.seed + i for i in range(config.repeats)]
@@ -335,7 +280,7 @@ def run(config: Config) -> Report:
     runs, tuning, seconds = [], {}, {}
     for seed in seeds:
         outcome = _repetition(config, seed)
-        runs.append(_measure(outcome))
+        runs.append(measure(outcome))
         tuning[str(seed)], seconds[str(seed)] = outcome.tuning, outcome.seconds
         first = first or outcome
     assert first is not None
@@ -355,8 +300,8 @@ def run(config: Config) -> Report:
         seed=config.seed,
         config=asdict(config),
         metrics=summary,
-        tables=[_methods_table(summary), verdict_table(verdicts), _tuning_table(tuning, config.train_size)],
-        pictures=_pictures(first, seeds[0]),
+        tables=[methods_table(summary), verdict_table(verdicts), tuning_table(tuning, config.train_size)],
+        pictures=pictures(first, seeds[0]),
         details={
             "seeds": seeds,
             "verdicts": verdicts,
@@ -368,52 +313,3 @@ def run(config: Config) -> Report:
         },
         device=config.device,
     )
-
-
-_COLUMNS = (
-    ("accuracy %", "accuracy", 100, 2), ("NLL", "nll", 1, 4), ("ECE %", "ece", 100, 2),
-    ("entropy in", "entropy_in", 1, 3), ("entropy out", "entropy_out", 1, 3),
-    ("certain out %", "certain_out", 100, 1), ("AUROC", "auroc", 1, 4), ("FPR95 %", "fpr95", 100, 1),
-)  # fmt: skip
-
-
-def _methods_table(summary: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Table:
-    rows = []
-    for method, found in summary.items():
-        cells = [f"{s * found[key]['mean']:.{d}f} ± {s * found[key]['std']:.{d}f}" for _, key, s, d in _COLUMNS]
-        rows.append([method, *cells, f"{100 * PUBLISHED[method]:.2f}" if method in PUBLISHED else ""])
-    note = (
-        "NLL and entropies in nats. Certain out: letters predicted with an entropy below "
-        f"{CERTAIN} nats. AUROC and FPR95 (false alarms on digits when 95 % of the letters are caught) by entropy. "
-        "Published: test accuracy of the thesis, table 5.1, after 250 epochs with 1000 draws per image."
-    )
-    return Table("Methods", ["method", *(title for title, *_ in _COLUMNS), "published accuracy %"], rows, note)
-
-
-def _tuning_table(tuning: Mapping[str, Mapping[str, Mapping[str, Any]]], n_data: int) -> Table:
-    rows = [
-        [seed, name, f"{found['best']['n_data'] / n_data:g}", f"{found['best']['prior_precision']:g}",
-         f"{found['best']['objective']:.4f}", "yes" if found["at_edge"] else "no"]
-        for seed, methods in tuning.items()
-        for name, found in methods.items()
-    ]  # fmt: skip
-    columns = ["seed", "posterior", "N / real N", "λ", "validation NLL", "edge of grid"]
-    return Table("Tuned settings", columns, rows, "The whole grids are in result.json under tuning.")
-
-
-def _pictures(outcome: Outcome, seed: int) -> list[Picture]:
-    count = len(outcome.labels)
-    entropies = {name: metrics.entropy(probs) for name, probs in outcome.probs.items()}
-    figure, (left, right) = plots.panels(1, 2, width=5.8, height=4.4)
-    inside = {name: values[:count] for name, values in entropies.items()}
-    outside = {name: values[count:] for name, values in entropies.items()}
-    plots.inverse_entropy_cdf(inside, axis=left, title="MNIST test digits", classes=10)
-    plots.inverse_entropy_cdf(outside, axis=right, title="notMNIST letters", classes=10)
-    plots.legend_below(figure, columns=5)
-    pairs = {name: (probs[:count], outcome.labels) for name, probs in outcome.probs.items()}
-    return [
-        Picture("entropy", figure, "Share of images whose predictive entropy is above a threshold. On letters (right) "
-                f"a high curve is good; on digits (left) a low one. Seed {seed}."),
-        Picture("reliability", plots.reliability_diagram(pairs),
-                f"Reliability on the MNIST test digits, seed {seed}. {plots.RELIABILITY_KEY}"),
-    ]  # fmt: skip

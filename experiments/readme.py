@@ -1,4 +1,4 @@
-"""Puts the tables that result files and registries hold into README.md, so that no number there is typed by hand."""
+"""Puts the tables that result files and registries hold into README.md and ``docs/``: no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
+from experiments import calibration_report as report
 
-__all__ = ["TABLES", "render", "write"]
+__all__ = ["PAGES", "TABLES", "render", "write"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,17 +51,70 @@ def ood_mnist() -> str:
             scale, digits = (100, 2) if title.endswith("%") else (1, 3)
             cells.append(f"{scale * values[key]['mean']:.{digits}f} ± {scale * values[key]['std']:.{digits}f}")
         rows.append(cells)
-    verdicts = [
-        f"* {v['claim']}: **{v['verdict']}** ({v['value']['mean']:.4f} against {v['reference']['mean']:.4f}; "
-        f"difference {v['difference']['mean']:+.4f} ± {v['difference']['std']:.4f})"
-        for v in result["verdicts"]
-    ]
     head = (
         f"784-{config['hidden']}-{config['hidden']}-10, {config['epochs']} epochs on binarised MNIST, mean ± standard "
         f"deviation over {config['repeats']} seeds (first {result['seed']}); {_machine(result)}, "
         f"{result['wall_time_s'] / 60:.0f} minutes. `python -m experiments run ood_mnist`"
     )
-    return "\n\n".join([head, _markdown(["method", *columns], rows), "\n".join(verdicts)])
+    return "\n\n".join([head, _markdown(["method", *columns], rows), _verdicts(result)])
+
+
+def _verdicts(result: dict[str, Any]) -> str:
+    return "\n".join(
+        f"* {v['claim']}: **{v['verdict']}** ({v['value']['mean']:.4f} against {v['reference']['mean']:.4f}; "
+        f"difference {v['difference']['mean']:+.4f} ± {v['difference']['std']:.4f})"
+        for v in result["verdicts"]
+    )
+
+
+def calibration() -> str:
+    """Differences in test NLL to MAP, set by set, and how many sets each verdict holds on."""
+    result = _load("docs/results/calibration.json")
+    if result is None:
+        return "*Not run yet.*"
+    config, metrics = result["config"], result["metrics"]
+    means = {name: metrics[name][report.NAMES[0]]["nll"]["mean"] for name in metrics}
+    head, rows = report.difference_rows(means, result["comparisons"])
+    text = (
+        f"One hidden layer of {config['hidden']} units, {config['splits']} splits, {config['val_share']:.0%} of the "
+        f"training rows (at most {config['val_most']}) held out for every method's settings; {_machine(result)}. "
+        "`python -m experiments run calibration`"
+    )
+    verdicts = [
+        f"* {v['claim']}: **{v['verdict']}** ("
+        + ", ".join(f"{kind} on {len(sets)}" for kind, sets in v["sets"].items())
+        + ")"
+        for v in result["verdicts"]
+    ]
+    missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
+    return "\n\n".join([text, _markdown(head, rows), "\n".join(verdicts), *missing])
+
+
+def shakespeare() -> str:
+    """Quality on held-out text, uncertainty by text, and the verdicts of the tutorial."""
+    result = _load("docs/results/shakespeare.json")
+    if result is None:
+        return "*Not run yet.*"
+    config = result["config"]
+    columns = {
+        "bits per character": ("bits", 1, 4),
+        "ECE %": ("ece", 100, 2),
+        "MI Shakespeare": ("information_Shakespeare", 1, 4),
+        "MI shuffled": ("information_shuffled", 1, 4),
+        "MI foreign": ("information_foreign", 1, 4),
+        "AUROC foreign windows, entropy": ("auroc_window_entropy_foreign", 1, 3),
+        "AUROC foreign windows, MI": ("auroc_window_information_foreign", 1, 3),
+    }
+    rows = []
+    for method, found in result["metrics"].items():
+        cells = [f"{s * found[key]['mean']:.{d}f}" if key in found else "" for key, s, d in columns.values()]
+        rows.append([method, *cells])
+    head = (
+        f"{result['parameters']} parameters, {config['epochs']} epochs, {config['repeats']} seed(s) from "
+        f"{result['seed']}; MI is the mutual information in nats per character; {_machine(result)}, "
+        f"{result['wall_time_s'] / 60:.0f} minutes. `python -m experiments run shakespeare`"
+    )
+    return "\n\n".join([head, _markdown(["method", *columns], rows), _verdicts(result)])
 
 
 def fit_cost() -> str:
@@ -100,17 +154,29 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit_cost": fit_cost,
     "importance": importance,
     "support": lk.support_table,
+    "calibration": calibration,
+    "shakespeare": shakespeare,
 }
 
+PAGES = {
+    "README.md": ("ood_mnist", "fit_cost", "importance", "support"),
+    "docs/calibration.md": ("calibration",),
+    "docs/shakespeare.md": ("shakespeare",),
+}
+"""Which tables stand on which page."""
 
-def render(text: str) -> str:
-    """README text with every marked table replaced by what the files say now."""
-    for name, table in TABLES.items():
+
+def render(text: str, page: str = "README.md") -> str:
+    """The text of a page with every marked table replaced by what the files say now.
+
+    Raises:
+        ValueError: if the text lacks the place of one of the page's tables.
+    """
+    for name in PAGES[page]:
         pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
-            raise ValueError(f"README.md has no place for table {name!r}")
-        content = table()
-        text = pattern.sub(partial(_filled, content), text)
+            raise ValueError(f"{page} has no place for table {name!r}")
+        text = pattern.sub(partial(_filled, TABLES[name]()), text)
     return text
 
 
@@ -118,6 +184,11 @@ COLLECTED = {
     "results/E20/result.json": "docs/results/ood_mnist.json",
     "results/E20/entropy.png": "docs/pictures/ood_mnist.png",
     "results/demo/entropy.png": "docs/pictures/demo.png",
+    "results/calibration/result.json": "docs/results/calibration.json",
+    "results/calibration/differences.png": "docs/pictures/calibration.png",
+    "results/shakespeare/result.json": "docs/results/shakespeare.json",
+    "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
+    "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
 }
 
 
@@ -126,10 +197,10 @@ def _filled(content: str, place: re.Match[str]) -> str:
 
 
 def write() -> None:
-    """Copies what runs of the experiments left under ``results/`` into ``docs/``, then rewrites README.md."""
+    """Copies what runs of the experiments left under ``results/`` into ``docs/``, then rewrites the pages."""
     for source, target in COLLECTED.items():
         if (ROOT / source).is_file():
             (ROOT / target).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / source, ROOT / target)
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in PAGES:
+        (ROOT / page).write_text(render((ROOT / page).read_text(), page))

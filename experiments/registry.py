@@ -21,17 +21,19 @@ class Experiment:
     """An entry of the list.
 
     Args:
-        id: ``E1`` to ``E35`` or ``demo``; also the name of the folder of results.
+        id: ``E1`` to ``E35`` for claims of papers, or a word; also the name of the folder of results.
         title: one line.
         module: has ``Config`` (a dataclass of settings with defaults) and ``run(Config) -> Report``; empty if the
             experiment has not been written.
         config: name of its default configuration file, without ``.yaml``.
+        resumable: ``run(Config, folder)`` keeps finished parts in that folder, and uses those that are there.
     """
 
     id: str
     title: str
     module: str = ""
     config: str = ""
+    resumable: bool = False
 
     def load(self) -> ModuleType:
         """The experiment's module.
@@ -82,6 +84,9 @@ for _entry in (
     Experiment("E33", "order in which conjugate gradients find curvature clusters"),
     Experiment("E34", "factored against exact damping in the posterior"),
     Experiment("E35", "kept against summed task factors"),
+    Experiment("calibration", "defaults against MAP and laplace-torch on real data", "experiments.calibration",
+               "calibration", resumable=True),
+    Experiment("shakespeare", "a tutorial: what a transformer does not know", "experiments.shakespeare", "shakespeare"),
     Experiment("demo", "known and unknown handwritten digits, in half a minute", "laplace_kf.demo", "demo"),
-):
+):  # fmt: skip
     EXPERIMENTS.register(_entry.id)(_entry)

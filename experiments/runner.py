@@ -78,10 +78,14 @@ def resolve(name: str, overrides: Sequence[str] = ()) -> tuple[Experiment, Any]:
 
 
 def run(experiment: Experiment, config: Any, out: Path) -> Report:
-    """Run an experiment and write ``result.json``, PNG files and ``report.html`` into ``out``."""
+    """Run an experiment and write ``result.json``, PNG files and ``report.html`` into ``out``.
+
+    A resumable one keeps its finished parts in ``out/parts``.
+    """
     start = time.perf_counter()
     with processor_threads(getattr(config, "threads", 0)):
-        report: Report = experiment.load().run(config)
+        module = experiment.load()
+        report: Report = module.run(config, out / "parts") if experiment.resumable else module.run(config)
         report.details = {"experiment": experiment.id, **report.details, "wall_time_s": time.perf_counter() - start}
         report.save(out)
     return report

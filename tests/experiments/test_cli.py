@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
@@ -54,7 +54,12 @@ def read(path):
 def test_list_shows_every_experiment_and_its_state(capsys):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == [*(f"E{i}" for i in range(1, 36)), "demo"]
+    assert [line.split()[0] for line in lines] == [
+        *(f"E{i}" for i in range(1, 36)),
+        "calibration",
+        "shakespeare",
+        "demo",
+    ]
     assert "ready" in lines[19]
     assert "[ood_mnist, ood_mnist_gpu]" in lines[19]
     assert "not yet" in lines[0]
@@ -103,6 +108,18 @@ def test_a_run_writes_only_under_out(fake, capsys):
     assert result["experiment"] == "E5"
     assert result["wall_time_s"] >= 0
     assert "report.html" in capsys.readouterr().out
+
+
+def test_a_resumable_experiment_is_given_a_folder_for_its_parts(fake, monkeypatch):
+    def run(config, folder):
+        folder.mkdir(parents=True)
+        (folder / "one.json").write_text("{}")
+        return fake_run(config)
+
+    monkeypatch.setitem(registry.EXPERIMENTS._entries, "E5", replace(registry.EXPERIMENTS["E5"], resumable=True))
+    monkeypatch.setattr(registry.importlib, "import_module", lambda _: SimpleNamespace(Config=Config, run=run))
+    assert main(["run", "E5", "--out", "here"]) == 0
+    assert (fake / "here/parts/one.json").is_file()
 
 
 def test_the_default_folder_is_named_after_the_id(fake):

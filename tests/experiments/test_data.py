@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data
+from experiments import data, files
 from laplace_kf.errors import CorruptFile, LaplaceKFError, UnknownName
 
 
@@ -17,7 +17,7 @@ from laplace_kf.errors import CorruptFile, LaplaceKFError, UnknownName
 def root(tmp_path, monkeypatch):
     """An empty data folder, and an empty user cache."""
     monkeypatch.setenv("LAPLACE_KF_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(data, "_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(files, "_cache", lambda: tmp_path / "cache")
     return tmp_path / "data"
 
 
@@ -92,10 +92,10 @@ def test_fetch_asks_for_what_is_missing_only(root, monkeypatch):
 
 
 def test_every_file_has_a_hash():
-    files = [file for entry in data.DATA_SETS.values() for file in entry.files]
-    assert len(files) > 20
-    assert all(len(file.sha256) == 64 and int(file.sha256, 16) for file in files)
-    assert all(file.url.startswith("https://") for file in files if file.url)
+    listed = [file for entry in data.DATA_SETS.values() for file in entry.files]
+    assert len(listed) > 20
+    assert all(len(file.sha256) == 64 and int(file.sha256, 16) for file in listed)
+    assert all(file.url.startswith("https://") for file in listed if file.url)
 
 
 def test_idx_images_are_scaled_and_shaped(root):

@@ -7,9 +7,14 @@ import pytest
 from experiments import readme
 
 
-def test_readme_is_up_to_date() -> None:
-    text = (readme.ROOT / "README.md").read_text()
-    assert readme.render(text) == text, "run: python -m experiments readme"
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_pages_are_up_to_date(page: str) -> None:
+    text = (readme.ROOT / page).read_text()
+    assert readme.render(text, page) == text, "run: python -m experiments readme"
+
+
+def test_every_table_has_a_page() -> None:
+    assert {name for names in readme.PAGES.values() for name in names} == set(readme.TABLES)
 
 
 def test_a_missing_place_is_reported() -> None:
