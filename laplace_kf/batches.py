@@ -1,21 +1,40 @@
 """The door: every form of batch a user may bring becomes (outputs, targets) here and nowhere else.
 
 A batch is ``(x, y)``, ``((x1, x2, ...), y)``, or a mapping whose targets stand under ``"labels"`` and whose other
-entries are keyword arguments of the model. Anything else goes through ``forward(model, batch) -> (outputs, targets)``.
+entries are keyword arguments of the model; entries that the model's ``forward`` does not name (``"idx"``, ``"text"``)
+are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping (keyword
+arguments) of anything. Anything else goes through ``forward(model, batch) -> (outputs, targets)``, which may take named
+tuples, dataclasses and nests of all these: the package moves and cuts the tensors inside them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from laplace_kf.errors import NonFinite, ShapeMismatch
+from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.models import as_called
 
-__all__ = ["Forward", "as_batches", "check_finite", "default_forward", "map_examples", "model_outputs", "run"]
+__all__ = [
+    "Forward",
+    "as_batches",
+    "check_finite",
+    "default_forward",
+    "inputs_of",
+    "map_examples",
+    "model_outputs",
+    "predicted",
+    "run",
+]
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 BATCH_SIZE = 256  # minibatch size when whole tensors are given instead of a loader
@@ -28,15 +47,40 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
         The output tensor; of a structured output, its ``logits``.
 
     Raises:
-        ShapeMismatch: if the model returns neither a tensor nor something with ``logits``.
+        ShapeMismatch: if a mapping has none of the model's arguments, or lacks one; or if the model returns neither a
+            tensor nor something with ``logits``.
     """
     if isinstance(inputs, Mapping):
-        outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        outputs = model(**_arguments(model, inputs))
     elif isinstance(inputs, (tuple, list)):
         outputs = model(*inputs)
     else:
         outputs = model(inputs)
     return as_tensor(outputs)
+
+
+def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a mapping that the model's ``forward`` takes; its targets (``"labels"``) are none of them."""
+    given = {key: value for key, value in inputs.items() if key != "labels"}
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # no signature to be had
+        return given
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return given
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    if missing or not any(p.name in given for p in named):
+        raise ShapeMismatch(
+            f"a mapping is given to {type(model).__name__}.forward by keyword: its entries {_keys(given)} lack "
+            f"{missing or [p.name for p in named]}; rename them, or pass forward=lambda model, batch: "
+            '(model(batch["..."]), batch["labels"])'
+        )
+    return {p.name: given[p.name] for p in named if p.name in given}
+
+
+def _keys(mapping: Mapping[Any, Any]) -> list[str]:
+    return sorted(map(str, mapping))
 
 
 def as_tensor(outputs: Any) -> Tensor:
@@ -46,9 +90,14 @@ def as_tensor(outputs: Any) -> Tensor:
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits
+    what = type(outputs).__name__
+    if isinstance(outputs, Mapping):
+        what += f" with {_keys(outputs)}"
+    elif isinstance(outputs, (tuple, list)):
+        what += f" of {len(outputs)}"
     raise ShapeMismatch(
-        f"the model returned {type(outputs).__name__}, but one tensor of outputs is needed; "
-        "pass forward=(model, batch) -> (outputs, targets) to pick it"
+        f"the model returned {what}, but one tensor of outputs is needed; pick it, or put several together, with "
+        "forward=lambda model, batch: (model(batch[0])[0], batch[1])"
     )
 
 
@@ -60,66 +109,115 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
     """
     if isinstance(batch, Mapping):
         if "labels" not in batch:
+            near = next((key for key in ("label", "targets", "target", "y") if key in batch), "...")
             raise ShapeMismatch(
-                f"a mapping batch needs its targets under 'labels' (keys: {sorted(map(str, batch))}); "
-                "otherwise pass forward=(model, batch) -> (outputs, targets)"
+                f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
+                f'forward=lambda model, batch: (model(batch["..."]), batch["{near}"])'
             )
         return model_outputs(model, batch), batch["labels"]
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return model_outputs(model, batch[0]), batch[1]
-    what = f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
+    what, picked = type(batch).__name__, ("batch.x", "batch.y")
+    if isinstance(batch, (tuple, list)):
+        what, picked = f"{what} of {len(batch)}", ("batch[0]", "batch[1]")
     raise ShapeMismatch(
-        f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; "
-        "otherwise pass forward=(model, batch) -> (outputs, targets)"
+        f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
+        f"with forward=lambda model, batch: (model({picked[0]}), {picked[1]})"
     )
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Any]:
     """Outputs ``(N, ...)`` and targets of one batch, through ``forward`` if there is one.
 
-    The model gets copies: one that changes its input in place must not change the user's data, or what the next pass
-    sees.
+    The model gets copies, on the device of its first parameter: one that changes its input in place must not change the
+    user's data, or what the next pass sees. Targets come back on the device of the outputs, which may be another one.
     """
-    batch = private(batch)
-    if forward is None:
-        return default_forward(model, batch)
-    outputs, targets = forward(model, batch)
-    return as_tensor(outputs), targets
+    batch = private(_beside(batch, model))
+    with as_called():
+        outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
+    outputs = as_tensor(outputs)
+    return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+
+
+def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
+    """Outputs ``(N, ...)`` at inputs without targets: what the model takes, or a whole batch for ``forward``.
+
+    Raises:
+        ShapeMismatch: if ``forward`` cannot be called with it, or the model returns no tensor.
+    """
+    inputs = private(_beside(inputs, model))
+    with as_called():
+        if forward is None:
+            return model_outputs(model, inputs)
+        try:
+            return as_tensor(forward(model, inputs)[0])
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            raise ShapeMismatch(
+                f"forward= does not work on the input of predict, {type(inputs).__name__}: {error!r}. It is called as "
+                "in fit, so give it a whole batch of the same form; the targets in it are not looked at"
+            ) from error
+
+
+def _beside(structure: Any, model: nn.Module) -> Any:
+    """The structure with its tensors on the device of the model's first parameter."""
+    first = next(model.parameters(), None)
+    return structure if first is None else to_device(structure, first.device)
+
+
+def inputs_of(batch: Any, forward: Forward | None) -> Any:
+    """What ``predict`` takes of a batch with targets: the batch itself for ``forward``, else its inputs."""
+    return batch[0] if forward is None and isinstance(batch, (tuple, list)) else batch
 
 
 def as_batches(data: Any) -> Iterable[Any]:
-    """A loader, an iterable of batches, or one pair of whole tensors, as an iterable of batches.
+    """A loader, an iterable of batches, or whole tensors, as an iterable of batches.
 
-    A pair ``(x, y)`` with equally long tensors (or ``((x1, x2), y)``) is cut into minibatches of ``BATCH_SIZE``.
+    A pair ``(x, y)`` with equally long tensors (or ``((x1, x2), y)``), or a mapping of such tensors with ``"labels"``,
+    is cut into minibatches of ``BATCH_SIZE``.
+
+    Raises:
+        ShapeMismatch: for anything else; names its type and the way out.
     """
-    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor):
-        first = data[0]
-        leaves = list(tensors_of(first))
-        if leaves and all(leaf.dim() and leaf.shape[0] == data[1].shape[0] for leaf in leaves):
-            return _Slices((first, data[1]))
-        if isinstance(first, Tensor):
+    targets = None
+    if isinstance(data, Mapping):
+        targets = data.get("labels")
+    elif isinstance(data, (tuple, list)) and len(data) == 2:
+        targets = data[1]
+    if isinstance(targets, Tensor):
+        leaves = list(tensors_of(data if isinstance(data, Mapping) else data[0]))
+        if leaves and all(leaf.dim() and leaf.shape[:1] == targets.shape[:1] for leaf in leaves):
+            return _Slices(data, targets.shape[0])
+        if isinstance(data[0] if not isinstance(data, Mapping) else None, Tensor):
             raise ShapeMismatch(
-                f"inputs {tuple(first.shape)} and targets {tuple(data[1].shape)} do not have the same length"
+                f"inputs {tuple(data[0].shape)} and targets {tuple(targets.shape)} do not have the same length"
             )
+    if isinstance(data, Mapping):
+        raise ShapeMismatch(
+            f"a mapping with keys {_keys(data)} is one batch, not data; pass [batch], or equally long tensors with the "
+            "targets under 'labels'"
+        )
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise ShapeMismatch(f"expected a loader, an iterable of batches or a pair (x, y), got {type(data).__name__}")
+        way = "; wrap it: torch.utils.data.DataLoader(dataset, batch_size=256)" if hasattr(data, "__getitem__") else ""
+        raise ShapeMismatch(
+            f"expected a loader, an iterable of batches or a pair (x, y), got {type(data).__name__}"
+            + ("" if isinstance(data, Tensor) else way)
+        )
     return data
 
 
 class _Slices:
-    """Minibatches of whole tensors; can be iterated any number of times."""
+    """Minibatches of whole tensors, all ``total`` long; can be iterated any number of times."""
 
-    def __init__(self, batch: tuple[Any, Tensor]) -> None:
-        self.batch = batch
+    def __init__(self, batch: Any, total: int) -> None:
+        self.batch, self.total = batch, total
 
     def __len__(self) -> int:
-        return -(-self.batch[1].shape[0] // BATCH_SIZE)
+        return -(-self.total // BATCH_SIZE)
 
     def __iter__(self) -> Iterator[Any]:
-        total = self.batch[1].shape[0]
-        for start in range(0, total, BATCH_SIZE):
+        for start in range(0, self.total, BATCH_SIZE):
             part = slice(start, start + BATCH_SIZE)
-            yield map_examples(self.batch, total, partial(_take, part=part))
+            yield map_examples(self.batch, self.total, partial(_take, part=part))
 
 
 def _take(tensor: Tensor, part: slice) -> Tensor:
@@ -127,7 +225,7 @@ def _take(tensor: Tensor, part: slice) -> Tensor:
 
 
 def tensors_of(structure: Any) -> Iterator[Tensor]:
-    """The tensors of a nested tuple, list or mapping, in order."""
+    """The tensors of a nest of tuples, lists, mappings and dataclasses, in order."""
     if isinstance(structure, Tensor):
         yield structure
     elif isinstance(structure, Mapping):
@@ -136,6 +234,13 @@ def tensors_of(structure: Any) -> Iterator[Tensor]:
     elif isinstance(structure, Sequence) and not isinstance(structure, (str, bytes)):
         for value in structure:
             yield from tensors_of(value)
+    elif _is_dataclass(structure):
+        for field in dataclasses.fields(structure):
+            yield from tensors_of(getattr(structure, field.name, None))
+
+
+def _is_dataclass(structure: Any) -> bool:
+    return dataclasses.is_dataclass(structure) and not isinstance(structure, type)
 
 
 def private(structure: Any) -> Any:
@@ -144,8 +249,12 @@ def private(structure: Any) -> Any:
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``change`` to every tensor of shape ``(count, ...)`` and keeps the rest."""
-    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t)
+    """Applies ``change`` to every tensor of shape ``(count, ...)`` and keeps the rest.
+
+    Raises:
+        UnsupportedLayer: for packed sequences, whose examples are interleaved.
+    """
+    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t, cuts=True)
 
 
 def to_device(structure: Any, device: torch.device) -> Any:
@@ -153,16 +262,45 @@ def to_device(structure: Any, device: torch.device) -> Any:
     return _map(structure, lambda t: t.to(device, non_blocking=True))
 
 
-def _map(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map(structure: Any, change: Callable[[Tensor], Tensor], cuts: bool = False) -> Any:
+    """A new structure of the same types with its tensors changed; ``cuts`` if single examples are taken out."""
     if isinstance(structure, Tensor):
         return change(structure)
+    if isinstance(structure, PackedSequence):
+        if cuts:
+            raise UnsupportedLayer(
+                "a batch holds a PackedSequence, in which examples are interleaved, and some parameters need single "
+                "examples; put the padded tensor and the lengths into the batch and pack them inside the model"
+            )
+        data, sizes, *order = structure  # the sizes stay on the CPU, as torch demands
+        return PackedSequence(change(data), sizes, *(None if o is None else change(o) for o in order))
     if isinstance(structure, Mapping):
-        return {key: _map(value, change) for key, value in structure.items()}
+        return _refilled(structure, {key: _map(value, change, cuts) for key, value in structure.items()})
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
-        return type(structure)(*(_map(value, change) for value in structure))
+        named: Any = structure
+        return named._replace(**{n: _map(getattr(named, n), change, cuts) for n in named._fields})
     if isinstance(structure, (tuple, list)):
-        return type(structure)(_map(value, change) for value in structure)
+        return type(structure)(_map(value, change, cuts) for value in structure)
+    if _is_dataclass(structure):
+        copied = copy.copy(structure)  # not through __init__, which may do more than store its arguments
+        for field in dataclasses.fields(structure):
+            if hasattr(structure, field.name):
+                object.__setattr__(copied, field.name, _map(getattr(structure, field.name), change, cuts))
+        return copied
     return structure
+
+
+def _refilled(structure: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The mapping's own type (whose entries may also be attributes) with other values; a dict if that cannot be."""
+    if type(structure) is dict:
+        return values
+    if isinstance(structure, MutableMapping):
+        with suppress(TypeError, ValueError, RuntimeError):
+            copied = copy.copy(structure)
+            for key, value in values.items():
+                copied[key] = value
+            return copied
+    return values
 
 
 def check_finite(structure: Any, index: int, what: str) -> None:

@@ -19,6 +19,7 @@ from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
@@ -64,6 +65,7 @@ def estimate(
     Raises:
         UnknownName, UnsupportedLayer, ShapeMismatch, NonFinite, IncompatiblePair: see :mod:`laplace_kf.errors`.
     """
+    model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
     settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
@@ -140,9 +142,7 @@ def ggn_vector_product(
         used = [(p, d) for p, d in zip(pulled, direction, strict=True) if p is not None]
         (pushed,) = torch.autograd.grad([p for p, _ in used], seed, [d for _, d in used])  # J v, by double backward
         with torch.no_grad():
-            root = rule.position_root(outputs.detach(), targets)  # (K, N, T, C)
-            inner = torch.einsum("kntc,ntc->knt", root, rule.to_positions(pushed))
-            curved = rule.from_positions(torch.einsum("kntc,knt->ntc", root, inner)[None], outputs)[0]
+            curved = rule.curvature_product(outputs.detach(), pushed[None], targets)[0].to(outputs.dtype)
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
@@ -187,6 +187,7 @@ def _products(
     forward: Forward | None,
     product: Callable[[Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Tensor:
+    model = usable(model)
     named = dict(model.named_parameters())
     if parameters == "last_layer":
         raise ShapeMismatch('products take parameters="all" or name patterns, not "last_layer"')

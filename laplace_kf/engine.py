@@ -6,6 +6,7 @@ accumulation, moving averages, merging workers and discounting old data are all 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from laplace_kf.batches import Forward, check_finite
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
 
@@ -28,6 +30,11 @@ __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "preserved"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
+MANY_COLUMNS = 2000  # backward passes per minibatch from which a fit is announced as slow
+INSTEAD = (
+    'Use structure="diag" or "kron", fewer parameters (parameters="last_layer" or patterns), estimator="sampled", '
+    '"projection" or "importance" (a few columns per example), or smaller batches.'
+)
 
 
 class StructureRule(Protocol):
@@ -60,6 +67,9 @@ class StructureRule(Protocol):
 
     def kept_layout(self, layout: FlatLayout) -> FlatLayout:
         """The part of a layout that the sums cover."""
+
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        """Whether the closed forms of the layer at the output are taken."""
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes per column of ``count`` examples."""
@@ -194,6 +204,7 @@ class Accumulator:
         self.count = 0
         self.terms = 0.0
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
+        self._announced = False
 
     def add(self, batch: Any, index: int) -> None:
         """Takes in one minibatch.
@@ -201,13 +212,12 @@ class Accumulator:
         Raises:
             NonFinite: for NaN or infinity in inputs or outputs, with the number of the batch.
             ShapeMismatch: if targets do not fit the outputs.
+            IncompatiblePair: if what is asked for cannot fit into the memory; says how much it needs.
         """
         check_finite(batch, index, "the batch")
         observation = self.tracer.observe(batch, index)
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
-        if isinstance(observation.targets, Tensor):
-            observation.targets = observation.targets.to(observation.outputs.device)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         if self.dtype is None:
             kind = observation.outputs.dtype
@@ -216,7 +226,7 @@ class Accumulator:
         if self.count == 0:
             self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
         self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)
-        self.structure.prepare(self.sums, self.tracer.blocks, self.tracer.layout, like)
+        self._prepare(self.dtype)
         with torch.no_grad():
             self.structure.add_inputs(self.sums, observation.input_signals())
             self.estimator.measure(observation, self.likelihood, self, self.generator)
@@ -226,6 +236,27 @@ class Accumulator:
         self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
         self.terms += self.likelihood.terms(observation.targets)
         self.count += observation.count
+
+    def _prepare(self, dtype: torch.dtype) -> None:
+        """Zero sums for new blocks, each on the device of its parameters (a model may lie on several)."""
+        for name, block in self.tracer.blocks.items():
+            like = torch.zeros((), dtype=dtype, device=self.tracer.named[block.parameters[0]].device)
+            self.structure.prepare(self.sums, {name: block}, self.tracer.layout, like)
+
+    def takes_output_signals(self) -> bool:
+        """Whether the structure takes the closed forms of the layer at the output (asked by the estimator)."""
+        return self.structure.takes_output_signals(self.tracer.blocks, self.tracer.layout)
+
+    def expect_columns(self, count: int, observation: Observation) -> None:
+        """Warns, once, before very many columns are sent back (called by the estimator)."""
+        if count > MANY_COLUMNS and not self._announced:
+            self._announced = True
+            warnings.warn(
+                f"estimator {self.estimator.name!r} sends {count} columns back through the network for every minibatch "
+                f"(outputs {tuple(observation.outputs.shape)}), which takes about {count} backward passes each. "
+                'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.',
+                stacklevel=2,
+            )
 
     def add_columns(self, signals: Mapping[str, Signals]) -> None:
         """Takes in the signals of some columns (called by the estimator)."""
@@ -240,9 +271,15 @@ class Accumulator:
             )
 
     def columns_at_once(self, observation: Observation) -> int:
-        """How many columns of a minibatch fit into the memory budget."""
+        """How many columns of a minibatch fit into the memory budget.
+
+        Raises:
+            IncompatiblePair: if not even one fits into the memory of the device; says how much it needs.
+        """
         itemsize = observation.outputs.element_size()
         each = observation.column_bytes() + self.structure.column_bytes(self.tracer.blocks, observation.count, itemsize)
+        what = f"one column of a minibatch with outputs {tuple(observation.outputs.shape)}"
+        require_memory(each, observation.outputs.device, what, INSTEAD)
         return max(1, MEMORY_BYTES // max(1, each))
 
     def freeze(self) -> Statistics:
@@ -294,9 +331,11 @@ def collect(
 
     Raises:
         ShapeMismatch: if the data have to be seen again and cannot be.
+        UnsupportedLayer: for a kind of model that cannot be handled (:func:`laplace_kf.models.usable`).
     """
     if (structure.several_passes or passes > 1) and isinstance(batches, Iterator):
         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
+    model = usable(model)
     with preserved(model):
         tracer = Tracer(model, forward, parameters)
         following: StructureRule | None = structure
@@ -368,6 +407,9 @@ def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards the model and the caller's random states are what they were.
 
+    Inside, compiled modules run as plain Python, and the caller's autocast is on for the model only
+    (:mod:`laplace_kf.models`).
+
     Of the model: every module's mode and attributes, its buffers, and the weights of embeddings that renormalise
     themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
     loaders shuffle and augment from them.
@@ -379,7 +421,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     try:
         for snapshot in modules:
             snapshot.module.training = False
-        with torch.inference_mode(False):  # curvature needs a graph, also for a caller in inference mode
+        with undisturbed(), torch.inference_mode(False):  # curvature needs a graph, also for a caller in inference mode
             yield
     finally:
         for snapshot in modules:

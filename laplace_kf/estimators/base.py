@@ -25,6 +25,12 @@ class Sink(Protocol):
     def add_output_factor(self, name: str, factor: Tensor) -> None:
         """Takes in an output factor ``(O, O)`` of a block."""
 
+    def takes_output_signals(self) -> bool:
+        """Whether :meth:`add_columns` takes the closed forms of ``observation.output_signals``."""
+
+    def expect_columns(self, count: int, observation: Observation) -> None:
+        """Is told how many columns of this minibatch will come; warns if they will take very long."""
+
     def columns_at_once(self, observation: Observation) -> int:
         """How many columns of this minibatch fit into the memory budget (at least 1)."""
 

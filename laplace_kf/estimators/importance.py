@@ -71,16 +71,16 @@ class Importance(Estimator):
 
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         outputs = widened(observation.outputs)
-        root = likelihood.position_root(outputs, observation.targets)  # (K, N, T, C)
-        kinds, count, positions, width = root.shape
-        weights = root.double().square().sum(-1).permute(1, 2, 0).reshape(-1)  # over (N, T, K)
+        root = likelihood.root(outputs, observation.targets)
+        kinds, (count, positions, width) = root.count, root.shape
+        weights = root.norms().reshape(-1)  # over (N, T, K)
         probability = inclusion_probabilities(weights, self.columns * count)
         chosen = systematic(probability, generator)
         if not len(chosen):
             return
         example, position, kind = chosen // (positions * kinds), chosen // kinds % positions, chosen % kinds
-        scale = probability[chosen].rsqrt().to(root.dtype)
-        values = root[kind, example, position] * scale[:, None]  # (M, C)
+        scale = probability[chosen].rsqrt().to(outputs.dtype)
+        values = root.entries(kind, example, position) * scale[:, None]  # (M, C)
         step = max(1, sink.columns_at_once(observation)) * count
         for start in range(0, len(chosen), step):
             part = slice(start, start + step)

@@ -20,9 +20,7 @@ class Recursive(Estimator):
 
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         chain = observation.chain or observation.require_chain()
-        root = likelihood.position_root(widened(observation.outputs), observation.targets)[:, :, 0]  # (K, N, C)
-        rows = root.reshape(-1, root.shape[-1])
-        factor = rows.T @ rows / observation.count
+        factor = likelihood.summed_curvature(widened(observation.outputs), observation.targets) / observation.count
         for link in reversed(chain.links):
             if link.weight is not None:
                 if link.call is not None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.likelihoods.roots import DenseRoot, DiagonalRoot, Root
 from laplace_kf.registry import Registry
 
 if TYPE_CHECKING:
@@ -295,6 +296,26 @@ class Likelihood(abc.ABC):
     def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
         return torch.einsum("sntk,kntc->sntc", v, self._position_root(z, y))
 
+    def _position_curved(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        root = self._position_root(z, y)
+        return torch.einsum("kntc,sknt->sntc", root, torch.einsum("kntc,sntc->sknt", root, v))
+
+    def _position_summed(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
+        rows = masked(self._position_root(z, y), keep).flatten(0, 2)
+        return rows.T @ rows
+
+    # what follows has closed forms in subclasses; these defaults go through the root, (K, N, T, C)
+
+    def _lazy_root(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Root:
+        return DenseRoot(masked(self._position_root(z, y), keep))
+
+    def _curvature_diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self._position_root(z, y).square().sum(0)
+
+    def _curvature_rows(self, z: Tensor, y: Tensor | None, output: int) -> Tensor:
+        root = self._position_root(z, y)
+        return torch.einsum("knt,kntc->ntc", root[..., output], root)
+
     def _settings(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this object; JSON-able."""
         return {"ignore_index": self.ignore_index}
@@ -445,6 +466,25 @@ class Likelihood(abc.ABC):
         z, y, keep = self._unpack(outputs, targets)
         return masked(self._position_root(z, y), keep)
 
+    def root(self, outputs: Tensor, targets: Tensor | None = None) -> Root:
+        """The root of :meth:`position_root`, its columns made on demand.
+
+        Arguments and errors as there; nothing of size ``(K, N, T, C)`` is built where a closed form is known.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        return self._lazy_root(z, y, keep)
+
+    def curvature_diagonal(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Diagonals of the positions' curvature, ``(N, T, C)``; arguments and errors as :meth:`position_root`."""
+        z, y, keep = self._unpack(outputs, targets)
+        return masked(self._curvature_diagonal(z, y), keep)
+
+    def curvature_rows(self, output: int, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Row ``output`` of every position's curvature, ``(N, T, C)``; errors as :meth:`position_root`."""
+        z, y, keep = self._unpack(outputs, targets)
+        row = masked(self._curvature_rows(z, y, output), keep)
+        return row if keep is None else masked(row, keep[..., output : output + 1] if keep.shape[-1] > 1 else keep)
+
     def hessian_root(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
         """Root columns over the whole output of an example (methods 3, "exact square-root vectors").
 
@@ -489,6 +529,37 @@ class Likelihood(abc.ABC):
                 f"{tuple(outputs.shape)}; expected (samples, {z.shape[0]}, {z.shape[1]}, {width})."
             )
         return from_positions(masked(self._position_product(z, v.to(z.dtype), y), keep), outputs)
+
+    def curvature_product(self, outputs: Tensor, v: Tensor, targets: Tensor | None = None) -> Tensor:
+        """``H v`` per example, with H the PSD output curvature (:meth:`curvature`), which is never formed.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            v: ``(K, *outputs.shape)``.
+            targets: as in :meth:`position_root`.
+
+        Returns:
+            ``(K, *outputs.shape)``.
+
+        Raises:
+            ShapeMismatch: if ``v`` does not fit; otherwise as :meth:`position_root`.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        if v.shape[1:] != outputs.shape:
+            raise ShapeMismatch(
+                f"{type(self).__name__}.curvature_product: v of shape {tuple(v.shape)} does not fit outputs of shape "
+                f"{tuple(outputs.shape)}; expected (K, {', '.join(map(str, outputs.shape))})."
+            )
+        rows = torch.stack([to_positions(part) for part in v.to(z.dtype)])
+        return from_positions(masked(self._position_curved(z, masked(rows, keep), y), keep), outputs)
+
+    def summed_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
+        """The PSD output curvature added up over examples and positions, ``(C, C)``.
+
+        Arguments and errors as :meth:`position_root`.
+        """
+        z, y, keep = self._unpack(outputs, targets)
+        return self._position_summed(z, y, keep)
 
     @torch.no_grad()
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -623,8 +694,16 @@ class DiagonalLikelihood(Likelihood):
     def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
         return torch.diag_embed(self._root_diagonal(z).square())
 
-    def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
-        return v * self._root_diagonal(z)  # never anything of size C by C
+    def _lazy_root(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Root:
+        return DiagonalRoot(masked(self._root_diagonal(z), keep))
+
+    def _curvature_diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self._root_diagonal(z).square()
+
+    def _curvature_rows(self, z: Tensor, y: Tensor | None, output: int) -> Tensor:
+        row = torch.zeros_like(z)
+        row[..., output] = self._root_diagonal(z)[..., output].square()
+        return row
 
 
 class ElementwiseLikelihood(DiagonalLikelihood):

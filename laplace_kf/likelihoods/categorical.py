@@ -24,6 +24,7 @@ from laplace_kf.likelihoods.base import (
     scalar_shape,
 )
 from laplace_kf.likelihoods.prediction import Prediction, by_position, given, log_mean_exp
+from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
 
 __all__ = ["Categorical"]
 
@@ -37,33 +38,6 @@ def _sum_of_others(x: Tensor) -> Tensor:
     below = torch.cumsum(x, -1)[..., :-1]
     above = torch.cumsum(x.flip(-1), -1).flip(-1)[..., 1:]
     return torch.cat([edge, below], -1) + torch.cat([above, edge], -1)
-
-
-def _cholesky_root(p: Tensor) -> Tensor:
-    """Columns of the Cholesky factor of ``diag(p) - p pᵀ`` without the zero last one.
-
-    Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
-    matrix of the multinomial distribution": with the tails ``q_k = Σ_{i>k} p_i`` (``q_{-1} = 1``)
-    ``L_kk = √(p_k q_k / q_{k-1})`` and ``L_jk = -(p_j / q_k) L_kk`` below, where 0/0 counts as 0.
-    Only sums and products of non-negative numbers appear, so every entry keeps its relative accuracy.
-
-    Args:
-        p: ``(..., C)`` probabilities.
-
-    Returns:
-        ``(C - 1, ..., C)``.
-    """
-    tails = torch.cumsum(p.flip(-1), -1).flip(-1)  # tails[k] = q_{k-1}
-    q = tails[..., 1:]
-    before = torch.cat([torch.ones_like(p[..., :1]), q[..., :-1]], -1)
-    one = torch.ones_like(q)
-    diagonal = p[..., :-1].sqrt() * (q / torch.where(before > 0, before, one)).sqrt()
-    weights = (diagonal / torch.where(q > 0, q, one)).movedim(-1, 0).unsqueeze(-1)
-    below = torch.ones(q.shape[-1], p.shape[-1], dtype=torch.bool, device=p.device).triu(1)  # [k, j]: j > k
-    below = below.reshape(q.shape[-1], *[1] * (p.ndim - 1), p.shape[-1])
-    lower = masked(-(p.unsqueeze(0) * weights), below)
-    on_diagonal = torch.diag_embed(diagonal).movedim(-1, 0)
-    return lower + torch.nn.functional.pad(on_diagonal, (0, 1))
 
 
 def _density(log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
@@ -132,8 +106,34 @@ class Categorical(Likelihood):
         on_diagonal = (p * _sum_of_others(p)).unsqueeze(-1)
         return torch.where(diagonal, on_diagonal, -(p.unsqueeze(-1) * p.unsqueeze(-2)))
 
+    def _lazy_root(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Root:
+        return SoftmaxRoot(torch.softmax(z, -1), keep)
+
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
-        return _cholesky_root(torch.softmax(z, -1))
+        root = self._lazy_root(z, y, None)
+        kind, example, position = (torch.arange(n, device=z.device) for n in (root.count, *z.shape[:2]))
+        return root.entries(kind[:, None, None], example[:, None], position)
+
+    def _curvature_diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
+        p = torch.softmax(z, -1)
+        return p * _sum_of_others(p)
+
+    def _position_summed(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
+        p = masked(torch.softmax(z, -1), keep).flatten(0, 1)
+        total = -(p.T @ p)
+        total.diagonal().copy_((p * _sum_of_others(p)).sum(0))  # the difference Σp − Σp² would cancel
+        return total
+
+    def _curvature_rows(self, z: Tensor, y: Tensor | None, output: int) -> Tensor:
+        p = torch.softmax(z, -1)
+        row = -p[..., output : output + 1] * p
+        row[..., output] = p[..., output] * _sum_of_others(p)[..., output]
+        return row
+
+    def _position_curved(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        p = torch.softmax(z, -1)
+        w = p * v
+        return w * _sum_of_others(p) - p * _sum_of_others(w)
 
     def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
         # √p∘v - p(√p·v) with its own term of the inner product moved over: √p_i v_i (1 - p_i) - p_i Σ_{j≠i} √p_j v_j.

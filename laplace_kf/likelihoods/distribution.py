@@ -166,13 +166,17 @@ class FromDistribution(Likelihood):
             and it is smooth. Never by sampling.
             ``"hessian"``: the Hessian of ``-log p`` at the targets, negative eigenvalues dropped (methods 3.2).
             ``"auto"`` (default): the Fisher where it can be computed, else the Hessian.
+        ignore_index: a position whose target entries all equal it contributes nothing; off by default, because it may
+            be a possible target.
 
     Raises:
         UnknownName: for another ``curvature``.
     """
 
-    def __init__(self, fn: Callable[[Tensor], Distribution], curvature: str = "auto") -> None:
-        super().__init__(ignore_index=None)
+    def __init__(
+        self, fn: Callable[[Tensor], Distribution], curvature: str = "auto", ignore_index: int | None = None
+    ) -> None:
+        super().__init__(ignore_index)
         if curvature not in _CURVATURES:
             raise UnknownName("curvature of FromDistribution", curvature, _CURVATURES)
         self.fn = fn
@@ -194,7 +198,7 @@ class FromDistribution(Likelihood):
         raise IncompatiblePair(f"{self!r} holds a Python function and cannot be saved; pass the object itself to load.")
 
     def _settings(self) -> dict[str, Any]:
-        return {"fn": self.fn, "curvature": self._curvature_name}
+        return {"fn": self.fn, "curvature": self._curvature_name, "ignore_index": self.ignore_index}
 
     # -- the distribution
 
@@ -260,8 +264,24 @@ class FromDistribution(Likelihood):
             distribution = self._rows(z)
         rows = self._target_rows(distribution, outputs.shape, targets)
         rows = rows.to(z.dtype) if rows.is_floating_point() else rows
+        rows, keep = self._ignored_rows(distribution, rows)
         self._check_support(distribution, rows)
-        return z, rows, None
+        return z, rows, None if keep is None else keep.reshape(*z.shape[:2], 1)
+
+    def _ignored_rows(self, distribution: Distribution, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Rows ``(N·T, *rest)`` with possible values where they are ignored, and which are not, ``(N·T,)``."""
+        if self.ignore_index is None:
+            return rows, None
+        hits = (rows == self.ignore_index).reshape(rows.shape[0], -1)
+        if known_true((hits.any(1) & ~hits.all(1)).any()):
+            raise ValueError(
+                f"FromDistribution: some, but not all, target entries of a position equal ignore_index="
+                f"{self.ignore_index}; a position is left out as a whole."
+            )
+        keep = ~hits.any(1)
+        with _private_seed(0, rows.device), torch.no_grad():
+            possible = distribution.sample()[: rows.shape[0]].to(rows.dtype)
+        return torch.where(keep.reshape(-1, *[1] * (rows.ndim - 1)), rows, possible), keep
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
         raise NotImplementedError  # targets are checked against the distribution, in _unpack
@@ -359,9 +379,13 @@ class FromDistribution(Likelihood):
     ) -> Tensor:
         rows = self._target_rows(mixture.components, shape, targets)
         rows = rows.to(dtype) if rows.is_floating_point() else rows
+        rows, keep = self._ignored_rows(mixture.components, rows)
         first = rows.unsqueeze(0).expand(mixture.samples, *rows.shape).flatten(0, 1)
         self._check_support(mixture.components, first)
-        return log_mean_exp(mixture.component_log_prob(rows)).reshape(shape[0], -1).sum(1)
+        log_mean = log_mean_exp(mixture.component_log_prob(rows))
+        if keep is not None:
+            log_mean = torch.where(keep.reshape(-1, *[1] * (log_mean.ndim - 1)), log_mean, torch.zeros_like(log_mean))
+        return log_mean.reshape(shape[0], -1).sum(1)
 
     @staticmethod
     def _entropies(elements: Distribution, samples: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,11 @@ class Matrix(ABC):
     def size(self) -> int:
         """Number of rows ``P``."""
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where its numbers are (blocks of a model spread by hand differ); None if it does not matter."""
+        return next((value.device for value in vars(self).values() if isinstance(value, Tensor)), None)
+
     @abstractmethod
     def dense(self) -> Tensor:
         """The matrix itself, ``(P, P)``."""

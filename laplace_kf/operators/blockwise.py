@@ -39,7 +39,7 @@ class Blockwise(Matrix):
         found = []
         for block, matrix in self.entries:
             packed = block.pack(parts).reshape(columns.shape[1], -1)
-            result = operation(matrix, packed.T).T
+            result = operation(matrix, packed.T.to(matrix.device)).T.to(v.device)
             found.append(block.unpack(result.reshape(-1, *block.shape)))
         return self.layout.join(merged(found)).T.reshape(v.shape)
 
@@ -50,31 +50,35 @@ class Blockwise(Matrix):
         return self._each(v, lambda matrix, part: matrix.solve(part))
 
     def logdet(self) -> Tensor:
-        return torch.stack([matrix.logdet() for _, matrix in self.entries]).sum()
+        return _added([matrix.logdet() for _, matrix in self.entries])
 
     def energy(self, v: Tensor) -> Tensor:
         """``vᵀ Λ v`` for one vector ``(P,)``, 0-dim."""
         parts = self.layout.split(self._checked(v)[None])
         terms = []
         for block, matrix in self.entries:
-            part = block.pack(parts).reshape(-1)
+            part = block.pack(parts).reshape(-1).to(matrix.device)
             terms.append(matrix.energy(part) if isinstance(matrix, Spectral) else part @ matrix.matvec(part))
-        return torch.stack(terms).sum()
+        return _added(terms)
 
     def diag(self) -> Tensor:
         found = [block.unpack(matrix.diag().reshape(1, *block.shape)) for block, matrix in self.entries]
-        return self.layout.join(merged(found)).reshape(-1)
+        return self._joined(merged(found)).reshape(-1)
+
+    def _joined(self, parts: dict[str, Tensor]) -> Tensor:
+        device = parts[self.layout.names[0]].device
+        return self.layout.join({name: part.to(device) for name, part in parts.items()})
 
     def dense(self) -> Tensor:
         parts = [(self.layout.positions(block), matrix.dense()) for block, matrix in self.entries]
         out = parts[0][1].new_zeros(self.size, self.size)
         for positions, part in parts:
             index = positions.to(out.device)
-            out[index[:, None], index[None, :]] = part
+            out[index[:, None], index[None, :]] = part.to(out.device)
         return out
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.layout.join(self.draw(n, generator))
+        return self._joined(self.draw(n, generator))
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """``n`` draws from ``N(0, Λ⁻¹)`` as parameter-shaped tensors ``(n, *shape)`` by name."""
@@ -112,8 +116,13 @@ class Blockwise(Matrix):
         for block, matrix in self.entries:
             if not isinstance(matrix, CurvatureBlock):
                 raise ShapeMismatch(f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block")
-            entries.append((block, matrix.precision(n, prior_of(block, prior), damping)))
+            entries.append((block, matrix.precision(n, prior_of(block, prior).to(matrix.device), damping)))
         return Blockwise(self.layout, entries)
+
+
+def _added(terms: Sequence[Tensor]) -> Tensor:
+    """0-dim terms added up on the device of the first."""
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
 def prior_of(block: Block, prior: Tensor | dict[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch, Unknow
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
+from laplace_kf.models import usable
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive, prior_tensors
@@ -29,7 +30,7 @@ from laplace_kf.posterior.tuning import Objective, TuningResult, tune
 from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
-from laplace_kf.tape import EntryLayout, select
+from laplace_kf.tape import EntryLayout, FlatLayout, select
 
 __all__ = ["LaplacePosterior"]
 
@@ -94,9 +95,7 @@ class LaplacePosterior:
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.model = model
+        self.model = model = usable(model)
         self.likelihood = get_likelihood(likelihood)
         self.structure, self.estimator = make_pair(structure, estimator, dict(options))
         self._asked = self.structure
@@ -176,15 +175,14 @@ class LaplacePosterior:
         statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
         if passes > 1:
             statistics = statistics.scale(1 / passes)
-        named = dict(self.model.named_parameters())
         layout = statistics.layout
-        weights = {name: named[name].detach()[None] for name in layout.names}
-        mean = layout.join(weights).clone()
+        mean = self._flat_weights(layout).detach().clone()
         rest: dict[str, Tensor] = {}
         if isinstance(self.parameters, Subnetwork):
-            rest = {name: (weights[name] - part)[0] for name, part in layout.split(mean).items()}
-        state = _Fitted(statistics, statistics.mean(), mean[0], self.likelihood.parameters(), rest)
-        self._accept(state, n_data)
+            named = dict(self.model.named_parameters())
+            parts = layout.split(mean[None])
+            rest = {name: named[name].detach() - part[0].to(named[name]) for name, part in parts.items()}
+        self._accept(_Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters(), rest), n_data)
         return self
 
     def _accept(self, state: _Fitted, n_data: float | None) -> None:
@@ -236,8 +234,19 @@ class LaplacePosterior:
     def mean(self) -> dict[str, Tensor]:
         """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
         state = self._fitted("mean")
-        whole = {name: part[0] for name, part in state.statistics.layout.split(state.mean[None]).items()}
-        return {name: part + state.rest[name] if name in state.rest else part.clone() for name, part in whole.items()}
+        parts = state.statistics.layout.split(state.mean[None])
+        whole = {
+            name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
+        }
+        # of each parameter's own type and device, which the flat vector cannot keep
+        named = dict(self.model.named_parameters())
+        return {name: part.to(named[name], copy=True).detach() for name, part in whole.items()}
+
+    def _flat_weights(self, layout: FlatLayout) -> Tensor:
+        """The model's selected parameters ``(P,)``, on the device of the first and in the widest of their types."""
+        named = dict(self.model.named_parameters())
+        device = named[layout.names[0]].device
+        return layout.join({name: named[name][None].to(device) for name in layout.names})[0]
 
     @property
     def curvature(self) -> Blockwise:
@@ -294,7 +303,7 @@ class LaplacePosterior:
         if n < 1:
             raise ValueError(f"the number of samples must be at least 1, got {n}")
         drawn = self.precision.draw(n, generator)
-        return {name: value + drawn[name].to(value.dtype) for name, value in self.mean.items()}
+        return {name: value + drawn[name].to(value) for name, value in self.mean.items()}
 
     def log_evidence(self) -> Tensor:
         """Laplace approximation of the log marginal likelihood, 0-dim (methods 9.4).
@@ -322,10 +331,8 @@ class LaplacePosterior:
     def penalty(self) -> Tensor:
         """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
         state = self._fitted("penalty")
-        named = dict(self.model.named_parameters())
-        layout = state.statistics.layout
-        current = layout.join({name: named[name][None] for name in layout.names})[0]
-        return self.precision.energy((current - state.mean).to(state.like.dtype)) / 2
+        current = self._flat_weights(state.statistics.layout)
+        return self.precision.energy((current - state.mean).to(state.like)) / 2
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
@@ -479,6 +486,7 @@ class LaplacePosterior:
             IncompatiblePair: if the likelihood is needed and missing.
         """
         tensors, header = store.read(path)
+        model = usable(model)
         layout = store.layout_of(header["statistics"])
         named = dict(model.named_parameters())
         for name, shape in zip(layout.names, layout.shapes, strict=True):

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.models import plain_name
 from laplace_kf.tape import FlatLayout
 
 __all__ = ["PriorPrecision", "by_parameter", "checked_prior", "positive", "prior_tensors"]
@@ -59,6 +60,7 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float] 
     found: dict[str, float] = {}
     for pattern, value in prior.items():
         hits = [name for name in layout.names if fnmatchcase(name, pattern)]
+        hits = hits or [name for name in layout.names if fnmatchcase(plain_name(name), plain_name(pattern))]
         if not hits:
             raise UnknownName("pattern in prior_precision", pattern, layout.names)
         for name in hits:

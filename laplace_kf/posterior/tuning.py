@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import as_batches, check_finite, run, to_device
+from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Prediction
@@ -189,9 +189,6 @@ def _validation(
     if not sum(sizes):
         raise ShapeMismatch("the validation data are empty: no batch was yielded")
 
-    def inputs_of(batch: Any) -> Any:
-        return batch if forward is not None or not isinstance(batch, (tuple, list)) else batch[0]
-
     def mean_score(per_batch: Sequence[Tensor]) -> float:
         total = 0.0
         for outputs, (_, targets), size in zip(per_batch, batches, sizes, strict=True):
@@ -215,7 +212,7 @@ def _validation(
                         weights = shifted(posterior.mean, noise, math.sqrt(base / n))
                         for k, (batch, _) in enumerate(batches):
                             with torch.no_grad():
-                                drawn[n, p][k].append(outputs_at(model, forward, weights, inputs_of(batch)))
+                                drawn[n, p][k].append(outputs_at(model, forward, weights, inputs_of(batch, forward)))
                 for point in members:
                     found[point] = mean_score([torch.stack(parts) for parts in drawn[point]])
                     bar.update()

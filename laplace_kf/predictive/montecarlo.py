@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, model_outputs, private, tensors_of, to_device
+from laplace_kf.batches import Forward, predicted, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, ShapeMismatch
 from laplace_kf.operators import Blockwise, fresh_generator
@@ -25,10 +25,7 @@ class _Caller(nn.Module):
         self._forward = forward
 
     def forward(self, inputs: Any) -> Tensor:
-        inputs = private(inputs)  # a model may change its input in place
-        if self._forward is not None:
-            return as_tensor(self._forward(self.model, inputs)[0])
-        return model_outputs(self.model, inputs)
+        return predicted(self.model, inputs, self._forward)
 
 
 def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any) -> Tensor:

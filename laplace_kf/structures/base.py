@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
+from laplace_kf.models import memory_bytes
 from laplace_kf.operators import Blockwise
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
@@ -109,6 +109,14 @@ class Structure(ABC):
         """The constructor's arguments, as plain values that can be saved."""
         return {}
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        """Whether :meth:`add_columns` can take :class:`~laplace_kf.tape.OutputSignals` for one of these blocks alone.
+
+        They are sums over all columns (``add_column_gram``, ``add_squares``, ``add_outer``),
+        so a structure that needs single columns, or all blocks at once, cannot.
+        """
+        return False
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes this structure adds per back-propagated column of ``count`` examples."""
         return 0
@@ -140,12 +148,7 @@ class Structure(ABC):
 
 def memory_limit(device: torch.device) -> int:
     """Bytes of memory of a device (of this machine, for the CPU)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not known on this platform
-        return 16 * 2**30
+    return memory_bytes(device)
 
 
 def _size(count: float) -> str:

@@ -17,6 +17,9 @@ class Diagonal(Structure):
 
     name = "diag"
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        return True
+
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         for name, block in blocks.items():
             if name not in sums:

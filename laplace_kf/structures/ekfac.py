@@ -50,6 +50,9 @@ class EigenvalueCorrected(Structure):
         grids = sum(block.size for block in blocks.values() if block.factorises)
         return self.kron.memory(blocks, layout, itemsize) + grids * itemsize
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        return self.kron.takes_output_signals(blocks, layout)
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return self.kron.column_bytes(blocks, count, itemsize)
 

@@ -26,6 +26,9 @@ class Full(Structure):
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         return 3 * layout.size**2 * itemsize  # the sum, the eigenvectors and the room to compute them
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        return [block.size for block in blocks.values()] == [layout.size]  # entries between blocks need columns
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(block.size for block in blocks.values()) * count * itemsize
 
@@ -39,7 +42,7 @@ class Full(Structure):
         if not more and first.size == total.shape[0] and first.name in signals:
             signals[first.name].add_outer(total)
             return
-        rows = [signal.jacobian().to(total.dtype) for signal in signals.values()]
+        rows = [signal.jacobian().to(total) for signal in signals.values()]
         # blocks take their place in the order in which they were met; a block absent here contributes zeros
         jacobian = total.new_zeros(rows[0].shape[0], total.shape[0])
         start = 0
@@ -110,7 +113,7 @@ class DenseEntries(Structure):
                 continue
             found = signal.entries(index, total.dtype).to(total.device)
             rows = total.new_zeros(found.shape[0], total.shape[0]) if rows is None else rows
-            rows[:, place] = found
+            rows[:, place.to(total.device)] = found.to(total.device)
         if rows is not None:
             add_gram(total, rows)
 

@@ -18,6 +18,9 @@ class IsotropicCurvature(Structure):
 
     name = "isotropic"
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        return True
+
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         for name in blocks:
             if name not in sums:

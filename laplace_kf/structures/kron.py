@@ -168,6 +168,9 @@ class Kronecker(Structure):
         wide = diagonal or width > self.max_side
         return zeros(like, groups, width) if wide else zeros(like, groups, width, width)
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        return True
+
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         for name, block in blocks.items():
             if name in sums:

@@ -21,6 +21,9 @@ class Layerwise(Structure):
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         return 3 * sum(block.size**2 for block in blocks.values()) * itemsize
 
+    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
+        return True
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return max((block.size for block in blocks.values()), default=0) * count * itemsize
 

@@ -2,6 +2,7 @@
 
 from laplace_kf.tape.blocks import Block, FlatLayout
 from laplace_kf.tape.chain import Chain
+from laplace_kf.tape.closed import OutputSignals
 from laplace_kf.tape.entries import EntryBlock, EntryLayout
 from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.select import select
@@ -19,6 +20,7 @@ __all__ = [
     "MatrixSignals",
     "Observation",
     "OuterSignals",
+    "OutputSignals",
     "Signals",
     "TiedSignals",
     "Tracer",

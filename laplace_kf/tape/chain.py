@@ -141,7 +141,7 @@ class Chain:
                     fresh = False
                 if remaining == 0:
                     break
-                g, fresh = torch.matmul(g, link.weight), True
+                g, fresh = torch.matmul(g.to(link.weight.dtype), link.weight), True  # autocast mixes types
             else:
                 assert link.slope is not None
                 slope = link.slope if example is None else link.slope.index_select(0, example)

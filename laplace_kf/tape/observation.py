@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from laplace_kf.batches import map_examples
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
+from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.rows import Rows, occurrences
@@ -80,6 +82,51 @@ class Observation:
             if block.factorises:
                 found[name] = self._matrix_signals(block, members, None)
         return found
+
+    def output_signals(
+        self, to_positions: Callable[[Tensor], Tensor], curvature: OutputCurvature
+    ) -> dict[str, OutputSignals]:
+        """Signals of the blocks whose layer's output is the network's output, in closed form.
+
+        Args:
+            to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
+            curvature: the output curvature.
+        """
+        if not self.outputs.requires_grad:
+            return {}
+        node, number = _origin(self.outputs)
+        found: dict[str, OutputSignals] = {}
+        for name, members in self._by_block().items():
+            block, call = self.tracer.blocks[name], members[0]
+            plain = len(members) == 1 and block.factorises and not block.one_hot and block.turned is None
+            if not plain or block.shape[:2] != (1, self._width(to_positions)):
+                continue
+            if call.edge.node is node and call.edge.output_nr == number and self._has_layout(call, to_positions):
+                signals = self._matrix_signals(block, members, None)
+                assert isinstance(signals, OuterSignals)
+                found[name] = OutputSignals(signals, curvature)
+        return found
+
+    def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
+        return int(to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1])
+
+    def _has_layout(self, call: Call, to_positions: Callable[[Tensor], Tensor]) -> bool:
+        """Whether the layer's rows and features are the likelihood's positions and outputs, in the same order."""
+        if call.shape != self.outputs.shape:
+            return False
+        probe = torch.empty(call.shape, device="meta")  # an arrangement is a view: its strides say where entries go
+        assert isinstance(call.rule, MatrixRule)
+        rows = call.rule.outputs(_flatten_output(probe[None], call.leading), call.bound, 1)
+        mine, theirs = self._arrange(rows, call, 1)[0, :, :, 0], to_positions(probe)
+        if mine.shape != theirs.shape or (mine._base is not probe and mine is not probe):
+            return False
+        strides = zip(mine.shape, mine.stride(), theirs.stride(), strict=True)
+        return all(one == other for size, one, other in strides if size > 1)
+
+    def block_names(self) -> set[str]:
+        """Names of the blocks that have signals in this minibatch."""
+        blocks = self.tracer.blocks
+        return {name for name, block in blocks.items() if not block.factorises} | set(self._by_block())
 
     def signals(self, columns: Tensor) -> dict[str, Signals]:
         """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
@@ -237,6 +284,19 @@ class Observation:
                     part = torch.nn.functional.pad(part, (portion.start, after))
                 total[name] = total[name] + part if name in total else part
         return torch.cat([total[name] for name in block.parameters], -1)
+
+
+_CASTS = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")  # the identity, up to rounding
+
+
+def _origin(outputs: Tensor) -> tuple[Any, int]:
+    """The autograd node and output number that made the outputs ``(N, ...)``, casts and copies left out."""
+    edge = get_gradient_edge(outputs)
+    node: Any = edge.node
+    number = edge.output_nr
+    while node.name() in _CASTS:
+        node, number = node.next_functions[0]
+    return node, number
 
 
 def _significant(columns: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Rows:
                 seed = torch.zeros_like(outputs)
                 seed[part] = noise.to(outputs)
                 grads = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
-                hits.append([_touched(grad, call) for grad, (call, _, _) in zip(grads, unknown, strict=True)])
+                pairs = zip(grads, unknown, strict=True)
+                hits.append([_touched(grad, call, outputs.device) for grad, (call, _, _) in pairs])
             for k, (one, zero) in enumerate(zip(*hits, strict=True)):
                 if one is None or zero is None:
                     continue
@@ -117,12 +118,12 @@ def occurrences(calls: Sequence[Call]) -> list[Key]:
     return keys
 
 
-def _touched(grad: Tensor | None, call: Call) -> Tensor | None:
-    """Which rows ``(B,)`` a gradient reached."""
+def _touched(grad: Tensor | None, call: Call, device: torch.device) -> Tensor | None:
+    """Which rows ``(B,)`` a gradient reached; the layer may lie on another device than the outputs."""
     if grad is None:
         return None
     rows = flatten_rows(grad, call.leading)
-    return (rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0
+    return ((rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0).to(device)
 
 
 def _readings(lead: Sequence[int], count: int, example: Tensor, known: Tensor) -> list[int]:

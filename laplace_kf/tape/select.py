@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 
 from laplace_kf.errors import UnknownName, UnsupportedLayer
+from laplace_kf.models import plain_name
 
 __all__ = ["owner", "select"]
 
@@ -59,9 +60,10 @@ def select(model: nn.Module, parameters: str | Sequence[str], order: Sequence[st
     first = {id(p): name for name, p in named.items()}
     matched: set[str] = set()
     for pattern in parameters:
-        hits = {
-            first[id(p)] for name, p in model.named_parameters(remove_duplicate=False) if fnmatchcase(name, pattern)
-        }
+        every = list(model.named_parameters(remove_duplicate=False))
+        hits = {first[id(p)] for name, p in every if fnmatchcase(name, pattern)}
+        # a compiled model's names carry a prefix; a pattern may have it or not
+        hits = hits or {first[id(p)] for name, p in every if fnmatchcase(plain_name(name), plain_name(pattern))}
         if not hits:
             raise UnknownName("parameter pattern", pattern, named)
         matched |= hits

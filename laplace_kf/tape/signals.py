@@ -40,7 +40,7 @@ def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
 
     Args:
         total: ``(d, d)``; entries above the diagonal are left undefined.
-        rows: ``(K, d)``, cast to the type of ``total``.
+        rows: ``(K, d)``, cast to the type of ``total`` and moved to its device.
     """
     rows = rows.to(total)  # also from another device
     width = rows.shape[1]
@@ -58,6 +58,11 @@ def _add_columns(total: Tensor, rows: Tensor, alpha: float) -> None:
         total += alpha * rows.to(total).square().sum(0)
     else:
         add_gram(total, rows, alpha)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor of any shape in float32 at least: half precision neither sums nor squares safely."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def symmetrised(total: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ class Signals(ABC):
     def add_squares(self, total: Tensor) -> None:
         """Adds ``Σ_vn (per-example gradient)²`` to ``total (R, O, I)``."""
         for _, gradients in self.chunks(total.dtype):
-            total += gradients.square().sum((0, 1)).reshape(total.shape)
+            total += gradients.square().sum((0, 1)).reshape(total.shape).to(total.device)
 
     @abstractmethod
     def total(self) -> Tensor:
@@ -207,8 +212,8 @@ class OuterSignals(Signals):
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]
         if self.a.shape[1] == 1:  # (g⊗a)² = g²⊗a²: sum the squares over the columns first, then one product
-            squares = self.g[:, :, 0].square().sum(0, dtype=total.dtype)  # (N, R, O)
-            a = self._inputs()[:, 0].to(total.dtype)
+            squares = self.g[:, :, 0].to(total).square().sum(0)  # (N, R, O)
+            a = self._inputs()[:, 0].to(total)
             if total.shape[0] == 1:
                 total[0, :, :width].addmm_(squares[:, 0].T, a[:, 0].square())
             else:
@@ -234,13 +239,13 @@ class OuterSignals(Signals):
         return out
 
     def total(self) -> Tensor:
-        a = self._inputs().flatten(0, 1)  # (N·T, R, I)
-        g = self.g.sum(0).flatten(0, 1)
+        a = widened(self._inputs().flatten(0, 1))  # (N·T, R, I)
+        g = widened(self.g.sum(0).flatten(0, 1))
         out = torch.einsum("mro,mri->roi", g, a)
         return torch.cat([out, g.sum(0)[..., None]], -1) if self.has_constant else out
 
     def jacobian(self) -> Tensor:
-        gradients = self._gradients(self._inputs(), self.g)
+        gradients = self._gradients(widened(self._inputs()), widened(self.g))
         return gradients.reshape(-1, self.block.size)
 
     def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
@@ -308,7 +313,7 @@ class OuterSignals(Signals):
         if not single or self.g.shape[0] == 1 or self.block.shape[1] * 4 > self.g.shape[0] * self.block.shape[2]:
             super().add_outer(total)
             return
-        a, g = self._inputs()[:, 0, 0].to(total.dtype), self.g[:, :, 0, 0].to(total.dtype)
+        a, g = self._inputs()[:, 0, 0].to(total), self.g[:, :, 0, 0].to(total)
         if self.has_constant:
             a = torch.cat([a, a.new_ones(a.shape[0], 1)], 1)
         outputs, width = self.block.shape[1], a.shape[1]
@@ -373,15 +378,15 @@ class LookupSignals(Signals):
         rows = torch.arange(tokens.shape[0], device=tokens.device)[:, None]
         keep = tokens >= 0
         keys, inverse = torch.unique((rows * vocabulary + tokens)[keep], return_inverse=True)
-        columns = self.g[:, :, :, 0][:, keep]  # (V, kept positions, O)
+        columns = widened(self.g[:, :, :, 0][:, keep])  # (V, kept positions, O)
         summed = columns.new_zeros(columns.shape[0], keys.shape[0], columns.shape[2])
         summed.index_add_(1, inverse, columns)
         return summed, keys // vocabulary, keys % vocabulary
 
     def add_squares(self, total: Tensor) -> None:
         summed, _, token = self._per_token()
-        squares = summed.square().sum(0, dtype=total.dtype)  # (K, O)
-        total[0].index_add_(1, token, squares.T)
+        squares = summed.to(total).square().sum(0)  # (K, O)
+        total[0].index_add_(1, token.to(total.device), squares.T)
 
     def total(self) -> Tensor:
         summed, _, token = self._per_token()
@@ -416,7 +421,7 @@ class GradientSignals(Signals):
     values: Tensor
 
     def add_squares(self, total: Tensor) -> None:
-        total += self.values.to(total.dtype).square().sum((0, 1)).reshape(total.shape)
+        total += self.values.to(total).square().sum((0, 1)).reshape(total.shape)
 
     def total(self) -> Tensor:
         return self.values.sum((0, 1)).reshape(self.block.shape)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, run, to_device
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.models import coarsest
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout
 from laplace_kf.tape.chain import Chain, derivative
 from laplace_kf.tape.examples import ExampleGradients
@@ -197,7 +198,8 @@ class Tracer:
             expected = block.pack(true)[0]
             found = implied.get(name, torch.zeros_like(expected))
             scale = torch.maximum(expected.abs().max(), found.abs().max())
-            if bool((found - expected).abs().max() > 10 * torch.finfo(expected.dtype).eps ** 0.5 * scale):
+            rounding = torch.finfo(coarsest(expected.dtype)).eps
+            if bool((found - expected).abs().max() > 10 * rounding**0.5 * scale):
                 failed.append(block)
         for block in failed:
             self._hidden.update(block.parameters)

@@ -1,0 +1,137 @@
+"""A root of the output curvature whose columns are made on demand.
+
+A softmax over C classes has C−1 root columns with C entries for every position: written out, ``(C−1, N, T, C)``, they
+are far larger than the outputs. Estimators need a few columns at a time, or only their norms.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseRoot", "DiagonalRoot", "Root", "SoftmaxRoot"]
+
+
+class Root(ABC):
+    """Columns ``r_k`` with ``Σ_k r_k r_kᵀ`` the curvature of every position.
+
+    Attributes:
+        count: number of columns K of a position.
+        shape: ``(N, T, C)``.
+    """
+
+    count: int
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
+        """Columns ``kind`` of positions ``(example, position)``: indices of one common shape S; ``(S, C)``."""
+
+    @abstractmethod
+    def norms(self) -> Tensor:
+        """Squared norms of all columns, ``(N, T, K)`` in float64."""
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Columns of shape ``(V, N, T, C)``, V = stop − start, that touch one position each.
+
+        Column ``k · T + t`` touches position t: two positions in one column would be correlated. With one position
+        these are the columns of the root.
+        """
+        count, positions, width = self.shape
+        index = torch.arange(start, min(stop, self.count * positions), device=self.device)
+        kind, position = index // positions, index % positions
+        example = torch.arange(count, device=self.device)
+        found = self.entries(kind[:, None], example[None], position[:, None])  # (V, N, C)
+        if positions == 1:
+            return found[:, :, None]
+        out = found.new_zeros(len(index), count, positions, width)
+        out[torch.arange(len(index), device=self.device), :, position] = found
+        return out
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the columns (of any shape) are made."""
+
+
+class DenseRoot(Root):
+    """A root that is written out, ``(K, N, T, C)``."""
+
+    def __init__(self, root: Tensor) -> None:
+        self.root = root
+        self.count, self.shape = root.shape[0], (root.shape[1], root.shape[2], root.shape[3])
+
+    @property
+    def device(self) -> torch.device:
+        return self.root.device
+
+    def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
+        return self.root[kind, example, position]
+
+    def norms(self) -> Tensor:
+        return self.root.double().square().sum(-1).permute(1, 2, 0)
+
+
+class DiagonalRoot(Root):
+    """The root ``diag(d)`` with ``d (N, T, C)``: column k is ``d_k e_k``."""
+
+    def __init__(self, diagonal: Tensor) -> None:
+        self.diagonal = diagonal
+        self.count, self.shape = diagonal.shape[2], (diagonal.shape[0], diagonal.shape[1], diagonal.shape[2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.diagonal.device
+
+    def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
+        value = self.diagonal[example, position, kind][..., None]
+        column = value.new_zeros(*value.shape[:-1], self.count)
+        return column.scatter_(-1, kind.expand(value.shape[:-1])[..., None], value)
+
+    def norms(self) -> Tensor:
+        return self.diagonal.double().square()
+
+
+class SoftmaxRoot(Root):
+    """Columns of the Cholesky factor of ``diag(p) - p pᵀ`` without the zero last one.
+
+    Tanabe & Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the variance-covariance
+    matrix of the multinomial distribution": with the tails ``q_k = Σ_{i>k} p_i`` (``q_{-1} = 1``)
+    ``L_kk = √(p_k q_k / q_{k-1})`` and ``L_jk = -(p_j / q_k) L_kk`` below, where 0/0 counts as 0.
+    Only sums and products of non-negative numbers appear, so every entry keeps its relative accuracy.
+
+    Args:
+        p: probabilities ``(N, T, C)``.
+        keep: ``(N, T, 1)``, False where a position contributes nothing; ``None`` keeps all.
+    """
+
+    def __init__(self, p: Tensor, keep: Tensor | None = None) -> None:
+        self.p = p
+        self.count, self.shape = p.shape[2] - 1, (p.shape[0], p.shape[1], p.shape[2])
+        tails = torch.cumsum(p.flip(-1), -1).flip(-1)  # tails[k] = q_{k-1}
+        self.tails = tails[..., 1:]
+        before = torch.cat([torch.ones_like(p[..., :1]), self.tails[..., :-1]], -1)
+        one = torch.ones((), dtype=p.dtype, device=p.device)
+        diagonal = p[..., :-1].sqrt() * (self.tails / torch.where(before > 0, before, one)).sqrt()
+        self.diagonal = diagonal if keep is None else torch.where(keep, diagonal, torch.zeros_like(one))
+        self.weights = self.diagonal / torch.where(self.tails > 0, self.tails, one)
+
+    @property
+    def device(self) -> torch.device:
+        return self.p.device
+
+    def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
+        place = (example, position, kind)
+        below = torch.arange(self.p.shape[-1], device=self.device) > kind[..., None]
+        scaled = -(self.p[example, position] * self.weights[place][..., None])
+        lower = torch.where(below, scaled, torch.zeros((), dtype=self.p.dtype, device=self.device))
+        on = self.diagonal[place][..., None]
+        return lower.scatter_(-1, kind.expand(on.shape[:-1])[..., None], on)
+
+    def norms(self) -> Tensor:
+        p, tails = self.p.double(), self.tails.double()
+        squares = torch.cumsum(p.square().flip(-1), -1).flip(-1)[..., 1:]  # Σ_{j>k} p_j²
+        shares = squares / torch.where(tails > 0, tails, torch.ones_like(tails)).square()
+        return self.diagonal.double().square() * (1 + torch.nan_to_num(shares, 0.0, 0.0, 0.0))

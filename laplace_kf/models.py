@@ -1,0 +1,188 @@
+"""The user's model before anything is done with it: wrappers taken off, kinds that cannot work refused.
+
+Also the settings it runs under: the caller's autocast for the model alone (the package's own arithmetic stays in full
+precision), and plain Python instead of compiled code, which no tape can see into.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
+
+__all__ = ["as_called", "coarsest", "memory_bytes", "plain_name", "require_memory", "undisturbed", "usable"]
+
+COMPILED = "_orig_mod."  # what torch.compile puts in front of parameter names
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEVICES = ("cpu", "cuda", "mps", "xpu")  # those that have autocast
+FALLBACK_BYTES = 16 * 2**30  # taken for the memory where the system does not tell
+
+
+def plain_name(name: str) -> str:
+    """A parameter name or pattern without what ``torch.compile`` and parallel wrappers put in front."""
+    return name.replace(COMPILED, "").removeprefix("module.")
+
+
+def usable(model: nn.Module) -> nn.Module:
+    """The plain module inside compiled and parallel wrappers.
+
+    Raises:
+        UnsupportedLayer: for a model that cannot be handled (scripted, sharded, not yet initialised, without data, of
+            another number type); names the module path and a way out.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    while _is_compiled(model) or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        (model,) = model.children()
+    for path, module in model.named_modules():
+        _refuse_module(path, module)
+    for name, parameter in model.named_parameters():
+        _refuse_parameter(name, parameter)
+    integers = [name.rpartition(".")[0] for name, p in model.named_parameters() if not p.is_floating_point()]
+    integers += [path for path, module in model.named_modules() if ".quantized" in type(module).__module__]
+    if integers and not any(p.requires_grad for p in model.parameters()):
+        raise UnsupportedLayer(
+            f"module {integers[0]!r} is quantised, and whole numbers have no gradients; pass the float model (or keep "
+            "trainable parameters, such as adapters, in floating point: the quantised ones then stay as they are)"
+        )
+    return model
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # not imported for its own sake: it takes seconds
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
+
+
+def _refuse_module(path: str, module: nn.Module) -> None:
+    where = f"module {path!r}" if path else "the model"
+    kind = type(module).__name__
+    trainable = any(p.requires_grad for p in module.parameters())
+    if isinstance(module, torch.jit.ScriptModule) and (trainable or not path):
+        raise UnsupportedLayer(
+            f"{where} ({kind}) is scripted or traced code, whose layers cannot be seen; pass the plain Python module "
+            "it was made from (load its state_dict there)" + ("" if not path else ", or freeze it")
+        )
+    if kind == "FullyShardedDataParallel":
+        raise UnsupportedLayer(
+            f"{where} is {kind}: every process holds only a piece of each parameter; gather the full state_dict into "
+            "a plain copy of the model and pass that"
+        )
+
+
+def _refuse_parameter(name: str, parameter: Tensor) -> None:
+    path = name.rpartition(".")[0]
+    where = f"parameter {name!r} (module {path!r})" if path else f"parameter {name!r}"
+    if is_lazy(parameter):
+        raise UnsupportedLayer(
+            f"{where} is lazy and has no shape yet; run one batch through the model first (model(x)), then train it"
+        )
+    if parameter.is_meta:
+        raise UnsupportedLayer(
+            f"{where} is on the meta device and holds no numbers; load the weights first (load_state_dict(..., "
+            "assign=True)), without offloading"
+        )
+    if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+        raise UnsupportedLayer(
+            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model"
+        )
+    if not parameter.requires_grad:
+        return
+    if parameter.is_complex():
+        raise UnsupportedLayer(
+            f"{where} is complex ({parameter.dtype}); store its real and imaginary parts as two real parameters "
+            "(torch.view_as_complex in forward), or freeze it"
+        )
+    if parameter.dtype not in FLOATS:
+        raise UnsupportedLayer(
+            f"{where} has type {parameter.dtype}, which is for storage only; convert the model "
+            "(model.to(torch.bfloat16)), or freeze it"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- settings
+
+
+_AUTOCAST: ContextVar[tuple[tuple[str, torch.dtype], ...]] = ContextVar("autocast", default=())
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Autocast off and compiled code run as plain Python; :func:`as_called` turns the caller's autocast on again."""
+    with ExitStack() as stack:
+        active = tuple((kind, torch.get_autocast_dtype(kind)) for kind in DEVICES if _autocasts(kind))
+        if active:
+            token = _AUTOCAST.set(active)
+            stack.callback(_AUTOCAST.reset, token)
+        for kind, _ in active:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+def _autocasts(kind: str) -> bool:
+    with suppress(RuntimeError):  # this build of torch does not know the device
+        return torch.is_autocast_enabled(kind)
+    return False
+
+
+@contextmanager
+def as_called() -> Iterator[None]:
+    """The model's forward pass runs under the autocast that was on when the package was called."""
+    with ExitStack() as stack:
+        for kind, dtype in _AUTOCAST.get():
+            # no cache: a copy of a weight that was cached without a graph would cut the weight off
+            stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
+        yield
+
+
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """The floating type with the largest rounding error among these and the caller's autocast types."""
+    return max((*dtypes, *(dtype for _, dtype in _AUTOCAST.get())), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+# --------------------------------------------------------------------------------------------------- memory
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All the memory of a device in bytes, used or not: more can certainly not be had."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    limits = [FALLBACK_BYTES]
+    with suppress(AttributeError, ValueError, OSError):
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # the limit of a container; "max" without one
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def require_memory(needed: int, device: torch.device, what: str, instead: str) -> None:
+    """Refuses up front what cannot fit.
+
+    Args:
+        needed: bytes.
+        device: where.
+        what: what needs them, for the message.
+        instead: the way out, for the message.
+
+    Raises:
+        IncompatiblePair: if the device does not have that much memory; gives both numbers.
+    """
+    there = memory_bytes(device)
+    if needed > there:
+        raise IncompatiblePair(
+            f"{what} needs {_readable(needed)} of memory; {device} has {_readable(there)} in all. {instead}"
+        )
+
+
+def _readable(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
