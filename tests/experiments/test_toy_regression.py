@@ -14,8 +14,8 @@ from laplace_kf.likelihoods import Gaussian
 def test_a_tiny_run(tmp_path):
     state = torch.get_rng_state()
     words = (
-        "repeats=2 points=8 width=3 restarts=1 samples=20 n_data_factors=[1,10] prior_precisions=[1,10] tune_samples=5 hmc_samples=10 "
-        "hmc_warmup=4 hmc_steps=3 vi_steps=5 grid=13"
+        "repeats=2 points=8 width=3 restarts=1 samples=20 n_data_factors=[1,10] prior_precisions=[1,10] "
+        "tune_samples=5 hmc_samples=10 hmc_warmup=4 hmc_steps=3 vi_steps=5 grid=13"
     )
     assert main(["run", "E19", *words.split(), "--out", str(tmp_path)]) == 0
     assert torch.equal(torch.get_rng_state(), state)
