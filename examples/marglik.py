@@ -3,7 +3,8 @@
 While a network trains, a Laplace posterior is fitted every few epochs and its log evidence is climbed in the logarithms
 of the prior precisions ``λ_l`` (one for every layer) and of the noise scale ``σ`` (methods 9.4; MacKay 1992). Nothing
 is held out. Against that, the same network is trained with fixed ``λ`` and the true ``σ``: the evidence should end near
-the ``λ`` that is best on test data, which it never sees.
+the ``λ`` that is best on test data, which it never sees. (It is no magic: with a third of these data it can settle for
+a simpler function and more noise.)
 
 The gradient in ``log σ`` is autograd's, through ``posterior.log_evidence()``. That in ``log λ_l`` is
 ``½ (γ_l - λ_l ‖θ_l‖²)``, where ``γ_l`` is the layer's effective number of parameters, which ``posterior.summary()``
@@ -94,7 +95,7 @@ def train(
     train_data: Pair,
     *,
     hidden: int = 30,
-    epochs: int = 3000,
+    epochs: int = 2000,
     every: int = 100,
     burn_in: int = 500,
     hyper_steps: int = 20,
@@ -114,7 +115,7 @@ def train(
         burn_in: epochs before the first one. A network that fits nothing yet looks like noise to the evidence, and
             large ``σ`` and ``λ`` would keep it so.
         hyper_steps: steps up the evidence after each fit.
-        rate: of these steps, in the logarithms (gradient divided by its size where that is above 1).
+        rate: size of the first of these steps, in the logarithms.
         prior_precision: the first ``λ_l`` of every layer, or the fixed one.
         noise: the first ``σ``, or the fixed one.
         learn: whether to learn them.
@@ -142,11 +143,15 @@ def train(
         if epoch != epochs and (epoch < burn_in or epoch % every):
             continue
         posterior.fit((x, y))
+        # resilient steps look at signs only: the evidence is a hundred times more curved in σ than in λ
+        logs = torch.tensor([*map(math.log, precisions.values()), float(log_noise)], dtype=torch.float64)
+        climber = torch.optim.Rprop([logs], lr=rate, step_sizes=(1e-6, 0.5), maximize=True)
         for _ in range(hyper_steps if learn else 0):
             slopes, slope = evidence_gradient(posterior, log_noise)
-            size = max(1.0, math.hypot(slope, *slopes.values()) / len(slopes))
-            precisions = {name: value * math.exp(rate * slopes[name] / size) for name, value in precisions.items()}
-            log_noise = log_noise + rate * slope / size
+            logs.grad = torch.tensor([*(slopes[name] for name in layers), slope], dtype=torch.float64)
+            climber.step()
+            precisions = dict(zip(layers, logs[:-1].exp().tolist(), strict=True))
+            log_noise = logs[-1].clone()
             likelihood.scale = math.exp(float(log_noise))
             posterior.prior_precision = _patterns(precisions)
         result.epochs.append(epoch)
@@ -187,7 +192,7 @@ def held_out_nll(posterior: lk.LaplacePosterior, test_data: Pair) -> float:
 
 
 def run(
-    out: Path | None = None, *, count: int = 60, epochs: int = 3000, seed: int = 0, grid: Sequence[float] = GRID
+    out: Path | None = None, *, count: int = 150, epochs: int = 2000, seed: int = 0, grid: Sequence[float] = GRID
 ) -> dict[str, object]:
     """Learned against fixed prior precisions; writes ``marglik.json`` and ``marglik.png`` into ``out``, if given."""
     train_data, test_data = data(count, seed), data(1000, seed + 1000)
@@ -235,6 +240,7 @@ def _picture(learned: Trained, fixed: dict[float, Trained], train_data: Pair, re
     )
     middle.axhline(scores["learned"], color="#c8417a", linewidth=2, label="λ and σ from the evidence")
     middle.set_xscale("log")
+    middle.margins(y=0.12)
     middle.set_xlabel("fixed prior precision λ")
     middle.set_ylabel("test NLL (nats per point)")
     middle.set_title("on test data", loc="left", fontsize=11)

@@ -21,7 +21,7 @@ except ImportError as error:
 
 __all__ = ["colour", "legend_below", "line", "panels", "style_axes", "target_axes"]
 
-INK, SOFT, GRID, GAP = "#1c2430", "#5b6675", "#e3e7ec", "#c23b22"
+INK, SOFT, GRID, GAP, BAND = "#1c2430", "#5b6675", "#e3e7ec", "#c23b22", "#0b62a3"
 COLOURS = {
     "MAP": "#1c2430",
     "MC dropout": "#e08e0b",
