@@ -183,6 +183,10 @@ def render(text: str, page: str = "README.md") -> str:
 COLLECTED = {
     "results/E20/result.json": "docs/results/ood_mnist.json",
     "results/E20/entropy.png": "docs/pictures/ood_mnist.png",
+    "results/E19/result.json": "docs/results/toy_regression.json",
+    "results/E19/bands.png": "docs/pictures/toy_regression.png",
+    "results/marglik/marglik.json": "docs/results/marglik.json",
+    "results/marglik/marglik.png": "docs/pictures/marglik.png",
     "results/demo/entropy.png": "docs/pictures/demo.png",
     "results/calibration/result.json": "docs/results/calibration.json",
     "results/calibration/differences.png": "docs/pictures/calibration.png",

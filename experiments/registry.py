@@ -67,7 +67,12 @@ for _entry in (
     Experiment("E16", "per-layer alignment of updates with the block Gauss-Newton update"),
     Experiment("E17", "alignment of whole updates with the full Gauss-Newton update"),
     Experiment("E18", "mixture classifier: Gauss-Newton against Fisher"),
-    Experiment("E19", "toy regression: Laplace posteriors against Hamiltonian Monte Carlo"),
+    Experiment(
+        "E19",
+        "toy regression: Laplace posteriors against Hamiltonian Monte Carlo",
+        "experiments.toy_regression",
+        "toy_regression",
+    ),
     Experiment("E20", "predictive entropy on letters after training on digits", "experiments.ood", "ood_mnist"),
     Experiment("E21", "untargeted adversarial attack: entropy and accuracy"),
     Experiment("E22", "targeted iterated adversarial attack"),

@@ -1,6 +1,6 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
-from laplace_kf import curvature, errors, likelihoods
+from laplace_kf import bridges, curvature, errors, likelihoods, reports
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 from laplace_kf.subnetwork import Subnetwork
@@ -13,8 +13,10 @@ __all__ = [
     "Prediction",
     "Subnetwork",
     "TuningResult",
+    "bridges",
     "curvature",
     "errors",
     "likelihoods",
+    "reports",
     "support_table",
 ]

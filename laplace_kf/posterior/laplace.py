@@ -432,7 +432,8 @@ class LaplacePosterior:
             f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}{chosen}, "
             f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {self._prior}"
         )
-        return summarise(state.curvature, self.n_data, prior, title)
+        factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
+        return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.

@@ -1,22 +1,33 @@
 """What experiments and the demo report: metrics, pictures, one self-contained page, and what the run ran on.
 
-``metrics`` and ``plots`` need the ``experiments`` extra; importing them without it says so. Nothing else in the
-package imports this folder.
+``report(posterior, test_loader, ood_loader, out=folder)`` is the one call that makes the page for a fitted posterior.
+It, ``metrics`` and ``plots`` need the ``experiments`` extra; asking for them without it says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
 
-__all__ = ["machine", "missing_extra", "processor_threads", "versions"]
+__all__ = ["machine", "metrics", "missing_extra", "plots", "processor_threads", "report", "versions"]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs the ``experiments`` extra is imported when it is first asked for."""
+    if name == "report":
+        return importlib.import_module("laplace_kf.reports.overview").report
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def missing_extra(package: str | None) -> ImportError:

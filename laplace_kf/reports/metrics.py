@@ -1,7 +1,8 @@
-"""Numbers of a classifier's predictions: accuracy, likelihood, calibration, and telling unknown inputs apart.
+"""Numbers of predictions: accuracy, likelihood, calibration, telling unknown inputs apart, selective prediction.
 
 Everything takes probabilities ``(N, C)`` or scores ``(N,)`` and returns plain floats. torchmetrics computes what it
-has; the Brier score and the false-positive rate at a given true-positive rate are a line each on top of it.
+has; the Brier score, the false-positive rate at a given true-positive rate and the risk-coverage curve are a few lines
+each on top of it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ from laplace_kf.reports import missing_extra
 
 try:
     from torchmetrics.functional import classification as tm
+    from torchmetrics.functional import regression as tm_regression
 except ImportError as error:
     raise missing_extra(error.name) from error
 
-__all__ = ["classification", "entropy", "mean_std", "out_of_distribution"]
+__all__ = [
+    "classification",
+    "entropy",
+    "mean_std",
+    "out_of_distribution",
+    "regression",
+    "risk_coverage",
+    "selective_prediction",
+]
 
 
 def entropy(probs: Tensor) -> Tensor:
@@ -89,6 +99,84 @@ def out_of_distribution(inside: Tensor, outside: Tensor, *, rate: float = 0.95) 
         "auroc": float(tm.binary_auroc(rank, target)),
         "aupr": float(tm.binary_average_precision(rank, target)),
         "fpr95": float(false_positive[true_positive >= rate].min()),
+    }
+
+
+def risk_coverage(uncertainty: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss of the ``k`` most certain inputs, for every ``k`` (Geifman and El-Yaniv 2017).
+
+    Equally uncertain inputs are taken in random order: the risk is its expectation over their orders, so that it does
+    not depend on how the data were sorted.
+
+    Args:
+        uncertainty: ``(N,)``; larger means less certain.
+        loss: ``(N,)``, for example 1 where a classifier is wrong and 0 where it is right.
+
+    Returns:
+        Coverage ``k/N`` and risk, both ``(N,)`` in float64, with increasing coverage.
+
+    Raises:
+        ShapeMismatch: if they are not equally long non-empty vectors.
+    """
+    if uncertainty.ndim != 1 or uncertainty.shape != loss.shape or not len(loss):
+        raise ShapeMismatch(
+            f"Expected uncertainty (N,) and loss (N,) with N >= 1, got {tuple(uncertainty.shape)} and "
+            f"{tuple(loss.shape)}."
+        )
+    _, group = torch.unique(uncertainty, return_inverse=True)  # groups in increasing order of uncertainty
+    size = torch.bincount(group)
+    expected = (torch.bincount(group, loss.double()) / size).repeat_interleave(size)
+    count = torch.arange(1, len(loss) + 1, dtype=torch.float64, device=loss.device)
+    return count / len(loss), expected.cumsum(0) / count
+
+
+def selective_prediction(uncertainty: Tensor, loss: Tensor) -> dict[str, float]:
+    """Areas under the risk-coverage curve: how much a model gains by declining what it is least certain about.
+
+    Args:
+        uncertainty: ``(N,)``; larger means less certain.
+        loss: ``(N,)``.
+
+    Returns:
+        ``aurc``, the mean risk over all coverages (lower is better), and ``e_aurc``, its excess over an oracle that
+        declines the largest losses first (Geifman, Uziel and El-Yaniv 2019).
+
+    Raises:
+        ShapeMismatch: as :func:`risk_coverage`.
+    """
+    area = float(risk_coverage(uncertainty, loss)[1].mean())
+    return {"aurc": area, "e_aurc": area - float(risk_coverage(loss.double(), loss)[1].mean())}
+
+
+def regression(mean: Tensor, variance: Tensor, targets: Tensor, log_prob: Tensor) -> dict[str, float]:
+    """Error, likelihood and calibration of predicted means and variances.
+
+    Args:
+        mean: ``(N, C)`` predictive means.
+        variance: ``(N, C)`` predictive variances, noise included.
+        targets: ``(N, C)``.
+        log_prob: ``(N,)`` log predictive densities.
+
+    Returns:
+        ``nll`` (mean over examples, in nats), ``rmse`` (in the units of the targets), ``inside_95`` (fraction of
+        targets within 1.96 standard deviations; 0.95 if calibrated) and ``sharpness`` (mean standard deviation).
+
+    Raises:
+        ShapeMismatch: if the shapes differ or there is no example.
+    """
+    if mean.shape != targets.shape or variance.shape != targets.shape or not targets.numel():
+        raise ShapeMismatch(
+            f"Expected means, variances and targets of one shape, got {tuple(mean.shape)}, {tuple(variance.shape)} and "
+            f"{tuple(targets.shape)}."
+        )
+    deviation = variance.sqrt()
+    inside = (targets - mean).abs() <= float(torch.special.ndtri(torch.tensor(0.975, dtype=torch.float64))) * deviation
+    flat_mean, flat_targets = mean.reshape(-1).contiguous(), targets.reshape(-1).to(mean).contiguous()
+    return {
+        "nll": float(-log_prob.mean()),
+        "rmse": float(tm_regression.mean_squared_error(flat_mean, flat_targets, squared=False)),
+        "inside_95": float(inside.double().mean()),
+        "sharpness": float(deviation.mean()),
     }
 
 

@@ -8,66 +8,50 @@ variant ``untuned`` is dashed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.reports import missing_extra
+from laplace_kf.reports.posterior_plots import effective_parameters, tuning_map
+from laplace_kf.reports.style import BAND, GAP, INK, SOFT, colour, legend_below, line, panels, target_axes
 
 try:
     from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import to_rgba
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
     from matplotlib.figure import Figure
 except ImportError as error:
     raise missing_extra(error.name) from error
 
-__all__ = ["colour", "inverse_entropy_cdf", "legend_below", "panels", "reliability_diagram"]
+if TYPE_CHECKING:
+    from laplace_kf.likelihoods import Prediction
 
-INK, SOFT, GRID, GAP = "#1c2430", "#5b6675", "#e3e7ec", "#c23b22"
-COLOURS = {
-    "MAP": "#1c2430",
-    "MC dropout": "#e08e0b",
-    "diagonal": "#8a63c9",
-    "Kronecker": "#0b62a3",
-    "full last layer": "#1a9c74",
-    "mean field": "#c8417a",
-}
-SPARE = ("#b0492c", "#4fb3d9", "#7a8b22", "#9a6b4b", "#6c7a89")
-"""Colours for methods without one of their own, in order of appearance."""
+__all__ = [
+    "INK",
+    "SOFT",
+    "colour",
+    "decision_map",
+    "effective_parameters",
+    "interval_calibration",
+    "inverse_entropy_cdf",
+    "legend_below",
+    "panels",
+    "regression_band",
+    "reliability_diagram",
+    "risk_coverage",
+    "tuning_map",
+]
+
 RELIABILITY_KEY = (
     "Bars: accuracy by confidence; red: the gap to the diagonal, on which a calibrated model lies. Both are darker "
     "where there are more inputs."
 )
 """How to read a reliability diagram, for captions."""
-
-
-def colour(label: str, labels: Sequence[str] = ()) -> str:
-    """The colour of a label's method (the part before a comma); methods without one get a spare by their order."""
-    method = _method(label)
-    if method in COLOURS:
-        return COLOURS[method]
-    others = list(dict.fromkeys(_method(other) for other in (*labels, label)))
-    others = [other for other in others if other not in COLOURS]
-    return SPARE[others.index(method) % len(SPARE)]
-
-
-def panels(rows: int, columns: int, *, width: float = 5.0, height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    """An empty figure with ``rows x columns`` styled axes of ``width x height`` inches each, listed row by row."""
-    figure = Figure(figsize=(width * columns, height * rows), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = [axis for row in figure.subplots(rows, columns, squeeze=False) for axis in row]
-    for axis in axes:
-        axis.grid(color=GRID, linewidth=0.8)
-        axis.set_axisbelow(True)
-        axis.tick_params(colors=SOFT, labelsize=9, length=3)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(SOFT)
-    return figure, axes
+CLASSES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#000000")
+"""Colours of classes (Okabe and Ito's, told apart with every common kind of colour blindness)."""
 
 
 def inverse_entropy_cdf(
@@ -92,14 +76,14 @@ def inverse_entropy_cdf(
         ShapeMismatch: if entropies are not a non-empty vector.
     """
     alone = axis is None
-    figure, axis = _target(axis)
+    figure, axis = target_axes(axis)
     top = math.log(classes) if classes else max(float(values.max()) for values in entropies.values())
     for label, values in entropies.items():
         if values.ndim != 1 or not len(values):
             raise ShapeMismatch(f"Expected entropies (N,) of {label!r} with N >= 1, got shape {tuple(values.shape)}.")
         edge = torch.cat([torch.zeros(1).to(values), values.sort().values.clamp_min(0), torch.tensor([top]).to(values)])
         above = torch.cat([torch.ones(1), 1 - torch.arange(1, len(values) + 1) / len(values), torch.zeros(1)])
-        axis.step(edge.tolist(), above.tolist(), where="post", label=label, **_line(label, list(entropies)))
+        axis.step(edge.tolist(), above.tolist(), where="post", label=label, **line(label, list(entropies)))
     axis.set(xlim=(0, top * 1.06), ylim=(0, 1.02))
     axis.set_xlabel("entropy threshold (nats)", color=INK)
     axis.set_ylabel("fraction of inputs above it", color=INK)
@@ -112,18 +96,6 @@ def inverse_entropy_cdf(
     if alone:
         legend_below(figure)
     return figure
-
-
-def legend_below(figure: Figure, *, columns: int = 4) -> None:
-    """One legend for all axes of a figure, under them, where it hides nothing."""
-    entries: dict[str, Any] = {}
-    for axis in figure.axes:
-        handles, labels = axis.get_legend_handles_labels()
-        entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
-    figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)),
-        frameon=False, fontsize=9.5, labelcolor=INK, handlelength=2.8,
-    )  # fmt: skip
 
 
 def reliability_diagram(
@@ -175,23 +147,224 @@ def reliability_diagram(
     return figure
 
 
-def _target(axis: Axes | None) -> tuple[Figure, Axes]:
-    if axis is None:
-        figure, (axis,) = panels(1, 1, width=6.4, height=4.2)
-        return figure, axis
-    owner = axis.get_figure(root=True)
-    assert owner is not None  # it has one from the moment it is made until it is removed
-    return owner, axis
+def risk_coverage(
+    predictions: Mapping[str, tuple[Tensor, Tensor]], *, axis: Axes | None = None, risk: str = "error rate"
+) -> Figure:
+    """Mean loss of the inputs that are kept when the least certain ones are handed to somebody else.
+
+    Args:
+        predictions: ``{label: (uncertainty (N,), loss (N,))}``; larger means less certain. The loss of a classifier is
+            1 for a wrong prediction and 0 for a right one.
+        axis: where to draw, without a legend; a figure of its own, with one, by default.
+        risk: what the mean loss is called.
+
+    Returns:
+        The figure that was drawn on. Labels give the area under the curve (AURC) in thousandths.
+
+    Raises:
+        ShapeMismatch: if uncertainties and losses are not equally long non-empty vectors.
+    """
+    from laplace_kf.reports.metrics import risk_coverage as curve
+
+    alone = axis is None
+    figure, axis = target_axes(axis)
+    highest = 0.0
+    for label, (uncertainty, loss) in predictions.items():
+        coverage, value = curve(uncertainty, loss)
+        # the first few inputs make a curve jump between 0 and 1; that says nothing
+        shown = coverage >= min(0.05, float(coverage[-1]) / 2)
+        highest = max(highest, float(value[shown].max()))
+        text = f"{label} (AURC {1000 * float(value.mean()):.3g} ‰)"
+        style = line(label, list(predictions))
+        axis.plot(coverage[shown].tolist(), value[shown].tolist(), label=text, **style)
+    axis.set(xlim=(0, 1), ylim=(0, 1.08 * highest or 1.0))
+    axis.set_xlabel("coverage (fraction of inputs kept, most certain first)", color=INK)
+    axis.set_ylabel(f"{risk} of the inputs kept", color=INK)
+    if alone:
+        legend_below(figure, columns=2)
+    return figure
 
 
-def _method(label: str) -> str:
-    return label.split(",")[0].strip()
+def regression_band(
+    x: Tensor,
+    mean: Tensor,
+    epistemic: Tensor,
+    total: Tensor | None = None,
+    *,
+    points: tuple[Tensor, Tensor] | None = None,
+    points_label: str = "training data",
+    truth: Tensor | None = None,
+    reference: Tensor | None = None,
+    reference_label: str = "reference",
+    axis: Axes | None = None,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+    labels: tuple[str, str] = ("input", "output"),
+) -> Figure:
+    """Predictive mean and bands over a one-dimensional input.
+
+    Without ``total`` the bands are one and two epistemic standard deviations; with it, two epistemic ones (dark) inside
+    two of the whole predictive distribution, noise included (light).
+
+    Args:
+        x: ``(M,)`` inputs, increasing.
+        mean: ``(M,)`` predictive mean.
+        epistemic: ``(M,)`` standard deviation of the sampled means.
+        total: ``(M,)`` standard deviation of the prediction, noise included.
+        points: data ``(x, y)``, each with N entries.
+        points_label: what they are, for the legend.
+        truth: ``(M,)`` noiseless function.
+        reference: ``(M,)`` another mean, dotted.
+        reference_label: its name in the legend.
+        axis: where to draw, without a legend; a figure of its own, with one, by default.
+        title: which method.
+        limits: of the vertical axis.
+        labels: of the axes, with units.
+
+    Returns:
+        The figure that was drawn on.
+
+    Raises:
+        ShapeMismatch: if the curves are not equally long vectors.
+    """
+    curves = {"mean": mean, "epistemic": epistemic, "total": total, "truth": truth, "reference": reference}
+    for name, curve in curves.items():
+        if curve is not None and (curve.shape != x.shape or x.dim() != 1):
+            raise ShapeMismatch(f"Expected {name} (M,) like x, got {tuple(curve.shape)} and {tuple(x.shape)}.")
+    alone = axis is None
+    figure, axis = target_axes(axis)
+    wide, narrow = (2 * epistemic, epistemic) if total is None else (2 * total, 2 * epistemic)
+    names = (
+        ("± 2 sd, epistemic", "± 1 sd, epistemic") if total is None else ("± 2 sd, noise included", "± 2 sd, epistemic")
+    )
+    for spread, name, alpha in ((wide, names[0], 0.18), (narrow, names[1], 0.32)):
+        low, high = (mean - spread).tolist(), (mean + spread).tolist()
+        axis.fill_between(x.tolist(), low, high, color=BAND, alpha=alpha, linewidth=0, label=name)
+    axis.plot(x.tolist(), mean.tolist(), color=BAND, linewidth=2, label="predictive mean")
+    if reference is not None:
+        style = (0, (1, 1.3))
+        axis.plot(x.tolist(), reference.tolist(), color=GAP, linewidth=1.6, linestyle=style, label=reference_label)
+    if truth is not None:
+        axis.plot(x.tolist(), truth.tolist(), color=INK, linewidth=1.1, linestyle=(0, (5, 2)), label="true function")
+    if points is not None:
+        xs, ys = (values.reshape(-1).tolist() for values in points)
+        axis.scatter(xs, ys, s=13, color=INK, zorder=3, linewidths=0.6, edgecolors="white", label=points_label)
+    axis.set_xlim(float(x[0]), float(x[-1]))
+    if limits is not None:
+        axis.set_ylim(*limits)
+    axis.set_xlabel(labels[0], color=INK)
+    axis.set_ylabel(labels[1], color=INK)
+    axis.set_title(title, loc="left", fontsize=11, color=INK)
+    if alone:
+        legend_below(figure, columns=3)
+    return figure
 
 
-def _line(label: str, labels: Sequence[str]) -> dict[str, Any]:
-    dashed = label.endswith("untuned")
-    return {
-        "color": colour(label, labels),
-        "linestyle": (0, (4, 2)) if dashed else "-",
-        "linewidth": 1.3 if dashed else 2.0,
-    }
+def interval_calibration(predictions: Mapping[str, tuple[Tensor, Tensor, Tensor]]) -> Figure:
+    """How often targets fall into central predictive intervals, against how often they should (regression).
+
+    Intervals are those of normal variables with the prediction's mean and variance. Below the diagonal a model is
+    overconfident, above it underconfident.
+
+    Args:
+        predictions: ``{label: (mean, variance, targets)}``, each ``(N, C)``; all entries count alike.
+
+    Returns:
+        The figure.
+    """
+    figure, axis = target_axes(None)
+    levels = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    width = torch.special.ndtri((1 + levels) / 2)
+    axis.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=":", label="calibrated")
+    for label, (mean, variance, targets) in predictions.items():
+        score = ((targets - mean).abs() / variance.sqrt()).double().reshape(-1)
+        inside = (score[:, None] <= width).double().mean(0)
+        axis.plot(levels.tolist(), inside.tolist(), label=label, **line(label, list(predictions)))
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    axis.set_xlabel("nominal probability of the central interval", color=INK)
+    axis.set_ylabel("fraction of targets inside", color=INK)
+    legend_below(figure)
+    return figure
+
+
+def decision_map(
+    predict: Callable[[Tensor], Prediction],
+    bounds: tuple[tuple[float, float], tuple[float, float]],
+    *,
+    points: tuple[Tensor, Tensor] | None = None,
+    resolution: int = 100,
+    value: str = "entropy",
+    title: str = "",
+    labels: tuple[str, str] = ("input 1", "input 2"),
+    like: Tensor | None = None,
+) -> Figure:
+    """What a classifier of two inputs decides, and how uncertain it is, side by side.
+
+    Left: the most probable class, the paler the less probable it is. Right: entropy or mutual information in nats.
+
+    Args:
+        predict: takes inputs ``(M, 2)``, gives a prediction with ``probs (M, C)``, for example ``posterior.predict``.
+        bounds: range of either input.
+        points: data ``(x (N, 2), y (N,))`` to show, coloured by class.
+        resolution: grid points along each input.
+        value: ``"entropy"`` or ``"mutual_information"``.
+        title: which method.
+        labels: of the axes.
+        like: a tensor in the type and on the device that ``predict`` wants, of any shape.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ShapeMismatch: if the prediction has no class probabilities ``(M, C)``.
+    """
+    (left, right), (bottom, top) = bounds
+    xs, ys = torch.linspace(left, right, resolution), torch.linspace(bottom, top, resolution)
+    inputs = torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1).reshape(-1, 2)
+    prediction = predict(inputs if like is None else inputs.to(like))
+    probs = prediction.probs.detach().double().cpu()
+    if probs.dim() != 2 or len(probs) != len(inputs):
+        raise ShapeMismatch(f"Expected class probabilities ({len(inputs)}, C), got {tuple(probs.shape)}.")
+    if probs.shape[1] == 1:
+        probs = torch.cat([1 - probs, probs], 1)
+    count = probs.shape[1]
+    confidence, guess = probs.max(1)
+    tones = torch.tensor([to_rgba(CLASSES[k % len(CLASSES)])[:3] for k in range(count)], dtype=torch.float64)
+    share = ((confidence - 1 / count) / (1 - 1 / count))[:, None].clamp(0, 1)
+    picture = (1 - share * 0.72) + share * 0.72 * tones[guess]
+    uncertainty = getattr(prediction, value).detach().double().cpu()
+    figure, (decision, doubt) = panels(1, 2, width=4.6, height=4.0)
+    extent = (left, right, bottom, top)
+    shape = (resolution, resolution)
+    decision.imshow(picture.reshape(*shape, 3).tolist(), origin="lower", extent=extent, aspect="auto")
+    shades = LinearSegmentedColormap.from_list("doubt", ["#ffffff", "#9ecae1", "#3182bd", "#08306b"])
+    limit = math.log(count) if value == "entropy" else max(float(uncertainty.max()), 1e-12)
+    image = doubt.imshow(
+        uncertainty.reshape(shape).tolist(),
+        origin="lower",
+        extent=extent,
+        aspect="auto",
+        cmap=shades,
+        vmin=0,
+        vmax=limit,
+    )
+    bar = figure.colorbar(image, ax=doubt, pad=0.02)
+    bar.outline.set_visible(False)
+    bar.set_label(f"{value.replace('_', ' ')} (nats)", color=INK)
+    bar.ax.tick_params(colors=SOFT, labelsize=9)
+    for axis, name in ((decision, "decision"), (doubt, "uncertainty")):
+        axis.grid(False)
+        if points is not None:
+            for k in points[1].reshape(-1).long().unique().tolist():
+                own = points[0][points[1].reshape(-1) == k]
+                axis.scatter(
+                    own[:, 0].tolist(), own[:, 1].tolist(), s=15, color=CLASSES[k % len(CLASSES)], edgecolors="white",
+                    linewidths=0.6, label=f"class {k}",
+                )  # fmt: skip
+        axis.set(xlim=(left, right), ylim=(bottom, top))
+        axis.set_xlabel(labels[0], color=INK)
+        axis.set_ylabel(labels[1], color=INK)
+        axis.set_title(f"{title}: {name}" if title else name, loc="left", fontsize=11, color=INK)
+    if points is not None:
+        legend_below(figure, columns=6)
+    return figure

@@ -60,6 +60,7 @@ def test_list_shows_every_experiment_and_its_state(capsys):
         "shakespeare",
         "demo",
     ]
+    assert "ready" in lines[18] and "[toy_regression]" in lines[18]
     assert "ready" in lines[19]
     assert "[ood_mnist, ood_mnist_gpu]" in lines[19]
     assert "not yet" in lines[0]
