@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.reports import missing_extra
 from laplace_kf.reports.posterior_plots import effective_parameters, tuning_map
-from laplace_kf.reports.style import BAND, GAP, INK, SOFT, colour, legend_below, line, panels, target_axes
+from laplace_kf.reports.style import BAND, GAP, INK, SOFT, SPARE, colour, legend_below, line, panels, target_axes
 
 try:
     from matplotlib.axes import Axes
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INK",
     "SOFT",
+    "SPARE",
     "colour",
     "decision_map",
     "effective_parameters",

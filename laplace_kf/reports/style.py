@@ -33,7 +33,7 @@ COLOURS = {
     "posterior": "#0b62a3",
     "mean field": "#c8417a",
 }
-SPARE = ("#4fb3d9", "#7a8b22", "#9a6b4b", "#6c7a89")
+SPARE = ("#4fb3d9", "#7a8b22", "#9a6b4b", "#6c7a89", "#b0492c")
 """Colours for methods without one of their own, in order of appearance."""
 
 
