@@ -413,7 +413,9 @@ DAMPINGS: Registry[Damping] = Registry("damping")
 @DAMPINGS.register("exact")
 def _exact(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
     """``N s_G s_Aᵀ + λ`` (methods 5.3)."""
-    return Ridge(n * block.scale * block.output_spectrum()[0], block.input_spectrum()[0], prior)
+    inputs, _ = block.input_spectrum()
+    outputs, _ = block.output_spectrum()
+    return Ridge(n * block.scale * outputs, inputs, prior)
 
 
 def _factored_grid(block: KroneckerBlock, n: float | Tensor, prior: Tensor, omega: Tensor) -> Ridge:

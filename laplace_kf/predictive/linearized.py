@@ -27,6 +27,7 @@ from laplace_kf.tape import Block, GradientSignals, LookupSignals, Observation, 
 
 __all__ = ["Linearization"]
 
+SMALL = 16  # examples up to which the whole minibatch is one run
 EXAMPLES = 256  # examples of one run: enough rows for the matrix products, few enough for the caches
 COLUMN_BYTES = 128 * 2**20  # back-propagated columns of one run
 ROW_NUMBERS = 2**23  # per-example gradients, in numbers, where a precision leaves no other way
@@ -35,7 +36,13 @@ RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
 
 @runtime_checkable
 class LowRank(Protocol):
-    """A matrix ``vectors diag(values) vectorsᵀ + diag(prior)`` in flat order: ``(P, k)``, ``(k,)``, 0-dim or ``(P,)``."""
+    """A matrix ``U diag(values) Uᵀ + diag(prior)`` over a block, in the block's order.
+
+    Attributes:
+        vectors: ``U (P, k)``.
+        values: ``(k,)``, not negative.
+        prior: 0-dim or ``(P,)``, positive.
+    """
 
     vectors: Tensor
     values: Tensor
@@ -201,7 +208,7 @@ class Linearization:
         return found.transpose(1, 2).reshape(len(precisions), *self.outputs.shape)
 
     def variance(self, precision: Blockwise) -> Tensor:
-        """Variances of all outputs, in the layout of :attr:`outputs`."""
+        """Variances of all outputs in the layout of :attr:`outputs`, such as ``(N, C)``."""
         return self.variances([precision])[0]
 
     def position_covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
@@ -285,7 +292,7 @@ class Linearization:
 
     def _walk(self, wanted: _Wanted, hand_out: Callable[[_Piece], None]) -> None:
         count = self.outputs.shape[0]
-        sliceable = count > 2 and any(t.dim() and t.shape[0] == count for t in tensors_of(self.x))
+        sliceable = count > max(2, SMALL) and any(t.dim() and t.shape[0] == count for t in tensors_of(self.x))
         examples, columns = count, len(wanted.order)
         if sliceable:
             probe = self._observe(slice(0, 2))

@@ -142,7 +142,9 @@ class PositionForm(Form):
                 seeds = g[..., some].permute(1, 3, 4, 0, 2).flatten(1, 2)  # (m, q, V, T)
                 right = seeds.unflatten(2, split).permute(0, 2, 3, 1, 4).flatten(3)  # (m, G, W, q·T)
                 for k in range(len(family)):
-                    kernel = torch.matmul(products, family.inverse(k)[:, None, some].transpose(-1, -2))  # (R, m, pairs, o)
+                    kernel = torch.matmul(
+                        products, family.inverse(k)[:, None, some].transpose(-1, -2)
+                    )  # (R, m, pairs, o)
                     kernel = kernel.permute(1, 0, 3, 2).flatten(1, 2)[..., whole]  # (m, q, T, T)
                     left = torch.matmul(seeds, kernel).unflatten(2, split).permute(0, 2, 3, 1, 4).flatten(3)
                     sums[k] = sums[k] + torch.matmul(left, right.transpose(-1, -2))
@@ -165,7 +167,9 @@ class PositionForm(Form):
             sums = [self.g.new_zeros(m, columns // width, width, width) for _ in range(len(family))]
             for some, gradients in self._gradients(part):
                 for k in range(len(family)):
-                    rows = (gradients * family.inverse(k)[:, some].sqrt()).flatten(2).unflatten(1, (-1, width))  # (m, G, W, entries)
+                    rows = (
+                        (gradients * family.inverse(k)[:, some].sqrt()).flatten(2).unflatten(1, (-1, width))
+                    )  # (m, G, W, entries)
                     sums[k] = sums[k] + torch.matmul(rows, rows.transpose(-1, -2))
             found.append(torch.stack(sums).transpose(1, 2))
         return torch.cat(found, 2)
@@ -280,7 +284,8 @@ def _apply(dual: Tensor | None, rows: Tensor) -> Tensor:
     if dual is None:
         return rows
     if dual.shape[0] == 1:
-        return rows @ dual[0]
+        # flat, because matmul copies the basis once a row for batches that are not contiguous
+        return (rows.flatten(0, -2) @ dual[0]).reshape(rows.shape)
     flat = rows.flatten(0, -3).transpose(0, 1)
     return torch.matmul(flat, dual).transpose(0, 1).reshape(rows.shape)
 
