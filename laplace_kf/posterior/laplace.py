@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, check_finite
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics, collect, preserved
+from laplace_kf.engine import Statistics, collect
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian

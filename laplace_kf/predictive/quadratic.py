@@ -8,6 +8,7 @@ are wanted inside a group only. ``Q = R·O`` counts the outputs of all groups of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import singledispatch
@@ -19,7 +20,7 @@ from laplace_kf.operators import Basis, Spectral
 from laplace_kf.predictive.ratios import Family
 from laplace_kf.tape import GradientSignals, LookupSignals, OuterSignals, Signals
 
-__all__ = ["Form", "LookupForm", "PositionForm", "SingleForm", "rotated", "rotated_rows"]
+__all__ = ["Form", "GradientForm", "LookupForm", "PositionForm", "SingleForm", "rotated", "rotated_rows"]
 
 WORKING = 2**22  # numbers in the largest temporary (16 MiB in float32: it stays near the caches)
 TABLE_FROM = 3  # number of precisions from which products of columns are tabulated
@@ -225,24 +226,50 @@ class LookupForm(Form):
         return total
 
 
+class GradientForm(Form):
+    """Any other signals, through per-example gradients that are made anew, a run of examples at a time.
+
+    Args:
+        signals: of one block.
+        inputs: input basis.
+        outputs: output basis.
+        dtype: type of the results.
+    """
+
+    def __init__(self, signals: Signals, inputs: Basis, outputs: Basis, dtype: torch.dtype) -> None:
+        self.signals, self.inputs, self.outputs, self.dtype = signals, inputs, outputs, dtype
+
+    def _rows(self, part: slice) -> SingleForm:
+        rows = self.signals.gradients(part, self.dtype)
+        shape = self.signals.block.shape
+        return rotated_rows(rows.reshape(-1, math.prod(shape)), shape, self.inputs, self.outputs, rows.shape[1])
+
+    def blocks(self, family: Family, width: int) -> Tensor:
+        columns, count = self.signals.count
+        runs = _runs(count, columns * self.signals.block.size)
+        return torch.cat([self._rows(part).blocks(family, width) for part in runs], 2)
+
+    def joint(self, matrix: Spectral) -> Tensor:
+        return self._rows(slice(0, self.signals.count[1])).joint(matrix)
+
+
 # ---------------------------------------------------------------------------------------------- signals in a basis
 
 
 @singledispatch
-def rotated(signals: Signals, inputs: Basis, outputs: Basis, count: int, like: Tensor) -> Form:
+def rotated(signals: Signals, inputs: Basis, outputs: Basis, like: Tensor) -> Form:
     """The signals in a precision's bases.
 
     Args:
         signals: of one block; a kind without a rule of its own goes through its per-example gradients.
         inputs: input basis.
         outputs: output basis.
-        count: number of examples.
         like: a tensor in the precision's type, of any shape.
     """
-    return rotated_rows(signals.jacobian().to(like.dtype), signals.block.shape, inputs, outputs, count)
+    return GradientForm(signals, inputs, outputs, like.dtype)
 
 
-def rotated_rows(rows: Tensor, shape: tuple[int, int, int], inputs: Basis, outputs: Basis, count: int) -> Form:
+def rotated_rows(rows: Tensor, shape: tuple[int, int, int], inputs: Basis, outputs: Basis, count: int) -> SingleForm:
     """Per-example gradients ``(V·n, P_b)`` of a block of canonical ``shape (R, O, I)`` in a precision's bases."""
     turned = _apply(outputs.dual, rows.reshape(-1, *shape).transpose(-1, -2).transpose(-2, -3))  # (V·n, I, R, O)
     turned = _apply(inputs.dual, turned.permute(0, 3, 2, 1))  # (V·n, O, R, I)
@@ -250,10 +277,10 @@ def rotated_rows(rows: Tensor, shape: tuple[int, int, int], inputs: Basis, outpu
 
 
 @rotated.register
-def _(signals: OuterSignals, inputs: Basis, outputs: Basis, count: int, like: Tensor) -> Form:
-    assert signals.example is None
-    a, g = signals.a.to(like.dtype), signals.g
-    if signals.block.has_bias_column:
+def _(signals: OuterSignals, inputs: Basis, outputs: Basis, like: Tensor) -> Form:
+    assert signals.example is None and not signals.rotated
+    a, g, count = signals.a.to(like.dtype), signals.g, signals.count[1]
+    if signals.has_constant:
         a = _affine(inputs.dual, a)
     else:
         a = _apply(inputs.dual, a)
@@ -265,18 +292,18 @@ def _(signals: OuterSignals, inputs: Basis, outputs: Basis, count: int, like: Te
 
 
 @rotated.register
-def _(signals: LookupSignals, inputs: Basis, outputs: Basis, count: int, like: Tensor) -> Form:
+def _(signals: LookupSignals, inputs: Basis, outputs: Basis, like: Tensor) -> Form:
     turned = LookupSignals(signals.block, signals.tokens, _apply(outputs.dual, signals.g.to(like.dtype)))
     if inputs.dual is None:
-        return LookupForm(*turned._per_token(), count)
+        return LookupForm(*turned._per_token(), signals.count[1])
     found = inputs.dual[:, signals.tokens.clamp_min(0)].permute(1, 2, 0, 3)  # rows of the basis: (n, T, R, I)
     return PositionForm(torch.where(signals.tokens[:, :, None, None] >= 0, found, 0.0), turned.g)
 
 
 @rotated.register
-def _(signals: GradientSignals, inputs: Basis, outputs: Basis, count: int, like: Tensor) -> Form:
-    g = signals.gradients.to(like.dtype)[:, :, None]  # (V, n, 1, P_b)
-    return SingleForm(None, _apply(outputs.dual, g), count)
+def _(signals: GradientSignals, inputs: Basis, outputs: Basis, like: Tensor) -> Form:
+    g = signals.values.to(like.dtype)[:, :, None]  # (V, n, 1, P_b)
+    return SingleForm(None, _apply(outputs.dual, g), signals.count[1])
 
 
 def _apply(dual: Tensor | None, rows: Tensor) -> Tensor:
