@@ -27,7 +27,7 @@ from laplace_kf.likelihoods.roots import DenseRoot, DiagonalRoot, Root
 from laplace_kf.registry import Registry
 
 if TYPE_CHECKING:
-    from laplace_kf.likelihoods.prediction import Prediction
+    from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction
 
 __all__ = [
     "LIKELIHOODS",
@@ -603,6 +603,72 @@ class Likelihood(abc.ABC):
         prediction = self._predict(z.reshape(*outputs.shape[:2], *z.shape[1:]), shape)
         if keep_samples:
             prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": outputs})
+        return prediction
+
+    def links(self) -> dict[str, Link]:
+        """How normally distributed outputs become predictions, by name; the first one is the default.
+
+        Every likelihood has ``"mc"``, the mixture over draws of the outputs.
+        """
+        from laplace_kf.likelihoods.prediction import Link
+
+        return {"mc": Link(self._predict_draws, marginal=False)}
+
+    def _predict_draws(self, outputs: GaussianOutputs) -> Prediction:
+        return self._predict(outputs.draws, torch.Size(outputs.shape))
+
+    def link(self, name: str | None) -> Link:
+        """One of :meth:`links`, the default for ``None``.
+
+        Raises:
+            UnknownName: for another name.
+        """
+        links = self.links()
+        if name is None:
+            return next(iter(links.values()))
+        if name not in links:
+            raise UnknownName(f"link of {type(self).__name__}", name, links)
+        return links[name]
+
+    def predict_gaussian(
+        self,
+        outputs: Tensor,
+        variance: Tensor,
+        covariance: Tensor | None = None,
+        link: str | None = None,
+        samples: int = 100,
+        generator: torch.Generator | None = None,
+        keep_samples: bool = False,
+    ) -> Prediction:
+        """Predictive distribution for outputs that are normal around ``outputs``.
+
+        Args:
+            outputs: means, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            variance: of every output, in the same layout.
+            covariance: of the outputs of a position, ``(N, T, C, C)``; not needed by links that are ``marginal``.
+            link: a name of :meth:`links`; ``None`` for the default.
+            samples: draws S of links that draw.
+            generator: their random numbers; None uses a fresh private one.
+            keep_samples: whether ``prediction.samples`` holds draws ``(S, *outputs.shape)`` of the outputs.
+
+        Raises:
+            UnknownName: for a link that this likelihood does not have.
+            ValueError: if ``samples`` is not positive.
+        """
+        from laplace_kf.likelihoods.prediction import GaussianOutputs
+
+        rule = self.link(link)
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        z, _, _ = self._unpack(outputs, None)
+        spread = to_positions(variance).to(z)
+        full = None if rule.marginal or covariance is None else covariance.to(z)
+        state = resolve_generator(generator, z.device)
+        normal = GaussianOutputs(z, spread, full, tuple(outputs.shape), samples, state)
+        prediction = rule.predict(normal)
+        if keep_samples:
+            draws = from_positions(normal.draws, outputs)
+            prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": draws})
         return prediction
 
     # -- naming and saving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,7 +17,7 @@ from laplace_kf.likelihoods.base import (
     refuse_nonfinite_parameters,
     refuse_values,
 )
-from laplace_kf.likelihoods.prediction import Prediction, binary_mixture
+from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, binary_mixture, without_components
 
 __all__ = ["Bernoulli"]
 
@@ -52,3 +53,12 @@ class Bernoulli(ElementwiseLikelihood):
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         return binary_mixture(logsigmoid(z), logsigmoid(-z), shape, partial(self._density, tuple(shape), z.dtype))
+
+    def links(self) -> dict[str, Link]:
+        """``"mc"`` (draws of the logits) and ``"probit"``; both need their variances only."""
+        return {"mc": Link(self._predict_draws, True), "probit": Link(self._probit, True)}
+
+    def _probit(self, outputs: GaussianOutputs) -> Prediction:
+        """``sigmoid(f / √(1 + π/8 · var))`` (MacKay 1992, "The evidence framework applied to classification")."""
+        z = outputs.mean / (1.0 + math.pi / 8.0 * outputs.variance).sqrt()
+        return without_components(self._predict(z[None], outputs.shape))

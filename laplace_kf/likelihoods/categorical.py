@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
@@ -23,7 +25,15 @@ from laplace_kf.likelihoods.base import (
     refuse_values,
     scalar_shape,
 )
-from laplace_kf.likelihoods.prediction import Prediction, by_position, given, log_mean_exp
+from laplace_kf.likelihoods.prediction import (
+    GaussianOutputs,
+    Link,
+    Prediction,
+    by_position,
+    given,
+    log_mean_exp,
+    without_components,
+)
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
 
 __all__ = ["Categorical"]
@@ -159,3 +169,55 @@ class Categorical(Likelihood):
             entropies=partial(given, by_position(_entropy(log_mean), shape), by_position(conditional, shape)),
             build=partial(_distribution, log_mean, tuple(shape)),
         )
+
+    def links(self) -> dict[str, Link]:
+        """``"mc"`` (draws of the logits), ``"probit"`` (variances of the logits) and ``"bridge"`` (Dirichlet)."""
+        return {**super().links(), "probit": Link(self._probit, True), "bridge": Link(self._bridge, False)}
+
+    def _probit(self, outputs: GaussianOutputs) -> Prediction:
+        """``softmax(f / √(1 + π/8 · var))``, the multi-class form of MacKay (1992), with each logit's own variance."""
+        z = outputs.mean / (1.0 + math.pi / 8.0 * outputs.variance).sqrt()
+        return without_components(self._predict(z[None], outputs.shape))
+
+    def _bridge(self, outputs: GaussianOutputs) -> Prediction:
+        """Laplace bridge: the Dirichlet whose density over logits has the given mode and curvature.
+
+        Hobbhahn, Kristiadi, Hennig (2022), "Fast predictive uncertainty for classification with Bayesian deep
+        networks": logits are first conditioned on adding up to 0, and large variances are scaled back (their "norm
+        correction").
+        """
+        assert outputs.covariance is not None
+        log_alpha = _bridge_concentration(outputs.mean, outputs.covariance)
+        log_total = torch.logsumexp(log_alpha, -1, keepdim=True)
+        prediction = self._predict((log_alpha - log_total)[None], outputs.shape)
+        # mean entropy of the members of a Dirichlet family; beyond the cap it is that of their mean
+        total = log_total.clamp_max(math.log(_LARGEST_CONCENTRATION)).exp()
+        alpha = (log_alpha - log_total).exp() * total
+        within = torch.digamma(total[..., 0] + 1.0) - (alpha / total * torch.digamma(alpha + 1.0)).sum(-1)
+        entropies = partial(given, prediction.position_entropy, by_position(within, outputs.shape))
+        return replace(prediction, entropies=entropies)
+
+
+#: Beyond this sum of concentrations the digamma functions of the entropy only lose digits.
+_LARGEST_CONCENTRATION = 1e6
+
+
+def _bridge_concentration(mean: Tensor, covariance: Tensor) -> Tensor:
+    """Logarithms of the Dirichlet concentrations, ``(N, T, C)``.
+
+    Args:
+        mean: of the logits, ``(N, T, C)``.
+        covariance: of the logits, ``(N, T, C, C)``.
+    """
+    classes = mean.shape[-1]
+    rows = covariance.sum(-1)
+    whole = rows.sum(-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
+    # conditioned on Σ_k f_k = 0, which the softmax does not see
+    mean = mean - rows * mean.sum(-1, keepdim=True) / whole
+    variance = covariance.diagonal(dim1=-2, dim2=-1) - rows.square() / whole
+    variance = variance.clamp_min(torch.finfo(mean.dtype).eps)
+    scale = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2.0)  # the norm correction
+    mean, variance = mean / scale.sqrt(), variance / scale
+    grown = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2.0 * math.log(classes)
+    least = torch.full_like(grown, math.log1p(-2.0 / classes) if classes > 2 else -math.inf)
+    return torch.logaddexp(least, grown) - variance.log()

@@ -18,7 +18,7 @@ from laplace_kf.likelihoods.base import (
     from_positions,
     refuse_nonfinite_parameters,
 )
-from laplace_kf.likelihoods.prediction import Prediction, normal_mixture
+from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
 
 __all__ = ["Gaussian"]
 
@@ -82,6 +82,14 @@ class Gaussian(ElementwiseLikelihood):
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         return normal_mixture(z, 2.0 * self._sigma(z).log(), shape, partial(self._density, tuple(shape), z.dtype))
+
+    def links(self) -> dict[str, Link]:
+        """``"exact"`` (``N(f, V + σ²)``, joint over outputs), ``"probit"`` (its marginals) and ``"mc"``."""
+        return {"exact": Link(self._exact, False), "probit": Link(self._exact, True), **super().links()}
+
+    def _exact(self, outputs: GaussianOutputs) -> Prediction:
+        density = partial(self._density, tuple(outputs.shape), outputs.mean.dtype)
+        return normal_outputs(outputs, self._sigma(outputs.mean).square(), density)
 
     def parameters(self) -> dict[str, float]:
         """``{"scale": σ}``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
@@ -19,7 +20,7 @@ from laplace_kf.likelihoods.base import (
     refuse_shape,
     to_positions,
 )
-from laplace_kf.likelihoods.prediction import Prediction, normal_mixture
+from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
 
 __all__ = ["HeteroscedasticGaussian"]
 
@@ -81,3 +82,17 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         mean, log_variance = z[..., :1], z[..., 1:]
         return normal_mixture(mean, log_variance, shape, partial(self._density, tuple(shape), z.dtype))
+
+    def links(self) -> dict[str, Link]:
+        """``"exact"`` (the normal variable with the exact mean and variance), the same as ``"probit"``, and ``"mc"``.
+
+        The predictive itself is a mixture over noise levels; ``"mc"`` draws it.
+        """
+        return {"exact": Link(self._exact, True), "probit": Link(self._exact, True), **super().links()}
+
+    def _exact(self, outputs: GaussianOutputs) -> Prediction:
+        """``N(m, V_m + E[eˢ])`` with ``E[eˢ] = exp(s + V_s / 2)``."""
+        noise = (outputs.mean[..., 1:] + outputs.variance[..., 1:] / 2).exp()
+        shape = tuple(outputs.shape)
+        means = dataclasses.replace(outputs, mean=outputs.mean[..., :1], variance=outputs.variance[..., :1])
+        return normal_outputs(means, noise, partial(self._density, shape, noise.dtype))

@@ -21,12 +21,15 @@ from laplace_kf.likelihoods.base import (
     scalar_shape,
 )
 from laplace_kf.likelihoods.prediction import (
+    GaussianOutputs,
+    Link,
     Prediction,
     by_position,
     gaussian_entropy,
     log_mean_exp,
     mixture_batch,
     uniform_mixture,
+    with_moments,
 )
 
 __all__ = ["Poisson"]
@@ -118,3 +121,13 @@ class Poisson(ElementwiseLikelihood):
             entropies=partial(_entropies, z, tuple(shape)),
             build=partial(_distribution, z, tuple(shape)),
         )
+
+    def links(self) -> dict[str, Link]:
+        """``"exact"`` (moments of the log-normal rates; density from draws), the same as ``"probit"``, and ``"mc"``."""
+        return {"exact": Link(self._exact, False), "probit": Link(self._exact, True), **super().links()}
+
+    def _exact(self, outputs: GaussianOutputs) -> Prediction:
+        """``E[eᶻ] = exp(f + V/2)`` and ``Var[eᶻ] = E[eᶻ]² (eⱽ − 1)``."""
+        mean = (outputs.mean + outputs.variance / 2).exp()
+        epistemic = mean.square() * outputs.variance.expm1()
+        return with_moments(self._predict_draws(outputs), mean, mean + epistemic, epistemic, outputs.shape)

@@ -11,7 +11,7 @@ from laplace_kf.operators.curvature import (
     SpectralBlock,
 )
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
-from laplace_kf.operators.spectral import Basis, Spectral
+from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 
 __all__ = [
     "DAMPINGS",
@@ -25,6 +25,7 @@ __all__ = [
     "LowRank",
     "LowRankBlock",
     "Matrix",
+    "Ridge",
     "Spectral",
     "SpectralBlock",
     "Sum",

@@ -15,7 +15,7 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import cholesky, eigh
 from laplace_kf.operators.base import Isotropic, Matrix, Sum
-from laplace_kf.operators.spectral import Basis, Spectral
+from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.registry import Registry
 
 __all__ = ["DAMPINGS", "CurvatureBlock", "DenseBlock", "DiagonalBlock", "KroneckerBlock", "SpectralBlock", "balance"]
@@ -237,7 +237,7 @@ class KroneckerBlock(CurvatureBlock):
     def _undamped(self) -> Spectral:
         return self._spectral(self.spectrum())
 
-    def _spectral(self, grid: Tensor) -> Spectral:
+    def _spectral(self, grid: Tensor | Ridge) -> Spectral:
         return Spectral(self.input_spectrum()[1], self.output_spectrum()[1], grid, self.label)
 
     def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
@@ -406,32 +406,34 @@ def balance(block: KroneckerBlock) -> Tensor:
     return torch.where(usable, omega.clamp(1e-6, 1e6), torch.ones_like(omega))
 
 
-DampingGrid = Callable[[KroneckerBlock, "float | Tensor", Tensor], Tensor]
-DAMPINGS: Registry[DampingGrid] = Registry("damping")
+Damping = Callable[[KroneckerBlock, "float | Tensor", Tensor], Ridge]
+DAMPINGS: Registry[Damping] = Registry("damping")
 
 
 @DAMPINGS.register("exact")
-def _exact(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
+def _exact(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
     """``N s_G s_Aᵀ + λ`` (methods 5.3)."""
-    return n * block.spectrum() + prior
+    inputs, _ = block.input_spectrum()
+    outputs, _ = block.output_spectrum()
+    return Ridge(n * block.scale * outputs, inputs, prior)
 
 
-def _factored_grid(block: KroneckerBlock, n: float | Tensor, prior: Tensor, omega: Tensor) -> Tensor:
+def _factored_grid(block: KroneckerBlock, n: float | Tensor, prior: Tensor, omega: Tensor) -> Ridge:
     root_n = torch.as_tensor(n, dtype=prior.dtype, device=prior.device).sqrt()
     root_prior = prior.sqrt()
     s_a, s_g = block.input_spectrum()[0], block.scale * block.output_spectrum()[0]
     a = root_n * s_a + omega[:, None] * root_prior
     g = root_n * s_g + root_prior / omega[:, None]
-    return g[:, :, None] * a[:, None, :]
+    return Ridge(g, a)
 
 
 @DAMPINGS.register("factored")
-def _factored(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
+def _factored(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
     """``(√N s_G + √λ)(√N s_A + √λ)ᵀ`` (methods 9.2; always at least the exact one)."""
     return _factored_grid(block, n, prior, block.outputs.new_ones(block.shape[0]))
 
 
 @DAMPINGS.register("balanced")
-def _balanced(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Tensor:
+def _balanced(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
     """As factored with the damping split by ω (methods 5.2)."""
     return _factored_grid(block, n, prior, balance(block))

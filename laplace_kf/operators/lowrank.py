@@ -47,7 +47,7 @@ class LowRank(Matrix):
         """``d`` as a column that broadcasts over ``(P, K)``."""
         return self.prior if self.prior.dim() == 0 else self.prior[:, None]
 
-    def _inner(self) -> Tensor:
+    def inner_factor(self) -> Tensor:
         """Cholesky factor of ``I + √l Uᵀ D⁻¹ U √l``, ``(k, k)``."""
         require_positive(self.prior, self.label)
         root = self.values.sqrt()
@@ -69,19 +69,19 @@ class LowRank(Matrix):
         return (low + self._diagonal() * columns).reshape(v.shape)
 
     def solve(self, v: Tensor) -> Tensor:
-        factor, root = self._inner(), self.values.sqrt()
+        factor, root = self.inner_factor(), self.values.sqrt()
         plain = self._columns(v) / self._diagonal()
         inner = torch.cholesky_solve(root[:, None] * (self.vectors.T @ plain), factor)
         return (plain - self.vectors @ (root[:, None] * inner) / self._diagonal()).reshape(v.shape)
 
     def variances(self) -> Tensor:
         """The diagonal of the inverse, ``(P,)``."""
-        factor, root = self._inner(), self.values.sqrt()
+        factor, root = self.inner_factor(), self.values.sqrt()
         scaled = torch.linalg.solve_triangular(factor, (self.vectors * root).T, upper=False)  # (k, P)
         return 1 / self.prior - scaled.square().sum(0) / self.prior.square()
 
     def logdet(self) -> Tensor:
-        inner = 2 * self._inner().diagonal().log().sum()
+        inner = 2 * self.inner_factor().diagonal().log().sum()
         return inner + (self.size * self.prior.log() if self.prior.dim() == 0 else self.prior.log().sum())
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:

@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from laplace_kf.linalg import require_positive
 from laplace_kf.operators.base import Isotropic, Matrix, standard_normal
 
-__all__ = ["Basis", "Spectral"]
+__all__ = ["Basis", "Ridge", "Spectral"]
 
 
 @dataclass(frozen=True)
@@ -58,26 +59,82 @@ def _right(v: Tensor, matrix: Tensor | None, transpose: bool) -> Tensor:
     return torch.matmul(v, matrix.transpose(-1, -2) if transpose else matrix)
 
 
+@dataclass(frozen=True)
+class Ridge:
+    """A grid ``outputs inputsᵀ + shift`` for each group: what damping a Kronecker product gives (methods 5.2, 5.3).
+
+    Attributes:
+        outputs: ``(R, O)``, not negative; a data count and a scale are multiplied in.
+        inputs: ``(R, I)``, not negative.
+        shift: 0-dim, or ``None`` for 0.
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+    shift: Tensor | None = None
+
+    def grid(self) -> Tensor:
+        """The grid itself, ``(R, O, I)``."""
+        product = self.outputs[:, :, None] * self.inputs[:, None, :]
+        return product if self.shift is None else product + self.shift
+
+    def smallest(self) -> Tensor:
+        """The smallest entry of every group ``(R,)``; NaN or infinite if some entry is."""
+        low, high = (
+            get(self.outputs, 1) * get(self.inputs, 1) + (0 if self.shift is None else self.shift)
+            for get in (torch.amin, torch.amax)
+        )
+        return torch.where(torch.isfinite(high), low, high)
+
+
 class Spectral(Matrix):
     """See the module's text.
 
     Args:
         inputs: basis ``B_A`` of the input side.
         outputs: basis ``B_G`` of the output side.
-        grid: ``S (R, O, I)``.
+        grid: ``S (R, O, I)``, or the few numbers it is made of.
         label: name of the block, for messages.
+
+    Attributes:
+        ridge: what the grid is made of, where it is known.
     """
 
-    def __init__(self, inputs: Basis, outputs: Basis, grid: Tensor, label: str) -> None:
-        self.inputs, self.outputs, self.grid, self.label = inputs, outputs, grid, label
+    def __init__(self, inputs: Basis, outputs: Basis, grid: Tensor | Ridge, label: str) -> None:
+        self.inputs, self.outputs, self.label = inputs, outputs, label
+        self.ridge = grid if isinstance(grid, Ridge) else None
+        self._grid = grid if isinstance(grid, Tensor) else None
+
+    @property
+    def grid(self) -> Tensor:
+        """``S (R, O, I)``; a ridge is multiplied out on first need."""
+        if self._grid is None:
+            assert self.ridge is not None
+            self._grid = self.ridge.grid()
+        return self._grid
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(R, O, I)``."""
+        r, o, i = self.grid.shape if self.ridge is None else (*self.ridge.outputs.shape, self.ridge.inputs.shape[1])
+        return r, o, i
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor ``(0,)`` in the type and on the device of the grid."""
+        return (self.grid if self.ridge is None else self.ridge.inputs).new_empty(0)
+
+    def require_positive(self) -> None:
+        """Raises :class:`NotPositiveDefinite` unless every entry of the grid is finite and positive."""
+        require_positive(self.grid if self.ridge is None else self.ridge.smallest(), self.label)
 
     @property
     def size(self) -> int:
-        return self.grid.numel()
+        return math.prod(self.shape)
 
     def _canonical(self, v: Tensor) -> Tensor:
         columns = v[:, None] if v.dim() == 1 else v
-        return columns.T.reshape(-1, *self.grid.shape)
+        return columns.T.reshape(-1, *self.shape)
 
     def _apply(self, v: Tensor, grid: Tensor, dual: bool) -> Tensor:
         """``B (grid ∘ (Bᵀ V))`` with the basis or its dual."""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_batches, check_finite, to_device
+from laplace_kf.batches import Forward, as_batches, check_finite
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics, collect, preserved
+from laplace_kf.engine import Statistics, collect
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
@@ -27,14 +27,13 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive, prior_tensors
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Objective, TuningResult, tune
-from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
+from laplace_kf.predictive import METHODS, Linearization, Request
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
 
 __all__ = ["LaplacePosterior"]
 
-METHODS = ("mc", "map")
 SPACES = ("auto", "weights", "activations")
 
 
@@ -344,27 +343,33 @@ class LaplacePosterior:
         space: str = "auto",
         generator: torch.Generator | None = None,
         *,
+        link: str | None = None,
         keep_samples: bool = False,
     ) -> Prediction:
         """Predictive distribution at inputs.
 
         Args:
             x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
-            method: ``"mc"`` averages over ``samples`` weight draws (methods 10.1); ``"map"`` uses the mean weights.
-            samples: number of draws S.
+            method: ``"mc"`` averages over ``samples`` weight draws (methods 10.1); ``"map"`` uses the mean weights;
+                ``"linearized"`` takes the network as linear in its weights around their mean, so that its outputs are
+                normal, ``N(f, J Λ⁻¹ Jᵀ)``; ``"probit"`` is that with the probit approximation of the link.
+            samples: number of draws S (of weights, or of outputs).
             space: ``"weights"`` (one set of draws for the whole batch); ``"auto"`` is the same.
             generator: random numbers; with one, the call is reproducible.
+            link: for ``"linearized"``, how normal outputs become a prediction: a name of ``likelihood.links()``
+                (``"mc"``, ``"probit"``, ``"bridge"``, ``"exact"``); default: closed form where there is one, draws of
+                the outputs otherwise.
             keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
 
         Raises:
             NotFitted: before ``fit``.
-            UnknownName: for an unknown method or space.
-            IncompatiblePair: for ``space="activations"``, which no structure offers yet.
+            UnknownName: for an unknown method, space or link.
+            IncompatiblePair: for ``space="activations"``, which no structure offers yet, or a method whose link the
+                likelihood does not have.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("predict")
-        if method not in METHODS:
-            raise UnknownName("prediction method", method, METHODS)
+        rule = METHODS[method]
         if space not in SPACES:
             raise UnknownName("sampling space", space, SPACES)
         if space == "activations":
@@ -372,15 +377,40 @@ class LaplacePosterior:
                 f'space="activations" is not available for structure {self.structure.name!r}; use space="weights"'
             )
         check_finite(x, 0, "the input")
-        mean = self.mean
-        if method == "map":
-            inputs = to_device(x, next(iter(mean.values())).device)
-            with preserved(self.model):
-                outputs = outputs_at(self.model, self.forward, mean, inputs)[None]
-            check_finite(outputs, 0, "the model's output")
-        else:
-            outputs = sampled_outputs(self.model, self.forward, mean, self.precision, draw_seeds(samples, generator), x)
-        return self.likelihood.predict(outputs, keep_samples=keep_samples)
+        return rule(
+            Request(
+                self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
+                generator=generator, link=link, keep_samples=keep_samples,
+            )
+        )  # fmt: skip
+
+    def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
+        """Covariance ``J Λ⁻¹ Jᵀ`` of the outputs of the network linearised at the mean; no Jacobian is formed.
+
+        Args:
+            x: inputs as for :meth:`predict`, N examples.
+            diagonal_only: the variances alone.
+            joint: covariances of different inputs too.
+
+        Returns:
+            ``(N, C, C)``; for sequences and images C counts all outputs of an example, flattened. With
+            ``diagonal_only`` the layout of the outputs, with ``joint`` ``(N·C, N·C)``.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ValueError: if both ``diagonal_only`` and ``joint`` are asked for.
+            IncompatiblePair: for a result of more than 4 GiB.
+            NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
+            NonFinite: for NaN or infinity in the inputs or outputs.
+        """
+        self._fitted("functional_covariance")
+        if diagonal_only and joint:
+            raise ValueError("diagonal_only and joint exclude each other")
+        check_finite(x, 0, "the input")
+        network = Linearization(self.model, self.forward, self.mean, x, keep=False)
+        if diagonal_only:
+            return network.variance(self.precision)
+        return network.covariance(self.precision, joint=joint)
 
     def tune(
         self,

@@ -461,6 +461,9 @@ class TiedSignals(Signals):
     def jacobian(self) -> Tensor:
         return self.gradients(slice(None), self.straight.g.dtype).reshape(-1, self.block.size)
 
+    def project(self, directions: Tensor) -> Tensor:
+        return self.straight.project(directions) + self.turned.project(directions.transpose(-1, -2))
+
     def total(self) -> Tensor:
         return self.straight.total() + self.turned.total().transpose(-1, -2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Tracer:
         model: the module, in eval mode while it is traced.
         forward: ``(model, batch) -> (outputs, targets)`` or ``None`` for the default batch forms.
         parameters: selection as in :func:`laplace_kf.tape.select.select`.
+        weights: differentiable stand-ins for some parameters by name, each of its parameter's shape, which ``forward``
+            puts into the model; they are then what is selected.
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
@@ -39,14 +41,25 @@ class Tracer:
         gradients: per-example gradients.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward | None, parameters: str | Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        parameters: str | Sequence[str] = "all",
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.model = model
         self.forward = forward
         self.parameters = parameters
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         self.blocks: dict[str, Block] = {}
         self.layout: FlatLayout
-        self._selected: list[str] | None = None if parameters == "last_layer" else select(model, parameters)
+        self._selected: list[str] | None
+        if weights is not None:
+            self.named.update(weights)
+            self._selected = [name for name in self.named if name in weights]
+        else:
+            self._selected = None if parameters == "last_layer" else select(model, parameters)
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
         self._verified: set[str] = set()

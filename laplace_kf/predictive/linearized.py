@@ -1,0 +1,303 @@
+"""The network linearised at the posterior mean: outputs ``N(f(x), J Λ⁻¹ Jᵀ)`` without ever forming ``J``.
+
+One forward pass on the tape, identity seeds at the outputs, and every block's covariance from its inputs and columns
+(:mod:`laplace_kf.predictive.quadratic`). Work goes by runs of examples and of outputs, so that no tensor of examples ×
+outputs × parameters exists at any time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward, as_tensor, map_examples, model_outputs, run, tensors_of, to_device
+from laplace_kf.engine import preserved
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
+from laplace_kf.likelihoods import to_positions
+from laplace_kf.operators import Blockwise, Spectral
+from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.tape import Observation, Tracer
+
+__all__ = ["Linearization"]
+
+SMALL = 16  # examples up to which the whole minibatch is one run
+EXAMPLES = 256  # examples of one run: enough rows for the matrix products, few enough for the caches
+COLUMN_BYTES = 128 * 2**20  # back-propagated columns of one run
+RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
+
+
+class _Stand:
+    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor]) -> None:
+        self.own = dict(model.named_parameters())
+        self.forward, self.weights = forward, weights
+
+    def __call__(self, model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
+        now = dict(model.named_parameters())
+        replaced = {f"model.{name}": value for name, value in self.weights.items() if now[name] is self.own[name]}
+        return torch.func.functional_call(_Caller(model, self.forward), replaced, (inputs,)), None
+
+
+class _Caller(nn.Module):
+    """Makes ``forward(model, inputs)`` callable through ``functional_call`` (which wants a module)."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, inputs: Any) -> Tensor:
+        if self._forward is not None:
+            return as_tensor(self._forward(self.model, inputs)[0])
+        return model_outputs(self.model, inputs)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Which outputs' covariances: ``order (C',)`` of the flattened outputs, in groups of ``width``."""
+
+    order: Tensor
+    width: int
+
+
+class Linearization:
+    """The network around the posterior mean at some inputs.
+
+    Args:
+        model: the module; never changed.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        mean: posterior mean by parameter name, each of its parameter's shape; the model's own values may differ.
+        x: inputs as the model takes them, ``N`` examples.
+        keep: keep the signals and their rotated forms, so that further precisions cost a fraction of the first. For
+            10 outputs of 784-1024-1024-10 that is 0.2 MB an input.
+
+    Attributes:
+        outputs: outputs at the mean, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+
+    Raises:
+        ShapeMismatch: if the model's parameters do not have the mean's names and shapes, or ``x`` does not fit it.
+        NonFinite: if the outputs are not finite.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, *, keep: bool = True
+    ) -> None:
+        self.model, self.keep = model, keep
+        named = dict(model.named_parameters())
+        for name, value in mean.items():
+            found = tuple(named[name].shape) if name in named else None
+            if found != tuple(value.shape):
+                raise ShapeMismatch(
+                    f"the posterior has parameter {name!r} of shape {tuple(value.shape)}, the model has {found}"
+                )
+        self.x = to_device(x, next(iter(mean.values())).device)
+        with preserved(model):
+            leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
+            self.forward = _Stand(model, forward, leaves)
+            self.tracer = Tracer(model, self.forward, weights=leaves)
+            with torch.no_grad():
+                self.outputs = self._run(self.x)
+        if self.outputs.dim() < 2:
+            raise ShapeMismatch(
+                f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(self.outputs.shape)}"
+            )
+        if not torch.isfinite(self.outputs).all():
+            raise NonFinite("the outputs at the posterior mean have NaN or infinite entries; check inputs and weights")
+        self._pieces: dict[bytes, list[Piece]] = {}
+
+    def _run(self, x: Any) -> Tensor:
+        return run(self.model, x, self.forward)[0]
+
+    # -- what is asked for -------------------------------------------------------------------------------------------
+
+    @property
+    def _flat(self) -> int:
+        """``C'``, all outputs of an example."""
+        return math.prod(self.outputs.shape[1:])
+
+    def covariance(self, precision: Blockwise, joint: bool = False) -> Tensor:
+        """``J Λ⁻¹ Jᵀ`` over all ``C'`` outputs of an example (``T·C`` for sequences, in the outputs' own order).
+
+        Args:
+            precision: Λ over the mean's parameters.
+            joint: the covariance of different inputs too.
+
+        Returns:
+            ``(N, C', C')``, or ``(N·C', N·C')``.
+
+        Raises:
+            IncompatiblePair: if the result would be larger than 4 GiB; says what to ask for instead.
+            NotPositiveDefinite: if the precision is singular.
+        """
+        if joint:
+            return self._joint(precision)
+        return self.covariances([precision])[0]
+
+    def covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
+        """:meth:`covariance` for ``K`` precisions at once, ``(K, N, C', C')``; much cheaper than one by one."""
+        order = torch.arange(self._flat)
+        return self._grouped(precisions, _Wanted(order, self._flat))[:, 0]
+
+    def variances(self, precisions: Sequence[Blockwise]) -> Tensor:
+        """Variances of all outputs for ``K`` precisions, ``(K, *outputs.shape)``."""
+        found = self._grouped(precisions, _Wanted(torch.arange(self._flat), 1))[..., 0, 0]  # (K, C', N)
+        return found.transpose(1, 2).reshape(len(precisions), *self.outputs.shape)
+
+    def variance(self, precision: Blockwise) -> Tensor:
+        """Variances of all outputs in the layout of :attr:`outputs`, such as ``(N, C)``."""
+        return self.variances([precision])[0]
+
+    def position_covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
+        """Covariances of the outputs of one position (sequence step, pixel), ``(K, N, T, C, C)``."""
+        index = torch.arange(self._flat).reshape(1, *self.outputs.shape[1:])
+        index = to_positions(index)[0]  # (T, C)
+        return self._grouped(precisions, _Wanted(index.reshape(-1), index.shape[1])).transpose(1, 2)
+
+    # -- how it is found ---------------------------------------------------------------------------------------------
+
+    def _grouped(self, precisions: Sequence[Blockwise], wanted: _Wanted) -> Tensor:
+        """``(K, G, N, W, W)``."""
+        count, width = self.outputs.shape[0], wanted.width
+        like = like_of(precisions[0])
+        shape = (len(precisions), len(wanted.order) // width, count, width, width)
+        self._check_size(shape, like)
+        self._check_positive(precisions)
+        out = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        shares = shares_of(precisions)
+
+        def consume(piece: Piece) -> None:
+            groups = slice(piece.columns.start // width, piece.columns.stop // width)
+            for share in shares:
+                found = share.covariance(piece, width)
+                if found is not None:
+                    out[share.members, groups, piece.examples] += found
+
+        if count:
+            self._each(wanted, consume)
+        return out
+
+    def _joint(self, precision: Blockwise) -> Tensor:
+        size = self.outputs.numel()
+        like = like_of(precision)
+        self._check_size((size, size), like)
+        self._check_positive([precision])
+        if not size:
+            return torch.zeros(0, 0, dtype=like.dtype, device=like.device)
+        with preserved(self.model), torch.no_grad():
+            observation = self.tracer.observe(self.x)
+            piece = self._piece(observation, slice(0, observation.count), torch.arange(self._flat))
+        return joint_of(piece, precision)
+
+    def _check_size(self, shape: Sequence[int], like: Tensor) -> None:
+        needed = torch.Size(shape).numel() * like.element_size()
+        if needed > RESULT_BYTES:
+            raise IncompatiblePair(
+                f"the covariance of outputs {tuple(self.outputs.shape)} needs {needed / 2**30:.1f} GiB; ask for the "
+                'variances alone (functional_covariance(x, diagonal_only=True), predict(x, method="probit")), or for '
+                "fewer inputs at a time"
+            )
+
+    @staticmethod
+    def _check_positive(precisions: Sequence[Blockwise]) -> None:
+        for precision in precisions:
+            for _, matrix in precision.entries:
+                if isinstance(matrix, Spectral):
+                    matrix.require_positive()
+
+    def _each(self, wanted: _Wanted, consume: Callable[[Piece], None]) -> None:
+        """Hands out pieces that together cover all examples and columns; a kept one is made once."""
+        key = wanted.order.numpy().tobytes()
+        kept = self._pieces.get(key)
+        if kept is not None and all((p.columns.stop - p.columns.start) % wanted.width == 0 for p in kept):
+            for piece in kept:
+                consume(piece)
+            return
+        made: list[Piece] = []
+        differentiable = torch.is_grad_enabled()
+
+        def hand_out(piece: Piece) -> None:
+            if self.keep:
+                made.append(piece)
+            with torch.set_grad_enabled(differentiable):
+                consume(piece)
+
+        with preserved(self.model), torch.no_grad():
+            self._walk(wanted, hand_out)
+        if self.keep:
+            self._pieces[key] = made
+
+    def _walk(self, wanted: _Wanted, hand_out: Callable[[Piece], None]) -> None:
+        count = self.outputs.shape[0]
+        sliceable = count > max(2, SMALL) and any(t.dim() and t.shape[0] == count for t in tensors_of(self.x))
+        examples, columns = count, len(wanted.order)
+        if sliceable:
+            probe = self._observe(slice(0, 2))
+            if probe is not None:
+                examples, columns = _run_sizes(max(1, probe.column_bytes() // 2), wanted, count)
+        for start in range(0, count, examples):
+            part = slice(start, min(start + examples, count))
+            observation = self._observe(part)
+            if observation is None:  # only the whole minibatch gives these outputs
+                if start:
+                    raise ShapeMismatch(
+                        "the model's outputs for some of the examples alone differ from those for all of them, so "
+                        "per-example covariances are not defined; use running statistics, or fewer inputs at a time"
+                    )
+                self._split(self.tracer.observe(self.x), slice(0, count), wanted, None, hand_out)
+                return
+            self._split(observation, part, wanted, columns if sliceable else None, hand_out)
+
+    def _split(
+        self,
+        observation: Observation,
+        part: slice,
+        wanted: _Wanted,
+        columns: int | None,
+        hand_out: Callable[[Piece], None],
+    ) -> None:
+        """All columns of one forward pass, by runs."""
+        if columns is None:
+            each = observation.column_bytes() * wanted.width
+            columns = max(1, COLUMN_BYTES // max(1, each)) * wanted.width
+        for start in range(0, len(wanted.order), columns):
+            stop = min(start + columns, len(wanted.order))
+            piece = self._piece(observation, part, wanted.order[start:stop])
+            piece.columns = slice(start, stop)
+            hand_out(piece)
+
+    def _observe(self, part: slice) -> Observation | None:
+        """A run of the examples on the tape; ``None`` if its outputs are not those of the whole."""
+        count = self.outputs.shape[0]
+        whole = part.start == 0 and part.stop == count
+        x = self.x if whole else map_examples(self.x, count, lambda t: t[part])
+        observation = self.tracer.observe(x)
+        found, expected = observation.outputs.detach(), self.outputs[part]
+        if found.shape != expected.shape:
+            return None
+        gap = (found - expected).abs().max()
+        return observation if bool(gap <= 10 * torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()) else None
+
+    def _piece(self, observation: Observation, examples: slice, order: Tensor) -> Piece:
+        """The signals of some columns of the identity over an example's flattened outputs."""
+        rest = observation.outputs.shape[1:]
+        seeds = torch.zeros(len(order), self._flat, dtype=observation.outputs.dtype, device=observation.outputs.device)
+        seeds[torch.arange(len(order)), order] = 1
+        columns = seeds.reshape(len(order), 1, *rest).expand(-1, observation.count, *rest)
+        return Piece(examples, slice(0, len(order)), observation.signals(columns), self.tracer.blocks, self.outputs)
+
+
+def _run_sizes(each: int, wanted: _Wanted, count: int) -> tuple[int, int]:
+    """Examples and columns of one run, for ``each`` bytes per column and example."""
+    total = len(wanted.order)
+    examples = COLUMN_BYTES // max(1, each * total)
+    if examples >= min(count, 16):  # all columns at once: every example's inputs are rotated once
+        return min(count, EXAMPLES, examples), total
+    examples = max(1, min(count, 16, COLUMN_BYTES // max(1, each * wanted.width)))
+    columns = max(1, COLUMN_BYTES // max(1, each * wanted.width * examples)) * wanted.width
+    return examples, min(total, columns)

@@ -1,0 +1,134 @@
+"""Prediction methods by name: each turns one request into a :class:`~laplace_kf.likelihoods.Prediction`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.engine import preserved
+from laplace_kf.errors import IncompatiblePair, NonFinite
+from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.operators import Blockwise
+from laplace_kf.predictive.linearized import Linearization
+from laplace_kf.predictive.montecarlo import draw_seeds, outputs_at, sampled_outputs
+from laplace_kf.registry import Registry
+
+__all__ = ["METHODS", "PredictionMethod", "Request", "linearized"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a prediction is to be made from.
+
+    Attributes:
+        model: the network; never changed.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        likelihood: of the targets.
+        mean: posterior mean by parameter name, each of its parameter's shape.
+        precision: () → posterior precision; asked only by methods that need it.
+        inputs: what the model takes, N examples.
+        samples: number of draws.
+        generator: random numbers.
+        link: name of a link of the likelihood, or ``None``.
+        keep_samples: whether the prediction keeps the drawn outputs ``(S, N, ...)``.
+    """
+
+    model: nn.Module
+    forward: Forward | None
+    likelihood: Likelihood
+    mean: Mapping[str, Tensor]
+    precision: Callable[[], Blockwise]
+    inputs: Any
+    samples: int = 100
+    generator: torch.Generator | None = None
+    link: str | None = None
+    keep_samples: bool = False
+
+    def without_link(self, method: str) -> None:
+        """Raises :class:`IncompatiblePair` if a link was given to a method that has no use for one."""
+        if self.link is not None:
+            raise IncompatiblePair(
+                f'method="{method}" takes no link (got link={self.link!r}); use method="linearized", or leave it out'
+            )
+
+
+PredictionMethod = Callable[[Request], Prediction]
+METHODS: Registry[PredictionMethod] = Registry("prediction method")
+
+
+@METHODS.register("mc")
+def _monte_carlo(request: Request) -> Prediction:
+    """Average over weight draws (methods 10.1)."""
+    request.without_link("mc")
+    seeds = draw_seeds(request.samples, request.generator)
+    drawn = sampled_outputs(request.model, request.forward, request.mean, request.precision(), seeds, request.inputs)
+    return request.likelihood.predict(drawn, keep_samples=request.keep_samples)
+
+
+@METHODS.register("map")
+def _mean_weights(request: Request) -> Prediction:
+    """The network at the mean weights."""
+    request.without_link("map")
+    inputs = to_device(request.inputs, next(iter(request.mean.values())).device)
+    with preserved(request.model):
+        outputs = outputs_at(request.model, request.forward, request.mean, inputs)[None]
+    check_finite(outputs, 0, "the model's output")
+    return request.likelihood.predict(outputs, keep_samples=request.keep_samples)
+
+
+@METHODS.register("linearized")
+def _linearized(request: Request) -> Prediction:
+    """Normal outputs of the network linearised at the mean weights, through the likelihood's link."""
+    network = Linearization(request.model, request.forward, request.mean, request.inputs, keep=False)
+    return linearized(request, network, [request.precision()])[0]
+
+
+@METHODS.register("probit")
+def _probit(request: Request) -> Prediction:
+    """As ``linearized`` with the probit approximation, which needs the variances of the outputs only."""
+    if request.link not in (None, "probit"):
+        raise IncompatiblePair(f'method="probit" is itself a link (got link={request.link!r}); use method="linearized"')
+    if "probit" not in request.likelihood.links():
+        raise IncompatiblePair(
+            f'{request.likelihood!r} has no probit approximation; use method="linearized" with one of the links '
+            f"{', '.join(map(repr, request.likelihood.links()))}"
+        )
+    return _linearized(replace(request, link="probit"))
+
+
+def linearized(request: Request, network: Linearization, precisions: list[Blockwise]) -> list[Prediction]:
+    """Predictions of one linearised network for several precisions, with common random numbers.
+
+    Raises:
+        UnknownName: for a link that the likelihood does not have.
+        NonFinite: if a variance is not finite; says which knob to turn.
+    """
+    rule = request.likelihood.link(request.link)
+    covariances: list[Tensor | None] = [None] * len(precisions)
+    if rule.marginal:
+        variances = network.variances(precisions)
+    else:
+        found = network.position_covariances(precisions)  # (K, N, T, C, C)
+        covariances = list(found)
+        diagonal = found.diagonal(dim1=-2, dim2=-1)
+        variances = torch.stack([request.likelihood.from_positions(part, network.outputs) for part in diagonal])
+    if not bool(torch.isfinite(variances.detach()).all()):
+        raise NonFinite("variances of the outputs have NaN or infinite entries; increase prior_precision or n_data")
+    seed = draw_seeds(1, request.generator)[0]
+    return [
+        request.likelihood.predict_gaussian(
+            network.outputs,
+            variance,
+            covariance,
+            request.link,
+            request.samples,
+            torch.Generator().manual_seed(seed),
+            request.keep_samples,
+        )
+        for variance, covariance in zip(variances, covariances, strict=True)
+    ]
