@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.timing import RESULTS, save
 
-NAMES = ("fit_cost", "importance")
+NAMES = ("fit_cost", "importance", "montecarlo")
 
 
 def main() -> int:

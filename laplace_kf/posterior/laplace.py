@@ -27,7 +27,7 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive, prior_tensors
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Objective, TuningResult, tune
-from laplace_kf.predictive import draw_seeds, outputs_at, sampled_outputs
+from laplace_kf.predictive import DRAWS, SPACES, Predictor, monte_carlo, outputs_at
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
@@ -35,7 +35,6 @@ from laplace_kf.tape import EntryLayout, FlatLayout, select
 __all__ = ["LaplacePosterior"]
 
 METHODS = ("mc", "map")
-SPACES = ("auto", "weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -344,6 +343,7 @@ class LaplacePosterior:
         space: str = "auto",
         generator: torch.Generator | None = None,
         *,
+        draws: str = "independent",
         keep_samples: bool = False,
     ) -> Prediction:
         """Predictive distribution at inputs.
@@ -352,25 +352,26 @@ class LaplacePosterior:
             x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
             method: ``"mc"`` averages over ``samples`` weight draws (methods 10.1); ``"map"`` uses the mean weights.
             samples: number of draws S.
-            space: ``"weights"`` (one set of draws for the whole batch); ``"auto"`` is the same.
-            generator: random numbers; with one, the call is reproducible.
+            space: ``"weights"``: one set of weight draws for the whole batch; ``"activations"``: exact draws of every
+                example's pre-activations, independent between examples, with no weight drawn; ``"auto"``: the cheaper
+                (:mod:`laplace_kf.predictive.cost`).
+            generator: random numbers; with one, the call is reproducible, and calls with equal generators use the same
+                weights (see also :meth:`predictor`).
+            draws: ``"independent"``, ``"antithetic"`` (pairs ``±ε``) or ``"sobol"`` (quasi-random, at most 21,201
+                directions).
             keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
 
         Raises:
             NotFitted: before ``fit``.
-            UnknownName: for an unknown method or space.
-            IncompatiblePair: for ``space="activations"``, which no structure offers yet.
+            UnknownName: for an unknown method, space or kind of draws.
+            IncompatiblePair: for ``space="activations"`` where it is not exact (structure ``"full"``; weights used at
+                several positions of an example), naming block and reason.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("predict")
         if method not in METHODS:
             raise UnknownName("prediction method", method, METHODS)
-        if space not in SPACES:
-            raise UnknownName("sampling space", space, SPACES)
-        if space == "activations":
-            raise IncompatiblePair(
-                f'space="activations" is not available for structure {self.structure.name!r}; use space="weights"'
-            )
+        _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         check_finite(x, 0, "the input")
         mean = self.mean
         if method == "map":
@@ -379,8 +380,28 @@ class LaplacePosterior:
                 outputs = outputs_at(self.model, self.forward, mean, inputs)[None]
             check_finite(outputs, 0, "the model's output")
         else:
-            outputs = sampled_outputs(self.model, self.forward, mean, self.precision, draw_seeds(samples, generator), x)
+            outputs = monte_carlo(self.model, self.forward, mean, self.precision, x, samples, space, draws, generator)
         return self.likelihood.predict(outputs, keep_samples=keep_samples)
+
+    def predictor(
+        self, samples: int = 100, generator: torch.Generator | None = None, *, draws: str = "independent"
+    ) -> Predictor:
+        """S weight draws made once, for predictions batch after batch: ``predictor(x)`` is a :class:`Prediction`.
+
+        It keeps the posterior of this moment; later changes of N, λ or the fit do not reach it.
+
+        Args:
+            samples: number of draws S.
+            generator: random numbers; the draws are those of ``predict(..., space="weights")`` with an equal one.
+            draws: as in :meth:`predict`.
+
+        Raises:
+            NotFitted: before ``fit``.
+            UnknownName: for an unknown kind of draws.
+        """
+        self._fitted("predictor")
+        noise = DRAWS[draws](samples, generator)
+        return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
 
     def tune(
         self,
