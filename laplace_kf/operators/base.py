@@ -94,9 +94,17 @@ class Matrix(ABC):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws from ``N(0, matrix⁻¹)``, ``(n, P)``."""
+        return self.colour(standard_normal((n, self.noise_size), self.diag(), generator))
+
+    @property
+    def noise_size(self) -> int:
+        """How many standard normal numbers a draw is made of: ``P``, unless a subclass needs more."""
+        return self.size
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """Turns standard normal ``(n, noise_size)`` into draws from ``N(0, matrix⁻¹)``, ``(n, P)``."""
         factor = self._cholesky()
-        noise = standard_normal((n, self.size), factor, generator)
-        return torch.linalg.solve_triangular(factor.T, noise.T, upper=True).T
+        return torch.linalg.solve_triangular(factor.T, noise.to(factor.dtype).T, upper=True).T
 
     def quadratic(self, v: Tensor) -> Tensor:
         """``Vᵀ matrix⁻¹ V``: ``(K, K)`` for ``V (P, K)``, 0-dim for ``(P,)``."""
@@ -163,9 +171,9 @@ class Isotropic(Matrix):
         require_positive(self.value, self.label)
         return self._size * self.value.log()
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def colour(self, noise: Tensor) -> Tensor:
         require_positive(self.value, self.label)
-        return standard_normal((n, self._size), self.value, generator) / self.value.sqrt()
+        return noise / self.value.sqrt()
 
     def plus(self, other: Matrix) -> Matrix:
         self._same_size(other)

@@ -102,8 +102,8 @@ class DiagonalBlock(CurvatureBlock):
     def logdet(self) -> Tensor:
         return self._spectral(self.values).logdet()
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._spectral(self.values).sample(n, generator)
+    def colour(self, noise: Tensor) -> Tensor:
+        return self._spectral(self.values).colour(noise)
 
     def _spectral(self, values: Tensor) -> Spectral:
         return Spectral(Basis.identity(), Basis.identity(), values, self.label)
@@ -231,8 +231,8 @@ class KroneckerBlock(CurvatureBlock):
     def logdet(self) -> Tensor:
         return self._undamped().logdet()
 
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self._undamped().sample(n, generator)
+    def colour(self, noise: Tensor) -> Tensor:
+        return self._undamped().colour(noise)
 
     def _undamped(self) -> Spectral:
         return self._spectral(self.spectrum())

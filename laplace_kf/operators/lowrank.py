@@ -9,7 +9,7 @@ from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.linalg import cholesky, require_positive
-from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, fresh_generator, standard_normal
+from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, standard_normal
 from laplace_kf.operators.curvature import CurvatureBlock
 
 __all__ = ["LowRank", "LowRankBlock"]
@@ -85,12 +85,17 @@ class LowRank(Matrix):
         return inner + (self.size * self.prior.log() if self.prior.dim() == 0 else self.prior.log().sum())
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.colour(standard_normal((n, self.noise_size), self.vectors, generator))
+
+    @property
+    def noise_size(self) -> int:
+        return self.size + len(self.values)
+
+    def colour(self, noise: Tensor) -> Tensor:
         """``Λ⁻¹ (√d ε + U √l ε')`` with standard normal ``ε (P,)``, ``ε' (k,)``: its covariance is ``Λ⁻¹``."""
-        generator = generator if generator is not None else fresh_generator(self.vectors.device)
         require_positive(self.prior, self.label)
-        wide = standard_normal((n, self.size), self.vectors, generator) * self.prior.sqrt()
-        low = standard_normal((n, len(self.values)), self.vectors, generator) * self.values.sqrt()
-        return self.solve((wide + low @ self.vectors.T).T).T
+        wide, low = noise.split([self.size, len(self.values)], 1)
+        return self.solve((wide * self.prior.sqrt() + (low * self.values.sqrt()) @ self.vectors.T).T).T
 
     def scaled(self, factor: float | Tensor) -> LowRank:
         return LowRank(self.vectors, self.values * factor, self.prior * factor, self.label)

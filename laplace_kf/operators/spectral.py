@@ -179,10 +179,20 @@ class Spectral(Matrix):
         return self.colour(standard_normal((n, self.size), self.grid, generator))
 
     def colour(self, noise: Tensor) -> Tensor:
-        """Turns standard normal ``(n, P)`` into draws from ``N(0, Λ⁻¹)``, ``(n, P)``."""
+        return self.rotate_back(self.spread(noise)).reshape(-1, self.size)
+
+    def spread(self, noise: Tensor) -> Tensor:
+        """Standard normal ``(n, P)`` to draws in the dual basis, ``S^{-1/2} ∘ noise`` as ``(n, R, O, I)``."""
         require_positive(self.grid, self.label)
-        scaled = noise.reshape(-1, *self.grid.shape) / self.grid.sqrt()
-        return _right(_left(self.outputs.dual, scaled, False), self.inputs.dual, True).reshape(-1, self.size)
+        return noise.reshape(-1, *self.grid.shape) * self.grid.rsqrt()
+
+    def rotate_back(self, v: Tensor) -> Tensor:
+        """From coordinates in the dual basis to canonical ones: ``B_G⁻ᵀ V B_A⁻¹``, both ``(n, R, O, I)``."""
+        return _right(_left(self.outputs.dual, v, False), self.inputs.dual, True)
+
+    def rotate(self, v: Tensor) -> Tensor:
+        """The inverse of :meth:`rotate_back`: ``B_Gᵀ V B_A``, both ``(n, R, O, I)``."""
+        return _right(_left(self.outputs.matrix, v, True), self.inputs.matrix, False)
 
     def diag(self) -> Tensor:
         grid = self.grid

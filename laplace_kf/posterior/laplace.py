@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, as_batches, check_finite
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Statistics, collect
-from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
@@ -27,14 +27,12 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive, prior_tensors
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Objective, TuningResult, tune
-from laplace_kf.predictive import METHODS, Linearization, Request
+from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
 
 __all__ = ["LaplacePosterior"]
-
-SPACES = ("auto", "weights", "activations")
 
 
 @dataclass(frozen=True)
@@ -344,43 +342,44 @@ class LaplacePosterior:
         generator: torch.Generator | None = None,
         *,
         link: str | None = None,
+        draws: str = "independent",
         keep_samples: bool = False,
     ) -> Prediction:
         """Predictive distribution at inputs.
 
         Args:
             x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
-            method: ``"mc"`` averages over ``samples`` weight draws (methods 10.1); ``"map"`` uses the mean weights;
+            method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights;
                 ``"linearized"`` takes the network as linear in its weights around their mean, so that its outputs are
                 normal, ``N(f, J Λ⁻¹ Jᵀ)``; ``"probit"`` is that with the probit approximation of the link.
             samples: number of draws S (of weights, or of outputs).
-            space: ``"weights"`` (one set of draws for the whole batch); ``"auto"`` is the same.
-            generator: random numbers; with one, the call is reproducible.
+            space: of ``"mc"``. ``"weights"``: one set of weight draws for the whole batch; ``"activations"``: exact
+                draws of every example's pre-activations, independent between examples, with no weight drawn;
+                ``"auto"``: the cheaper (:mod:`laplace_kf.predictive.cost`).
+            generator: random numbers; with one, the call is reproducible, and calls with equal generators use the same
+                weights (see also :meth:`predictor`).
             link: for ``"linearized"``, how normal outputs become a prediction: a name of ``likelihood.links()``
                 (``"mc"``, ``"probit"``, ``"bridge"``, ``"exact"``); default: closed form where there is one, draws of
                 the outputs otherwise.
+            draws: of ``"mc"``. ``"independent"``, ``"antithetic"`` (pairs ``±ε``) or ``"sobol"`` (quasi-random, at
+                most 21,201 directions).
             keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
 
         Raises:
             NotFitted: before ``fit``.
-            UnknownName: for an unknown method, space or link.
-            IncompatiblePair: for ``space="activations"``, which no structure offers yet, or a method whose link the
-                likelihood does not have.
+            UnknownName: for an unknown method, space, kind of draws or link.
+            IncompatiblePair: for ``space="activations"`` where it is not exact (structure ``"full"``; weights used at
+                several positions of an example), naming block and reason; for a link the likelihood does not have.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("predict")
         rule = METHODS[method]
-        if space not in SPACES:
-            raise UnknownName("sampling space", space, SPACES)
-        if space == "activations":
-            raise IncompatiblePair(
-                f'space="activations" is not available for structure {self.structure.name!r}; use space="weights"'
-            )
+        _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         check_finite(x, 0, "the input")
         return rule(
             Request(
                 self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
-                generator=generator, link=link, keep_samples=keep_samples,
+                generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
             )
         )  # fmt: skip
 
@@ -411,6 +410,26 @@ class LaplacePosterior:
         if diagonal_only:
             return network.variance(self.precision)
         return network.covariance(self.precision, joint=joint)
+
+    def predictor(
+        self, samples: int = 100, generator: torch.Generator | None = None, *, draws: str = "independent"
+    ) -> Predictor:
+        """S weight draws made once, for predictions batch after batch: ``predictor(x)`` is a :class:`Prediction`.
+
+        It keeps the posterior of this moment; later changes of N, λ or the fit do not reach it.
+
+        Args:
+            samples: number of draws S.
+            generator: random numbers; the draws are those of ``predict(..., space="weights")`` with an equal one.
+            draws: as in :meth:`predict`.
+
+        Raises:
+            NotFitted: before ``fit``.
+            UnknownName: for an unknown kind of draws.
+        """
+        self._fitted("predictor")
+        noise = DRAWS[draws](samples, generator)
+        return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
 
     def tune(
         self,

@@ -1,14 +1,20 @@
 """Predictive distributions from a posterior over weights."""
 
+from laplace_kf.predictive.calls import outputs_at
+from laplace_kf.predictive.draws import DRAWS, draw_seeds
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.methods import METHODS, Request
-from laplace_kf.predictive.montecarlo import draw_seeds, outputs_at, sampled_outputs, shifted, weight_noise
+from laplace_kf.predictive.montecarlo import SPACES, Predictor, monte_carlo, sampled_outputs, shifted, weight_noise
 
 __all__ = [
+    "DRAWS",
     "METHODS",
+    "SPACES",
     "Linearization",
+    "Predictor",
     "Request",
     "draw_seeds",
+    "monte_carlo",
     "outputs_at",
     "sampled_outputs",
     "shifted",

@@ -14,8 +14,10 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
+from laplace_kf.predictive.calls import outputs_at
+from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.linearized import Linearization
-from laplace_kf.predictive.montecarlo import draw_seeds, outputs_at, sampled_outputs
+from laplace_kf.predictive.montecarlo import monte_carlo
 from laplace_kf.registry import Registry
 
 __all__ = ["METHODS", "PredictionMethod", "Request", "linearized"]
@@ -34,6 +36,8 @@ class Request:
         inputs: what the model takes, N examples.
         samples: number of draws.
         generator: random numbers.
+        space: where Monte Carlo draws are made, a name of :data:`laplace_kf.predictive.SPACES`.
+        draws: kind of Monte Carlo draws, a name of :data:`laplace_kf.predictive.DRAWS`.
         link: name of a link of the likelihood, or ``None``.
         keep_samples: whether the prediction keeps the drawn outputs ``(S, N, ...)``.
     """
@@ -46,6 +50,8 @@ class Request:
     inputs: Any
     samples: int = 100
     generator: torch.Generator | None = None
+    space: str = "auto"
+    draws: str = "independent"
     link: str | None = None
     keep_samples: bool = False
 
@@ -63,10 +69,12 @@ METHODS: Registry[PredictionMethod] = Registry("prediction method")
 
 @METHODS.register("mc")
 def _monte_carlo(request: Request) -> Prediction:
-    """Average over weight draws (methods 10.1)."""
+    """Average over draws of weights or pre-activations (methods 10.1)."""
     request.without_link("mc")
-    seeds = draw_seeds(request.samples, request.generator)
-    drawn = sampled_outputs(request.model, request.forward, request.mean, request.precision(), seeds, request.inputs)
+    drawn = monte_carlo(
+        request.model, request.forward, request.mean, request.precision(), request.inputs, request.samples,
+        request.space, request.draws, request.generator,
+    )  # fmt: skip
     return request.likelihood.predict(drawn, keep_samples=request.keep_samples)
 
 

@@ -1,67 +1,32 @@
-"""Monte Carlo predictive: outputs at weights drawn from the posterior (methods 10.1)."""
+"""Monte Carlo predictive: outputs at weights, or pre-activations, drawn from the posterior (methods 10.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, predicted, tensors_of, to_device
+from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import NonFinite, ShapeMismatch
-from laplace_kf.operators import Blockwise, fresh_generator
+from laplace_kf.errors import IncompatiblePair, NonFinite
+from laplace_kf.operators import Blockwise
+from laplace_kf.predictive.activations import activation_outputs, examples
+from laplace_kf.predictive.calls import outputs_at
+from laplace_kf.predictive.cost import activations_are_cheaper
+from laplace_kf.predictive.draws import DRAWS, Draws
+from laplace_kf.predictive.weights import WeightDraws
+from laplace_kf.registry import Registry
 
-__all__ = ["draw_seeds", "outputs_at", "sampled_outputs", "shifted", "weight_noise"]
+if TYPE_CHECKING:
+    from laplace_kf.likelihoods import Likelihood, Prediction
 
+__all__ = ["SPACES", "Predictor", "monte_carlo", "sampled_outputs", "shifted", "weight_noise"]
 
-class _Caller(nn.Module):
-    """Calls a model on one input structure, so that ``functional_call`` can put other weights in for the call."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, inputs: Any) -> Tensor:
-        return predicted(self.model, inputs, self._forward)
-
-
-def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any) -> Tensor:
-    """Network outputs ``(N, ...)`` with some parameters replaced; the model itself is not touched.
-
-    Args:
-        model: the module, in the mode it is to run in (see :func:`laplace_kf.engine.preserved`).
-        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
-        weights: replacements by parameter name, ``None`` for the model's own.
-        inputs: what the model takes: a tensor, a tuple, or a mapping of keyword arguments.
-
-    Raises:
-        ShapeMismatch: if the outputs have no example and output axes.
-    """
-    caller = _Caller(model, forward)
-    track = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(inputs))
-    with torch.set_grad_enabled(track):
-        replaced = {f"model.{name}": value for name, value in (weights or {}).items()}
-        outputs: Tensor = torch.func.functional_call(caller, replaced, (inputs,))
-    if outputs.dim() < 2:
-        raise ShapeMismatch(
-            f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"
-        )
-    return outputs
-
-
-def draw_seeds(samples: int, generator: torch.Generator | None) -> list[int]:
-    """One seed per draw, so that a draw does not depend on how many are made at once.
-
-    Raises:
-        ValueError: if ``samples`` is not positive.
-    """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    generator = generator if generator is not None else fresh_generator()
-    return torch.randint(2**62, (samples,), generator=generator, device=generator.device).tolist()
+Mean = Mapping[str, Tensor]
+Space = Callable[[nn.Module, "Forward | None", Mean, Blockwise, Draws, Any], Tensor]
+SPACES: Registry[Space] = Registry("sampling space")
 
 
 def weight_noise(precision: Blockwise, seed: int) -> dict[str, Tensor]:
@@ -75,6 +40,66 @@ def shifted(mean: Mapping[str, Tensor], noise: Mapping[str, Tensor], spread: flo
     return {name: value + spread * noise[name].to(value) if name in noise else value for name, value in mean.items()}
 
 
+@SPACES.register("weights")
+def _weights(
+    model: nn.Module, forward: Forward | None, mean: Mean, precision: Blockwise, draws: Draws, inputs: Any
+) -> Tensor:
+    """One set of weight draws for the whole batch."""
+    return WeightDraws(model, forward, mean, precision, draws, examples(inputs)).outputs(inputs)
+
+
+SPACES.register("activations")(activation_outputs)
+
+
+@SPACES.register("auto")
+def _auto(
+    model: nn.Module, forward: Forward | None, mean: Mean, precision: Blockwise, draws: Draws, inputs: Any
+) -> Tensor:
+    """Pre-activations where they are allowed and cheaper (see :mod:`laplace_kf.predictive.cost`), else weights."""
+    if activations_are_cheaper(precision, examples(inputs), draws.samples):
+        try:
+            return activation_outputs(model, forward, mean, precision, draws, inputs)
+        except IncompatiblePair:
+            pass  # how this model uses its weights does not allow it
+    return _weights(model, forward, mean, precision, draws, inputs)
+
+
+def monte_carlo(
+    model: nn.Module,
+    forward: Forward | None,
+    mean: Mapping[str, Tensor],
+    precision: Blockwise,
+    inputs: Any,
+    samples: int,
+    space: str = "auto",
+    draws: str = "independent",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Outputs ``(S, N, ...)`` of one batch of inputs at S draws from ``N(mean, precision⁻¹)``.
+
+    Args:
+        model: the module; left as it was.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        mean: mean weights by parameter name, each of its parameter's shape.
+        precision: precision of the flat weights ``(P,)``.
+        inputs: what the model takes.
+        samples: S.
+        space: ``"weights"`` draws one set of weights per sample for the whole batch, ``"activations"`` draws every
+            example's pre-activations anew, ``"auto"`` takes the cheaper of the two.
+        draws: ``"independent"``, ``"antithetic"`` or ``"sobol"`` (see :mod:`laplace_kf.predictive.draws`).
+        generator: random numbers; a fresh private one by default.
+
+    Raises:
+        UnknownName: for an unknown space or kind of draws.
+        IncompatiblePair: for ``space="activations"`` where it is not exact, or Sobol points in too many directions.
+        NonFinite: if outputs are not finite; says which knob to turn.
+    """
+    chosen, noise = SPACES[space], DRAWS[draws](samples, generator)
+    inputs = to_device(inputs, next(iter(mean.values())).device)
+    with preserved(model):
+        return _finite(chosen(model, forward, mean, precision, noise, inputs))
+
+
 def sampled_outputs(
     model: nn.Module,
     forward: Forward | None,
@@ -83,7 +108,7 @@ def sampled_outputs(
     seeds: Sequence[int],
     inputs: Any,
 ) -> Tensor:
-    """Outputs ``(S, N, ...)`` of one batch of inputs at one weight draw per seed.
+    """Outputs ``(S, N, ...)`` of one batch of inputs at one independent weight draw per seed.
 
     Raises:
         NonFinite: if outputs are not finite; says which knob to turn.
@@ -91,7 +116,54 @@ def sampled_outputs(
     inputs = to_device(inputs, next(iter(mean.values())).device)
     with preserved(model):
         draws = (shifted(mean, weight_noise(precision, seed)) for seed in seeds)
-        drawn = torch.stack([outputs_at(model, forward, weights, inputs) for weights in draws])
+        return _finite(torch.stack([outputs_at(model, forward, weights, inputs) for weights in draws]))
+
+
+def _finite(drawn: Tensor) -> Tensor:
     if not torch.isfinite(drawn.detach()).all():
         raise NonFinite("outputs at sampled weights have NaN or infinite entries; increase prior_precision or n_data")
     return drawn
+
+
+class Predictor:
+    """Predictions of many batches from one set of weight draws, made once.
+
+    All batches see the same S functions: predictions at different inputs are consistent with each other, and a batch
+    costs its forward passes only. If the draws do not fit into memory (1 GiB), they are made anew from their seeds for
+    every batch, with the same values.
+
+    Args:
+        model: the module.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        likelihood: turns outputs into predictions.
+        mean: mean weights by parameter name, each of its parameter's shape.
+        precision: precision of the flat weights ``(P,)``.
+        draws: noise of S draws.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        likelihood: Likelihood,
+        mean: Mapping[str, Tensor],
+        precision: Blockwise,
+        draws: Draws,
+    ) -> None:
+        self.likelihood = likelihood
+        self._device = next(iter(mean.values())).device
+        self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
+
+    def outputs(self, x: Any) -> Tensor:
+        """Outputs ``(S, N, ...)`` at inputs.
+
+        Raises:
+            NonFinite: for NaN or infinity in the inputs or outputs.
+        """
+        check_finite(x, 0, "the input")
+        with preserved(self._draws.model):
+            return _finite(self._draws.outputs(to_device(x, self._device)))
+
+    def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
+        """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
+        return self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)

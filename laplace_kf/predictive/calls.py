@@ -1,0 +1,150 @@
+"""Stepping in where a model uses sampled parameters, and running a model for several draws at once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from laplace_kf.batches import Forward, predicted, tensors_of
+from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
+from laplace_kf.layers.base import RULES, BoundCall, LayerRule
+
+__all__ = ["Uses", "outputs_at", "over_draws"]
+
+Handler = Callable[[LayerRule, BoundCall, Mapping[str, str], Callable[[], Tensor]], Tensor]
+_VECTORISES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class _Caller(nn.Module):
+    """Calls a model on one input structure, so that ``functional_call`` can put other weights in for the call."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, inputs: Any) -> Tensor:
+        return predicted(self.model, inputs, self._forward)
+
+
+def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any) -> Tensor:
+    """Network outputs ``(N, ...)`` with some parameters replaced; the model itself is not touched.
+
+    Args:
+        model: the module, in the mode it is to run in (see :func:`laplace_kf.engine.preserved`).
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        weights: replacements by parameter name, ``None`` for the model's own.
+        inputs: what the model takes: a tensor, a tuple, or a mapping of keyword arguments.
+
+    Raises:
+        ShapeMismatch: if the outputs have no example and output axes.
+    """
+    caller = _Caller(model, forward)
+    track = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(inputs))
+    with torch.set_grad_enabled(track):
+        replaced = {f"model.{name}": value for name, value in (weights or {}).items()}
+        outputs: Tensor = torch.func.functional_call(caller, replaced, (inputs,))
+    if outputs.dim() < 2:
+        raise ShapeMismatch(
+            f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"
+        )
+    return outputs
+
+
+class Uses(TorchFunctionMode):
+    """Hands every use of some parameters to a function; surround one forward pass with it.
+
+    Args:
+        tracked: ``id(parameter tensor)`` to parameter name.
+        handle: called with the layer rule, the bound arguments, role (``"weight"``, ``"bias"``) to parameter name, and
+            the call itself; returns what the call is to give.
+
+    Raises:
+        IncompatiblePair: on a use by a function that has no layer rule, on one through a view of a parameter, and on
+            one in place (whose result the caller may not read).
+    """
+
+    def __init__(self, tracked: Mapping[int, str], handle: Handler) -> None:
+        super().__init__()
+        self.tracked, self.handle = tracked, handle
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        used = {id(t): self.tracked[id(t)] for t in tensors_of([*args, *kwargs.values()]) if id(t) in self.tracked}
+        if not used:
+            return func(*args, **kwargs)
+        name = str(getattr(func, "__name__", func))
+        rule = RULES.get(func)
+        if rule is None:
+            result = func(*args, **kwargs)
+            made = [t for t in tensors_of(result) if t.is_floating_point() and id(t) not in self.tracked]
+            if made:  # anything else is a look (its shape, its type), not a use
+                raise IncompatiblePair(_refusal(used, name))
+            return result
+        bound = rule.bind(args, kwargs, used)
+        names = {role: used[id(bound.values[role])] for role in rule.roles if id(bound.values.get(role)) in used}
+        if set(names.values()) != set(used.values()) or name.startswith("__i") or name.rstrip("_") + "_" == name:
+            raise IncompatiblePair(_refusal(used, name))
+        return self.handle(rule, bound, names, lambda: func(*args, **kwargs))
+
+
+def _refusal(used: Mapping[int, str], function: str) -> str:
+    return (
+        f'space="activations" cannot be used here: {function!r} reads parameter {", ".join(used.values())} in a way '
+        'that no rule covers; use space="weights" (or "auto")'
+    )
+
+
+def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], stacked: Mapping[str, Tensor]) -> Tensor:
+    """Outputs ``(K, N, ...)`` of K draws, vectorised over them where the model allows it.
+
+    What does not depend on a draw is computed once. The first time a model is vectorised, one draw is checked by hand;
+    a model without batching rules (data-dependent control flow, own random numbers) runs draw by draw.
+
+    Args:
+        model: whose forward pass ``run`` makes; remembered with the answer.
+        run: outputs ``(N, ...)`` of one draw.
+        stacked: what a draw consists of, every tensor with a leading axis of K draws.
+    """
+
+    def one(k: int) -> Tensor:
+        return run({name: value[k] for name, value in stacked.items()})
+
+    count = next(iter(stacked.values())).shape[0]
+    if count > 1 and _VECTORISES.get(model, True):
+        try:
+            with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
+                warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+                together: Tensor | None = torch.func.vmap(run, randomness="different")(dict(stacked))
+        except IncompatiblePair:
+            raise
+        except (LaplaceKFError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError):
+            together = None
+        if together is not None and model in _VECTORISES:
+            return together
+        first = one(0)
+        if together is not None and _agree(together[0].detach(), first.detach()):
+            _VECTORISES[model] = True
+            return together
+        _VECTORISES[model] = False
+        return torch.stack([first, *(one(k) for k in range(1, count))])
+    return torch.stack([one(k) for k in range(count)])
+
+
+def _agree(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    gap = (found - wanted).abs().max() if wanted.numel() else wanted.new_zeros(())
+    return not bool(gap > 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max())
