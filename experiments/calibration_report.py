@@ -151,7 +151,7 @@ def picture(comparisons: Mapping[str, Mapping[str, dict[str, Any] | None]]) -> P
     axis.axvline(0, color=plots.INK, linewidth=1)
     axis.set_xscale("symlog", linthresh=0.01)
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("test NLL minus MAP's, nats (linear within ±0.01); left is better", fontsize=9, color=plots.SOFT)
     plots.legend_below(figure, columns=2)
     return Picture("differences", figure, "Difference in test NLL to the network itself, with one standard error.")
