@@ -68,7 +68,7 @@ class Config:
         prior_precision: ``λ``; training uses the weight decay ``λ/N``.
         val_share: share of the training rows that is held out for tuning.
         val_most: held-out rows at most.
-        train_most: images to train on, the held-out ones included.
+        train_most: images to train on at most, the held-out ones included.
         test_most: test images at most; tables are used whole.
         peers: whether to run laplace-torch.
         peer_grid: points of its grid search (its default is 100, over the same range).
@@ -84,10 +84,10 @@ class Config:
     steps: int = 2000
     batch: int = 64
     lr: float = 1e-2
-    prior_precision: float = 1.0
+    prior_precision: float = 0.1
     val_share: float = 0.2
     val_most: int = 1000
-    train_most: int = 1000
+    train_most: int = 2000
     test_most: int = 2000
     peers: bool = True
     peer_grid: int = 21
@@ -119,7 +119,7 @@ def _map(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[F
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), {}
 
 
-def _ours(**method: str) -> Method:
+def _ours(**method: Any) -> Method:
     def forecast(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
         rng = training.generator(seed)
         posterior = LaplacePosterior(model, given.task.likelihood).fit(given.train, generator=rng)

@@ -186,7 +186,8 @@ def _images(
 ) -> Problem:
     x, y = _small(*data.images(name, "train"))
     order = torch.randperm(len(x), generator=rng)
-    rows, rest = order[:train_most], order[train_most:]
+    most = min(train_most, 2 * len(x) // 3) if name in BUNDLED else train_most
+    rows, rest = order[:most], order[most:]
     if name in BUNDLED:  # one file only: what is not trained on is for testing
         x_test, y_test = x[rest][:test_most], y[rest][:test_most]
     else:
@@ -205,5 +206,6 @@ def _small(images: Tensor, labels: Tensor) -> Pair:
 
 
 BUNDLED = ("digits",)
+"""Sets without a test file; at least a third of them is left for testing."""
 SETS: tuple[str, ...] = (*data.tables(), "digits", "mnist", "fashion-mnist")
 """All sets of the benchmark."""

@@ -139,17 +139,19 @@ def picture(comparisons: Mapping[str, Mapping[str, dict[str, Any] | None]]) -> P
     """Differences to MAP with their standard errors, one row per set."""
     figure, (axis,) = plots.panels(1, 1, width=8.0, height=1.2 + 0.42 * len(comparisons))
     names = list(comparisons)
-    for number, method in enumerate(NAMES[1:]):
+    for number, (method, marker) in enumerate(zip(NAMES[1:], "os^v", strict=True)):
         points = [(row, comparisons[name][method]) for row, name in enumerate(names)]
         drawn = [(row + 0.16 * (number - 1.5), d["mean"], d["se"] or 0.0) for row, d in points if d is not None]
         if drawn:
             heights, means, errors = (list(values) for values in zip(*drawn, strict=True))
-            axis.errorbar(means, heights, xerr=errors, fmt="o", markersize=4, linewidth=1.4, label=method,
-                          color=plots.SPARE[number])  # fmt: skip
+            shade = plots.colour(method, NAMES)  # a package's methods share it and differ by marker
+            axis.errorbar(
+                means, heights, xerr=errors, fmt=marker, markersize=5, linewidth=1.3, label=method, color=shade
+            )
     axis.axvline(0, color=plots.INK, linewidth=1)
     axis.set_xscale("symlog", linthresh=0.01)
     axis.set_yticks(range(len(names)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.set_xlabel("test NLL minus MAP's, nats (linear within ±0.01); left is better", fontsize=9, color=plots.SOFT)
     plots.legend_below(figure, columns=2)
     return Picture("differences", figure, "Difference in test NLL to the network itself, with one standard error.")

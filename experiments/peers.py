@@ -45,7 +45,7 @@ def laplace_torch(
         from laplace import Laplace
 
         regression = problem.task.peer == "regression"
-        found = Laplace(copy.deepcopy(model), problem.task.peer, subset_of_weights="all", hessian_structure="kron")
+        found: Any = Laplace(copy.deepcopy(model), problem.task.peer, subset_of_weights="all", hessian_structure="kron")
         found.fit(_loader(*problem.train, 256))
         if regression:
             _marginal_likelihood(found)

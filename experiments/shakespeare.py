@@ -4,9 +4,9 @@ A small character-level transformer, written in plain PyTorch (:mod:`experiments
 ``nn.MultiheadAttention``, ``nn.LayerNorm``, ``nn.Linear``), learns to predict the next character of Shakespeare's
 plays. It then reads three texts: plays it has not seen, the same characters shuffled, and Latin, German and French.
 All that a network by itself offers is the entropy of its prediction, which is as high for a new word of which any
-letter may be the first as for a text in a language it has never met. A posterior over the weights tells the two
+letter may be the first as for a text in a language it has never met. A posterior over the weights takes the two
 apart: the mutual information of next character and weights is the part of the uncertainty that more training data
-would remove.
+would remove. Whether it also tells the texts apart better than the entropy does is among the claims that are judged.
 
 1. **Wrap** the trained model as it is. Inputs are indices ``(N, T)``, outputs logits ``(N, T, C)``, targets
    ``(N, T)``; a likelihood of sequences needs no other argument::
@@ -119,10 +119,10 @@ class Config:
     structure: Literal["kron", "diag"] = "kron"
     estimator: Literal["importance", "sampled", "exact", "projection"] = "importance"
     fit_windows: int = 2000
-    n_data_factors: list[float] = field(default_factory=lambda: [0.1, 1.0, 10.0, 100.0, 1000.0])
-    prior_precisions: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0, 1000.0])
-    tune_windows: int = 64
-    tune_samples: int = 8
+    n_data_factors: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0, 1000.0])
+    prior_precisions: list[float] = field(default_factory=lambda: [100.0, 1000.0, 10_000.0, 100_000.0])
+    tune_windows: int = 96
+    tune_samples: int = 12
     test_windows: int = 256
     samples: int = 30
     burn_in: int = 16
