@@ -215,7 +215,10 @@ class Accumulator:
             IncompatiblePair: if what is asked for cannot fit into the memory; says how much it needs.
         """
         check_finite(batch, index, "the batch")
-        observation = self.tracer.observe(batch, index)
+        self.take(self.tracer.observe(batch, index), index)
+
+    def take(self, observation: Observation, index: int = 0) -> None:
+        """Takes in a forward pass made already (by the same tracer); errors as :meth:`add`."""
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         self.likelihood.check(observation.outputs.detach(), observation.targets)

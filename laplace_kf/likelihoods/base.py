@@ -760,6 +760,9 @@ class DiagonalLikelihood(Likelihood):
     def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
         return torch.diag_embed(self._root_diagonal(z).square())
 
+    def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        return v * self._root_diagonal(z)  # never anything of size C by C
+
     def _lazy_root(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Root:
         return DiagonalRoot(masked(self._root_diagonal(z), keep))
 
@@ -770,6 +773,12 @@ class DiagonalLikelihood(Likelihood):
         row = torch.zeros_like(z)
         row[..., output] = self._root_diagonal(z)[..., output].square()
         return row
+
+    def _position_curved(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
+        return v * self._root_diagonal(z).square()
+
+    def _position_summed(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
+        return torch.diag(masked(self._root_diagonal(z).square(), keep).sum((0, 1)))
 
 
 class ElementwiseLikelihood(DiagonalLikelihood):

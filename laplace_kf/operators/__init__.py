@@ -11,17 +11,22 @@ from laplace_kf.operators.curvature import (
     SpectralBlock,
 )
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
+from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
+from laplace_kf.operators.tridiagonal import BlockTridiagonal, Link
 
 __all__ = [
     "DAMPINGS",
     "Basis",
+    "BlockTridiagonal",
     "Blockwise",
     "CurvatureBlock",
     "DenseBlock",
     "DiagonalBlock",
     "Isotropic",
     "KroneckerBlock",
+    "KroneckerProduct",
+    "Link",
     "LowRank",
     "LowRankBlock",
     "Matrix",

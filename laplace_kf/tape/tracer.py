@@ -75,6 +75,11 @@ class Tracer:
         """Device of the first selected parameter."""
         return next(iter(self.named.values())).device
 
+    @property
+    def may_be_chain(self) -> bool:
+        """Whether every observation so far was a chain (:class:`laplace_kf.tape.chain.Chain`)."""
+        return self._may_be_chain
+
     def block_of(self, portion: Portion) -> Block:
         """The block that a portion of a parameter belongs to."""
         found = [self.blocks[name] for name in self._blocks_of[portion.name]]

@@ -1,0 +1,25 @@
+"""Second-order optimisers on the posterior's engine: tape → estimators → structures → statistics → a step."""
+
+from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
+from laplace_kf.optim.gauss_newton import GaussNewton
+from laplace_kf.optim.newton_cg import HessianFree, hessian_free
+from laplace_kf.optim.presets import diagonal, ekfac, kfac, kflr, kfra
+from laplace_kf.optim.recipes import Recipe
+from laplace_kf.optim.schedules import batch_size, nesterov_momentum, sparse_init_
+
+__all__ = [
+    "GaussNewton",
+    "GreedySearch",
+    "HessianFree",
+    "LevenbergMarquardt",
+    "Recipe",
+    "batch_size",
+    "diagonal",
+    "ekfac",
+    "hessian_free",
+    "kfac",
+    "kflr",
+    "kfra",
+    "nesterov_momentum",
+    "sparse_init_",
+]

@@ -1,0 +1,443 @@
+"""What all second-order optimisers share: gradients, acceptance of a step, groups, state, averages.
+
+One update is two calls, so that gradients can be accumulated and clipped as usual::
+
+    opt.zero_grad()
+    loss = opt.backward(x, y)      # any number of minibatches; fills .grad and measures curvature
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    opt.step()
+
+and ``opt.step(x, y)`` is both for one minibatch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.engine import preserved
+from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
+from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.operators import fresh_generator
+from laplace_kf.optim.damping import ratio, start_value
+from laplace_kf.optim.groups import first_order_step, make_groups
+from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.schedules import averaging_weight
+from laplace_kf.tape import FlatLayout, Observation, Tracer
+from laplace_kf.tape.blocks import flat_layout
+
+__all__ = ["Proposal", "SecondOrder"]
+
+BOOST = 10.0  # factor on the damping after a rejected step
+RETRIES = 12
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An update that has not been made yet.
+
+    Attributes:
+        delta: ``(P,)``, learning rates included.
+        change: ``M(δ) − M(0)`` of the model that the ratio ρ compares with; negative.
+        alpha: coefficient of the new direction.
+        mu: coefficient of the previous update.
+        check: minibatches on which the new weights must give a finite loss.
+        after: mean ``−log p`` at the new weights on all minibatches, if it is known.
+        rho: the ratio ρ, if the proposal measured it itself.
+    """
+
+    delta: Tensor
+    change: float
+    alpha: float
+    mu: float
+    check: Sequence[Batch]
+    after: float | None = None
+    rho: float | None = None
+
+
+class SecondOrder(torch.optim.Optimizer):
+    """Base of the second-order optimisers.
+
+    Args:
+        model: the module that is trained.
+        likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
+        parameters: ``"all"`` trainable parameters or name patterns.
+        groups: see :func:`laplace_kf.optim.groups.make_groups`.
+        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        l2: coefficient η, in gradient and curvature.
+        lr: factor on the final update.
+        tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
+        averaging: limit β of the average of the iterates (:meth:`averaged_parameters`), ``None`` for no average.
+        generator: random numbers (sampled targets, subsets); a fresh private one by default.
+
+    Attributes:
+        diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step; ``rho`` is NaN where it
+            was not measured, ``rejected`` counts the updates that were refused before one was accepted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        *,
+        parameters: str | Sequence[str],
+        groups: Sequence[Mapping[str, Any]],
+        forward: Forward | None,
+        l2: float,
+        lr: float,
+        tau: float | None,
+        averaging: float | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        for what, value in (("l2", l2), ("lr", lr), ("tau", 0.0 if tau is None else tau)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{what} must be finite and not negative, got {value}")
+        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
+        self.l2, self.tau = float(l2), tau
+        self.averaging = averaging
+        self.generator = generator if generator is not None else fresh_generator()
+        super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
+        self.named: dict[str, Tensor] = dict(model.named_parameters())
+        second = {n for group in self.param_groups if not group["first_order"] for n in group["param_names"]}
+        chosen = {n for group in self.param_groups for n in group["param_names"]}
+        self.names = [name for name in self.named if name in chosen]
+        self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
+        self.objective = Objective(model, self.likelihood, forward, self.l2)
+        self.tracer = Tracer(model, forward, list(self.layout.names))
+        self.steps = 0
+        self.diagnostics: dict[str, float] = {}
+        self._average: dict[str, Tensor] = {}
+        self._pending: list[Batch] = []
+        self._loss = 0.0  # sum of −log p over the pending minibatches
+        self._mode_matters: bool | None = None
+        self._direct = False  # inside step(x, y): nobody can change .grad before it is used
+
+    # -- what a subclass adds ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _measure(self, batch: Batch, observation: Observation | None) -> None:
+        """Takes in the curvature of one minibatch; ``observation`` is its pass on the tape if one was made."""
+
+    @abstractmethod
+    def _wants_tape(self) -> bool:
+        """Whether the gradient's own pass should be on the tape, for :meth:`_measure`."""
+
+    @abstractmethod
+    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor) -> Proposal:
+        """The update from the gradient ``(P,)`` of the regularised loss at ``theta (P,)``."""
+
+    @abstractmethod
+    def _more_damping(self, factor: float) -> None:
+        """Multiplies the damping after a rejected update."""
+
+    @abstractmethod
+    def _wants_ratio(self) -> bool:
+        """Whether the ratio ρ is needed at this step."""
+
+    @abstractmethod
+    def _accepted(self, proposal: Proposal, rho: float | None) -> None:
+        """After an update was made; ``rho`` is ``None`` where it was not measured or means nothing."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drops what :meth:`_measure` took in since the last step."""
+
+    @abstractmethod
+    def _export(self) -> dict[str, Any]:
+        """State of the subclass as plain values and tensors."""
+
+    @abstractmethod
+    def _import(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`_export`."""
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of flat vectors: the parameters', float32 at least."""
+        kinds = [self.named[name].dtype for name in self.layout.names] + [torch.float32]
+        out = kinds[0]
+        for kind in kinds[1:]:
+            out = torch.promote_types(out, kind)
+        return out
+
+    def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Parameter-shaped tensors by name as one vector ``(P,)``, second-order parameters only."""
+        return self.layout.join({n: tensors[n].detach()[None].to(self.dtype) for n in self.layout.names})[0]
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`flat` for a vector ``(P,)`` (views)."""
+        return {name: part[0] for name, part in self.layout.split(flat[None]).items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops gradients and everything that was measured since the last step."""
+        super().zero_grad(set_to_none)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._pending, self._loss, self._direct = [], 0.0, False
+        self._forget()
+
+    @torch.enable_grad()
+    def backward(self, x: Any, y: Any = None) -> Tensor:
+        """Takes in one minibatch: its gradient goes into ``.grad``, its curvature is measured.
+
+        Several calls before a :meth:`step` accumulate: ``.grad`` is then the gradient of the mean over all examples.
+
+        Args:
+            x: inputs ``(N, ...)`` with targets ``y``, or a whole batch (a mapping, a pair) without.
+            y: targets.
+
+        Returns:
+            The regularised loss of the minibatches so far, 0-dim.
+
+        Raises:
+            NonFinite: for NaN or infinity in the batch, its outputs or its loss; nothing is changed then.
+            ShapeMismatch: if targets do not fit the outputs.
+            UnsupportedLayer: for a parameter that cannot be handled.
+        """
+        device = self.tracer.device
+        data = to_device(x if y is None else (x, y), device)
+        check_finite(data, self.steps, "the batch")
+        batch = Batch(data, 0, self.objective.random_state())
+        outputs, targets, observation = self._pass(batch)
+        if outputs.dim() < 2 or outputs.shape[0] == 0:
+            raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
+        check_finite(outputs.detach(), self.steps, "the model's output")
+        targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+        self.likelihood.check(outputs.detach(), targets)
+        batch = Batch(data, int(outputs.shape[0]), batch.random, observation)
+        if self.tau is None:
+            self.tau = start_value(self.likelihood, targets, batch.count)
+        loss = -self.likelihood.log_prob(outputs, targets).mean()
+        if not bool(torch.isfinite(loss)):
+            raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
+        weights = [self.named[name] for name in self.names]
+        grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
+        self._measure(batch, observation)
+        self._accumulate(batch, float(loss.detach()), grads)
+        return self._regularised(loss.new_tensor(self._loss / self._seen()))
+
+    def _pass(self, batch: Batch) -> tuple[Tensor, Any, Observation | None]:
+        """The pass that gives the gradient; on the tape where the curvature can share it.
+
+        It can if the model is the same function in training mode, which is measured once (no dropout, no batch
+        statistics).
+        """
+        training = any(module.training for module in self.model.modules())
+        shared = self._wants_tape() and not torch.is_autocast_enabled(self.tracer.device.type)
+        plain = training and self._mode_matters is not False
+        if plain or not shared:
+            outputs, targets = self.objective.runner(batch.data)
+            if not (shared and training and self._mode_matters is None):
+                return outputs, targets, None
+        with preserved(self.model):
+            observation = self.tracer.observe(batch.data, self.steps)
+        if plain:
+            self._mode_matters = not torch.allclose(observation.outputs, outputs, rtol=1e-5, atol=1e-7)
+            if self._mode_matters:
+                return outputs, targets, None
+        return observation.outputs, observation.targets, observation
+
+    def _seen(self) -> int:
+        return sum(batch.count for batch in self._pending)
+
+    @torch.no_grad()
+    def _accumulate(self, batch: Batch, loss: float, grads: Sequence[Tensor | None]) -> None:
+        before = self._seen()
+        self._pending.append(batch)
+        self._loss += loss * batch.count
+        share = batch.count / (before + batch.count)
+        for name, grad in zip(self.names, grads, strict=True):
+            parameter = self.named[name]
+            value = parameter.detach()
+            own = self.l2 * value if grad is None else torch.add(grad.to_dense(), value, alpha=self.l2)
+            if before and parameter.grad is not None:
+                own = (1 - share) * parameter.grad + share * own
+            parameter.grad = own.to(parameter.dtype)
+
+    @torch.no_grad()
+    def _regularised(self, loss: Tensor) -> Tensor:
+        for name in self.names if self.l2 else ():
+            loss = loss + self.l2 / 2 * torch.linalg.vector_norm(self.named[name]).to(loss).square()
+        return loss
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, x: Any = None, y: Any = None) -> Tensor:  # type: ignore[override]
+        """One update.
+
+        Args:
+            x: inputs ``(N, ...)`` with targets ``y``, or a whole batch; nothing to use what :meth:`backward` took in.
+            y: targets.
+
+        Returns:
+            The regularised loss before the update, 0-dim.
+
+        Raises:
+            NotFitted: without a minibatch.
+            NonFinite: for a batch, loss or gradient that is not finite; nothing is changed then.
+        """
+        if x is not None:
+            self._clear()
+            self._direct = True
+            self.backward(x, y)
+        if not self._pending:
+            raise NotFitted("step needs a minibatch: call step(x, y), or backward(x, y) before step()")
+        loss = self._regularised(
+            torch.tensor(self._loss / self._seen(), dtype=torch.float64, device=self.tracer.device)
+        )
+        gradient = self.flat({n: _gradient(self.named[n]) for n in self.layout.names})
+        if not _finite(gradient):
+            raise NonFinite("the gradient has NaN or infinite entries; nothing was changed")
+        self.steps += 1
+        theta = self.flat(self.named)
+        proposal, after, rejected = self._search(float(loss), gradient, theta)
+        rho = None if proposal is None else proposal.rho
+        if proposal is not None and self._wants_ratio():
+            rho = self._ratio(float(loss), proposal, after, theta)
+        if proposal is None:
+            nothing = torch.zeros_like(theta)
+            proposal = Proposal(nothing, 0.0, 0.0, 0.0, self._pending)
+        for name, part in self.split(theta + proposal.delta).items():
+            self.named[name].copy_(part)
+        for group in self.param_groups:
+            if group["first_order"]:
+                first_order_step(group, self.state)
+        torch.clear_autocast_cache()  # it may hold the old weights in a lower precision
+        self._average_iterates()
+        self._accepted(proposal, rho)
+        self.diagnostics = {
+            **self._damping(),
+            "alpha": proposal.alpha,
+            "mu": proposal.mu,
+            "rho": math.nan if rho is None else rho,
+            "model_decrease": -proposal.change,
+            "rejected": rejected,
+        }
+        self._clear()
+        return loss.to(self.dtype)
+
+    @abstractmethod
+    def _damping(self) -> dict[str, float]:
+        """``tau`` and ``zeta`` for the diagnostics."""
+
+    def _search(self, loss: float, gradient: Tensor, theta: Tensor) -> tuple[Proposal | None, float | None, int]:
+        """Proposals with more and more damping until one gives a finite loss: it, its ``−log p``, the refusals."""
+        for rejected in range(RETRIES + 1):
+            proposal = self._propose(self._pending, loss, gradient, theta)
+            if _finite(proposal.delta):
+                # ρ needs all examples, a mere check fewer
+                batches = self._pending if self._wants_ratio() else proposal.check
+                after = proposal.after
+                if after is None:
+                    after = self.objective.loss(batches, self._weights(theta + proposal.delta))
+                if math.isfinite(after):
+                    return proposal, after, rejected
+            self._more_damping(BOOST)
+        warnings.warn(
+            f"step {self.steps}: no update gave a finite loss, even with {BOOST:g}^{RETRIES + 1} times the damping; "
+            "the weights are unchanged",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return None, None, RETRIES + 1
+
+    def _weights(self, flat: Tensor) -> dict[str, Tensor]:
+        return {name: part.to(self.named[name]) for name, part in self.split(flat).items()}
+
+    def _ratio(self, loss: float, proposal: Proposal, after: float | None, theta: Tensor) -> float | None:
+        assert after is not None
+        # both sides without the parameters that the model does not move: they cancel
+        moved = proposal.delta
+        change = self.l2 * float((moved * (theta + moved / 2)).sum(dtype=torch.float64))
+        return ratio(loss, loss + (after - self._loss / self._seen()) + change, proposal.change)
+
+    def _rates(self) -> Tensor | float:
+        """Learning rate of every flat entry ``(P,)``, or one number if they agree."""
+        by_name = {n: g["lr"] for g in self.param_groups for n in g["param_names"]}
+        rates = [by_name[name] for name in self.layout.names]
+        if all(rate == rates[0] for rate in rates):
+            return float(rates[0])
+        sizes = torch.tensor(self.layout.sizes)
+        values = torch.tensor([float(r) for r in rates], dtype=self.dtype)
+        return values.repeat_interleave(sizes).to(self.tracer.device)
+
+    def _average_iterates(self) -> None:
+        if self.averaging is None:
+            return
+        beta = averaging_weight(self.steps, self.averaging)
+        for name in self.names:
+            value = self.named[name].detach()
+            old = self._average.get(name)
+            self._average[name] = value.clone() if old is None else beta * old + (1 - beta) * value
+
+    def averaged_parameters(self) -> dict[str, Tensor]:
+        """Averages of the iterates by parameter name, parameter-shaped (methods 6.1, 6.3); for evaluation only.
+
+        Use with ``torch.func.functional_call``.
+
+        Raises:
+            NotFitted: without ``averaging=`` or before the first step.
+        """
+        if not self._average:
+            raise NotFitted("there is no average: construct with averaging=0.95 (or another limit) and take a step")
+        return {name: value.clone() for name, value in self._average.items()}
+
+    def progress(self) -> str:
+        """One line about the last step."""
+        return f"step {self.steps}: " + ", ".join(f"{key} {value:.3g}" for key, value in self.diagnostics.items())
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors that reproduce the next step; loads under ``torch.load(weights_only=True)``.
+
+        The weights and the caller's data order are not in it. Minibatches taken in by :meth:`backward` and not used
+        yet are not either.
+        """
+        out = super().state_dict()
+        out["second_order"] = {
+            "steps": self.steps,
+            "tau": self.tau,
+            "diagnostics": dict(self.diagnostics),
+            "average": dict(self._average),
+            "generator": self.generator.get_state(),
+            **self._export(),
+        }
+        return out
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`, for an optimiser constructed in the same way.
+
+        Raises:
+            ShapeMismatch: if the state is of another optimiser.
+        """
+        if "second_order" not in state_dict:
+            raise ShapeMismatch("this state was not written by a laplace_kf optimiser: it has no key 'second_order'")
+        state = state_dict["second_order"]
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "second_order"})
+        self.steps, self.tau = state["steps"], state["tau"]
+        self.diagnostics = dict(state["diagnostics"])
+        self._average = {name: value.to(self.named[name]) for name, value in state["average"].items()}
+        self.generator.set_state(state["generator"].cpu())
+        self._clear()
+        self._import(state)
+
+
+def _finite(v: Tensor) -> bool:
+    """Whether all entries of a tensor of any shape are finite; one pass over it where they are."""
+    return bool(torch.isfinite(v.sum())) or bool(torch.isfinite(v).all())
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -1,0 +1,356 @@
+"""Second-order steps on the engine's factors: Botev's optimiser and K-FAC are settings of this one (methods 6).
+
+Direction: the gradient through a damped inverse of running curvature. How far: the minimum of the exact quadratic
+model along it, and along the previous update with ``momentum``. Damping: τ by Levenberg–Marquardt, ζ greedily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward
+from laplace_kf.curvature import make_pair
+from laplace_kf.engine import Accumulator, Statistics, StructureRule, preserved
+from laplace_kf.errors import IncompatiblePair, NotFitted, NotPositiveDefinite
+from laplace_kf.estimators import Estimator
+from laplace_kf.likelihoods import Likelihood
+from laplace_kf.operators import Matrix
+from laplace_kf.optim.base import Proposal, SecondOrder
+from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
+from laplace_kf.optim.factors import averaged, dumped, loaded
+from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_rank_solve
+from laplace_kf.optim.links import Linked
+from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.stepsize import model_change, optimal_coefficients
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.structures import Structure
+from laplace_kf.tape import Observation, OuterSignals
+
+__all__ = ["GaussNewton"]
+
+LEAST = 128  # examples that a part of a minibatch keeps: an eighth of a small one says nothing (methods 4.4)
+WARM_UP = 3  # first steps that always get fresh inverses (methods 6.2)
+
+
+class GaussNewton(SecondOrder):
+    """See the module's text. The defaults are Botev's optimiser; :func:`laplace_kf.optim.kfac` sets Martens's.
+
+    Args:
+        model: the module that is trained.
+        likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
+        estimator: ``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"``, ``"importance"``.
+        structure: ``"kron"``, ``"diag"`` or another structure of the engine.
+        inverse: ``"block_diagonal"`` or ``"block_tridiagonal"`` (methods 5.5).
+        damping: how ``ζ + l2`` enters a Kronecker block: ``"balanced"`` (with ω), ``"factored"``, ``"exact"``.
+        power: exponent of the inverse, ``(C̃ + ζ)^-power``; other than 1 needs ``damping="exact"`` (methods 8.2).
+        momentum: also search along the previous update (methods 6.2).
+        l2: coefficient η of the regulariser.
+        lr: factor on the final update; schedulers change it through the parameter groups.
+        tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
+        zeta: damping of the approximate curvature; default as ``tau``. K-FAC's γ is ``√(zeta + l2)``.
+        adapt_tau: adapt τ, by ``tau_rule``.
+        adapt_zeta: adapt ζ, by ``zeta_rule``.
+        ema: limit of the moving average of the factors (:func:`laplace_kf.optim.factors.averaged`); 0: none.
+        refresh: steps between fresh inverses (the first three always get one).
+        curvature_fraction: part of each minibatch for the factors and for the exact products, one number or a pair
+            (τ₁, τ₂ of methods 4.4); 128 examples at the least.
+        low_rank: in ``step(x, y)``, apply the inverses to the factors of the gradient of layers where that is cheaper
+            (methods 5.6). Needs block-diagonal products, ``l2=0`` and all examples in the factors.
+        averaging: limit of the average of the iterates (0.95 in S0 B.4), ``None`` for none.
+        parameters: ``"all"`` or name patterns.
+        groups: parameter groups by name pattern, some of them perhaps ``first_order``.
+        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        generator: random numbers; with one, training is reproducible.
+        tau_rule: period, factor and thresholds for τ.
+        zeta_rule: period, factor and scale for ζ.
+        **options: options of the estimator and the structure (``samples=``, ``columns=``, ``vector_blocks=``).
+
+    Raises:
+        UnknownName: for a name that is not registered.
+        IncompatiblePair: for choices that do not work together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        estimator: str | Estimator = "recursive",
+        structure: str | Structure = "kron",
+        *,
+        inverse: str = "block_diagonal",
+        damping: str = "balanced",
+        power: float = 1.0,
+        momentum: bool = False,
+        l2: float = 0.0,
+        lr: float = 1.0,
+        tau: float | None = None,
+        zeta: float | None = None,
+        adapt_tau: bool = True,
+        adapt_zeta: bool = True,
+        ema: float = 0.9,
+        refresh: int = 1,
+        curvature_fraction: float | tuple[float, float] = 1.0,
+        low_rank: bool = False,
+        averaging: float | None = None,
+        parameters: str | Sequence[str] = "all",
+        groups: Sequence[Mapping[str, Any]] = (),
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        tau_rule: LevenbergMarquardt | None = None,
+        zeta_rule: GreedySearch | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            parameters=parameters,
+            groups=groups,
+            forward=forward,
+            l2=l2,
+            lr=lr,
+            tau=tau,
+            averaging=averaging,
+            generator=generator,
+        )
+        inner, self.estimator = make_pair(structure, estimator, options)
+        self.inverse, self.solver = INVERSES[inverse], BLOCK_SOLVERS[damping]
+        self.structure = self.inverse.structure(inner)
+        self.inner, self.damping, self.power = inner, damping, power
+        self.inverse.check(self.solver)
+        parts = curvature_fraction if isinstance(curvature_fraction, tuple) else (curvature_fraction,) * 2
+        if not all(0 < part <= 1 for part in parts) or len(parts) != 2:
+            raise ValueError(f"curvature_fraction must be in (0, 1], one number or a pair, got {curvature_fraction}")
+        if not 0 <= ema < 1:
+            raise ValueError(f"ema must be in [0, 1), got {ema}")
+        if refresh < 1:
+            raise ValueError(f"refresh must be at least 1, got {refresh}")
+        if low_rank and not (self.solver.is_product and self.structure is inner and l2 == 0 and parts[0] == 1):
+            raise IncompatiblePair(
+                'low_rank=True needs inverse="block_diagonal", damping="balanced" or "factored", l2=0 and '
+                "curvature_fraction=(1.0, ...): the gradient must be a sum over the examples that are on the tape"
+            )
+        self.factor_part, self.product_part = parts
+        self.momentum, self.zeta = momentum, zeta
+        self.adapt_tau, self.adapt_zeta = adapt_tau, adapt_zeta
+        self.ema, self.refresh, self.low_rank = ema, refresh, low_rank
+        self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
+        self.zeta_rule = zeta_rule if zeta_rule is not None else GreedySearch()
+        self.statistics: Statistics | None = None  # running, count 1
+        self._accumulator: Accumulator | None = None
+        self._seen_factors = 0
+        self._matrix: Matrix | None = None
+        self._inverted: tuple[Statistics, float] | None = None  # what the matrix was made of
+        self._parts: list[Any] = []  # data behind the factors
+        self._check: list[Batch] = []
+        self._outer: dict[str, tuple[Tensor, Tensor]] = {}
+        self._previous: Tensor | None = None
+
+    # -- curvature -----------------------------------------------------------------------------------------------------
+
+    def _wants_tape(self) -> bool:
+        # along a chain the exact products too need no pass of their own
+        return self.factor_part == 1 or self.tracer.may_be_chain
+
+    def _measure(self, batch: Batch, observation: Observation | None) -> None:
+        if self._accumulator is None:
+            self._accumulator = self._accumulating(self.structure)
+        with self._calm():
+            if observation is not None and self.factor_part == 1:
+                self._accumulator.take(observation, self.steps)
+                self._parts.append(batch.data)
+                if self.low_rank and self._direct:
+                    self._outer = self._gradient_factors(observation)
+            else:
+                self._parts.append(batch.part(self.factor_part, LEAST, self.generator).data)
+                self._accumulator.add(self._parts[-1], self.steps)
+
+    def _accumulating(self, structure: StructureRule) -> Accumulator:
+        return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator)
+
+    @contextmanager
+    def _calm(self) -> Iterator[None]:
+        """Curvature is that of the model in eval mode and full precision."""
+        with preserved(self.model), torch.autocast(self.tracer.device.type, enabled=False):
+            yield
+
+    @torch.no_grad()
+    def _gradient_factors(self, observation: Observation) -> dict[str, tuple[Tensor, Tensor]]:
+        """``g (N, R, O)`` and ``a (N, R, I)`` of the layers whose gradient is cheaper to solve in factors."""
+        score = self.likelihood.score(observation.outputs.detach(), observation.targets)
+        found = {}
+        for name, signal in observation.ruled_signals(-score[None] / observation.count).items():
+            _, out, inp = signal.block.shape
+            cheaper = observation.count * (out**2 + inp**2) < out * inp * (out + inp)
+            if isinstance(signal, OuterSignals) and signal.a.shape[1] == 1 and cheaper:
+                a = signal.a[:, 0]
+                if signal.has_constant:
+                    a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
+                found[name] = (signal.g[0, :, 0], a)
+        return found
+
+    def _forget(self) -> None:
+        self._accumulator, self._check, self._outer = None, [], {}
+        self._parts = []
+
+    def _take_factors(self) -> None:
+        if self._accumulator is None:
+            return
+        new = self._accumulator.freeze()
+        following = new.structure.refined(new)
+        while following is not None:  # structures that see the data more than once
+            accumulator = self._accumulating(following)
+            with self._calm(), torch.enable_grad():
+                for data in self._parts:
+                    accumulator.add(data, self.steps)
+            new = accumulator.freeze()
+            following = new.structure.refined(new)
+        self._seen_factors += 1
+        self.statistics = averaged(self.statistics, new, self._seen_factors, self.ema)
+        self._accumulator = None
+
+    def _build(self, statistics: Statistics, zeta: float) -> Matrix:
+        matrix = self.inverse.build(statistics, max(zeta + self.l2, 0.0), self.solver)
+        return damped_power(matrix, self.power)
+
+    # -- the update ----------------------------------------------------------------------------------------------------
+
+    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor) -> Proposal:
+        self._take_factors()
+        assert self.statistics is not None and self.tau is not None
+        if self.zeta is None:
+            self.zeta = self.tau
+        if not self._check:
+            self._check = [batch.part(self.product_part, LEAST, self.generator) for batch in batches]
+        values = self.zeta_rule.candidates(self.steps, self.zeta, self.l2) if self.adapt_zeta else [self.zeta]
+        fresh = self.steps <= WARM_UP or self.steps % self.refresh == 0 or len(values) > 1
+        best: tuple[Proposal, float, Matrix] | None = None
+        for zeta in values:
+            try:
+                matrix = self._build(self.statistics, zeta) if fresh else self._kept()
+                solved = low_rank_solve(matrix, gradient, self._outer) if self._outer else matrix.solve(gradient)
+                proposal = self._along(-solved, gradient)
+            except NotPositiveDefinite:
+                if best is None:
+                    raise
+                continue
+            if best is None or proposal.change < best[0].change:
+                best = proposal, zeta, matrix
+        assert best is not None
+        proposal, self.zeta, self._matrix = best
+        if fresh:
+            self._inverted = (self.statistics, self.zeta)
+        return proposal
+
+    def _kept(self) -> Matrix:
+        """The matrix of the last refresh; made anew from what it was made of after loading a state."""
+        if self._matrix is None:
+            if self._inverted is None:
+                assert self.statistics is not None and self.zeta is not None
+                self._inverted = (self.statistics, self.zeta)
+            self._matrix = self._build(*self._inverted)
+        return self._matrix
+
+    def _along(self, direction: Tensor, gradient: Tensor) -> Proposal:
+        """The minimum of the exact model along a direction ``(P,)``, and the previous update with momentum."""
+        if float(gradient @ direction) >= 0:  # round-off; the gradient itself always descends
+            direction = -gradient
+        rows = [direction]
+        if self.momentum and self._previous is not None:
+            rows.append(self._previous)
+        directions = torch.stack(rows)
+        curvature, slope = self._model(directions, gradient)
+        coefficients = optimal_coefficients(curvature, slope)
+        rates = self._rates()
+        delta = coefficients.to(directions) @ directions
+        if isinstance(rates, float):
+            change = model_change(rates * coefficients, curvature, slope)
+        else:
+            change = model_change(torch.ones(1, dtype=torch.float64), *self._model((rates * delta)[None], gradient))
+        mu = float(coefficients[1]) if len(coefficients) > 1 else 0.0
+        return Proposal(rates * delta, change, float(coefficients[0]), mu, self._check)
+
+    def _model(self, directions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Products of directions ``(K, P)`` with the damped exact curvature, ``(K, K)``, and the gradient, ``(K,)``."""
+        assert self.tau is not None
+        products = self.objective.products(self._check, self.layout.split(directions))
+        curvature = products + (self.tau + self.l2) * (directions @ directions.T).double()
+        return curvature, (directions @ gradient).double()
+
+    def _more_damping(self, factor: float) -> None:
+        assert self.tau is not None and self.zeta is not None
+        self.tau, self.zeta = max(self.tau, 1e-6) * factor, max(self.zeta, 1e-6) * factor
+        assert self.statistics is not None
+        self._matrix, self._inverted = None, (self.statistics, self.zeta)
+
+    def _wants_ratio(self) -> bool:
+        return self.adapt_tau and self.tau_rule.due(self.steps)
+
+    def _accepted(self, proposal: Proposal, rho: float | None) -> None:
+        assert self.tau is not None
+        if self._wants_ratio():
+            self.tau = self.tau_rule.adapted(self.tau, rho)
+        self._previous = proposal.delta if self.momentum else None
+
+    def _damping(self) -> dict[str, float]:
+        assert self.tau is not None and self.zeta is not None
+        return {"tau": self.tau, "zeta": self.zeta}
+
+    # -- afterwards ----------------------------------------------------------------------------------------------------
+
+    def posterior(
+        self, n_data: float, prior_precision: float | None = None, damping: str = "exact"
+    ) -> LaplacePosterior:
+        """The running factors as a Laplace posterior at the current weights; no second pass over data.
+
+        Args:
+            n_data: N.
+            prior_precision: λ; default ``n_data · l2``, which the training loss implies (methods 9.1), or 1 without.
+            damping: of the posterior, see :class:`laplace_kf.LaplacePosterior`.
+
+        Raises:
+            NotFitted: before the first step.
+        """
+        if self.statistics is None:
+            raise NotFitted("there are no running factors yet: take a step first")
+        if prior_precision is None:
+            prior_precision = n_data * self.l2 if self.l2 else 1.0
+        statistics = self.statistics
+        if isinstance(statistics.structure, Linked):
+            statistics = statistics.structure.unlinked(statistics)
+        posterior = LaplacePosterior(
+            self.model,
+            self.likelihood,
+            structure=self.inner,
+            estimator=self.estimator,
+            parameters=list(self.layout.names),
+            prior_precision=prior_precision,
+            damping=damping,
+            forward=self.user_forward,
+        )
+        return posterior.adopt(statistics.scale(n_data), n_data)
+
+    def _export(self) -> dict[str, Any]:
+        inverted = self._inverted
+        shared = inverted is not None and inverted[0] is self.statistics
+        return {
+            "zeta": self.zeta,
+            "previous": self._previous,
+            "factors": dumped(self.statistics),
+            "factors_seen": self._seen_factors,
+            "inverted": None if inverted is None or shared else dumped(inverted[0]),
+            "inverted_zeta": None if inverted is None else inverted[1],
+        }
+
+    def _import(self, state: Mapping[str, Any]) -> None:
+        device = self.tracer.device
+        self.zeta, self._seen_factors = state["zeta"], state["factors_seen"]
+        self._previous = None if state["previous"] is None else state["previous"].to(device, self.dtype)
+        self.statistics = loaded(state["factors"], self.structure, device)
+        older = loaded(state["inverted"], self.structure, device) or self.statistics
+        self._matrix = None
+        self._inverted = None if older is None or state["inverted_zeta"] is None else (older, state["inverted_zeta"])

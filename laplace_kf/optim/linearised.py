@@ -1,0 +1,81 @@
+"""Products with the exact Gauss-Newton matrix for many vectors at one point, structural damping included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.registry import Registry
+
+__all__ = ["DISTANCES", "Linearised"]
+
+Distance = Callable[[Tensor], Tensor]
+DISTANCES: Registry[Distance] = Registry("distance of hidden activities")
+
+
+@DISTANCES.register("squared")
+def _squared(activity: Tensor) -> Tensor:
+    """``½ ‖c − c_k‖²``: unit curvature in every activity."""
+    return torch.ones_like(activity)
+
+
+@DISTANCES.register("cross_entropy")
+def _cross_entropy(activity: Tensor) -> Tensor:
+    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself."""
+    return 1 / (activity * (1 - activity)).clamp_min(1e-4)
+
+
+class Linearised:
+    """``v ↦ (G + μ D) v`` on minibatches, with one graph for all vectors (methods 2.7, 7.7).
+
+    ``D = E[J_cᵀ H_d J_c]`` is the Gauss-Newton matrix of the distance between the hidden activities ``c`` and what
+    they are now; it adds nothing to the gradient.
+
+    Args:
+        objective: runs the model; its ``hidden`` modules give ``c``.
+        batches: minibatches that the mean is taken over.
+        weights: parameters ``θ`` by name, in flat order, part of the model.
+        structural: μ.
+        distance: ``c -> diag H_d``, of the shape of ``c``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Sequence[Batch],
+        weights: Mapping[str, Tensor],
+        structural: float = 0.0,
+        distance: Distance = _squared,
+    ) -> None:
+        self.objective, self.batches, self.weights = objective, batches, weights
+        self.structural = structural
+        self._graphs: list[tuple[list[Tensor], Any, list[Tensor]]] = []
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for batch in batches:
+                values, targets = objective.with_hidden(batch)
+                metrics = [structural * distance(value.detach()) for value in values[1:]]
+                self._graphs.append((values, targets, metrics))
+
+    def product(self, direction: Mapping[str, Tensor]) -> list[Tensor]:
+        """The product with parameter-shaped tensors by name; parameter-shaped, in the order of ``weights``."""
+        leaves = list(self.weights.values())
+        total = [torch.zeros_like(leaf) for leaf in leaves]
+        for batch, (values, targets, metrics) in zip(self.batches, self._graphs, strict=True):
+            _, _, (tangents,) = self.objective.push_all(batch, {name: part[None] for name, part in direction.items()})
+            outputs = values[0].detach()
+            curved = self.objective.likelihood.curvature_product(outputs, tangents[0][None], targets)[0]
+            back = [curved.to(outputs.dtype), *(m * t for m, t in zip(metrics, tangents[1:], strict=True))]
+            roots = [(v, b) for v, b in zip(values, back, strict=True) if v.requires_grad]
+            grads = torch.autograd.grad(
+                [v for v, _ in roots], leaves, [b for _, b in roots], retain_graph=True, allow_unused=True
+            )
+            for out, grad in zip(total, grads, strict=True):
+                if grad is not None:
+                    out += grad
+        count = sum(batch.count for batch in self.batches)
+        return [part / count for part in total]

@@ -1,0 +1,405 @@
+"""Hessian-free optimisation: the damped exact Gauss-Newton system solved by preconditioned CG (methods 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.curvature import make_pair
+from laplace_kf.engine import Accumulator, Statistics, preserved
+from laplace_kf.errors import IncompatiblePair, UnknownName
+from laplace_kf.estimators import Estimator
+from laplace_kf.likelihoods import Likelihood
+from laplace_kf.operators import Matrix
+from laplace_kf.optim.base import Proposal, SecondOrder
+from laplace_kf.optim.cg import Progress, Run, conjugate_gradients
+from laplace_kf.optim.damping import LevenbergMarquardt, ratio
+from laplace_kf.optim.factors import averaged, dumped, loaded
+from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power
+from laplace_kf.optim.linearised import DISTANCES, Linearised
+from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.recipes import RECIPES, Recipe
+from laplace_kf.optim.stepsize import line_search
+from laplace_kf.registry import Registry
+from laplace_kf.structures import Structure
+from laplace_kf.tape import Observation
+
+__all__ = ["PRECONDITIONERS", "HessianFree", "Preconditioner", "hessian_free"]
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """``P = (C̃ + (λ + η) I)^power`` with a structured estimate ``C̃`` of the curvature (methods 7.6).
+
+    Attributes:
+        structure: of the engine.
+        estimator: of the engine.
+        damping: how ``λ + η`` enters a block.
+        power: ξ.
+        inverse: how blocks are put together.
+        options: of structure and estimator.
+    """
+
+    structure: str
+    estimator: str
+    damping: str = "exact"
+    power: float = 1.0
+    inverse: str = "block_diagonal"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def pair(self) -> tuple[Structure, Estimator]:
+        """The structure that is kept and the estimator.
+
+        Raises:
+            IncompatiblePair: for an inverse that does not go with the damping.
+        """
+        inner, estimator = make_pair(self.structure, self.estimator, dict(self.options))
+        INVERSES[self.inverse].check(BLOCK_SOLVERS[self.damping])
+        return INVERSES[self.inverse].structure(inner), estimator
+
+    def build(self, statistics: Statistics, k: float) -> Matrix:
+        """The preconditioner as a Matrix of size ``P``, from mean curvature and the damping ``k``."""
+        matrix = INVERSES[self.inverse].build(statistics, k, BLOCK_SOLVERS[self.damping])
+        return damped_power(matrix, self.power)
+
+
+PRECONDITIONERS: Registry[Preconditioner | None] = Registry("preconditioner")
+PRECONDITIONERS.register("none")(None)
+PRECONDITIONERS.register("diagonal")(Preconditioner("diag", "empirical", power=0.75))
+PRECONDITIONERS.register("kronecker")(Preconditioner("kron", "sampled", "balanced"))
+
+
+class HessianFree(SecondOrder):
+    """See the module's text.
+
+    Args:
+        model: the module that is trained.
+        likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
+        recipe: name in ``RECIPES`` or a :class:`Recipe`: limits, warm start and choice of the iterate.
+        preconditioner: ``"none"``, ``"diagonal"``, ``"kronecker"``, or a :class:`Preconditioner`.
+        scale_sensitive: damp with ``λ diag(G)`` in place of ``λ I`` (methods 7.7).
+        structural_damping: μ of the penalty on changes of hidden activities, for recurrent networks.
+        hidden: name patterns of the modules whose outputs are hidden activities; default: all recurrent modules.
+        distance: ``"squared"`` or ``"cross_entropy"`` (logistic units).
+        trust_radius: solve within ``‖δ‖_P ≤ radius`` by Steihaug–Toint in place of damping with λ.
+        inverse, damping, ema, refresh: of the preconditioner, as for :class:`laplace_kf.optim.GaussNewton`.
+        momentum: start CG from the decayed solution of the step before.
+        l2: coefficient η.
+        lr: factor on the final update.
+        tau: λ; default 150 for losses summed over many outputs, else 1.
+        zeta: damping of the preconditioner; default: λ.
+        adapt_tau: adapt λ (or the radius) by ``tau_rule``.
+        adapt_zeta: a given ``zeta`` moves with λ.
+        curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
+        termination: of CG, by relative progress.
+        averaging, parameters, groups, forward, generator: as :class:`laplace_kf.optim.GaussNewton`.
+        tau_rule: thresholds and factor; the ratio ρ uses the undamped model.
+        **options: of the preconditioner's structure and estimator (``samples=``).
+
+    Raises:
+        UnknownName: for a name that is not registered.
+        IncompatiblePair: for choices that do not work together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        *,
+        recipe: str | Recipe = "original",
+        preconditioner: str | Preconditioner | None = "diagonal",
+        scale_sensitive: bool = False,
+        structural_damping: float | None = None,
+        hidden: Sequence[str] | None = None,
+        distance: str = "squared",
+        trust_radius: float | None = None,
+        inverse: str = "block_diagonal",
+        damping: str | None = None,
+        ema: float = 0.0,
+        refresh: int = 1,
+        momentum: bool = True,
+        l2: float = 0.0,
+        lr: float = 1.0,
+        tau: float | None = None,
+        zeta: float | None = None,
+        adapt_tau: bool = True,
+        adapt_zeta: bool = True,
+        curvature_fraction: float = 1.0,
+        termination: Progress | None = None,
+        averaging: float | None = None,
+        parameters: str | Sequence[str] = "all",
+        groups: Sequence[Mapping[str, Any]] = (),
+        forward: Forward | None = None,
+        generator: torch.Generator | None = None,
+        tau_rule: LevenbergMarquardt | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            likelihood,
+            parameters=parameters,
+            groups=groups,
+            forward=forward,
+            l2=l2,
+            lr=lr,
+            tau=tau,
+            averaging=averaging,
+            generator=generator,
+        )
+        if not 0 < curvature_fraction <= 1:
+            raise ValueError(f"curvature_fraction must be in (0, 1], got {curvature_fraction}")
+        self.recipe = recipe if isinstance(recipe, Recipe) else RECIPES[recipe]
+        row = PRECONDITIONERS[preconditioner] if isinstance(preconditioner, str) else preconditioner
+        asked = options or damping is not None or zeta is not None or ema or refresh > 1
+        if row is None and (asked or INVERSES[inverse] is not INVERSES["block_diagonal"]):
+            raise IncompatiblePair(
+                "zeta, ema, refresh, inverse, damping and estimator options belong to a preconditioner, and there is "
+                'none; use preconditioner="kronecker" or "diagonal"'
+            )
+        if row is not None:
+            row = replace(row, damping=damping or row.damping, inverse=inverse, options={**row.options, **options})
+        self.preconditioner, self.pair = row, None if row is None else row.pair()
+        self.ema, self.refresh, self.momentum = ema, refresh, momentum
+        self.zeta, self.adapt_zeta = zeta, adapt_zeta
+        self._running: Statistics | None = None
+        self._metric: Matrix | None = None
+        self._inverted_at = 0.0  # the damping that the preconditioner was made with
+        if self.recipe.held_out and curvature_fraction == 1:
+            raise IncompatiblePair("this recipe chooses on data outside the curvature part: curvature_fraction < 1")
+        self.structural, self.distance = structural_damping or 0.0, DISTANCES[distance]
+        if self.structural:
+            self.objective.hidden = _hidden_modules(model, hidden)
+        self.scale_sensitive, self.radius = scale_sensitive, trust_radius
+        self.diagonal_pair = make_pair("diag", "empirical", {})
+        self.adapt_tau, self.part = adapt_tau, curvature_fraction
+        self.termination = termination if termination is not None else Progress()
+        self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt(1, 2 / 3, 0.25, 0.75)
+        self.run: Run | None = None  # the last CG run, for looking at
+        self._solution: Tensor | None = None
+        self._given: list[Batch] = []
+        self._curved: list[Batch] = []
+        self._rest: list[Batch] = []
+        self._structures: dict[str, Statistics] = {}
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def step(self, x: Any = None, y: Any = None, *, curvature: Any = None) -> Tensor:  # type: ignore[override]
+        """As :meth:`SecondOrder.step`; ``curvature`` is another minibatch for the products (methods 7.8).
+
+        Returns:
+            The regularised loss before the update, 0-dim.
+        """
+        self._given = []
+        if curvature is not None:
+            data = to_device(curvature, self.tracer.device)
+            check_finite(data, self.steps, "the curvature batch")
+            batch = Batch(data, 0, self.objective.random_state())
+            with torch.no_grad():
+                outputs, targets = self.objective.outputs(batch)
+            self.likelihood.check(outputs, targets)
+            self._given = [Batch(data, int(outputs.shape[0]), batch.random)]
+        return super().step(x, y)
+
+    def _wants_tape(self) -> bool:
+        return False
+
+    def _measure(self, batch: Batch, observation: Observation | None) -> None:
+        return
+
+    def _forget(self) -> None:
+        self._curved, self._rest, self._structures = [], [], {}
+
+    def _choose_data(self, batches: Sequence[Batch]) -> None:
+        if self._curved:
+            return
+        if self._given:
+            self._curved, self._rest = list(self._given), list(batches)
+            return
+        pairs = [batch.split(self.part, 1, self.generator) for batch in batches]
+        self._curved, self._rest = [part for part, _ in pairs], [rest for _, rest in pairs if rest is not None]
+
+    def _statistics(self, key: str, pair: Any) -> Statistics:
+        """Structured curvature of the curvature data, measured once a step."""
+        if key not in self._structures:
+            structure, estimator = pair
+            accumulator = Accumulator(self.tracer, self.likelihood, estimator, structure, self.generator)
+            with preserved(self.model), torch.enable_grad(), torch.autocast(self.tracer.device.type, enabled=False):
+                for batch in self._curved:
+                    accumulator.add(batch.data, self.steps)
+            self._structures[key] = accumulator.freeze()
+        return self._structures[key]
+
+    # -- the update ----------------------------------------------------------------------------------------------------
+
+    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor) -> Proposal:
+        assert self.tau is not None
+        self._choose_data(batches)
+        damping: Tensor | float = self.tau if self.radius is None else 0.0
+        scale = damping
+        if self.scale_sensitive:
+            own = self._statistics("scale", self.diagonal_pair).mean().diag().to(gradient)
+            damping = damping * own
+            scale = float(scale * own.mean())
+        weights = {name: self.named[name] for name in self.layout.names}
+        matrix = Linearised(self.objective, self._curved, weights, self.structural, self.distance)
+
+        def undamped(v: Tensor) -> Tensor:
+            parts = matrix.product(self.split(v))
+            return torch.cat([part.reshape(-1) for part in parts]).to(v) + self.l2 * v
+
+        metric = self._preconditioner(float(scale))
+        start = None
+        if self.momentum and self._solution is not None and self.recipe.decay and self.radius is None:
+            start = self.recipe.decay * self._solution
+        reductions: list[float] = []
+
+        def watch(j: int, x: Tensor) -> bool:
+            assert self.recipe.watch is not None
+            reductions.append(here - self._value(self._curved, theta + x))
+            return self.recipe.watch(reductions)
+
+        here = self._value(self._curved, theta) if self.recipe.watch is not None else 0.0
+        run = conjugate_gradients(
+            lambda v: undamped(v) + damping * v,
+            -gradient,
+            start=start,
+            precondition=None if metric is None else metric.solve,
+            metric=None if metric is None else metric.matvec,
+            radius=self.radius,
+            limit=self.recipe.limit,
+            progress=self.termination,
+            watch=watch if self.recipe.watch is not None else None,
+        )
+        judged = self._rest if self.recipe.held_out and self._rest else self._curved
+        delta = self.recipe.choose(run, lambda x: self._value(judged, theta + x))
+        self.run, self._candidate = run, run.x
+        return self._searched(batches, loss, gradient, theta, delta, undamped(delta))
+
+    def _preconditioner(self, scale: float) -> Matrix | None:
+        """The preconditioner at this step's damping; between refreshes the one of before."""
+        if self.preconditioner is None:
+            return None
+        if self._metric is not None and self.steps % self.refresh:
+            return self._metric
+        if "preconditioner" not in self._structures:
+            new = self._statistics("preconditioner", self.pair)
+            self._running = averaged(self._running, new, self.steps, self.ema)
+        assert self._running is not None
+        k = (scale if self.zeta is None else self.zeta) + self.l2 + self._least(self._running)
+        self._inverted_at = k
+        self._metric = self.preconditioner.build(self._running, k)
+        return self._metric
+
+    def _searched(
+        self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor, delta: Tensor, curved: Tensor
+    ) -> Proposal:
+        slope = float(gradient.double() @ delta.double())
+        change = slope + 0.5 * float(delta.double() @ curved.double())
+        seen: list[float] = []
+
+        def objective(alpha: float) -> float:
+            seen.append(self._value(batches, theta + alpha * delta))
+            return seen[-1]
+
+        alpha, _ = line_search(objective, loss, slope)
+        rho = ratio(loss, seen[0], change)
+        final = self._rates() * alpha * delta
+        # a step of length 0 is the line search's refusal, but with more damping there may be another direction
+        if alpha == 0.0 and not math.isfinite(seen[0]):
+            final = torch.full_like(delta, math.nan)
+        return Proposal(final, change, alpha, self.recipe.decay, batches, rho=rho)
+
+    def _least(self, statistics: Statistics) -> float:
+        """A small part of the mean curvature: a preconditioner must be positive without λ too (κ of methods 7.6)."""
+        diagonal = statistics.mean().diag()
+        return 1e-2 * float(diagonal.mean()) if self.scale_sensitive or self.radius is not None else 0.0
+
+    def _value(self, batches: Sequence[Batch], flat: Tensor) -> float:
+        """The regularised loss at flat weights; parameters outside the layout add a constant that is left in."""
+        weights = self._weights(flat)
+        value = self.objective.loss(batches, weights)
+        if self.l2:
+            now = {name: weights.get(name, self.named[name]) for name in self.names}
+            value += self.l2 / 2 * float(sum(part.double().square().sum() for part in now.values()))
+        return value
+
+    def _more_damping(self, factor: float) -> None:
+        assert self.tau is not None
+        self.tau = max(self.tau, 1e-6) * factor
+        if self.zeta is not None:
+            self.zeta = max(self.zeta, 1e-6) * factor
+        self._solution = self._metric = None
+        if self.radius is not None:
+            self.radius /= factor
+
+    def _wants_ratio(self) -> bool:
+        return False
+
+    def _accepted(self, proposal: Proposal, rho: float | None) -> None:
+        assert self.tau is not None
+        self._solution = self._candidate
+        if not self.adapt_tau or not self.tau_rule.due(self.steps):
+            return
+        adapted = self.tau_rule.adapted(self.tau, rho)
+        if self.zeta is not None and self.adapt_zeta and self.tau:
+            self.zeta *= adapted / self.tau
+        if self.radius is None:
+            self.tau = adapted
+        elif self.tau:
+            self.radius *= self.tau / adapted
+
+    def _damping(self) -> dict[str, float]:
+        assert self.tau is not None
+        return {"tau": self.tau, "zeta": self.tau if self.zeta is None else self.zeta}
+
+    def _export(self) -> dict[str, Any]:
+        return {
+            "solution": self._solution,
+            "radius": self.radius,
+            "zeta": self.zeta,
+            "factors": dumped(self._running),
+            "inverted_at": self._inverted_at if self._metric is not None else None,
+        }
+
+    def _import(self, state: Mapping[str, Any]) -> None:
+        solution, at = state["solution"], state["inverted_at"]
+        self._solution = None if solution is None else solution.to(self.tracer.device, self.dtype)
+        self.radius, self.zeta = state["radius"], state["zeta"]
+        self._metric = None
+        if self.preconditioner is not None and self.pair is not None and at is not None:
+            self._running = loaded(state["factors"], self.pair[0], self.tracer.device)
+            assert self._running is not None
+            self._inverted_at, self._metric = at, self.preconditioner.build(self._running, at)
+
+
+def _hidden_modules(model: nn.Module, patterns: Sequence[str] | None) -> list[nn.Module]:
+    named = {name: module for name, module in model.named_modules() if name}
+    if patterns is not None:
+        found = [module for name, module in named.items() if any(fnmatchcase(name, p) for p in patterns)]
+    else:
+        found = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.RNNCellBase))]
+    if not found:
+        raise UnknownName("pattern of hidden modules", patterns or "recurrent modules", named)
+    return found
+
+
+def hessian_free(
+    model: nn.Module, likelihood: str | Likelihood, structural_damping: float | None = None, **settings: Any
+) -> HessianFree:
+    """Hessian-free optimisation (methods 7); with ``structural_damping`` the recipe for recurrent networks.
+
+    Args:
+        model: the module that is trained.
+        likelihood: registered name or object.
+        structural_damping: μ (1/30 in the seeds), ``None`` for feed-forward networks.
+        **settings: any other argument of :class:`HessianFree`.
+    """
+    row: dict[str, Any] = {} if structural_damping is None else {"recipe": "recurrent", "preconditioner": "none"}
+    return HessianFree(model, likelihood, structural_damping=structural_damping, **{**row, **settings})

@@ -1,0 +1,247 @@
+"""The regularised training objective of one model, and exact Gauss-Newton products with it.
+
+``E(θ) = mean(−log p) + η/2 ‖θ‖²`` over the parameters that are optimised. All passes of one step see the same
+function: the model stands in the mode the user left it in, a replayed pass uses the random numbers of the first one
+(dropout masks) and writes to no buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from laplace_kf.batches import Forward, map_examples, run
+from laplace_kf.likelihoods import Likelihood
+from laplace_kf.tape import Observation
+from laplace_kf.tape.chain import Chain
+
+__all__ = ["Batch", "Objective"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One minibatch of a step.
+
+    Attributes:
+        data: what the user gave, on the model's device.
+        count: number of examples.
+        random: state of the random generators (by device) before its first pass.
+        seen: the pass on the tape, if the model's own was one (of all examples, if this is a part).
+        rows: which of its examples these are ``(N,)``, ``None`` for all.
+    """
+
+    data: Any
+    count: int
+    random: Mapping[str, Tensor]
+    seen: Observation | None = None
+    rows: Tensor | None = None
+
+    def part(self, fraction: float, least: int, generator: torch.Generator) -> Batch:
+        """A random part of the examples, ``least`` of them at the least (methods 4.4)."""
+        return self.split(fraction, least, generator)[0]
+
+    def split(self, fraction: float, least: int, generator: torch.Generator) -> tuple[Batch, Batch | None]:
+        """As :meth:`part`, with the rest (``None`` if the part is all)."""
+        size = min(self.count, max(least, round(fraction * self.count)))
+        if size == self.count:
+            return self, None
+        order = torch.randperm(self.count, generator=generator, device=generator.device)
+        return self._take(order[:size]), self._take(order[size:])
+
+    def _take(self, chosen: Tensor) -> Batch:
+        data = map_examples(self.data, self.count, lambda t: t[chosen.to(t.device)])
+        return Batch(data, len(chosen), self.random, self.seen, chosen)
+
+
+class _Runner(nn.Module):
+    """Runs a model on a batch, so that ``functional_call`` can put other weights in for the call."""
+
+    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, batch: Any) -> tuple[Tensor, Any]:
+        return run(self.model, batch, self._forward)
+
+
+class Objective:
+    """See the module's text.
+
+    Args:
+        model: the module that is trained.
+        likelihood: output density.
+        forward: ``(model, batch) -> (outputs, targets)`` or ``None``.
+        l2: coefficient η.
+    """
+
+    def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None, l2: float) -> None:
+        self.likelihood, self.l2 = likelihood, l2
+        self.runner = _Runner(model, forward)
+        self.model = model
+        self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
+        self._forward_mode = True
+
+    def random_state(self) -> dict[str, Tensor]:
+        """States of the global generators that a pass may draw from, by device name (opaque, of any shape)."""
+        devices = {p.device for p in self.model.parameters() if p.device.type != "cpu"}
+        states = {str(device): getattr(torch, device.type).get_rng_state(device) for device in devices}
+        return {"cpu": torch.get_rng_state(), **states}
+
+    @contextmanager
+    def _replayed(self, random: Mapping[str, Tensor]) -> Iterator[None]:
+        now = self.random_state()
+        self._set_random(random)
+        try:
+            yield
+        finally:
+            self._set_random(now)
+
+    @staticmethod
+    def _set_random(states: Mapping[str, Tensor]) -> None:
+        for name, state in states.items():
+            device = torch.device(name)
+            if device.type == "cpu":
+                torch.set_rng_state(state)
+            else:
+                getattr(torch, device.type).set_rng_state(state, device)
+
+    def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
+        """Outputs ``(N, ...)`` and targets of a replayed pass with some parameters replaced, by name."""
+        replaced = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
+        replaced |= {f"model.{name}": value for name, value in (weights or {}).items()}
+        with self._replayed(batch.random):
+            outputs, targets = torch.func.functional_call(self.runner, replaced, (batch.data,))
+        return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+
+    @torch.no_grad()
+    def loss(self, batches: Sequence[Batch], weights: Mapping[str, Tensor]) -> float:
+        """Mean of ``−log p`` over the batches at other weights (by name, parameter-shaped); no L2 term.
+
+        Not finite outputs give NaN, they raise nothing.
+        """
+        total, count = 0.0, 0
+        for batch in batches:
+            outputs, targets = self.outputs(batch, weights)
+            if not bool(torch.isfinite(outputs).all()):
+                return float("nan")
+            total -= float(self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64))
+            count += batch.count
+        return total / count
+
+    def products(self, batches: Sequence[Batch], directions: Mapping[str, Tensor]) -> Tensor:
+        """``uᵀ G v`` for all pairs of ``K`` directions, by one Jacobian product each (methods 2.7; S2 B.3).
+
+        Args:
+            batches: minibatches that the mean is taken over.
+            directions: ``(K, *shape)`` by parameter name.
+
+        Returns:
+            ``(K, K)`` float64.
+        """
+        total: Tensor | float = 0.0
+        for batch in batches:
+            outputs, targets, pushed = self.push(batch, directions)
+            curved = self.likelihood.curvature_product(outputs, pushed, targets)
+            rows = pushed.flatten(1).to(curved.dtype)
+            total = total + (rows @ curved.flatten(1).T).double()
+        products = total / sum(batch.count for batch in batches)
+        assert isinstance(products, Tensor)
+        return (products + products.T) / 2
+
+    def push(self, batch: Batch, directions: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
+        """Outputs ``(N, ...)``, targets, and ``J u`` for directions ``(K, *shape)`` by name, ``(K, N, ...)``."""
+        if batch.seen is not None and batch.seen.chain is not None:
+            return self._push_along(batch, batch.seen, batch.seen.chain, directions)
+        (outputs, *_), targets, pushed = self.push_all(batch, directions)
+        return outputs, targets, torch.stack([tangents[0] for tangents in pushed])
+
+    @torch.no_grad()
+    def _push_along(
+        self, batch: Batch, seen: Observation, chain: Chain, directions: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Any, Tensor]:
+        """With the activations that the gradient's pass left on the tape."""
+        outputs, targets = seen.outputs.detach(), seen.targets
+        rows = None if batch.rows is None else batch.rows.to(outputs.device)
+        if rows is not None:
+            outputs, targets = map_examples((outputs, targets), seen.count, lambda t: t[rows.to(t.device)])
+        pushed = chain.push({name: part.to(outputs.dtype) for name, part in directions.items()}, rows)
+        return outputs, targets, outputs.new_zeros(_count(directions), *outputs.shape) if pushed is None else pushed
+
+    def push_all(self, batch: Batch, directions: Mapping[str, Tensor]) -> tuple[list[Tensor], Any, list[list[Tensor]]]:
+        """As :meth:`push` for the outputs and the hidden activities (any shapes), one list of products a direction.
+
+        Forward-mode differentiation; where an operation has no rule for it, two backward passes instead.
+        """
+        if self._forward_mode:
+            try:
+                return self._push_forward(batch, directions)
+            except (NotImplementedError, RuntimeError) as error:
+                if "orward" not in str(error) and "jvp" not in str(error):
+                    raise
+                self._forward_mode = False
+        return self._push_twice(batch, directions)
+
+    def with_hidden(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[list[Tensor], Any]:
+        """Outputs followed by what the hidden modules gave, call by call (any shapes), and targets."""
+        found: list[Tensor] = []
+
+        def listen(module: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) else output
+            if isinstance(first, Tensor):
+                found.append(first)
+
+        handles = [module.register_forward_hook(listen) for module in self.hidden]
+        try:
+            outputs, targets = self.outputs(batch, weights)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [outputs, *found], targets
+
+    @torch.no_grad()
+    def _push_forward(
+        self, batch: Batch, directions: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], Any, list[list[Tensor]]]:
+        named = dict(self.model.named_parameters())
+        pushed: list[list[Tensor]] = []
+        for k in range(_count(directions)):
+            # fused attention kernels have no rule
+            with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+                dual = {n: forward_ad.make_dual(named[n].detach(), t[k].to(named[n])) for n, t in directions.items()}
+                values, targets = self.with_hidden(batch, dual)
+                pairs = [forward_ad.unpack_dual(value) for value in values]
+                pushed.append([torch.zeros_like(p) if t is None else t.clone() for p, t in pairs])
+                primals = [p.clone() for p, _ in pairs]
+        return primals, targets, pushed
+
+    def _push_twice(
+        self, batch: Batch, directions: Mapping[str, Tensor]
+    ) -> tuple[list[Tensor], Any, list[list[Tensor]]]:
+        named = dict(self.model.named_parameters())
+        names = list(directions)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            leaves = {name: named[name].detach().requires_grad_() for name in names}
+            values, targets = self.with_hidden(batch, leaves)
+            seeds = [torch.zeros_like(value, requires_grad=True) for value in values]
+            pulled = torch.autograd.grad(values, list(leaves.values()), seeds, create_graph=True, allow_unused=True)
+            pushed: list[list[Tensor]] = []
+            for k in range(_count(directions)):
+                used = [(p, directions[n][k].to(p)) for n, p in zip(names, pulled, strict=True) if p is not None]
+                tangents = torch.autograd.grad(
+                    [p for p, _ in used], seeds, [d for _, d in used], retain_graph=True, materialize_grads=True
+                )
+                pushed.append(list(tangents))
+        return [value.detach() for value in values], targets, pushed
+
+
+def _count(directions: Mapping[str, Tensor]) -> int:
+    """The ``K`` of directions ``(K, *shape)``."""
+    return next(iter(directions.values())).shape[0]

@@ -1,0 +1,327 @@
+"""CG variants, structural damping, and whole Hessian-free steps against dense float64 references (methods 7)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import laplace_kf as lk
+from laplace_kf.errors import IncompatiblePair, UnknownName
+from laplace_kf.optim.cg import Progress, Run, conjugate_gradients
+from laplace_kf.optim.linearised import DISTANCES, Linearised
+from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.recipes import backtracked, falling_back, last, smallest, worse_than_before
+from laplace_kf.optim.stepsize import line_search
+from tests import oracles
+from tests.optim import reference as ref
+
+NEVER = Progress(0.0)
+
+
+def system(values: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    d = len(values)
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=rng, dtype=torch.float64))
+    return q @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ q.T, torch.randn(d, generator=rng).double()
+
+
+def krylov_minimum(a: Tensor, b: Tensor, x0: Tensor, p: Tensor, steps: int) -> Tensor:
+    """Minimiser of q over ``x0 + span{M r, (M A) M r, ...}`` with ``M = P⁻¹``, by dense least squares."""
+    m = torch.linalg.inv(p)
+    vectors = [m @ (b - a @ x0)]
+    for _ in range(steps - 1):
+        vectors.append(m @ a @ vectors[-1])
+    basis, _ = torch.linalg.qr(torch.stack([v / v.norm() for v in vectors], 1))
+    return x0 + basis @ torch.linalg.solve(basis.T @ a @ basis, basis.T @ (b - a @ x0))
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_cg_is_optimal_over_its_krylov_space(preconditioned: bool, start: bool) -> None:
+    a, b = system([1.0, 2, 4, 7, 9, 20])
+    p = torch.diag(a.diagonal()) if preconditioned else torch.eye(6, dtype=torch.float64)
+    x0 = torch.ones(6, dtype=torch.float64) if start else torch.zeros(6, dtype=torch.float64)
+    for steps in range(1, 6):
+        run = conjugate_gradients(
+            lambda v: a @ v,
+            b,
+            start=x0 if start else None,
+            precondition=(lambda r: torch.linalg.solve(p, r)) if preconditioned else None,
+            limit=steps,
+            progress=NEVER,
+        )
+        expected = krylov_minimum(a, b, x0, p, steps)
+        torch.testing.assert_close(run.x, expected, rtol=1e-8, atol=1e-10)
+        q = 0.5 * expected @ a @ expected - b @ expected
+        assert run.values[-1] == pytest.approx(float(q), rel=1e-9)
+        assert run.kept[-1][0] == steps and torch.equal(run.kept[-1][1], run.x)
+
+
+def test_cg_takes_as_many_steps_as_there_are_eigenvalues() -> None:
+    a, b = system([2.0, 2, 2, 5, 5, 5])
+    run = conjugate_gradients(lambda v: a @ v, b, limit=2, progress=NEVER)
+    torch.testing.assert_close(run.x, torch.linalg.solve(a, b))
+    once = conjugate_gradients(lambda v: a @ v, b, precondition=lambda r: torch.linalg.solve(a, r), limit=1)
+    torch.testing.assert_close(once.x, torch.linalg.solve(a, b))
+
+
+def test_cg_stops_by_progress_at_zero_residual_and_at_negative_curvature() -> None:
+    a, b = system([float(k) for k in range(1, 41)])
+    run = conjugate_gradients(lambda v: a @ v, b, progress=Progress(1e-2, 3))
+    j = len(run.values) - 1
+    window = [(run.values[i] - run.values[i - 3]) / run.values[i] for i in range(4, j + 1)]
+    assert run.reason == "progress" and window[-1] < 1e-2 and all(s >= 1e-2 for s in window[:-1])
+    assert not Progress(1e-2, 3).stops([5.0, 4.0, 3.9, 3.9, 3.9, 3.9])  # above M(0): a warm start, never stop
+    assert conjugate_gradients(lambda v: a @ v, torch.zeros(40).double()).reason == "solved"
+    indefinite = torch.diag(torch.tensor([1.0, -1.0]).double())
+    assert conjugate_gradients(lambda v: indefinite @ v, torch.ones(2).double()).reason == "negative curvature"
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.5, 100.0])
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_steihaug_stays_inside_and_beats_the_cauchy_point(radius: float, preconditioned: bool) -> None:
+    a, b = system([1.0, 3, 4, 7, 9])
+    p = torch.diag(a.diagonal()) if preconditioned else torch.eye(5, dtype=torch.float64)
+    run = conjugate_gradients(
+        lambda v: a @ v, b, radius=radius, progress=NEVER,
+        precondition=lambda r: torch.linalg.solve(p, r), metric=lambda v: p @ v,
+    )  # fmt: skip
+    size = float((run.x @ p @ run.x).sqrt())
+    newton = torch.linalg.solve(a, b)
+    if float((newton @ p @ newton).sqrt()) < radius:
+        torch.testing.assert_close(run.x, newton)
+    else:
+        assert size == pytest.approx(radius, rel=1e-9) and run.reason == "boundary"
+    # exact solution of min q s.t. ‖x‖_P ≤ r by bisection on the multiplier: at least half of its decrease
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        mid = (low + high) / 2
+        x = torch.linalg.solve(a + mid * p, b)
+        low, high = (mid, high) if float((x @ p @ x).sqrt()) > radius else (low, mid)
+    best = float(0.5 * x @ a @ x - b @ x)
+    assert run.values[-1] <= 0.5 * best
+    with pytest.raises(ValueError, match="zero start"):
+        conjugate_gradients(lambda v: a @ v, b, radius=1.0, start=b)
+
+
+def test_steihaug_follows_negative_curvature_to_the_boundary() -> None:
+    a = torch.diag(torch.tensor([1.0, -1.0]).double())
+    run = conjugate_gradients(lambda v: a @ v, torch.tensor([1.0, 1.0]).double(), radius=2.0)
+    assert run.reason == "boundary" and float(run.x.norm()) == pytest.approx(2.0)
+
+
+def test_choosing_an_iterate() -> None:
+    points = [(k, torch.tensor([float(k)])) for k in (1, 2, 3, 5, 7)]
+    run = Run(points[-1][1], [0.0], points)
+    scores = {1.0: 9.0, 2.0: 1.0, 3.0: 4.0, 5.0: 3.0, 7.0: 6.0}
+
+    def value(x: Tensor) -> float:
+        return scores[float(x)]
+
+    assert float(backtracked(run, value)) == 5.0  # the walk stops at 3, which is worse, and never sees 2
+    assert float(smallest(run, value)) == 2.0
+    assert float(last(run, value)) == 7.0
+    scores[7.0] = float("nan")
+    assert float(backtracked(run, value)) == 5.0
+    assert falling_back([1.0, 2.0, 1.7]) and not falling_back([1.0, 2.0, 1.9]) and not falling_back([-1.0, -2.0])
+    assert worse_than_before([1.0, 1.1, 1.1, 0.9]) and not worse_than_before([1.0, 1.1, 1.2, 1.3])
+
+
+def test_line_search() -> None:
+    """On E(α) = α² − α the condition with c holds for α ≤ 1 − c."""
+    alpha, value = line_search(lambda a: a * a - a, 0.0, -1.0, sufficient=0.5, shrink=0.8)
+    assert alpha == pytest.approx(0.8**4) and value == pytest.approx(alpha**2 - alpha)
+    assert line_search(lambda a: float("nan"), 3.0, -1.0) == (0.0, 3.0)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, cell: bool = False) -> None:
+        super().__init__()
+        self.cell = cell
+        self.rnn = nn.RNNCell(2, 3) if cell else nn.RNN(2, 3, batch_first=True)
+        self.out = nn.Linear(3, 2)
+        self.double()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for p in self.parameters():
+                nn.init.normal_(p, std=0.6)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        if not self.cell:
+            return self.rnn(x)[0]
+        h, states = None, []
+        for t in range(x.shape[1]):
+            h = self.rnn(x[:, t], h)
+            states.append(h)
+        return torch.stack(states, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.hidden(x)[:, -1])
+
+
+def jacobian_of(f: Any, model: nn.Module) -> Tensor:
+    """Rows: flattened outputs of ``f()``, columns: parameters."""
+    out = f().reshape(-1)
+    rows = []
+    for value in out:
+        grads = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, model.parameters(), strict=True)]
+        rows.append(torch.cat([part.reshape(-1) for part in parts]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("forward_mode", [True, False])
+@pytest.mark.parametrize("cell", [False, True])
+@pytest.mark.parametrize("distance", ["squared", "cross_entropy"])
+def test_structural_damping_products(distance: str, cell: bool, forward_mode: bool) -> None:
+    """``(G + μ D) v`` with ``D = E[J_cᵀ H_d J_c]`` from dense Jacobians."""
+    model, mu = Recurrent(cell), 0.3
+    x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 0])
+    dense = oracles.dense_ggn(model, x, y, oracles.categorical_nll)
+    for i in range(4):
+        jac = jacobian_of(lambda i=i: model.hidden(x[i : i + 1]), model)
+        c = model.hidden(x[i : i + 1]).detach().reshape(-1)
+        metric = torch.ones_like(c) if distance == "squared" else 1 / (c * (1 - c)).clamp_min(1e-4)
+        dense = dense + mu / 4 * jac.T @ torch.diag(metric) @ jac
+    objective = Objective(model, lk.likelihoods.Categorical(), None, 0.0)
+    objective._forward_mode = forward_mode
+    objective.hidden = [model.rnn]
+    batch = Batch((x, y), 4, objective.random_state())
+    weights = dict(model.named_parameters())
+    matrix = Linearised(objective, [batch], weights, mu, DISTANCES[distance])
+    v = torch.randn(len(dense), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    parts, start = {}, 0
+    for name, p in weights.items():
+        parts[name] = v[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+    found = torch.cat([part.reshape(-1) for part in matrix.product(parts)])
+    torch.testing.assert_close(found, dense @ v, rtol=1e-9, atol=1e-11)
+    assert objective._forward_mode is forward_mode
+
+
+@pytest.mark.parametrize("preconditioner", ["none", "diagonal", "kronecker"])
+def test_converged_steps_are_damped_newton_steps(preconditioner: str) -> None:
+    """CG run to the end: δ = −(G + (λ + η) I)⁻¹∇E, line search, and λ by the undamped model."""
+    nll = oracles.categorical_nll
+    model, l2, tau = ref.net([3, 3, 3]), 1e-2, 0.4
+    rng = torch.Generator().manual_seed(0)
+    opt = lk.optim.hessian_free(
+        model, "categorical", l2=l2, tau=tau, preconditioner=preconditioner, generator=rng,
+        recipe=lk.optim.Recipe(limit=200, decay=0.9, choose=last), termination=NEVER,
+    )  # fmt: skip
+    for seed in range(4):
+        x, y = ref.batch(12, 3, 3, seed)
+        theta = oracles.flat_parameters(model)
+        g = ref.gradient(model, x, y, nll) + l2 * theta
+        exact = oracles.dense_ggn(model, x, y, nll) + l2 * torch.eye(len(theta)).double()
+        delta = -torch.linalg.solve(exact + tau * torch.eye(len(theta)).double(), g)
+
+        def energy(flat: Tensor, x: Tensor = x, y: Tensor = y) -> float:
+            return ref.mean_nll(ref.put(model, flat), x, y, nll) + l2 / 2 * float(flat @ flat)
+
+        start, change = energy(theta), float(g @ delta + 0.5 * delta @ exact @ delta)
+        rho = (energy(theta + delta) - start) / change
+        alpha = 1.0
+        while energy(theta + alpha * delta) > start + 1e-2 * alpha * float(g @ delta):
+            alpha *= 0.8
+        tau = tau * 2 / 3 if rho > 0.75 else tau * 3 / 2 if rho < 0.25 else tau
+        assert float(opt.step(x, y)) == pytest.approx(start, rel=1e-10)
+        torch.testing.assert_close(oracles.flat_parameters(model), theta + alpha * delta, rtol=1e-6, atol=1e-8)
+        assert opt.diagnostics["rho"] == pytest.approx(rho, rel=1e-5)
+        assert opt.diagnostics["tau"] == pytest.approx(tau, rel=1e-12)
+        assert opt.diagnostics["alpha"] == pytest.approx(alpha)
+
+
+def test_separate_curvature_batch_and_scale_sensitive_damping() -> None:
+    nll = oracles.categorical_nll
+    model, tau = ref.net([3, 3, 3]), 0.4
+    x, y = ref.batch(12, 3, 3, 0)
+    x2, y2 = ref.batch(9, 3, 3, 1)
+    theta = oracles.flat_parameters(model)
+    exact = oracles.dense_ggn(model, x2, y2, nll)
+    scale = oracles.empirical_fisher(model, x2, y2, nll).diagonal()
+    expected = -torch.linalg.solve(exact + tau * torch.diag(scale), ref.gradient(model, x, y, nll))
+    opt = lk.optim.hessian_free(
+        model, "categorical", tau=tau, scale_sensitive=True,
+        recipe=lk.optim.Recipe(limit=400, choose=last), termination=NEVER,
+    )  # fmt: skip
+    opt.step(x, y, curvature=(x2, y2))
+    found = (oracles.flat_parameters(model) - theta) / opt.diagnostics["alpha"]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_start_is_the_decayed_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    from laplace_kf.optim import newton_cg
+
+    starts: list[Any] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Run:
+        starts.append((kwargs["start"], conjugate_gradients(*args, **kwargs)))
+        return starts[-1][1]
+
+    monkeypatch.setattr(newton_cg, "conjugate_gradients", spy)
+    opt = lk.optim.hessian_free(ref.net([3, 3, 3]), "categorical", tau=1.0)
+    for seed in range(2):
+        opt.step(*ref.batch(12, 3, 3, seed))
+    assert starts[0][0] is None
+    torch.testing.assert_close(starts[1][0], 0.95 * starts[0][1].x)
+
+
+@pytest.mark.parametrize("settings", [{"trust_radius": 0.5}, {"recipe": "short"}, {"recipe": "held_out"}, {}])
+def test_every_recipe_reduces_the_loss(settings: dict[str, Any]) -> None:
+    if settings.get("recipe") == "held_out":
+        settings = {**settings, "curvature_fraction": 0.5}
+    model = ref.net([3, 5, 3])
+    x, y = ref.batch(40, 3, 3)
+    opt = lk.optim.hessian_free(model, "categorical", l2=1e-3, generator=torch.Generator().manual_seed(0), **settings)
+    losses = [float(opt.step(x, y)) for _ in range(8)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(b <= a + 1e-9 for a, b in itertools.pairwise(losses))  # the line search guards the batch
+
+
+def test_recurrent_preset_and_refusals() -> None:
+    model = Recurrent()
+    x = torch.randn(20, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = (x[:, 0, 0] > 0).long()
+    opt = lk.optim.hessian_free(model, "categorical", structural_damping=1 / 30, tau=0.1)
+    assert opt.objective.hidden == [model.rnn]
+    losses = [float(opt.step(x, y)) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    with pytest.raises(UnknownName):
+        lk.optim.hessian_free(ref.net([2, 2]), "categorical", structural_damping=0.1)
+    with pytest.raises(IncompatiblePair, match="outside"):
+        lk.optim.hessian_free(ref.net([2, 2]), "categorical", recipe="held_out")
+
+
+def test_preconditioner_settings() -> None:
+    """The settings that all presets share: a preconditioner's own damping, average, refresh and inverse."""
+    x, y = ref.batch(40, 3, 3)
+    losses = {}
+    for name, settings in {
+        "linked": {"inverse": "block_tridiagonal", "samples": 2},
+        "stale": {"refresh": 3, "ema": 0.9},
+        "own": {"zeta": 0.5, "adapt_zeta": False},
+        "moving": {"zeta": 0.5},
+        "cold": {"momentum": False},
+    }.items():
+        opt = lk.optim.hessian_free(
+            ref.net([3, 5, 3]), "categorical", preconditioner="kronecker", tau=1.0,
+            generator=torch.Generator().manual_seed(0), recipe="short", **settings,
+        )  # fmt: skip
+        losses[name] = [float(opt.step(x, y)) for _ in range(6)]
+        assert losses[name][-1] < losses[name][0]
+        if name == "own":
+            assert opt.diagnostics["zeta"] == 0.5
+        if name == "moving":
+            assert opt.diagnostics["zeta"] == pytest.approx(0.5 * opt.diagnostics["tau"])
+    with pytest.raises(IncompatiblePair, match="preconditioner"):
+        lk.optim.hessian_free(ref.net([3, 3]), "categorical", preconditioner="none", zeta=0.1)
+    with pytest.raises(IncompatiblePair, match="one by one"):
+        lk.optim.hessian_free(
+            ref.net([3, 3]), "categorical", preconditioner="kronecker", inverse="block_tridiagonal", damping="exact"
+        )
