@@ -151,11 +151,6 @@ class Categorical(Likelihood):
         w = p.sqrt() * v
         return w * _sum_of_others(p) - p * _sum_of_others(w)
 
-    def _position_curved(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
-        p = torch.softmax(z, -1)
-        w = p * v
-        return w * _sum_of_others(p) - p * _sum_of_others(w)
-
     def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         p = torch.softmax(z, -1).flatten(0, 1)
         refuse_nonfinite_parameters("Categorical", p)

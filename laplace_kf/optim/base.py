@@ -26,6 +26,7 @@ from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
@@ -100,6 +101,7 @@ class SecondOrder(torch.optim.Optimizer):
         for what, value in (("l2", l2), ("lr", lr), ("tau", 0.0 if tau is None else tau)):
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{what} must be finite and not negative, got {value}")
+        model = usable(model)
         self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
         self.l2, self.tau = float(l2), tau
         self.averaging = averaging

@@ -175,7 +175,7 @@ class HessianFree(SecondOrder):
             raise IncompatiblePair("this recipe chooses on data outside the curvature part: curvature_fraction < 1")
         self.structural, self.distance = structural_damping or 0.0, DISTANCES[distance]
         if self.structural:
-            self.objective.hidden = _hidden_modules(model, hidden)
+            self.objective.hidden = _hidden_modules(self.model, hidden)
         self.scale_sensitive, self.radius = scale_sensitive, trust_radius
         self.diagonal_pair = make_pair("diag", "empirical", {})
         self.adapt_tau, self.part = adapt_tau, curvature_fraction
