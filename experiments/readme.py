@@ -149,8 +149,61 @@ def importance() -> str:
     return text + "\n\n" + _markdown(head, rows)
 
 
+def predictions() -> str:
+    """Costs of predictions beside laplace-torch."""
+    linearized, sampled = (_load(f"benchmarks/results/{name}.json") for name in ("linearized", "montecarlo"))
+    if linearized is None or sampled is None:
+        return "*Not run yet.*"
+    costs, peer = linearized["costs"], linearized["laplace-torch"]
+    theirs = f"{peer['milliseconds_per_input']:,.0f} ms" if "milliseconds_per_input" in peer else ""
+    inputs = linearized["workload"].split(", ")[2]
+    rows = [
+        [f"linearised, {inputs}, per input", f"{linearized['milliseconds_per_input']:.2f} ms",
+         f"{theirs} ({peer.get('inputs', 0)} inputs)"],
+        ["the same, in training examples (forward and backward)", f"{costs['functional_covariance']['ratio']:.1f}",
+         f"{peer.get('in_training_examples', float('nan')):,.0f}"],
+        ["linearised at 20 values of (N, λ), in passes", f"{linearized['grid_in_linearised_passes']['ratio']:.2f}", ""],
+        ["linearised, growth of peak memory", f"{linearized['peak_growth_bytes'] / 1e6:.0f} MB", ""],
+    ]  # fmt: skip
+    found = sampled["costs"]
+    for name, cost in found.items():
+        space, count = name.split(", ")
+        other = found.get(f"laplace-torch, {count}")
+        if space == "laplace-torch" or other is None:
+            continue
+        rows.append([f"30 draws, {space}, {count}", f"{1000 * cost['seconds']:.1f} ms",
+                     f"{1000 * other['seconds']:.0f} ms ({1 / cost['ratio']:.1f} times)"])  # fmt: skip
+    text = f"{sampled['workload']}; {_machine(sampled)}."
+    return text + "\n\n" + _markdown(["prediction", "laplace_kf", "laplace-torch"], rows)
+
+
+def many_outputs() -> str:
+    """Fits and predictions with thousands of classes."""
+    result = _load("benchmarks/results/many_outputs.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = [
+        [name, f"{cost['fit_seconds']:.2f}", f"{cost['decomposition_seconds']:.2f}",
+         f"{1000 * cost['predict_seconds']:.1f}", f"{cost['predict_bytes'] / 1e6:.0f}", f"{cost['bytes'] / 1e6:.0f}"]
+        for name, cost in result["costs"].items()
+    ]  # fmt: skip
+    head = ["classes, structure, estimator", "fit, s", "decomposition, s", "one input, ms", "one input, MB", "all, MB"]
+    return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(head, rows)
+
+
+def toy_regression() -> str:
+    """Methods and verdicts of E19."""
+    result = _load("docs/results/toy_regression.json")
+    if result is None:
+        return "*Not run yet.*"
+    return f"{_machine(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ood_mnist": ood_mnist,
+    "predictions": predictions,
+    "many_outputs": many_outputs,
+    "toy_regression": toy_regression,
     "fit_cost": fit_cost,
     "importance": importance,
     "support": lk.support_table,
@@ -159,7 +212,8 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 PAGES = {
-    "README.md": ("ood_mnist", "fit_cost", "importance", "support"),
+    "README.md": ("ood_mnist", "fit_cost", "predictions", "importance", "many_outputs", "support"),
+    "docs/toy_regression.md": ("toy_regression",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
 }
