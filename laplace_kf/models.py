@@ -19,7 +19,16 @@ from torch.nn.parameter import is_lazy
 
 from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
 
-__all__ = ["as_called", "coarsest", "memory_bytes", "plain_name", "require_memory", "undisturbed", "usable"]
+__all__ = [
+    "as_called",
+    "autocasting",
+    "coarsest",
+    "memory_bytes",
+    "plain_name",
+    "require_memory",
+    "undisturbed",
+    "usable",
+]
 
 COMPILED = "_orig_mod."  # what torch.compile puts in front of parameter names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -143,6 +152,11 @@ def as_called() -> Iterator[None]:
             # no cache: a copy of a weight that was cached without a graph would cut the weight off
             stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
         yield
+
+
+def autocasting() -> bool:
+    """Whether the caller has autocast on, so that the model's forward pass runs under it."""
+    return bool(_AUTOCAST.get())
 
 
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
+from laplace_kf.models import autocasting
 
 __all__ = ["Uses", "outputs_at", "over_draws"]
 
@@ -123,7 +124,7 @@ def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], sta
         return run({name: value[k] for name, value in stacked.items()})
 
     count = next(iter(stacked.values())).shape[0]
-    if count > 1 and _VECTORISES.get(model, True):
+    if count > 1 and not autocasting() and _VECTORISES.get(model, True):  # autocast does not reach into vmap
         try:
             with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
                 warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)

@@ -152,7 +152,8 @@ class Predictor:
     ) -> None:
         self.likelihood = likelihood
         self._device = next(iter(mean.values())).device
-        self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
+        with preserved(model):
+            self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
 
     def outputs(self, x: Any) -> Tensor:
         """Outputs ``(S, N, ...)`` at inputs.

@@ -23,6 +23,7 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.layers.base import BoundCall, LayerRule
 from laplace_kf.layers.linear import LINEAR
 from laplace_kf.linalg import require_positive
+from laplace_kf.models import autocasting
 from laplace_kf.operators import Blockwise, Matrix, Spectral
 from laplace_kf.predictive.activations import augmented, examples, factorises, is_linear
 from laplace_kf.predictive.calls import Uses, outputs_at, over_draws
@@ -119,9 +120,10 @@ class WeightDraws:
         self.keep = keep and draws.samples * self.bytes_of_one <= KEEP_BYTES
         self.kept: list[dict[str, Tensor]] = []
         self.factored: dict[str, _Factored] = {}
+        as_weights = self.keep or autocasting()  # kept draws are worth making; autocast acts on products with weights
         for block, matrix in self.entries:
-            if self.keep or not isinstance(matrix, Spectral) or not (_plain(block) and factorises(block, matrix)):
-                continue  # kept draws are worth making
+            if as_weights or not isinstance(matrix, Spectral) or not (_plain(block) and factorises(block, matrix)):
+                continue
             require_positive(matrix.grid, block.name)
             folded = None
             if rows * draws.samples > sum(block.shape[1:]):
@@ -201,14 +203,12 @@ class WeightDraws:
             first = not met and not formed  # then the inputs are the same for all draws
             met.add(block.name)
             if block.name not in weights and chain_is_cheaper(rows, found.matrix, shared if first else 1):
-                with torch.autocast(a.device.type, enabled=False):
-                    output = found.through(x, a.reshape(-1, a.shape[-1])).reshape(*a.shape[:-1], -1).to(a)
+                output = found.through(x, a.reshape(-1, a.shape[-1])).reshape(*a.shape[:-1], -1).to(a)
                 if found.mean is None:
                     return call() + output
                 return output if bound["bias"] is None or "bias" in names else output + bound["bias"]
             if block.name not in weights:
-                with torch.autocast(a.device.type, enabled=False):
-                    made = found.weight(x)
+                made = found.weight(x)
                 if found.mean is None:
                     made = {name: self.mean[name] + value.to(self.mean[name]) for name, value in made.items()}
                 weights[block.name] = {name: value.to(self.mean[name]) for name, value in made.items()}

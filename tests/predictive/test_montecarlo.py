@@ -570,6 +570,21 @@ def test_other_floating_types(dtype: torch.dtype) -> None:
         assert float((found.double().mean(0) - model(x).double()).abs().max()) < 1
 
 
+@pytest.mark.parametrize("space", ["weights", "activations"])
+def test_autocast_reaches_the_model_and_not_the_draws(space: str) -> None:
+    post = posterior(build(lambda: mlp(3, 5, 3)))
+    post.model.float()
+    post.fit([(normal(9, 3, seed=5).float(), labels(3, 9, seed=6))])
+    x, seen = normal(4, 3, seed=50).float(), []
+    plain = outputs(post, x, space, 20)
+    handle = post.model[-1].register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outputs(post, x, space, 20)
+    handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert float((found.float() - plain).abs().max()) < 0.05 * float(plain.abs().max())
+
+
 def test_bernoulli_in_activation_space() -> None:
     x, y = normal(9, 3, seed=5), binary(9, 3, seed=6)
     post = lk.LaplacePosterior(build(lambda: mlp(3, 5, 3)), "bernoulli").fit([(x, y)])
