@@ -78,7 +78,7 @@ class _Job:
     likelihood: Likelihood
     estimator: Estimator
     settings: Mapping[str, Any]
-    prior: Callable[[FlatLayout], Mapping[str, float] | None]
+    prior: Callable[[FlatLayout], Mapping[str, float | Tensor] | None]
     n_data: float | None
 
 
@@ -108,7 +108,7 @@ def _variance(job: _Job) -> tuple[FlatLayout, Tensor]:
     prior = job.prior(layout)
     if prior is not None:
         parts = zip(layout.names, layout.sizes, strict=True)
-        precision = precision + torch.cat([precision.new_full((size,), prior[name]) for name, size in parts])
+        precision = precision + torch.cat([precision.new_full((size,), float(prior[name])) for name, size in parts])
     return layout, -precision
 
 
@@ -128,7 +128,7 @@ def covered(
     likelihood: Likelihood,
     estimator: Estimator,
     *,
-    prior: Callable[[FlatLayout], Mapping[str, float] | None] = lambda layout: None,
+    prior: Callable[[FlatLayout], Mapping[str, float | Tensor] | None] = lambda layout: None,
     n_data: float | None = None,
     **settings: Any,
 ) -> tuple[str | Sequence[str], Structure]:

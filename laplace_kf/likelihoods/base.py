@@ -696,6 +696,19 @@ class Likelihood(abc.ABC):
         """Numeric parameters of the density that are not network outputs (a noise scale); empty for most."""
         return {}
 
+    @property
+    def noise_scale(self) -> float | None:
+        """Standard deviation of noise that is the same for all examples and can be tuned; None where there is none."""
+        return None
+
+    def with_noise_scale(self, value: float | Tensor) -> Likelihood:
+        """A copy with another noise scale (> 0, a number or 0-dim, in the units of the outputs).
+
+        Raises:
+            IncompatiblePair: for a likelihood without one.
+        """
+        raise IncompatiblePair(f"{self!r} has no noise scale to tune; leave noise out, or use the Gaussian likelihood")
+
     def to_config(self) -> dict[str, Any]:
         """JSON-able description from which :meth:`from_config` rebuilds this likelihood.
 

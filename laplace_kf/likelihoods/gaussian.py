@@ -91,6 +91,15 @@ class Gaussian(ElementwiseLikelihood):
         density = partial(self._density, tuple(outputs.shape), outputs.mean.dtype)
         return normal_outputs(outputs, self._sigma(outputs.mean).square(), density)
 
+    @property
+    def noise_scale(self) -> float:
+        """σ as a number."""
+        return _as_float(self.scale)
+
+    def with_noise_scale(self, value: float | Tensor) -> Gaussian:
+        """A copy with another σ; this object keeps its own."""
+        return Gaussian(value, self.ignore_index)
+
     def parameters(self) -> dict[str, float]:
         """``{"scale": σ}``."""
         return {"scale": _as_float(self.scale)}

@@ -130,10 +130,15 @@ def prior_of(block: Block, prior: Tensor | dict[str, Tensor]) -> Tensor:
     if isinstance(prior, Tensor):
         return prior
     values = [prior[name] for name in block.parameters]
-    if all(value is values[0] or bool(value == values[0]) for value in values):
+    if all(value is values[0] or _same_number(value, values[0]) for value in values):
         return values[0]
     spread = {
         name: value.reshape((1,) * (len(shape) + 1)).expand(1, *shape)
         for name, value, shape in zip(block.parameters, values, block.shapes, strict=True)
     }
     return block.pack(spread)[0]
+
+
+def _same_number(one: Tensor, other: Tensor) -> bool:
+    """Whether two 0-dim tensors can stand for each other: two variables of a derivative cannot."""
+    return not (one.requires_grad or other.requires_grad) and bool(one == other)

@@ -11,6 +11,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.linalg import cholesky, require_positive
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, standard_normal
 from laplace_kf.operators.curvature import CurvatureBlock
+from laplace_kf.operators.quadrature import nodes_of_products
 
 __all__ = ["LowRank", "LowRankBlock"]
 
@@ -142,6 +143,19 @@ class LowRankBlock(CurvatureBlock):
                 stacklevel=2,
             )
         return torch.linalg.eigvalsh(self.dense()).clamp_min(0).reshape(self.shape)
+
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """With a remainder those of low rank and remainder side by side, since together they need a dense matrix."""
+        if self._nodes is None:
+            parts = self.values, self.remainder.expand(self.size)
+            self._nodes = nodes_of_products(torch.cat(parts)[None])
+        return self._nodes
+
+    def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
+        """Through the ``k``-sized system; without a remainder every eigenvalue outside the low rank is zero."""
+        ratio = self.scaled(factor).precision(n, prior, damping).logdet().double().cpu()
+        logs = prior.log().double().cpu()
+        return ratio - (logs.sum() if prior.dim() else self.size * logs)
 
     def leading(self) -> tuple[Tensor, ...]:
         return (self.values,)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,9 +25,18 @@ from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
-from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive, prior_tensors
+from laplace_kf.posterior.evidence import Evidence, EvidenceModel
+from laplace_kf.posterior.objectives import Objective
+from laplace_kf.posterior.prior import (
+    PriorPrecision,
+    by_parameter,
+    checked_prior,
+    plain,
+    positive,
+    prior_tensors,
+)
 from laplace_kf.posterior.summary import Summary, summarise
-from laplace_kf.posterior.tuning import Objective, TuningResult, tune
+from laplace_kf.posterior.tuning import Options, TuningResult, tune
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -49,6 +59,12 @@ class _Fitted:
     def like(self) -> Tensor:
         """A tensor in the type and on the device of the curvature."""
         return next(iter(self.statistics.sums.values()))[0]
+
+    @cached_property
+    def squares(self) -> dict[str, Tensor]:
+        """``‖θ*‖²`` of every parameter by name, 0-dim in float64."""
+        parts = self.statistics.layout.split(self.mean[None].double())
+        return {name: part.square().sum().cpu() for name, part in parts.items()}
 
 
 class LaplacePosterior:
@@ -225,6 +241,11 @@ class LaplacePosterior:
         self._n_data = positive("n_data", value)
 
     @property
+    def fitted_noise(self) -> dict[str, float]:
+        """Numeric parameters of the likelihood (a noise scale) when ``fit`` saw the data, by name."""
+        return dict(self._fitted("fitted_noise").noise)
+
+    @property
     def counted_data(self) -> float:
         """Number of examples that one pass of ``fit`` saw."""
         return self._fitted("counted_data").statistics.count
@@ -280,7 +301,8 @@ class LaplacePosterior:
         state = self._fitted("precision")
         prior = self._prior if prior_precision is None else prior_precision
         factor, _ = self._rescaled()
-        reusable = not isinstance(factor, Tensor) and not isinstance(prior, Tensor)
+        values = list(prior.values()) if isinstance(prior, Mapping) else [prior]
+        reusable = not any(isinstance(value, Tensor) for value in (factor, *values))
         key = (n_data, factor, tuple(prior.items()) if isinstance(prior, Mapping) else prior) if reusable else None
         if key is not None and key in self._cache:
             return self._cache[key]
@@ -290,6 +312,11 @@ class LaplacePosterior:
         if key is not None:
             self._cache = {key: precision}  # one entry: a grid search must not fill the memory
         return precision
+
+    @property
+    def precision_factor(self) -> float:
+        """Factor on the mean curvature since the fit: 1, unless a noise scale was changed."""
+        return float(torch.as_tensor(self._rescaled()[0]).detach())
 
     def _rescaled(self) -> tuple[float | Tensor, Tensor]:
         """Factor on the curvature and log likelihood, if the likelihood's noise was changed since the fit."""
@@ -319,27 +346,36 @@ class LaplacePosterior:
         return {name: value + drawn[name].to(value) for name, value in self.mean.items()}
 
     def log_evidence(self) -> Tensor:
-        """Laplace approximation of the log marginal likelihood, 0-dim (methods 9.4).
+        """Laplace approximation of the log marginal likelihood, 0-dim: ``evidence().total`` (methods 9.4)."""
+        return self.evidence().total
 
-        ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I``; differentiable in a tensor λ. The data
-        term is scaled by N over the number of examples seen.
+    def evidence(self, n_data: float | None = None, prior_precision: PriorPrecision | None = None) -> Evidence:
+        """The terms of ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I`` (methods 9.4).
+
+        Differentiable in λ where it is a 0-dim tensor or ``{name pattern: 0-dim tensor}``, and in a tensor scale of
+        Gaussian noise. After the first call nothing is decomposed: a value and its gradient are sums over eigenvalues.
+
+        Args:
+            n_data: N, default the posterior's. The data term is scaled by N over the number of examples seen.
+            prior_precision: λ, default the posterior's.
+
+        Raises:
+            NotFitted: before ``fit``.
         """
-        return self.log_evidence_at(self.n_data, self._prior)
+        n = self.n_data if n_data is None else positive("n_data", n_data)
+        given = self._prior if prior_precision is None else checked_prior(prior_precision)
+        layout = self._fitted("evidence").statistics.layout
+        prior = prior_tensors(given, layout, torch.zeros((), dtype=torch.float64))
+        return self.evidence_model().terms(n, prior, self.likelihood)
 
-    def log_evidence_at(self, n_data: float, prior_precision: PriorPrecision) -> Tensor:
-        """:meth:`log_evidence` at another ``N`` and λ, 0-dim."""
-        state = self._fitted("log_evidence")
-        layout = state.statistics.layout
-        by_name = by_parameter(prior_precision, layout)
-        mean = layout.split(state.mean[None].double())
-        fit = self._rescaled()[1] * (n_data / state.statistics.count)
-        logdet = self.precision_at(n_data, prior_precision).logdet().double().cpu()
-        total = fit - logdet / 2
-        for name, size in zip(layout.names, layout.sizes, strict=True):
-            value = by_name[name] if by_name is not None else prior_precision
-            lam = torch.as_tensor(value, dtype=torch.float64).cpu()
-            total = total + size / 2 * lam.log() - lam / 2 * mean[name].square().sum().cpu()
-        return total
+    def evidence_model(self) -> EvidenceModel:
+        """The evidence as a function of N, λ and the noise scale, for those who maximise it.
+
+        Raises:
+            NotFitted: before ``fit``.
+        """
+        state = self._fitted("evidence")
+        return EvidenceModel(state.statistics, state.curvature, state.squares, state.noise, self.damping)
 
     def penalty(self) -> Tensor:
         """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
@@ -459,31 +495,57 @@ class LaplacePosterior:
         *,
         extend: int = 0,
         progress: bool = False,
+        noise: bool | None = None,
+        per_block: bool = False,
+        ood: Iterable[Any] | None = None,
+        max_examples: int | None = None,
     ) -> TuningResult:
-        """Grid search over (N, λ) on validation data with common random numbers; sets both (methods 9.3).
+        """Finds (N, λ), and the noise scale of a regression, on validation data or by the evidence; sets them.
+
+        Without grids the search goes from coarse to fine in coordinates that do not trade off, some 30 points (see
+        :mod:`laplace_kf.posterior.search`), and the result is never worse than MAP on the validation data: if no
+        point beats the trained weights by more than one standard error of the paired difference, (N, λ) is set to a
+        finite point that is MAP in effect, and the result says so (``map_wins``). With a grid for N or λ every pair is
+        measured and the smallest objective wins (methods 9.3).
 
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; ``objective="evidence"`` needs
                 none.
-            objective: ``"nll"``, ``"brier"``, ``"evidence"``, or a callable ``(prediction, targets) -> mean score``
-                (lower is better).
-            method: ``"mc"`` or ``"map"`` predictions.
-            n_data: grid for N; default ``N · 10^{-1 … 4}`` in half decades.
-            prior_precision: grid for λ; default ``10^{-4 … 4}`` in half decades.
-            samples: weight draws per grid point, the same for all of them.
+            objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``
+                or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
+            method: how to predict, ``"mc"`` by default; ``"map"`` ignores (N, λ).
+            n_data: grid for N; if only the other is given ``N · 10^{-1 … 4}`` in half decades.
+            prior_precision: grid for λ; if only the other is given ``10^{-4 … 4}`` in half decades.
+            samples: weight draws per point, the same for all of them.
             generator: random numbers; with one, the search is reproducible.
             extend: how often to extend the grid where the best value lies on its edge.
             progress: show a bar.
+            noise: whether to tune the noise scale σ of a Gaussian likelihood too, by the same objective. Default: if
+                there are no grids and σ was left at its default 1.0 when the curvature was fitted. The posterior gets
+                a likelihood of its own with the new σ; the one that was handed over keeps its scale. With grids σ is
+                first set to MAP's best.
+            per_block: with the evidence, one λ for each block; ``prior_precision`` becomes ``{name: λ}``.
+            ood: loader or tensor of out-of-distribution inputs for ``objective="ood"``.
+            max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
 
         Returns:
-            The whole table, the best row, and whether it lies on the edge (which is also warned about).
+            Everything measured, the best, how MAP compares, and whether the best lies on the edge (which is also
+            warned about, as is a win of MAP). Prints as a few lines.
 
         Raises:
             NotFitted: before ``fit``.
-            UnknownName: for an unknown objective.
+            UnknownName: for an unknown objective or method.
+            IncompatiblePair: for options that do not go together.
+            NonFinite: if the objective is finite at no point, or the data are not finite.
         """
         self._fitted("tune")
-        return tune(self, val, objective, method, n_data, prior_precision, samples, generator, extend, progress)
+        options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
+        found, settings = tune(self, val, n_data, prior_precision, options)
+        self._n_data, self._prior = settings.n_data, settings.prior_precision
+        if settings.noise is not None:
+            self.likelihood = self.likelihood.with_noise_scale(settings.noise)
+        found.warn(stacklevel=3)
+        return found
 
     # -- looking at it, keeping it -------------------------------------------------------------------------------------
 
@@ -507,7 +569,6 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
         """
         state = self._fitted("save")
-        prior = self._prior
         try:
             likelihood: dict[str, Any] | None = self.likelihood.to_config()
         except IncompatiblePair:
@@ -520,7 +581,7 @@ class LaplacePosterior:
             "reason": self.structure.reason,
             "parameters": chosen.to_json() if isinstance(chosen := self.parameters, Subnetwork) else chosen,
             "damping": self.damping,
-            "prior_precision": float(prior.detach()) if isinstance(prior, Tensor) else prior,
+            "prior_precision": plain(self._prior),
             "n_data": self._n_data,
             "noise": state.noise,
         }

@@ -12,9 +12,9 @@ from laplace_kf.errors import ShapeMismatch, UnknownName
 from laplace_kf.models import plain_name
 from laplace_kf.tape import FlatLayout
 
-__all__ = ["PriorPrecision", "by_parameter", "checked_prior", "positive", "prior_tensors"]
+__all__ = ["PriorPrecision", "by_parameter", "checked_prior", "plain", "positive", "prior_tensors"]
 
-PriorPrecision = float | Tensor | Mapping[str, float]
+PriorPrecision = float | Tensor | Mapping[str, float] | Mapping[str, Tensor] | Mapping[str, float | Tensor]
 
 
 def positive(what: str, value: float) -> float:
@@ -30,7 +30,7 @@ def positive(what: str, value: float) -> float:
 
 
 def checked_prior(value: PriorPrecision) -> PriorPrecision:
-    """The prior precision with its numbers as floats.
+    """The prior precision with its numbers as floats; 0-dim tensors stay tensors.
 
     Raises:
         ValueError: for a negative or non-finite number, or an empty mapping.
@@ -39,17 +39,35 @@ def checked_prior(value: PriorPrecision) -> PriorPrecision:
     if isinstance(value, Mapping):
         if not value:
             raise ValueError("prior_precision is an empty mapping; give {name pattern: number} for all parameters")
-        return {pattern: _number(entry) for pattern, entry in value.items()}
-    if isinstance(value, Tensor):
-        if value.dim():
-            raise ShapeMismatch(f"prior_precision must be a number or 0-dim, got shape {tuple(value.shape)}")
-        _number(float(value.detach()))
-        return value
-    return _number(value)
+        return {pattern: _checked(entry) for pattern, entry in value.items()}
+    return _checked(value)
 
 
-def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float] | None:
-    """The number of every parameter if the prior was given by patterns (the first match counts), else ``None``.
+def _checked(value: float | Tensor) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return _number(value)
+    if value.dim():
+        raise ShapeMismatch(f"prior_precision must be a number or 0-dim, got shape {tuple(value.shape)}")
+    _number(float(value.detach()))
+    return value
+
+
+def plain(prior: PriorPrecision) -> float | dict[str, float]:
+    """The prior precision with numbers in place of tensors."""
+    if isinstance(prior, Mapping):
+        return {pattern: _plain(value) for pattern, value in prior.items()}
+    return _plain(prior)
+
+
+def _plain(value: float | Tensor) -> float:
+    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float | Tensor] | None:
+    """λ of every parameter, as given (a number or 0-dim), if it was given by patterns (the first match counts).
+
+    Returns:
+        By parameter name; ``None`` for one λ for all.
 
     Raises:
         UnknownName: for a pattern that matches no selected parameter.
@@ -57,7 +75,7 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float] 
     """
     if not isinstance(prior, Mapping):
         return None
-    found: dict[str, float] = {}
+    found: dict[str, float | Tensor] = {}
     for pattern, value in prior.items():
         hits = [name for name in layout.names if fnmatchcase(name, pattern)]
         hits = hits or [name for name in layout.names if fnmatchcase(plain_name(name), plain_name(pattern))]
@@ -74,11 +92,20 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float] 
 
 
 def prior_tensors(prior: PriorPrecision, layout: FlatLayout, like: Tensor) -> Tensor | dict[str, Tensor]:
-    """λ as a 0-dim tensor in the type and on the device of ``like``, or one for every parameter name."""
+    """λ as a 0-dim tensor in the type and on the device of ``like``, or one for every parameter name.
+
+    Parameters that share a value given share one tensor, so that a block can tell that its λ is one number.
+    """
     named = by_parameter(prior, layout)
-    if named is not None:
-        return {name: like.new_tensor(value) for name, value in named.items()}
-    return prior.to(like) if isinstance(prior, Tensor) else like.new_tensor(prior)
+    if named is None:
+        assert not isinstance(prior, Mapping)
+        return _like(prior, like)
+    shared = {id(value): _like(value, like) for value in named.values()}
+    return {name: shared[id(value)] for name, value in named.items()}
+
+
+def _like(value: float | Tensor, like: Tensor) -> Tensor:
+    return value.to(like) if isinstance(value, Tensor) else like.new_tensor(value)
 
 
 def _number(value: float) -> float:

@@ -284,12 +284,16 @@ def _block_table(summary: Summary) -> Table:
 def _tuning_table(tuning: TuningResult) -> Table:
     ordered = sorted(tuning.table, key=lambda row: row["objective"] if math.isfinite(row["objective"]) else math.inf)
     rows = [
-        [str(k), f"{row['n_data']:.4g}", f"{row['prior_precision']:.4g}", f"{row['objective']:.5g}"]
+        [str(k), f"{row['n_data']:.4g}", _prior(row["prior_precision"]), f"{row['objective']:.5g}"]
         for k, row in enumerate(ordered[:TUNING_ROWS], 1)
     ]
     edge = " The best value lies on the edge of the grid." if tuning.at_edge else ""
-    note = f"The best {len(rows)} of {len(ordered)} grid points.{edge}"
+    note = f"The best {len(rows)} of {len(ordered)} points.{edge}"
     return Table("Tuning", ["rank", "N", "λ", tuning.objective], rows, note)
+
+
+def _prior(value: float | Mapping[str, float]) -> str:
+    return f"{len(value)} values" if isinstance(value, Mapping) else f"{value:.4g}"
 
 
 def _settings(posterior: LaplacePosterior, samples: int) -> dict[str, Any]:

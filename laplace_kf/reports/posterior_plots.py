@@ -13,6 +13,7 @@ from laplace_kf.reports import missing_extra
 from laplace_kf.reports.style import BAND, GRID, INK, SOFT, legend_below, panels, target_axes
 
 try:
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 except ImportError as error:
@@ -56,7 +57,8 @@ def tuning_map(result: TuningResult) -> Figure:
     """The objective of a search over (N, λ) as a map; a ring marks the best point.
 
     Args:
-        result: what ``posterior.tune`` returned, with at least two values on either axis.
+        result: what ``posterior.tune`` returned, with one λ for all blocks: a grid with at least two values on either
+            axis is drawn as cells, the points of any other search as dots.
 
     Returns:
         The figure. The scale ends where the objective is five times as far from the best value as the median is, so
@@ -65,7 +67,9 @@ def tuning_map(result: TuningResult) -> Figure:
     counts = sorted({row["n_data"] for row in result.table})
     priors = sorted({row["prior_precision"] for row in result.table})
     found = {(row["n_data"], row["prior_precision"]): row["objective"] for row in result.table}
-    values = torch.tensor([[found[n, p] for n in counts] for p in priors], dtype=torch.float64)
+    gridded = len(found) == len(counts) * len(priors) and min(len(counts), len(priors)) > 1
+    places = [[(n, p) for n in counts] for p in priors] if gridded else [list(found)]
+    values = torch.tensor([[found[place] for place in row] for row in places], dtype=torch.float64)
     finite = values[torch.isfinite(values)]
     best = float(finite.min())
     top = min(float(finite.max()), best + 5 * max(float(finite.median()) - best, 1e-12))
@@ -73,8 +77,13 @@ def tuning_map(result: TuningResult) -> Figure:
     axis.grid(False)
     shades = LinearSegmentedColormap.from_list("objective", ["#08306b", "#3182bd", "#9ecae1", "#f7fbff"])
     shades.set_bad("#ffffff")
-    edges = [_edges(axis_values) for axis_values in (counts, priors)]
-    image = axis.pcolormesh(*edges, values.clamp(max=top).tolist(), cmap=shades, vmin=best, vmax=top)
+    shown = values.clamp(max=top)
+    if gridded:
+        edges = [_edges(axis_values) for axis_values in (counts, priors)]
+        image: ScalarMappable = axis.pcolormesh(*edges, shown.tolist(), cmap=shades, vmin=best, vmax=top)
+    else:
+        x, y = zip(*places[0], strict=True)
+        image = axis.scatter(x, y, c=shown[0].tolist(), s=60, cmap=shades, vmin=best, vmax=top)
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.scatter(

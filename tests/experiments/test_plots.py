@@ -76,6 +76,14 @@ def test_effective_parameters_are_shares_with_numbers():
     assert [tick.get_text() for tick in axis.get_yticklabels()] == ["first", "(root)"]
 
 
+def test_tuning_map_of_scattered_points():
+    table = [{"n_data": 10.0**k, "prior_precision": 3.0 * k + 1, "objective": (k - 1.0) ** 2} for k in range(4)]
+    axis = plots.tuning_map(TuningResult(table, table[1], False)).axes[0]
+    dots, ring = axis.collections
+    assert dots.get_offsets().tolist() == [[row["n_data"], row["prior_precision"]] for row in table]
+    assert ring.get_offsets().tolist() == [[10.0, 4.0]]
+
+
 def test_tuning_map_marks_the_best_point():
     table = [
         {"n_data": n, "prior_precision": p, "objective": abs(math.log10(n) - 2) + p}

@@ -1,0 +1,192 @@
+"""The Laplace log evidence in its terms, and its maximum over prior precisions and the noise scale (methods 9.4).
+
+At fixed weights and curvature the log evidence is concave in ``log λ`` of every block and ``log σ`` together: an
+eigenvalue gives ``−½ log(1 + exp(u))`` with ``u`` linear in them, the rest are linear terms and ``−exp`` of linear
+ones. So there is one maximum, and going up along one group of coordinates after the other finds it. With one λ its
+slope is ``½ (γ − λ ‖θ*‖²)``, zero where λ is MacKay's effective number of parameters over ``‖θ*‖²``. That is so for
+exact damping; with the other dampings every step is still an ascent.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laplace_kf.engine import Statistics
+from laplace_kf.likelihoods import Likelihood
+from laplace_kf.operators import Blockwise, CurvatureBlock
+from laplace_kf.operators.blockwise import prior_of
+
+__all__ = ["Evidence", "EvidenceModel", "ascend"]
+
+STEP = 3.0  # longest Newton step, in nats of λ or σ
+LIMIT = 30.0  # |log λ| beyond which a maximum counts as infinitely far away
+ROUNDS = 100
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Terms of the Laplace log marginal likelihood, 0-dim tensors in nats; differentiable in λ and the noise scale.
+
+    Attributes:
+        fit: ``log p(D|θ*)``, times ``N`` over the number of examples seen.
+        log_det_ratio: ``log|Λ| − log|Λ₀|`` with ``Λ₀ = λ I``: by how much the data narrow the prior, never negative.
+        scatter: ``θ*ᵀ Λ₀ θ*``.
+    """
+
+    fit: Tensor
+    log_det_ratio: Tensor
+    scatter: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """``fit − ½ (log_det_ratio + scatter)``, 0-dim: the log evidence."""
+        return self.fit - (self.log_det_ratio + self.scatter) / 2
+
+    def __str__(self) -> str:
+        terms = {"fit": self.fit, "log_det_ratio": self.log_det_ratio, "scatter": self.scatter, "total": self.total}
+        return "Evidence(" + ", ".join(f"{name}={float(value.detach()):.6g}" for name, value in terms.items()) + ")"
+
+
+@dataclass(frozen=True)
+class EvidenceModel:
+    """What the evidence of a fitted posterior is made of, as a function of N, λ and the noise.
+
+    Args:
+        statistics: of the fit.
+        curvature: its mean.
+        squares: ``‖θ*‖²`` by parameter name, 0-dim in float64.
+        noise: the likelihood's parameters at the time of the fit.
+        damping: how Kronecker blocks are damped.
+    """
+
+    statistics: Statistics
+    curvature: Blockwise
+    squares: dict[str, Tensor]
+    noise: dict[str, float]
+    damping: str
+
+    def terms(self, n: float, prior: Tensor | dict[str, Tensor], likelihood: Likelihood) -> Evidence:
+        """The evidence at ``N``, λ (0-dim in float64, or by parameter name) and the likelihood's noise scale."""
+        factor, fit = self._rescaled(likelihood)
+        by_block = torch.stack(self._ratios(n, factor, prior))
+        scatter = torch.stack(self._scatters(prior))
+        return Evidence(fit * (n / self.statistics.count), by_block.sum(), scatter.sum())
+
+    def _rescaled(self, likelihood: Likelihood) -> tuple[float | Tensor, Tensor]:
+        factor, fit = likelihood.rescaled(self.noise, self.statistics.log_likelihood, self.statistics.terms)
+        return factor.double().cpu() if isinstance(factor, Tensor) else factor, fit
+
+    def _ratios(self, n: float, factor: float | Tensor, prior: Tensor | dict[str, Tensor]) -> list[Tensor]:
+        found = []
+        for block, matrix in self.curvature.entries:
+            assert isinstance(matrix, CurvatureBlock), f"block {block.name!r} is a {type(matrix).__name__}"
+            found.append(matrix.log_det_ratio(n, factor, prior_of(block, prior), self.damping))
+        return found
+
+    def _scatters(self, prior: Tensor | dict[str, Tensor]) -> list[Tensor]:
+        """``λ_b ‖θ_b*‖²`` of every block."""
+        return [
+            torch.stack([(prior if isinstance(prior, Tensor) else prior[p]) * self.squares[p] for p in b.parameters])
+            .sum()
+            for b, _ in self.curvature.entries
+        ]  # fmt: skip
+
+    def by_name(self, prior: Tensor) -> dict[str, Tensor]:
+        """λ by parameter name from one value a block, ``(B,)``."""
+        return {p: value for (b, _), value in zip(self.curvature.entries, prior, strict=True) for p in b.parameters}
+
+    def patterns(self, prior: Tensor) -> dict[str, float]:
+        """:meth:`by_name` of ``(B,)`` as numbers, by patterns that match one name each."""
+        return {glob.escape(name): float(value) for name, value in self.by_name(prior).items()}
+
+    def maximise(
+        self, n: float, start: Tensor, likelihood: Likelihood, noise: bool
+    ) -> list[tuple[Tensor, float | None, float]]:
+        """Climbs to the maximum over λ and, if asked, the noise scale.
+
+        Args:
+            n: data count.
+            start: λ where to begin: ``(1,)`` for one shared by all blocks, or ``(B,)`` for one a block; float64.
+            likelihood: with the noise scale where to begin.
+            noise: whether to move it.
+
+        Returns:
+            λ like ``start``, the noise scale (None if it is not tuned) and the log evidence after every step; the last
+            is the maximum, and no step goes down.
+        """
+        shared = len(start) == 1
+        sigma = likelihood.noise_scale if noise else None
+        path: list[tuple[Tensor, float | None, float]] = []
+        current = start
+
+        def of_priors(u: Tensor) -> Tensor:
+            factor, _ = self._rescaled(likelihood)
+            prior = u.exp()
+            given = prior[0] if shared else self.by_name(prior)
+            parts = -(torch.stack(self._ratios(n, factor, given)) + torch.stack(self._scatters(given))) / 2
+            return parts.sum()[None] if shared else parts
+
+        def of_noise(v: Tensor) -> Tensor:
+            factor, fit = self._rescaled(likelihood.with_noise_scale(v.exp()[0]))
+            given = current[0] if shared else self.by_name(current)
+            return (fit * (n / self.statistics.count) - torch.stack(self._ratios(n, factor, given)).sum() / 2)[None]
+
+        def note() -> float:
+            given = current[0] if shared else self.by_name(current)
+            path.append((current, sigma, float(self.terms(n, given, likelihood).total)))
+            return path[-1][2]
+
+        value = note()
+        for _ in range(ROUNDS):
+            for u in ascend(of_priors, current.log())[1:]:
+                current = u.exp()
+                note()
+            if sigma is not None:
+                for v in ascend(of_noise, torch.tensor([sigma], dtype=torch.float64).log())[1:]:
+                    sigma = float(v.exp())
+                    likelihood = likelihood.with_noise_scale(sigma)
+                    note()
+            before, value = value, path[-1][2]
+            if sigma is None or value - before <= 1e-9 * abs(value):
+                break
+        return path
+
+
+def ascend(objective: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-6) -> list[Tensor]:
+    """Maximises a sum of concave functions of one coordinate each, by Newton steps that never go down.
+
+    Args:
+        objective: coordinates ``(K,)`` to terms ``(K,)``; term k depends on coordinate k only.
+        start: where to begin, ``(K,)`` float64.
+        tolerance: largest move of a coordinate at which to stop.
+
+    Returns:
+        The coordinates ``(K,)`` at the start and after every step.
+    """
+    path = [start.detach()]
+    value = objective(path[0]).detach()
+    for _ in range(ROUNDS):
+        point = path[-1].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(objective(point).sum(), point, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum(), point)
+        slope = slope.detach()
+        newton = torch.where(bend < 0, slope / -bend, slope.sign() * STEP).clamp(-STEP, STEP)
+        move = (point.detach() + newton).clamp(-LIMIT, LIMIT) - point.detach()
+        for _ in range(30):  # a coordinate that would go down takes half the step
+            worse = ~(objective(path[-1] + move).detach() >= value)
+            if not bool(worse.any()):
+                break
+            move = torch.where(worse, move / 2, move)
+        move = torch.where(worse, 0.0, move)
+        if float(move.abs().max()) == 0:
+            break
+        path.append(path[-1] + move)
+        value = objective(path[-1]).detach()
+        if float(move.abs().max()) < tolerance:
+            break
+    return path

@@ -1,0 +1,129 @@
+"""What tuning minimises on validation data: scores by example where there are such, else one number for all.
+
+A new objective is one function ``(prediction, targets) -> (N,) scores or 0-dim``, lower is better, registered in
+:data:`OBJECTIVES`. Scores by example let the search tell a difference from the noise of the validation set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import IncompatiblePair
+from laplace_kf.likelihoods import Prediction
+from laplace_kf.registry import Registry
+
+__all__ = ["OBJECTIVES", "OODContrast", "Objective", "brier", "ece", "missing_entropy", "nll"]
+
+Objective = Callable[[Prediction, Any], "Tensor | float"]
+OBJECTIVES: Registry[Objective] = Registry("tuning objective")
+
+BINS = 15
+
+
+@OBJECTIVES.register("nll")
+def nll(prediction: Prediction, targets: Any) -> Tensor:
+    """Negative log predictive density in nats, ``(N,)``."""
+    return -prediction.log_prob(targets)
+
+
+@OBJECTIVES.register("brier")
+def brier(prediction: Prediction, targets: Any) -> Tensor:
+    """Squared distance between class probabilities ``(N, C)`` and the one-hot (or binary) targets, ``(N,)``.
+
+    With several positions per example the mean over those that are not ignored, ``(M,)`` for the M ≤ N examples that
+    have any.
+
+    Raises:
+        IncompatiblePair: if the prediction has no probabilities.
+    """
+    probs = _probabilities(prediction, "brier")
+    if probs.dim() == 4 and probs.shape == targets.shape:
+        targets = targets.movedim(1, -1)
+    probs = _channel_last(probs)
+    if targets.dtype == torch.long and targets.shape == probs.shape[:-1]:
+        keep = (targets >= 0).reshape(len(targets), -1)
+        wanted = torch.nn.functional.one_hot(targets.clamp_min(0), probs.shape[-1]).to(probs.dtype)
+        squares = (probs - wanted).square().sum(-1).reshape(keep.shape)
+        count = keep.sum(1)
+        return (squares.where(keep, 0.0).sum(1) / count)[count > 0]
+    return (probs - targets.to(probs.dtype)).square().reshape(len(probs), -1, probs.shape[-1]).sum(-1).mean(1)
+
+
+@OBJECTIVES.register("ece")
+def ece(prediction: Prediction, targets: Any) -> Tensor:
+    """Expected calibration error of the most probable class over 15 equal bins of confidence, 0-dim in [0, 1].
+
+    Not a proper score (a constant prediction of the class frequencies has none): use it to compare, not to train.
+
+    Raises:
+        IncompatiblePair: if the prediction has no class probabilities.
+    """
+    probs = _channel_last(_probabilities(prediction, "ece"))
+    if targets.dtype != torch.long or targets.shape != probs.shape[:-1]:
+        raise IncompatiblePair('objective "ece" needs class labels; use "nll" or "brier" for this likelihood')
+    keep = targets >= 0
+    confidence, label = probs[keep].max(-1)
+    gap = confidence - (label == targets[keep]).to(confidence.dtype)
+    place = (confidence * BINS).long().clamp_max(BINS - 1)
+    return gap.new_zeros(BINS).index_add_(0, place, gap).abs().sum() / max(1, gap.numel())
+
+
+def missing_entropy(prediction: Prediction) -> Tensor:
+    """Entropy that a prediction lacks to the largest possible, its KL divergence from uniform: ``(N,)`` nats ≥ 0.
+
+    Raises:
+        IncompatiblePair: if the prediction has no probabilities.
+    """
+    probs = _channel_last(_probabilities(prediction, "ood"))
+    entropy = prediction.entropy
+    each = math.log(probs.shape[-1]) if _sums_to_one(probs) else probs.shape[-1] * math.log(2)
+    positions = prediction.position_entropy.numel() / max(1, entropy.numel())
+    return each * positions - entropy
+
+
+@dataclass(frozen=True, eq=False)
+class OODContrast:
+    """Mean validation NLL plus ``weight`` times the mean KL divergence from uniform on out-of-distribution inputs.
+
+    Confident where the data are, ignorant where they are not. The second term is that of outlier exposure (Hendrycks
+    et al. 2019, equation 1) in the direction that stays bounded (at most ``log C`` nats), with their weight.
+
+    Args:
+        inputs: loader or tensor of inputs far from the data; targets in its batches are not looked at.
+        weight: of the second term, > 0.
+    """
+
+    inputs: Iterable[Any]
+    weight: float = 0.5
+
+    def __call__(self, prediction: Prediction, targets: Any) -> Tensor:
+        """The score on validation data, ``(N,)``: :func:`nll`."""
+        return -prediction.log_prob(targets)
+
+    def outside(self, prediction: Prediction) -> Tensor:
+        """The score at the other inputs, ``(N,)``: :func:`missing_entropy` times the weight."""
+        return self.weight * missing_entropy(prediction)
+
+
+def _probabilities(prediction: Prediction, what: str) -> Tensor:
+    try:
+        return prediction.probs
+    except AttributeError as error:
+        raise IncompatiblePair(
+            f'objective "{what}" needs predicted probabilities, which this likelihood does not have; use "nll"'
+        ) from error
+
+
+def _channel_last(probs: Tensor) -> Tensor:
+    return probs.movedim(1, -1) if probs.dim() == 4 else probs
+
+
+def _sums_to_one(probs: Tensor) -> bool:
+    total = probs.sum(-1)
+    return probs.shape[-1] > 1 and bool(torch.allclose(total, torch.ones_like(total), atol=1e-3))

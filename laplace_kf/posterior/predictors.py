@@ -1,0 +1,210 @@
+"""How predictions at many settings ``(N, λ)`` are made, so that settings share what they can.
+
+``Λ(c N, c λ) = c Λ(N, λ)`` for every structure and damping, so that all settings with one ratio ``λ / N`` share their
+weight draws up to the factor ``1/√c``: they are drawn once per ratio, not per setting. Draws come in pairs ``θ* ± ε``.
+Linearised networks are rotated into the eigenbases once and then serve all settings.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import IncompatiblePair
+from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.operators import Blockwise
+from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
+from laplace_kf.registry import Registry
+
+if TYPE_CHECKING:
+    from laplace_kf.posterior.validation import Validation
+
+__all__ = ["MAP", "METHODS", "Point", "Pools", "Predictions", "Predictor"]
+
+Point = tuple[float, float]
+MAP: Point = (math.inf, math.inf)
+"""The point ``(N, λ) = (∞, ∞)``: no spread at all."""
+
+Predictions = Callable[[Likelihood], list[Prediction]]
+"""Predictions of every pool of validation data under a likelihood (which carries the noise scale)."""
+
+POOL = 2**24  # sampled outputs that are scored at once
+OUTPUT_DRAWS = 100  # least number of draws of outputs: they cost next to nothing
+KEPT = 4000  # examples up to which the signals of linearised networks are kept between calls
+
+
+class Pools:
+    """Batches of inputs, and how their outputs are put together to be scored at once.
+
+    Args:
+        inputs: of every batch, as the model takes them.
+        outputs: of every batch at the mean weights.
+        samples: S, so that a pool has at most ``POOL`` sampled outputs.
+    """
+
+    def __init__(self, inputs: list[Any], outputs: list[Tensor], samples: int) -> None:
+        self.inputs = inputs
+        self.groups: list[list[int]] = []
+        for index, found in enumerate(outputs):
+            if self.groups and found.shape[1:] == outputs[self.groups[-1][-1]].shape[1:]:
+                size = sum(outputs[k].numel() for k in self.groups[-1]) + found.numel()
+                if max(samples, OUTPUT_DRAWS) * size <= POOL:
+                    self.groups[-1].append(index)
+                    continue
+            self.groups.append([index])
+        self.sizes = [sum(outputs[k].shape[0] for k in group) for group in self.groups]
+
+    def joined(self, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+        """One tensor for every pool from one for every batch."""
+        return [torch.cat([parts[k] for k in group], dim) for group in self.groups]
+
+
+class Predictor(ABC):
+    """Predictions at points; one object for all points of a search, so that it can keep what they share."""
+
+    def __init__(self, validation: Validation) -> None:
+        self.validation, self.posterior = validation, validation.posterior
+        self.pools = [validation.inside, *([validation.outside] if validation.outside is not None else [])]
+
+    @abstractmethod
+    def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
+        """Every point with its predictions, in any order; None where outputs are not finite. ``MAP`` is not asked."""
+
+    def at_mean(self) -> Predictions | None:
+        """Predictions at the mean weights."""
+        posterior = self.posterior
+        mean = posterior.mean
+        with torch.no_grad():
+            return self.from_samples(
+                [
+                    [outputs_at(posterior.model, posterior.forward, mean, inputs)[None] for inputs in pool.inputs]
+                    for pool in self.pools
+                ]
+            )
+
+    def from_samples(self, outputs: Sequence[Sequence[Tensor]]) -> Predictions | None:
+        """Predictions from sampled outputs ``(S, N, ...)`` of every batch of every set of pools."""
+        joined = [z for pool, parts in zip(self.pools, outputs, strict=True) for z in pool.joined(parts, dim=1)]
+        if not all(bool(torch.isfinite(z).all()) for z in joined):
+            return None
+        return lambda likelihood: [likelihood.predict(z) for z in joined]
+
+
+METHODS: Registry[type[Predictor]] = Registry("prediction method of tune")
+
+
+@METHODS.register("map")
+class AtMean(Predictor):
+    """The mean weights, whatever the point."""
+
+    def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
+        for point in points:
+            yield point, self.at_mean()
+
+
+@METHODS.register("mc")
+class Sampled(Predictor):
+    """Outputs at weight draws (methods 10.1), in pairs ``θ* ± ε``.
+
+    A pair has no mean shift of its own. Among few independent draws that shift is of first order in the spread, where
+    what the spread really does is of second order: a search would find draws that happen to be better weights.
+    """
+
+    def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
+        groups: dict[float, list[Point]] = {}
+        for n, p in points:
+            groups.setdefault(float(f"{p / n:.9e}"), []).append((n, p))
+        for members in groups.values():
+            yield from self._with_one_ratio(members)
+
+    def _with_one_ratio(self, members: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
+        posterior = self.posterior
+        precision, mean = posterior.precision_at(*members[0]), posterior.mean
+        drawn = {point: [[[] for _ in pool.inputs] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
+        noise: dict[str, Tensor] = {}
+        for number, seed in enumerate(self.validation.seeds):
+            sign = -1.0 if number % 2 else 1.0
+            if sign > 0:
+                noise = weight_noise(precision, seed)
+            for n, p in members:
+                weights = shifted(mean, noise, sign * math.sqrt(members[0][0] / n))
+                for pool, lists in zip(self.pools, drawn[n, p], strict=True):
+                    for inputs, found in zip(pool.inputs, lists, strict=True):
+                        with torch.no_grad():
+                            found.append(outputs_at(posterior.model, posterior.forward, weights, inputs))
+        for point in members:
+            stacked = [[torch.stack(parts) for parts in lists] for lists in drawn.pop(point)]
+            yield point, self.from_samples(stacked)
+
+
+@METHODS.register("linearized")
+class Linearised(Predictor):
+    """Normal outputs of the network linearised at the mean weights, through the likelihood's default link."""
+
+    link: ClassVar[str | None] = None
+
+    def __init__(self, validation: Validation) -> None:
+        super().__init__(validation)
+        likelihood = self.posterior.likelihood
+        if self.link is not None and self.link not in likelihood.links():
+            raise IncompatiblePair(f'{likelihood!r} has no {self.link} approximation; use method="linearized"')
+        self.marginal = likelihood.link(self.link).marginal
+        keep = sum(sum(pool.sizes) for pool in self.pools) <= KEPT
+        posterior, mean = self.posterior, self.posterior.mean
+        self.networks = [
+            [Linearization(posterior.model, posterior.forward, mean, inputs, keep=keep) for inputs in pool.inputs]
+            for pool in self.pools
+        ]
+
+    def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
+        if not points:
+            return
+        precisions = [self.posterior.precision_at(*point) for point in points]
+        with torch.no_grad():
+            spreads = [[self._spread(network, precisions) for network in networks] for networks in self.networks]
+        outputs = self._joined([[network.outputs for network in networks] for networks in self.networks])
+        for k, point in enumerate(points):
+            variances = self._joined([[spread[0][k] for spread in found] for found in spreads])
+            full = (
+                self._joined([[spread[1][k] for spread in found] for found in spreads]) if not self.marginal else None
+            )
+            yield point, self._predictions(outputs, variances, full)
+
+    def _spread(self, network: Linearization, precisions: list[Blockwise]) -> tuple[Tensor, Tensor]:
+        """Variances in the layout of the outputs, and covariances of a position (unless only variances count)."""
+        if self.marginal:
+            return network.variances(precisions), torch.empty(0)
+        found = network.position_covariances(precisions)
+        like, likelihood = network.outputs, self.posterior.likelihood
+        return torch.stack([likelihood.from_positions(part.diagonal(dim1=-2, dim2=-1), like) for part in found]), found
+
+    def _joined(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return [z for pool, mine in zip(self.pools, parts, strict=True) for z in pool.joined(mine)]
+
+    def _predictions(
+        self, outputs: list[Tensor], variances: list[Tensor], covariances: list[Tensor] | None
+    ) -> Predictions | None:
+        if not all(bool(torch.isfinite(variance).all()) for variance in variances):
+            return None
+        full: Sequence[Tensor | None] = covariances or [None] * len(outputs)
+        seed, samples = self.validation.seeds[0], max(len(self.validation.seeds), OUTPUT_DRAWS)
+
+        def predict(likelihood: Likelihood) -> list[Prediction]:
+            return [
+                likelihood.predict_gaussian(z, v, c, self.link, samples, torch.Generator().manual_seed(seed))
+                for z, v, c in zip(outputs, variances, full, strict=True)
+            ]
+
+        return predict
+
+
+@METHODS.register("probit")
+class Probit(Linearised):
+    """As linearised, with the probit approximation, which needs the variances of the outputs only."""
+
+    link: ClassVar[str | None] = "probit"

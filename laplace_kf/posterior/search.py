@@ -1,0 +1,208 @@
+"""Searches for the best ``(N, λ)``: a grid that is given, or coarse to fine in coordinates that do not trade off.
+
+In ``(N, λ)`` good settings lie on a curve over many decades (methods 9.3). Two other numbers say what a setting does:
+
+* the ratio ``ρ = λ / N``, which alone decides the *shape* of the covariance ``(C̄ + ρ I)⁻¹ / N``;
+* its *size* ``τ = ½ tr(C̄ Λ⁻¹) = γ(ρ) / (2 N)``, by how many nats per example sampling the weights raises the training
+  loss to second order, with ``γ(ρ) = Σ s / (s + ρ)`` the effective number of parameters. It means the same for every
+  network and data set; ``τ → 0`` is MAP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from laplace_kf.errors import NonFinite
+from laplace_kf.posterior.validation import MAP, Measure, Point, Score
+
+__all__ = ["Plane", "Search", "coarse_to_fine", "compared", "grid"]
+
+
+@dataclass
+class Search:
+    """Everything measured so far, and the measure.
+
+    Args:
+        measure: scores points.
+        name: of the objective, for messages.
+        progress: passed on to the measure.
+    """
+
+    measure: Measure
+    name: str
+    progress: bool = False
+    scores: dict[Point, Score] = field(default_factory=dict)
+
+    def look(self, points: Sequence[Point]) -> None:
+        """Measures what has not been measured, all in one call so that points can share draws."""
+        missing = [point for point in dict.fromkeys(points) if point not in self.scores]
+        if missing:
+            self.scores.update(self.measure(missing, self.progress))
+
+    def value(self, point: Point) -> float:
+        """The objective at a point, infinite where it is not finite."""
+        self.look([point])
+        value = self.scores[point].value
+        return value if math.isfinite(value) else math.inf
+
+    def best(self) -> Point:
+        """The finite point with the smallest objective, the first of equals.
+
+        Raises:
+            NonFinite: if the objective is finite at none.
+        """
+        points = [point for point in self.scores if point != MAP]
+        if all(math.isinf(self.value(point)) for point in points):
+            raise NonFinite(f"objective {self.name!r} is not finite at any of the {len(points)} points tried")
+        return min(points, key=self.value)
+
+    def champion(self, caution: float) -> Point:
+        """What is left after challenges: MAP, unless points beat it, and then each other, beyond the noise.
+
+        A challenge is won by the point whose gain over the champion, less ``caution`` standard errors of it (over the
+        validation examples, paired), is the largest and positive. Where the objective has no scores by example, the
+        smallest wins.
+
+        Args:
+            caution: in standard errors.
+        """
+        self.look([MAP])
+        champion = MAP
+        while True:
+            bounds = {}
+            for point, score in self.scores.items():
+                gain, error = compared(self.scores[champion], score)
+                bounds[point] = gain - caution * (error or 0.0) if math.isfinite(score.value) else -math.inf
+            best = max(bounds, key=lambda point: bounds[point])
+            if not bounds[best] > 0:
+                return champion
+            champion = best
+
+
+def compared(one: Score, other: Score) -> tuple[float, float | None]:
+    """By how much ``one`` is above ``other``, and the standard error of that over examples (paired differences)."""
+    gain = one.value - other.value if math.isfinite(one.value) else math.inf
+    if one.parts is None or other.parts is None or one.parts.shape != other.parts.shape or len(one.parts) < 2:
+        return gain, None
+    return gain, float((one.parts - other.parts).std() / math.sqrt(len(one.parts)))
+
+
+def grid(search: Search, counts: list[float], priors: list[float], extend: int) -> tuple[Point, bool]:
+    """The best point of a grid, extended up to ``extend`` times where it lies on the edge; and whether it still does.
+
+    Args:
+        search: what measures.
+        counts: values of N in increasing order; extended in place.
+        priors: values of λ likewise. A list of one value has no edge.
+        extend: most extensions.
+    """
+    while True:
+        search.look([(n, p) for n in counts for p in priors])
+        best = search.best()
+        axes = [(axis, value) for axis, value in zip((counts, priors), best, strict=True) if len(axis) > 1]
+        at_edge = any(value in (axis[0], axis[-1]) for axis, value in axes)
+        if not at_edge or extend <= 0:
+            return best, at_edge
+        extend -= 1
+        for axis, value in axes:
+            if value == axis[0]:
+                axis.insert(0, axis[0] ** 2 / axis[1])
+            elif value == axis[-1]:
+                axis.append(axis[-1] ** 2 / axis[-2])
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Coordinates ``(x, y) = (log10 of ρ over the largest eigenvalue, log10 τ)`` of points ``(N, λ)``.
+
+    Args:
+        values: eigenvalues of the mean curvature, or nodes for them, ``(M,)``.
+        weights: how often each counts, ``(M,)``.
+        scale: factor on the curvature that makes τ nats of the noise at hand.
+    """
+
+    values: Tensor
+    weights: Tensor
+    scale: float = 1.0
+
+    @property
+    def largest(self) -> float:
+        """Largest eigenvalue, 1 if all are zero."""
+        return float(self.values.max()) if self.values.numel() else 1.0
+
+    def effective(self, ratio: float) -> float:
+        """``γ(ρ)``, the effective number of parameters; at least a tiny number."""
+        return max(float((self.weights * self.values / (self.values + ratio)).sum()), 1e-30)
+
+    def point(self, x: float, y: float) -> Point:
+        """``(N, λ)`` at the coordinates."""
+        ratio = self.largest * 10**x
+        n = self.scale * self.effective(ratio) / (2 * 10**y)
+        return n, ratio * n
+
+
+ROWS = (-2.5, -1.0, -4.0, 0.5, -5.5)
+"""First values of x, from the middle outwards."""
+X_LIMITS = (-11.5, 2.0)
+Y_LIMITS = (-6.0, 1.0)
+X_STEP, Y_STEP, Y_START = 1.5, 1.0, -1.0
+REFINEMENTS = 2
+
+
+def coarse_to_fine(search: Search, plane: Plane) -> tuple[Point, bool]:
+    """The best point, and whether it lies at the limits of the search.
+
+    First, for a few shapes x, downhill in the size y by decades from where the row before had its best; further shapes
+    while the outermost is the best. Then a compass search around the best with half the steps, and half again.
+
+    Raises:
+        NonFinite: if the objective is finite at no point.
+    """
+    here: dict[tuple[float, float], Point] = {}
+
+    def value(place: tuple[float, float]) -> float:
+        here.setdefault(place, plane.point(*place))
+        return search.value(here[place])
+
+    def look(places: Sequence[tuple[float, float]]) -> None:
+        search.look([here.setdefault(place, plane.point(*place)) for place in places])
+
+    def down(x: float, y: float) -> tuple[float, float]:
+        while True:
+            below, above = y - Y_STEP, y + Y_STEP
+            around = [each for each in (below, above) if Y_LIMITS[0] <= each <= Y_LIMITS[1]]
+            look([(x, y), (x, below)] if below in around else [(x, y)])
+            if below in around and value((x, below)) < value((x, y)):
+                y = below
+            elif (x, above) not in here and above in around and value((x, above)) < value((x, y)):
+                y = above
+            else:
+                return x, y
+
+    found: dict[float, tuple[float, float]] = {}
+    for x in ROWS:
+        nearest = min(found, key=lambda other: abs(other - x), default=None)
+        found[x] = down(x, Y_START if nearest is None else found[nearest][1])
+    while True:
+        x = min(found, key=lambda each: value(found[each]))
+        outward = x - X_STEP if x == min(found) else x + X_STEP if x == max(found) else None
+        if outward is None or not X_LIMITS[0] <= outward <= X_LIMITS[1]:
+            break
+        found[outward] = down(outward, found[x][1])
+    centre = found[x]
+    for halving in range(1, REFINEMENTS + 1):
+        dx, dy = X_STEP / 2**halving, Y_STEP / 2**halving
+        for _ in range(2):
+            x, y = centre
+            look([(x, y - dy), (x, y + dy)])
+            look([(x - dx, y), (x + dx, y)])
+            best = min([centre, (x, y - dy), (x, y + dy), (x - dx, y), (x + dx, y)], key=value)
+            if best == centre:
+                break
+            centre = best
+    search.best()  # refuses if nothing is finite
+    return here[centre], centre[0] <= X_LIMITS[0] or centre[1] >= Y_LIMITS[1]

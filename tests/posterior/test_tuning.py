@@ -1,0 +1,483 @@
+"""The default search, the comparison with MAP, the noise scale and the objectives of ``tune``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import laplace_kf as lk
+from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
+from laplace_kf.posterior.search import Plane, Search, coarse_to_fine
+from laplace_kf.posterior.validation import MAP, Point, Score
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def quiet(posterior: Any, *args: Any, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return posterior.tune(*args, **options)
+
+
+def trained(sizes: Sequence[int], x: Tensor, y: Tensor, loss: Any, steps: int = 300) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers: list[nn.Module] = []
+        for one, two in itertools.pairwise(sizes):
+            layers += [nn.Linear(one, two), nn.Tanh()]
+        model = nn.Sequential(*layers[:-1])
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.03)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss(model(x), y).backward()
+        optimiser.step()
+    model.zero_grad()
+    return model
+
+
+def classification(noise: float = 0.8) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """An over-confident classifier, its training data, and validation data."""
+    x = torch.randn(240, 2, generator=rng(1))
+    y = (x[:, 0] + noise * torch.randn(240, generator=rng(2)) > 0).long()
+    model = trained((2, 8, 2), x[:40], y[:40], nn.functional.cross_entropy)
+    return model, (x[:40], y[:40]), (x[40:], y[40:])
+
+
+def regression(scale: float = 0.3) -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    x = 2 * torch.randn(160, 1, generator=rng(3))
+    y = torch.sin(2 * x) + scale * torch.randn(160, 1, generator=rng(4))
+    model = trained((1, 12, 1), x[:40], y[:40], lambda z, t: (z - t).square().mean())
+    return model, (x[:40], y[:40]), (x[40:], y[40:])
+
+
+# ------------------------------------------------------------------------------------------------ the search itself
+
+
+PLANE = Plane(10 ** torch.linspace(-6, 2, 50, dtype=torch.float64), torch.ones(50, dtype=torch.float64))
+
+
+def surface(x0: float, y0: float, asked: list[Point], edge: float = 0.02) -> Any:
+    """A smooth bowl around the coordinates (x0, y0) whose value tends to MAP's for small sizes."""
+
+    def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
+        found = {}
+        for point in points:
+            asked.append(point)
+            if point == MAP:
+                found[point] = Score(0.5)
+                continue
+            n, p = point
+            x = math.log10(p / n / PLANE.largest)
+            y = math.log10(PLANE.effective(p / n) / (2 * n))
+            depth = 0.3 * math.exp(-((y - y0) ** 2) / 2 - edge * (x - x0) ** 2)
+            found[point] = Score(0.5 - depth + 0.1 * max(0.0, y - y0) ** 2)
+        return found
+
+    return measure
+
+
+def test_coordinates_of_a_plane() -> None:
+    """x and y say what they should: ratio over the largest eigenvalue, half the trace of C̄ Λ⁻¹."""
+    n, p = PLANE.point(-2.0, -1.0)
+    assert p / n == pytest.approx(1e-2 * 1e2)
+    assert 0.5 * float((PLANE.values / (n * PLANE.values + p)).sum()) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("x0", [-9.0, -6.3, -2.2, 0.4])
+@pytest.mark.parametrize("y0", [-4.2, -2.6, -0.7])
+def test_the_search_finds_the_bottom_of_a_bowl(x0: float, y0: float) -> None:
+    asked: list[Point] = []
+    search = Search(surface(x0, y0, asked), "bowl")
+    best, at_edge = coarse_to_fine(search, PLANE)
+    assert not at_edge
+    assert search.value(best) < 0.2 + 0.02
+    assert search.value(best) == min(search.value(point) for point in asked)
+    assert len(asked) == len(set(asked)) <= 55
+
+
+def test_the_search_reports_its_limits() -> None:
+    _, at_edge = coarse_to_fine(Search(surface(-40.0, -1.0, [], edge=1e-3), "slope"), PLANE)
+    assert at_edge
+
+
+def test_the_search_survives_points_that_are_not_finite() -> None:
+    def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
+        inner = surface(-2.0, -2.0, [])(points, progress)
+        return {p: score if p == MAP or p[0] > 50 else Score(math.inf) for p, score in inner.items()}
+
+    search = Search(measure, "holes")
+    best, _ = coarse_to_fine(search, PLANE)
+    assert math.isfinite(search.value(best)) and best[0] > 50
+
+
+def test_the_champion_beats_the_others_beyond_the_noise() -> None:
+    """A gain that a few examples make, a smaller one that all share, and one that beats that one beyond the noise."""
+    base = torch.zeros(100)
+    few, every, more = base.clone(), base - 0.1 + 0.01 * torch.randn(100, generator=rng(0)), base - 0.1
+    few[:2] = -10.0
+    more[:50] -= 0.1
+    known = {MAP: base, (1.0, 1.0): few, (2.0, 1.0): every}
+
+    def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
+        return {p: Score(float(known[p].mean()), known[p]) for p in points}
+
+    search = Search(measure, "x")
+    search.look(list(known))
+    assert search.best() == (1.0, 1.0)
+    assert search.champion(0.0) == (1.0, 1.0) and search.champion(1.0) == (2.0, 1.0) and search.champion(500.0) == MAP
+    known[3.0, 1.0] = more
+    search.look([(3.0, 1.0)])
+    assert search.champion(1.0) == (3.0, 1.0)
+    search.scores[3.0, 1.0] = Score(math.inf, None)
+    assert search.champion(1.0) == (2.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ on models
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.parametrize("make", [classification, regression])
+def test_default_search(make: Any, structure: str) -> None:
+    """Set to the best row; not worse than MAP on the validation data; better on an over-confident classifier."""
+    model, train, val = make()
+    posterior = lk.LaplacePosterior(model, "categorical" if make is classification else "gaussian", structure)
+    result = quiet(posterior.fit(train), val, generator=rng(0))
+    assert result.best in result.table
+    assert float(posterior.n_data) == result.best["n_data"]
+    assert float(posterior.prior_precision) == result.best["prior_precision"]
+    assert {"n_data", "prior_precision", "objective"} <= set(result.best)
+    assert 10 < len(result.table) <= 60
+    limit = 1e-4 * (1 + abs(result.map_objective))
+    assert result.best["objective"] <= result.map_objective + limit
+    assert result.gain == pytest.approx(result.map_objective - result.best["objective"])
+    if not result.map_wins:
+        assert result.gain > 0 < result.gain_error
+    if make is classification:
+        assert not result.map_wins
+        drawn = -posterior.predict(val[0], samples=400, generator=rng(5)).log_prob(val[1]).mean()
+        assert float(drawn) < result.map_objective - 0.01
+    assert "MAP" in str(result) and result.objective in repr(result)
+
+
+def test_map_objective_is_that_of_the_weights() -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    exact = float(nn.functional.cross_entropy(model(val[0]), val[1]))
+    for options in ({}, {"n_data": [40.0], "prior_precision": [1.0, 10.0]}):
+        result = quiet(posterior, val, generator=rng(0), **options)
+        assert result.map_objective == pytest.approx(exact, rel=1e-5)
+
+
+def test_map_wins_where_nothing_helps() -> None:
+    """An under-confident linear classifier: any spread makes it worse. So the posterior becomes MAP in effect and says
+    so. With independent draws some would happen to be better weights."""
+    x = torch.randn(150, 3, generator=rng(0))
+    model = nn.Linear(3, 2)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]))
+        model.bias.zero_()
+    y = (x[:, 0] < 0).long()
+    for seed in range(3):
+        posterior = lk.LaplacePosterior(model, "categorical").fit((x[:50], y[:50]))
+        with pytest.warns(UserWarning, match="MAP"):
+            result = posterior.tune((x[50:], y[50:]), generator=rng(seed))
+        assert result.map_wins and not result.at_edge and "MAP" in str(result)
+        assert math.isfinite(posterior.n_data) and math.isfinite(float(posterior.prior_precision))
+        nll = -posterior.predict(x[50:], samples=50, generator=rng(1)).log_prob(y[50:]).mean()
+        assert float(nll) == pytest.approx(result.map_objective, abs=5e-3)
+        assert result.best["objective"] <= result.map_objective + 1e-4 * (1 + result.map_objective)
+
+
+def test_the_default_search_is_reproducible_and_private() -> None:
+    model, train, val = classification()
+    state, before = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    first = quiet(posterior, val, generator=rng(4))
+    second = quiet(posterior, val, generator=rng(4))
+    assert first.table == second.table and first.best == second.best
+    assert quiet(posterior, val, generator=rng(5)).table != first.table
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_points_of_one_ratio_share_draws() -> None:
+    """Common random numbers: a point scores the same whatever else is measured with it."""
+    from laplace_kf.posterior.validation import Validation
+
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    points = [(40.0, 4.0), (400.0, 40.0), (40.0, 40.0), MAP]
+    together = Validation(posterior, val, OBJECTIVES["nll"], "mc", 7, rng(0))(points)
+    for point in points:
+        alone = Validation(posterior, val, OBJECTIVES["nll"], "mc", 7, rng(0))([point])
+        assert alone[point].value == pytest.approx(together[point].value, rel=1e-5)
+
+
+def test_draws_come_in_pairs() -> None:
+    """Six draws are three of the posterior's, each with both signs."""
+    from laplace_kf.posterior.validation import Validation
+
+    model, train, (x, y) = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], "mc", 6, rng(0))
+    found = validation([(400.0, 40.0)])[400.0, 40.0].value
+    total = torch.zeros(len(x), 2)
+    for seed in validation.seeds[::2]:
+        noise = posterior.precision_at(400.0, 40.0).draw(1, torch.Generator().manual_seed(seed))
+        for sign in (-1, 1):
+            weights = {name: value + sign * noise[name][0] for name, value in posterior.mean.items()}
+            total += torch.func.functional_call(model, weights, (x,)).softmax(-1).detach() / 6
+    assert found == pytest.approx(float(-total[range(len(x)), y].log().mean()), rel=1e-5)
+
+
+def test_a_failed_default_search_changes_nothing() -> None:
+    model, train, (x, y) = regression()
+    likelihood = lk.likelihoods.Gaussian()
+    posterior = lk.LaplacePosterior(model, likelihood, prior_precision=2.0).fit(train)
+
+    def broken() -> Iterator[Any]:
+        yield x[:4], y[:4]
+        raise RuntimeError("disk")
+
+    def refuses(prediction: Any, targets: Any) -> float:
+        raise RuntimeError("no score")
+
+    for data, options in ((broken(), {}), ([], {}), ((x, y), {"objective": refuses})):
+        with pytest.raises((RuntimeError, lk.errors.LaplaceKFError)):
+            posterior.tune(data, **options)
+        assert posterior.n_data == 40 and posterior.prior_precision == 2.0 and posterior.likelihood is likelihood
+    with pytest.raises(lk.errors.NonFinite, match="finite"):
+        posterior.tune((x, y), objective=lambda prediction, targets: math.nan)
+    assert posterior.n_data == 40 and posterior.likelihood is likelihood
+
+
+def test_max_examples_stops_the_loader_early() -> None:
+    model, train, (x, y) = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    served: list[int] = []
+
+    def loader() -> Iterator[Any]:
+        for k in range(10):
+            served.append(k)
+            yield x[20 * k : 20 * k + 20], y[20 * k : 20 * k + 20]
+
+    result = quiet(posterior, loader(), generator=rng(0), max_examples=50, n_data=[40.0], prior_precision=[1.0])
+    assert served == [0, 1, 2]
+    exact = float(nn.functional.cross_entropy(model(x[:60]), y[:60]))
+    assert result.map_objective == pytest.approx(exact, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ noise
+
+
+def test_noise_is_tuned_with_the_rest() -> None:
+    """σ left at its default: MAP gets its own best σ, the posterior N at its σ; no refit; the user's object stays."""
+    model, train, val = regression()
+    likelihood = lk.likelihoods.Gaussian()
+    posterior = lk.LaplacePosterior(model, likelihood).fit(train)
+    result = quiet(posterior, val, generator=rng(0))
+    rms = float((model(val[0]) - val[1]).square().mean().sqrt())
+    exact = float(-torch.distributions.Normal(model(val[0]), rms).log_prob(val[1]).mean())
+    assert result.map_objective == pytest.approx(exact, abs=1e-4)
+    sigma = result.best["noise"]
+    assert likelihood.scale == 1.0 and posterior.likelihood.scale == sigma
+    assert 0.5 * rms < sigma < 1.01 * rms
+    again = -posterior.predict(val[0], samples=2000, generator=rng(0)).log_prob(val[1]).mean()
+    assert float(again) == pytest.approx(result.best["objective"], abs=0.05)
+    for factor in (0.7, 1.4):  # the best noise at this spread
+        other = lk.likelihoods.Gaussian(scale=sigma * factor)
+        drawn = posterior.predict(val[0], samples=2000, generator=rng(0), keep_samples=True).samples
+        assert float(-other.predict(drawn).log_prob(val[1]).mean()) > float(again) - 0.005
+    refit = lk.LaplacePosterior(model, lk.likelihoods.Gaussian(scale=sigma)).fit(train)
+    refit.n_data, refit.prior_precision = posterior.n_data, posterior.prior_precision
+    one, two = refit.precision.dense(), posterior.precision.dense()
+    assert float((one - two).abs().max() / one.abs().max()) < 1e-4
+    again = quiet(posterior, val, generator=rng(0))  # a second search tunes it again, from where it is
+    assert again.best["noise"] == pytest.approx(sigma, rel=0.01)
+    assert again.map_objective == pytest.approx(result.map_objective, abs=1e-4)
+
+
+def test_a_noise_scale_that_was_chosen_is_kept() -> None:
+    model, train, val = regression()
+    chosen = lk.LaplacePosterior(model, lk.likelihoods.Gaussian(scale=0.35)).fit(train)
+    assert "noise" not in quiet(chosen, val, generator=rng(0)).best and chosen.likelihood.scale == 0.35
+    default = lk.LaplacePosterior(model, "gaussian").fit(train)
+    assert "noise" not in quiet(default, val, generator=rng(0), noise=False).best
+    assert default.likelihood.scale == 1.0
+    grids = {"n_data": [40.0, 400.0], "prior_precision": [1.0, 10.0]}
+    assert "noise" not in quiet(default, val, generator=rng(0), **grids).best
+    found = quiet(default, val, generator=rng(0), noise=True, **grids)
+    rms = float((model(val[0]) - val[1]).square().mean().sqrt())
+    assert found.best["noise"] == pytest.approx(rms, rel=2e-3)
+    assert found.best["n_data"] in grids["n_data"] and default.likelihood.scale == found.best["noise"]
+    again = -default.predict(val[0], samples=2000, generator=rng(0)).log_prob(val[1]).mean()
+    assert float(again) == pytest.approx(found.best["objective"], abs=0.05)
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+def _prediction(probs: Tensor) -> Any:
+    return lk.likelihoods.Categorical().predict(probs.log()[None])
+
+
+def test_scores_of_classes() -> None:
+    probs = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.6, 0.0001], [0.3, 0.3, 0.4]]).double()
+    probs = probs / probs.sum(-1, keepdim=True)
+    y = torch.tensor([0, 0, 2])
+    found = OBJECTIVES["brier"](_prediction(probs), y)
+    one_hot = torch.eye(3).double()[y]
+    assert torch.allclose(found, (probs - one_hot).square().sum(1), atol=1e-12)
+    assert torch.allclose(OBJECTIVES["nll"](_prediction(probs), y), -probs[range(3), y].log(), atol=1e-12)
+    confidence, hits = probs.amax(1), torch.tensor([1.0, 0.0, 1.0]).double()  # three different bins
+    assert float(OBJECTIVES["ece"](_prediction(probs), y)) == pytest.approx(float((confidence - hits).abs().mean()))
+    uniform = torch.full((4, 3), 1 / 3).double()
+    assert torch.allclose(missing_entropy(_prediction(uniform)), torch.zeros(4).double(), atol=1e-9)
+    expected = math.log(3) + (probs * probs.log()).sum(1)
+    assert torch.allclose(missing_entropy(_prediction(probs)), expected, atol=1e-9)
+
+
+def test_ece_of_many_bins() -> None:
+    """Against a loop over the bins."""
+    probs = torch.rand(200, 4, generator=rng(0)).double().softmax(-1).pow(3)
+    probs = probs / probs.sum(-1, keepdim=True)
+    y = torch.randint(4, (200,), generator=rng(1))
+    y[:10] = -100
+    confidence, label = probs[10:].max(-1)
+    total = 0.0
+    for k in range(15):
+        inside = (confidence >= k / 15) & (confidence < (k + 1) / 15)
+        if inside.any():
+            hits = (label[inside] == y[10:][inside]).double().mean()
+            total += float(inside.double().mean() * (confidence[inside].mean() - hits).abs())
+    assert float(OBJECTIVES["ece"](_prediction(probs), y)) == pytest.approx(total, rel=1e-9)
+
+
+def test_scores_of_images_and_sequences() -> None:
+    """Positions that are ignored do not count, whatever the layout."""
+    z = torch.randn(1, 3, 4, 2, 2, generator=rng(0)).double()
+    y = torch.randint(4, (3, 2, 2), generator=rng(1))
+    y[0, 0, 0] = -100
+    image = lk.likelihoods.Categorical().predict(z)
+    rows = lk.likelihoods.Categorical().predict(z.flatten(3).transpose(2, 3))
+    for name in ("brier", "ece"):
+        one, two = OBJECTIVES[name](image, y), OBJECTIVES[name](rows, y.flatten(1))
+        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(two), atol=1e-12)
+    assert torch.allclose(missing_entropy(image), missing_entropy(rows), atol=1e-12)
+    probs = z[0].softmax(1).movedim(1, -1)
+    squares = (probs - torch.eye(4).double()[y.clamp_min(0)]).square().sum(-1)
+    assert float(OBJECTIVES["brier"](image, y)[0]) == pytest.approx(float(squares[0].flatten()[1:].mean()))
+
+
+def test_objectives_need_probabilities() -> None:
+    model, train, val = regression()
+    posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
+    for options in ({"objective": "brier"}, {"objective": "ece"}, {"objective": "ood", "ood": val[0]}):
+        with pytest.raises(lk.errors.IncompatiblePair, match="probabilities"):
+            posterior.tune(val, noise=False, **options)
+    with pytest.raises(lk.errors.IncompatiblePair, match="ood"):
+        posterior.tune(val, objective="ood")
+    with pytest.raises(lk.errors.IncompatiblePair, match="ood"):
+        posterior.tune(val, ood=val[0])
+    with pytest.raises(lk.errors.UnknownName, match="evidence"):
+        posterior.tune(val, objective="loss")
+
+
+@pytest.mark.parametrize("objective", ["brier", "ece"])
+def test_other_objectives_are_searched(objective: str) -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    result = quiet(posterior, val, objective=objective, generator=rng(0))
+    assert result.objective == objective and not result.map_wins
+    assert result.best["objective"] < result.map_objective
+    assert (result.gain_error is None) == (objective == "ece")
+
+
+def test_callables_of_both_kinds() -> None:
+    """A mean score, or scores by example, which alone tell the noise of the validation set."""
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    grids = {"n_data": [40.0], "prior_precision": [1.0, 10.0, 100.0]}
+    named = quiet(posterior, val, generator=rng(0), **grids)
+    mean = quiet(posterior, val, lambda p, y: float(-p.log_prob(y).mean()), generator=rng(0), **grids)
+    parts = quiet(posterior, val, lambda p, y: -p.log_prob(y), generator=rng(0), **grids)
+    for other in (mean, parts):
+        for one, two in zip(named.table, other.table, strict=True):
+            assert one["objective"] == pytest.approx(two["objective"], rel=1e-6)
+    assert mean.gain_error is None and parts.gain_error == pytest.approx(named.gain_error)
+
+
+def test_out_of_distribution_contrast() -> None:
+    """The table is validation NLL plus the weighted mean of the missing entropy far away; it asks for more spread."""
+    model, train, val = classification()
+    far = 8 * torch.randn(60, 2, generator=rng(9))
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    result = quiet(posterior, val, objective="ood", ood=[far[:20], (far[20:], None)], generator=rng(0))
+    probs = model(far).softmax(-1).detach()
+    missing = math.log(2) + (probs * probs.log()).nansum(1).mean()
+    nll = nn.functional.cross_entropy(model(val[0]), val[1])
+    assert result.map_objective == pytest.approx(float(nll + 0.5 * missing), rel=1e-4)
+    entropy = float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean())
+    quiet(posterior, val, generator=rng(0))
+    assert entropy > float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean())
+    strong = quiet(posterior, val, objective=OODContrast(far, weight=5.0), generator=rng(0))
+    assert strong.objective == "OODContrast"
+    assert float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean()) > entropy - 0.02
+
+
+def test_map_method_has_nothing_to_tune() -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    result = quiet(posterior, val, method="map", generator=rng(0))
+    assert result.map_wins and result.best["objective"] == pytest.approx(result.map_objective)
+    with pytest.raises(lk.errors.UnknownName, match="mc"):
+        posterior.tune(val, method="bootstrap")
+
+
+# ------------------------------------------------------------------------------------------------ ways to predict
+
+
+@pytest.mark.parametrize("method", ["linearized", "probit"])
+@pytest.mark.parametrize("make", [classification, regression])
+def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
+    """Every row of the table equals the prediction at its setting; loaders and pairs give the same."""
+    model, train, (x, y) = make()
+    posterior = lk.LaplacePosterior(model, "categorical" if make is classification else "gaussian").fit(train)
+    grids = {"n_data": [40.0, 4000.0], "prior_precision": [1.0, 30.0]}
+    result = quiet(posterior, [(x[:7], y[:7]), (x[7:], y[7:])], method=method, generator=rng(0), **grids)
+    link = posterior.likelihood.link("probit" if method == "probit" else None)
+    tolerance = 1e-4 if link.marginal or make is regression else 0.03
+    for row in result.table:
+        posterior.n_data, posterior.prior_precision = row["n_data"], row["prior_precision"]
+        exact = -posterior.predict(x, method=method, samples=500, generator=rng(1)).log_prob(y).mean()
+        assert row["objective"] == pytest.approx(float(exact), abs=tolerance)
+
+
+@pytest.mark.parametrize("method", ["linearized", "probit"])
+def test_default_search_over_the_linearised_network(method: str) -> None:
+    """Regression with its noise: better than MAP's own best noise on the validation data, and set to that."""
+    model, train, val = regression()
+    posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
+    result = quiet(posterior, val, method=method, generator=rng(0))
+    exact = -posterior.predict(val[0], method=method).log_prob(val[1]).mean()
+    assert float(exact) == pytest.approx(result.best["objective"], abs=1e-3)
+    assert result.best["objective"] <= result.map_objective
+    assert posterior.likelihood.scale == result.best["noise"]
+
+
+def test_probit_needs_a_likelihood_with_it() -> None:
+    x, y = torch.randn(20, 2, generator=rng(0)), torch.ones(20, 2)
+    posterior = lk.LaplacePosterior(nn.Linear(2, 2), "poisson").fit((x, y))
+    if "probit" not in posterior.likelihood.links():
+        with pytest.raises(lk.errors.IncompatiblePair, match="probit"):
+            posterior.tune((x, y), method="probit")
+    assert quiet(posterior, (x, y), method="linearized", generator=rng(0)).table
