@@ -453,12 +453,13 @@ def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
     model, train, (x, y) = make()
     posterior = lk.LaplacePosterior(model, "categorical" if make is classification else "gaussian").fit(train)
     grids = {"n_data": [40.0, 4000.0], "prior_precision": [1.0, 30.0]}
-    result = quiet(posterior, [(x[:7], y[:7]), (x[7:], y[7:])], method=method, generator=rng(0), **grids)
+    batches = [(x[:7], y[:7]), (x[7:], y[7:])]
+    result = quiet(posterior, batches, method=method, samples=4000, generator=rng(0), **grids)
     link = posterior.likelihood.link("probit" if method == "probit" else None)
     tolerance = 1e-4 if link.marginal or make is regression else 0.03
     for row in result.table:
         posterior.n_data, posterior.prior_precision = row["n_data"], row["prior_precision"]
-        exact = -posterior.predict(x, method=method, samples=500, generator=rng(1)).log_prob(y).mean()
+        exact = -posterior.predict(x, method=method, samples=4000, generator=rng(1)).log_prob(y).mean()
         assert row["objective"] == pytest.approx(float(exact), abs=tolerance)
 
 
