@@ -3,10 +3,9 @@
 A small character-level transformer, written in plain PyTorch (:mod:`experiments.transformer`: ``nn.Embedding``,
 ``nn.MultiheadAttention``, ``nn.LayerNorm``, ``nn.Linear``), learns to predict the next character of Shakespeare's
 plays. It then reads three texts: plays it has not seen, the same characters shuffled, and Latin, German and French.
-All that a network by itself offers is the entropy of its prediction, which is as high for a new word of which any
-letter may be the first as for a text in a language it has never met. A posterior over the weights takes the two
-apart: the mutual information of next character and weights is the part of the uncertainty that more training data
-would remove. Whether it also tells the texts apart better than the entropy does is among the claims that are judged.
+All that a network by itself offers is the entropy of its prediction. A posterior over the weights splits it: the mutual
+information of next character and weights is the part that more training data would remove. What that is good for, and
+what not, is measured (``docs/shakespeare.md``).
 
 1. **Wrap** the trained model as it is. Inputs are indices ``(N, T)``, outputs logits ``(N, T, C)``, targets
    ``(N, T)``; a likelihood of sequences needs no other argument::
