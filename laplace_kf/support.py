@@ -13,6 +13,30 @@ from laplace_kf.structures import STRUCTURES
 
 __all__ = ["support_table"]
 
+ARCHITECTURES = (
+    ("attention", "`nn.MultiheadAttention` (packed or separate projections, masks, queries from elsewhere), transformer "
+     "encoders and decoders, models of `transformers` (tested: BERT, DistilBERT, GPT-2, ViT, Llama): a Kronecker pair "
+     "for every projection; rows of a packed weight that read other inputs are blocks of their own"),
+    ("recurrent", "`nn.RNN`, `nn.GRU`, `nn.LSTM` cell by cell, weights shared over time; packed sequences: exact "
+     "diagonal"),
+    ("shared weights", "positions and repeated calls: `sharing=\"expand\"` or `\"reduce\"`; a weight tied to another "
+     "module or to its own transpose (embedding and output matrix): one block, contributions added"),
+    ("parametrised", "weight norm and other parametrisations: exact diagonal of the original parameters; LoRA modules "
+     "and frozen base weights as any layer"),
+    ("wrapped", "compiled, `DataParallel` and `DistributedDataParallel` models are unwrapped; scripted, lazy, sharded, "
+     "quantised, complex and meta models are refused with the way out"),
+    ("numbers", "float64, float32, bfloat16 and float16; sums in float32 at least; autocast"),
+)  # fmt: skip
+SELECTIONS = (
+    ('"all"', "every parameter that requires a gradient"),
+    ('"last_layer"', "the parametric module that runs last"),
+    ('["head.*", ...]', "name patterns"),
+    (
+        "lk.Subnetwork(size, by=)",
+        'single weights: the largest (`"magnitude"`) or the most uncertain (`"variance"`), dense',
+    ),
+)
+
 
 def _first_line(entry: object) -> str:
     module = inspect.getmodule(entry)
@@ -28,6 +52,8 @@ def support_table() -> str:
         assert isinstance(rule, (MatrixRule, AffineRule))
         rows.append(("layer", f"`{name}`", f"{', '.join(f'`{m}`' for m in rule.modules)}: {block}"))
     rows.append(("layer", "any other", "per-example gradients: diagonal or small dense block inside a Kronecker one"))
+    rows += [("architecture", name, what) for name, what in ARCHITECTURES]
+    rows += [("parameters", f"`{name}`", what) for name, what in SELECTIONS]
     rows += [("likelihood", f"`{name}`", _summary(entry)) for name, entry in LIKELIHOODS.items()]
     rows.append(("likelihood", "`FromDistribution(fn)`", "any `torch.distributions.Distribution` of the outputs"))
     rows += [("estimator", f"`{name}`", _first_line(entry)) for name, entry in ESTIMATORS.items()]
