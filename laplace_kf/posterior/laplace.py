@@ -194,16 +194,10 @@ class LaplacePosterior:
         """Takes curvature that was measured elsewhere, at the model's current weights, in place of :meth:`fit`.
 
         Args:
-            statistics: of this posterior's structure and parameters (from ``lk.curvature.estimate`` or an optimiser).
+            statistics: of this posterior's parameters (from ``lk.curvature.estimate`` or an optimiser); its structure
+                becomes theirs.
             n_data: N; default: the statistics' count.
-
-        Raises:
-            IncompatiblePair: for statistics of another structure.
         """
-        if statistics.structure.name != self.structure.name:
-            raise IncompatiblePair(
-                f"the statistics have structure {statistics.structure.name!r}, this posterior {self.structure.name!r}"
-            )
         layout = statistics.layout
         mean = self._flat_weights(layout).detach().clone()
         rest: dict[str, Tensor] = {}
