@@ -1,7 +1,7 @@
 """How predictions at many settings ``(N, λ)`` are made, so that settings share what they can.
 
 ``Λ(c N, c λ) = c Λ(N, λ)`` for every structure and damping, so that all settings with one ratio ``λ / N`` share their
-weight draws up to the factor ``1/√c``: they are drawn once per ratio, not per setting. Draws come in pairs ``θ* ± ε``.
+weight draws up to the factor ``1/√c``: they are drawn once per ratio, not per setting.
 Linearised networks are rotated into the eigenbases once and then serve all settings.
 """
 
@@ -43,7 +43,7 @@ class Pools:
 
     Args:
         inputs: of every batch, as the model takes them.
-        outputs: of every batch at the mean weights.
+        outputs: of every batch at the mean weights, each ``(N, ...)``.
         samples: S, so that a pool has at most ``POOL`` sampled outputs.
     """
 
@@ -60,7 +60,7 @@ class Pools:
         self.sizes = [sum(outputs[k].shape[0] for k in group) for group in self.groups]
 
     def joined(self, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
-        """One tensor for every pool from one for every batch."""
+        """One tensor for every pool from one ``(..., N, ...)`` for every batch, with the examples along ``dim``."""
         return [torch.cat([parts[k] for k in group], dim) for group in self.groups]
 
 
@@ -109,7 +109,7 @@ class AtMean(Predictor):
 
 @METHODS.register("mc")
 class Sampled(Predictor):
-    """Outputs at weight draws (methods 10.1), in pairs ``θ* ± ε``.
+    """Outputs at weight draws (methods 10.1), on request in pairs ``θ* ± ε``.
 
     A pair has no mean shift of its own. Among few independent draws that shift is of first order in the spread, where
     what the spread really does is of second order: a search would find draws that happen to be better weights.
@@ -128,7 +128,7 @@ class Sampled(Predictor):
         drawn = {point: [[[] for _ in pool.inputs] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
         noise: dict[str, Tensor] = {}
         for number, seed in enumerate(self.validation.seeds):
-            sign = -1.0 if number % 2 else 1.0
+            sign = -1.0 if self.validation.pairs and number % 2 else 1.0
             if sign > 0:
                 noise = weight_noise(precision, seed)
             for n, p in members:

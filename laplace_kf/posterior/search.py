@@ -60,20 +60,21 @@ class Search:
             raise NonFinite(f"objective {self.name!r} is not finite at any of the {len(points)} points tried")
         return min(points, key=self.value)
 
-    def champion(self, caution: float) -> Point:
+    def champion(self, over_map: float, over_others: float) -> Point:
         """What is left after challenges: MAP, unless points beat it, and then each other, beyond the noise.
 
-        A challenge is won by the point whose gain over the champion, less ``caution`` standard errors of it (over the
+        A challenge is won by the point whose gain over the champion, less some standard errors of it (over the
         validation examples, paired), is the largest and positive. Where the objective has no scores by example, the
         smallest wins.
 
         Args:
-            caution: in standard errors.
+            over_map: standard errors while MAP is the champion.
+            over_others: and after that.
         """
         self.look([MAP])
         champion = MAP
         while True:
-            bounds = {}
+            bounds, caution = {}, over_map if champion == MAP else over_others
             for point, score in self.scores.items():
                 gain, error = compared(self.scores[champion], score)
                 bounds[point] = gain - caution * (error or 0.0) if math.isfinite(score.value) else -math.inf
@@ -147,7 +148,8 @@ class Plane:
 
 ROWS = (-2.5, -1.0, -4.0, 0.5, -5.5)
 """First values of x, from the middle outwards."""
-X_LIMITS = (-11.5, 2.0)
+X_LIMITS = (-7.0, 2.0)
+"""Eigenvalues below 1e-7 of the largest are rounding errors of float32: no shape is known there."""
 Y_LIMITS = (-6.0, 1.0)
 X_STEP, Y_STEP, Y_START = 1.5, 1.0, -1.0
 REFINEMENTS = 2

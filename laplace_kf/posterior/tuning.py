@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
-CAUTION = 0.5
-"""Standard errors by which the default search discounts what one point gains over another."""
+CAUTION = 1.0, 0.5
+"""Standard errors by which the default search discounts what a point gains over MAP, and over another point."""
 MAP_TOLERANCE = 1e-4
 """How much worse than MAP, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -170,7 +170,7 @@ def tune(
         raise ShapeMismatch('tune needs validation data for this objective; only objective="evidence" needs none')
     validation = Validation(
         posterior, val, _objective(options), options.method, options.samples, options.generator,
-        options.max_examples, noise,
+        options.max_examples, noise, pairs=not gridded,
     )  # fmt: skip
     search = Search(validation, name, options.progress)
     if gridded:
@@ -270,7 +270,7 @@ def _default(posterior: LaplacePosterior, search: Search) -> tuple[TuningResult,
     sigma, before = search.scores[MAP].noise, posterior.likelihood.noise_scale
     scale = 1.0 if sigma is None or before is None else (before / sigma) ** 2
     best, at_edge = coarse_to_fine(search, _plane(posterior, scale))
-    champion = search.champion(CAUTION)
+    champion = search.champion(*CAUTION)
     map_wins = champion == MAP
     if map_wins:
         best = _map_in_effect(search, best)

