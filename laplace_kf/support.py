@@ -14,7 +14,7 @@ from laplace_kf.structures import STRUCTURES
 __all__ = ["support_table"]
 
 ARCHITECTURES = (
-    ("attention", "`nn.MultiheadAttention` (packed or separate projections, masks, queries from elsewhere), transformer "
+    ("attention", "`nn.MultiheadAttention` (packed or separate projections, masks, cross-attention), transformer "
      "encoders and decoders, models of `transformers` (tested: BERT, DistilBERT, GPT-2, ViT, Llama): a Kronecker pair "
      "for every projection; rows of a packed weight that read other inputs are blocks of their own"),
     ("recurrent", "`nn.RNN`, `nn.GRU`, `nn.LSTM` cell by cell, weights shared over time; packed sequences: exact "
