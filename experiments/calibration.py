@@ -9,7 +9,7 @@ images. A part of the training split is held out; every method may use it to cho
 * ``laplace-torch, marglik`` and ``laplace-torch, gridsearch``: Kronecker, all weights (:mod:`experiments.peers`).
 
 All of them share the network. What counts is the difference to MAP in test NLL, split by split: with its mean ``d`` and
-standard error ``e`` a method is *better* if ``d < -e``, *worse* if ``d > e`` and otherwise *not worse*.
+standard error ``e`` (0.001 nats at least) a method is *better* if ``d < -e``, *worse* if ``d > e``, else *not worse*.
 
 Finished splits are kept in ``parts`` of the results folder, and used again by a later run with the same settings, so
 that the benchmark can be run set by set: ``python -m experiments run calibration sets=[yacht,energy]``; the report is

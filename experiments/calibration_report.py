@@ -26,6 +26,9 @@ __all__ = [
 NAMES = ("MAP", "laplace_kf", "laplace_kf, linearized", "laplace-torch, marglik", "laplace-torch, gridsearch")
 """The methods: the network itself, this package by default and linearised, and laplace-torch."""
 
+NEGLIGIBLE = 1e-3
+"""Nats below which a difference counts as none, whatever its standard error is."""
+
 Split = Mapping[str, Any]
 Found = Mapping[str, Sequence[Split]]
 
@@ -49,9 +52,10 @@ def verdict(mean: float, error: float | None) -> str:
     """What a mean difference and its standard error say about a method; one split says nothing."""
     if error is None:
         return "one split only"
-    if mean < -error:
+    limit = max(error, NEGLIGIBLE)
+    if mean < -limit:
         return "better"
-    return "worse" if mean > error else "not worse"
+    return "worse" if mean > limit else "not worse"
 
 
 def compare(found: Found) -> dict[str, dict[str, dict[str, Any] | None]]:
@@ -111,7 +115,8 @@ def difference_table(found: Found, comparisons: Mapping[str, Mapping[str, dict[s
     head, rows = difference_rows(means, comparisons)
     note = (
         "Test NLL in nats, in original units; the columns after MAP's are differences to it: negative is better, ± "
-        "standard error over splits. Better: below minus one standard error; worse: above it; not worse: in between."
+        "standard error over splits. Better: below minus one standard error (0.001 at least); worse: above it; not "
+        "worse: in between."
     )
     return Table("Test NLL", head, rows, note)
 
