@@ -467,3 +467,129 @@ def test_elementwise_parameters_have_their_exact_diagonal(form: str) -> None:
     exact = kron.layout.split(ggn.diagonal()[None])
     for name in used:
         torch.testing.assert_close(diagonal[name], exact[name], rtol=1e-9, atol=1e-12)
+
+
+class Sorted(nn.Module):
+    """Puts the examples in an order that the data decide before a layer, and back after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.first(x))[order])[order.argsort()]
+
+
+class Mixture(nn.Module):
+    """Two experts, each for some of an example's positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.experts = nn.Linear(3, 4), nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)).flatten(0, 1)
+        choice, out = (x[..., 0] > 0).long().flatten(), h.new_zeros(len(h), 3)
+        for k, expert in enumerate(self.experts):
+            index = torch.where(choice == k)[0]
+            out = out.index_add(0, index, expert(h[index]))
+        return out.reshape(*x.shape[:2], 3).mean(1)
+
+
+def _row_orders(kind: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Three examples in regular order, then three in another, with equally many rows."""
+    if kind == "sorted":
+        x, y = data(6)
+        x[:, 0] = torch.tensor([1, 2, 3, 3, 1, 2])
+        return seeded(Sorted), x, y
+    x = normal(6, 2, 3)
+    x[..., 0] = torch.tensor([[1, -1], [1, -1], [1, -1], [1, 1], [-1, -1], [1, -1]])
+    return seeded(Mixture), x, torch.arange(6) % 3
+
+
+@pytest.mark.parametrize("kind", ["sorted", "experts"])
+def test_rows_in_an_order_that_the_data_decide_are_never_taken_from_an_earlier_minibatch(kind: str) -> None:
+    model, x, y = _row_orders(kind)
+    expected = oracles.dense_ggn(model, x, y, CATEGORICAL.nll)
+    swapped = [(x[3:], y[3:]), (x[:3], y[:3])]  # the irregular order first: per-example gradients throughout
+    for batches in ([(x, y)], swapped):
+        found = lk.curvature.estimate(model, "categorical", batches, "full").mean().dense()
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(lk.errors.UnsupportedLayer, match="in another way"):
+        lk.curvature.estimate(model, "categorical", swapped[::-1], "full")
+
+
+class SharedMask(nn.Module):
+    """Attention with an additive mask ``(T, T)`` in the batch, and a weight that needs per-example gradients."""
+
+    def __init__(self, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight, self.head, self.mask = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 2), mask
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores = x @ (self.weight * self.weight) @ x.transpose(1, 2)
+        return self.head((torch.softmax(scores + (self.mask if mask is None else mask), -1) @ x).mean(1))
+
+
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (4, 4, 2)])
+def test_a_mask_as_long_as_the_minibatch_is_not_cut_into_examples(sizes: tuple[int, ...]) -> None:
+    x, y, mask = normal(10, 4, 3), labels(2, 10), torch.full((4, 4), -9.0, **DOUBLE).triu(1)
+    model = seeded(SharedMask)
+    expected = oracles.dense_ggn(seeded(SharedMask, mask), x, y, CATEGORICAL.nll)
+    batches = [((a, mask), b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+    found = lk.curvature.estimate(model, "categorical", batches, "full").mean().dense()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    posterior = lk.LaplacePosterior(model, "categorical", "full").fit(batches)
+    jac = jacobian(seeded(SharedMask, mask), x[:4], 4)
+    expected = jac @ torch.linalg.inv(10 * expected + torch.eye(len(expected), **DOUBLE)) @ jac.mT
+    torch.testing.assert_close(posterior.functional_covariance((x[:4], mask)), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_outputs_that_depend_on_later_minibatches_are_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.head = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x - x.mean(0) if bool((x[:, 0] > 0).any()) else x
+            return self.head(x @ (self.weight * self.weight))
+
+    x, y = data(6)
+    x[:, 0] = torch.tensor([-1, -1, -1, 1, 1, 1])
+    with pytest.raises(lk.errors.UnsupportedLayer, match="other examples"):
+        lk.curvature.estimate(seeded(Net), "categorical", [(x[:3], y[:3]), (x[3:], y[3:])], "diag")
+
+
+def test_the_last_layer_is_one_that_the_outputs_depend_on() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head, self.other = nn.Linear(3, 4), nn.Linear(4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = torch.tanh(self.first(x))
+            return {"logits": self.head(h), "other": self.other(h)}
+
+    posterior = lk.LaplacePosterior(seeded(Net), "categorical", parameters="last_layer").fit(data())
+    assert set(posterior.mean) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("elementwise_first", [True, False])
+def test_a_parameter_that_is_elementwise_in_some_minibatches_only(elementwise_first: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.first, self.head = nn.Parameter(torch.randn(3)), nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.tanh(self.first(x)) * self.scale
+            return self.head(h if bool((x[:, 0] > 0).all()) else h @ torch.diag(self.scale))
+
+    model, (x, y) = seeded(Net), data()
+    x[:, 0] = torch.tensor([1, 1, 1, -1, -1, -1])
+    parts = [(x[:3], y[:3]), (x[3:], y[3:])]
+    found = lk.curvature.estimate(model, "categorical", parts if elementwise_first else parts[::-1], "full")
+    expected = oracles.dense_ggn(model, x, y, CATEGORICAL.nll)
+    torch.testing.assert_close(found.mean().dense(), expected, rtol=1e-9, atol=1e-12)

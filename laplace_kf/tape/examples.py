@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class ExampleGradients:
         self.model, self.forward, self.named = model, forward, named
         self.vmap_works: bool | None = None  # unknown until tried
         self.checked = False
+        self._shared: set[int] = set()  # numbers of the batch's tensors that belong to no example (an attention mask)
 
     def __call__(self, batch: Any, outputs: Tensor, names: Sequence[str], columns: Tensor) -> Tensor:
         """Per-example gradients of the named parameters, ``(V, N, Σ sizes)``.
@@ -48,72 +50,132 @@ class ExampleGradients:
             UnsupportedLayer: if the outputs of an example depend on the other examples of the minibatch.
         """
         count = outputs.shape[0]
+        # what was once of another length than the minibatch is not cut where it happens to be as long
+        self._shared |= {k for k, t in enumerate(tensors_of(batch)) if t.dim() and t.shape[0] != count}
         if not self.checked:
-            self._check_independence(batch, outputs)
+            self._find_examples(batch, outputs)
+        found = self._gradients(batch, outputs, names, columns)
+        if found is None:  # this minibatch may be as long as a tensor that is shared by all
+            self._find_examples(batch, outputs)
+            found = self._gradients(batch, outputs, names, columns)
+        if found is None:
+            raise _dependent()
+        return found
+
+    def _gradients(self, batch: Any, outputs: Tensor, names: Sequence[str], columns: Tensor) -> Tensor | None:
+        """Gradients ``(V, N, Σ sizes)``; ``None`` if single examples do not give the outputs ``(N, ...)``."""
+        count = outputs.shape[0]
         if self.vmap_works is not False:
             try:
-                gradients = self._vectorised(batch, count, names, columns)
+                gradients, alone = self._vectorised(batch, count, names, columns)
+                if not _agree(alone, outputs):
+                    return None if self.vmap_works else self._one_by_one(batch, outputs, names, columns)
                 if self.vmap_works is None:  # batching rules can be missing or wrong: check one example by hand
-                    alone = self._one(batch, count, 0, names, columns[:, 0])
-                    scale = alone.abs().max().clamp_min(torch.finfo(alone.dtype).tiny)
-                    self.vmap_works = bool(((gradients[:, 0] - alone).abs().max() <= 1e-2 * scale).item())
+                    by_hand = self._one(batch, count, 0, names, columns[:, 0])[0]
+                    scale = by_hand.abs().max().clamp_min(torch.finfo(by_hand.dtype).tiny)
+                    self.vmap_works = bool(((gradients[:, 0] - by_hand).abs().max() <= 1e-2 * scale).item())
                 if self.vmap_works:
                     return gradients
             except (RuntimeError, ValueError, TypeError):
                 self.vmap_works = False  # data-dependent control flow, fused recurrent kernels, ...
-        return torch.stack([self._one(batch, count, n, names, columns[:, n]) for n in range(count)], 1)
+        return self._one_by_one(batch, outputs, names, columns)
 
-    def _one(self, batch: Any, count: int, n: int, names: Sequence[str], columns: Tensor) -> Tensor:
-        """Gradients ``(V, Σ sizes)`` of example ``n`` for columns ``(V, ...)``, by one ordinary backward pass each."""
+    def _one_by_one(self, batch: Any, outputs: Tensor, names: Sequence[str], columns: Tensor) -> Tensor | None:
+        """As :meth:`_gradients`, by a loop."""
+        rows = []
+        for n in range(outputs.shape[0]):
+            row, alone = self._one(batch, outputs.shape[0], n, names, columns[:, n])
+            if not _agree(alone, outputs[n : n + 1]):
+                return None
+            rows.append(row)
+        return torch.stack(rows, 1)
+
+    def _cut(self, batch: Any, count: int, change: Callable[[Tensor], Tensor], shared: set[int]) -> Any:
+        """The batch with ``change`` applied to every tensor that has a row for each of ``count`` examples."""
+        kept = {id(t) for k, t in enumerate(tensors_of(batch)) if k in shared}
+        return map_examples(batch, count, lambda t: t if id(t) in kept else change(t))
+
+    def _one(self, batch: Any, count: int, n: int, names: Sequence[str], columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients ``(V, Σ sizes)`` of example ``n`` for columns ``(V, ...)``, one backward pass each; its outputs."""
         parameters = [self.named[name] for name in names]
-        example = map_examples(batch, count, lambda t: t[n : n + 1])
+        example = self._cut(batch, count, lambda t: t[n : n + 1], self._shared)
         with torch.enable_grad():
             output, _ = run(self.model, example, self.forward)
+        if output.shape[1:] != columns.shape[1:] or output.shape[0] != 1:
+            return columns.new_zeros(len(columns), 0), output.detach()
         rows = []
         for column in columns:
             grads = torch.autograd.grad(output, parameters, column[None], retain_graph=True, allow_unused=True)
             parts = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, grads, strict=True)]
             rows.append(torch.cat([part.reshape(-1) for part in parts]))
-        return torch.stack(rows)
+        return torch.stack(rows), output.detach()
 
-    def _check_independence(self, batch: Any, outputs: Tensor) -> None:
-        with torch.no_grad():
-            alone, _ = run(self.model, map_examples(batch, outputs.shape[0], lambda t: t[:1]), self.forward)
-        scale = outputs[:1].abs().max().clamp_min(1e-6)
-        tolerance = 1e-2 if outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
-        if alone.shape != outputs[:1].shape or bool((alone - outputs[:1]).abs().max() > tolerance * scale):
-            raise UnsupportedLayer(
-                "the output of an example changes with the other examples of its minibatch (batch statistics?), so "
-                "per-example curvature is not defined; use running statistics or leave those modules out of the path"
-            )
-        self.checked = True
+    def _find_examples(self, batch: Any, outputs: Tensor) -> None:
+        """Finds which tensors of a batch are cut into examples: all as long as it, without up to two others."""
+        count = outputs.shape[0]
+        tensors = enumerate(tensors_of(batch))
+        long = [k for k, t in tensors if t.dim() and t.shape[0] == count and k not in self._shared]
+        for some in (some for size in range(3) for some in combinations(long, size)):
+            if all(self._stands_alone(batch, outputs, n, self._shared | set(some)) for n in {0, count // 2, count - 1}):
+                self._shared |= set(some)
+                self.checked = True
+                return
+        raise _dependent()
 
-    def _vectorised(self, batch: Any, count: int, names: Sequence[str], columns: Tensor) -> Tensor:
+    def _stands_alone(self, batch: Any, outputs: Tensor, n: int, shared: set[int]) -> bool:
+        """Whether example ``n`` alone gives its outputs among ``(N, ...)``."""
+        example = self._cut(batch, outputs.shape[0], lambda t: t[n : n + 1], shared)
+        try:
+            with torch.no_grad():
+                alone, _ = run(self.model, example, self.forward)
+        except (RuntimeError, ValueError, IndexError):
+            return False
+        return _agree(alone, outputs[n : n + 1])
+
+    def _vectorised(
+        self, batch: Any, count: int, names: Sequence[str], columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
         wrapper = _Forward(self.model, self.forward)
         prefixed = {f"model.{name}": self.named[name].detach() for name in names}
-        sliced = [t for t in tensors_of(batch) if t.dim() and t.shape[0] == count]
+        leaves = enumerate(tensors_of(batch))
+        sliced = [t for k, t in leaves if t.dim() and t.shape[0] == count and k not in self._shared]
 
-        def single(parts: list[Tensor], column: Tensor) -> Tensor:
+        def single(parts: list[Tensor], column: Tensor) -> tuple[Tensor, Tensor]:
             queue = iter(parts)
-            example = map_examples(batch, count, lambda _: next(queue).unsqueeze(0))
+            example = self._cut(batch, count, lambda _: next(queue).unsqueeze(0), self._shared)
 
             def outputs(parameters: dict[str, Tensor]) -> Tensor:
                 return torch.func.functional_call(wrapper, parameters, (example,))[0]
 
-            pull = torch.func.vjp(outputs, prefixed)[1]
+            alone, pull = torch.func.vjp(outputs, prefixed)
             (grads,) = torch.func.vmap(pull)(column)
             parts = [grads[f"model.{name}"] for name in names]
             for part, name in zip(parts, names, strict=True):
                 if part.shape[1:] != self.named[name].shape:
                     raise RuntimeError(f"vmap returned a gradient of shape {tuple(part.shape[1:])} for {name}")
-            return torch.cat([part.reshape(column.shape[0], -1) for part in parts], 1)
+            return torch.cat([part.reshape(column.shape[0], -1) for part in parts], 1), alone[0]
 
         size = sum(self.named[name].numel() for name in names)
         chunk = max(1, 2**26 // max(1, size * columns.shape[0]))
         with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
             warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
-            stacked = torch.func.vmap(single, in_dims=(0, 1), chunk_size=chunk)(sliced, columns)
-        return stacked.transpose(0, 1)
+            stacked, alone = torch.func.vmap(single, in_dims=(0, 1), chunk_size=chunk)(sliced, columns)
+        return stacked.transpose(0, 1), alone
+
+
+def _agree(alone: Tensor, outputs: Tensor) -> bool:
+    """Whether outputs of single examples are those of the minibatch, both ``(N, ...)``."""
+    tolerance = 1e-2 if outputs.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    gap = tolerance * outputs.abs().max().clamp_min(1e-6)
+    return alone.shape == outputs.shape and bool((alone - outputs).abs().max() <= gap)
+
+
+def _dependent() -> UnsupportedLayer:
+    return UnsupportedLayer(
+        "the output of an example changes with the other examples of its minibatch (batch statistics? a tensor in the "
+        "batch that belongs to no example, yet is as long as the batch?), so per-example curvature is not defined; use "
+        "running statistics, another batch size, or leave those modules out of the path"
+    )
 
 
 class _Forward(nn.Module):

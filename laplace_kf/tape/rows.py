@@ -36,18 +36,23 @@ class Rows:
         self._modes: dict[tuple[Key, int], int] = {}
         self._now: dict[Key, int] = {}
 
-    def locate(self, calls: Sequence[Call], outputs: Tensor) -> None:
+    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> None:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
         Examples are told apart by the binary digits of their number: one backward pass with the examples whose digit
         is 1, one with those whose digit is 0, for every digit. A row that answers to both belongs to several.
+
+        Args:
+            calls: the recorded uses.
+            outputs: the network outputs.
+            picked: whether rows were picked or ordered by the data: then this is asked anew in every minibatch.
         """
         count = outputs.shape[0]
         self._now = {}
         unknown: list[tuple[Call, Key, int]] = []
         for call, key in zip(calls, occurrences(calls), strict=True):
             total = math.prod(call.shape[: call.leading])
-            mode = self._modes.get((key, total // count)) if total % count == 0 else None
+            mode = self._modes.get((key, total // count)) if total % count == 0 and not picked else None
             if mode is None:
                 unknown.append((call, key, total))
             else:
@@ -82,7 +87,7 @@ class Rows:
                 self.shared.update(call.names)
                 continue
             self._now[key] = readings[0]
-            if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
+            if len(readings) == 1 and not picked:  # otherwise the rows that would decide had no gradient this time
                 self._modes[key, total // count] = readings[0]
 
     def arrange(self, rows: Tensor, call: Call, key: Key, count: int, axis: int) -> Tensor:

@@ -26,6 +26,7 @@ from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
+from laplace_kf.tape.choices import NUMBERS, picks_rows
 
 __all__ = ["Call", "Portion", "Step", "Tape"]
 
@@ -134,7 +135,8 @@ class Tape(TorchFunctionMode):
         record_steps: also keep every call on tensors (:attr:`steps`).
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
-    anything else (with the name of the function); :attr:`order` all uses in order.
+    anything else (with the name of the function); :attr:`order` all uses in order; :attr:`picked` whether rows were
+    picked or ordered by the data.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Tape(TorchFunctionMode):
         self.opaque: dict[str, str] = {}
         self.order: list[str] = []
         self.steps: list[Step] = []
+        self.picked = False
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
 
@@ -168,6 +171,9 @@ class Tape(TorchFunctionMode):
             if replacement is not None:
                 with self:
                     return replacement(*args, **kwargs)
+        if not self.picked and picks_rows(func, args):
+            hidden = [t for t in _tensors((args, kwargs)) if t.requires_grad and self._root(t) is None]
+            self.picked = bool(hidden) or func in NUMBERS
         if func in ADDITIONS and self._lookups:
             args = self._repeated_lookups(args)
         used = {id(t): self._root(t) for t in _tensors((args, kwargs))}

@@ -122,7 +122,7 @@ class Tracer:
             outputs, targets = run(self.model, batch, self.forward)
         _check_outputs(outputs, index)
         if self._selected is None:
-            self._selected = select(self.model, self.parameters, tape.order)
+            self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
             self.layout = flat_layout(self.named, self._selected)
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
@@ -135,7 +135,7 @@ class Tracer:
             self.require_all_seen()
         chain = self._chain(tape, outputs)
         if chain is None:
-            self.rows.locate(tape.calls, outputs)
+            self.rows.locate(tape.calls, outputs, tape.picked)
         observation = Observation(self, batch, outputs, targets, tape.calls, chain)
         self._plan(tape)
         if self._verify(observation):
@@ -153,6 +153,16 @@ class Tracer:
             self._may_be_chain = False
             tape.steps.clear()
             return None
+
+    def _reached(self, outputs: Tensor, order: Sequence[str]) -> list[str]:
+        """``order`` without the uses at its end on which the outputs ``(N, ...)`` do not depend (another head)."""
+        order = list(order)
+        while order and outputs.requires_grad and (weight := self.named[order[-1]]).requires_grad:
+            ones = torch.ones_like(outputs)
+            if torch.autograd.grad(outputs, weight, ones, retain_graph=True, allow_unused=True)[0] is not None:
+                break
+            order = [name for name in order if name != order[-1]]
+        return order
 
     def chain_or_refusal(self, batch: Any) -> Chain:
         """The chain of one batch; raises :class:`UnsupportedLayer` with the reason if the network is not one."""
@@ -175,6 +185,8 @@ class Tracer:
                 f"parameters {names} are used in one way in one minibatch and in another way in the next; leave them "
                 "out with parameters=[patterns]"
             )
+        # what was elementwise so far may be used in another way now: then per-example gradients from here on
+        self.example_wise |= example_wise & known
         for block in fresh:
             self.blocks[block.name] = block
             for name in block.parameters:
