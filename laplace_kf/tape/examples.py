@@ -132,9 +132,7 @@ class ExampleGradients:
             return False
         return _agree(alone, outputs[n : n + 1])
 
-    def _vectorised(
-        self, batch: Any, count: int, names: Sequence[str], columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _vectorised(self, batch: Any, count: int, names: Sequence[str], columns: Tensor) -> tuple[Tensor, Tensor]:
         wrapper = _Forward(self.model, self.forward)
         prefixed = {f"model.{name}": self.named[name].detach() for name in names}
         leaves = enumerate(tensors_of(batch))
@@ -147,7 +145,8 @@ class ExampleGradients:
             def outputs(parameters: dict[str, Tensor]) -> Tensor:
                 return torch.func.functional_call(wrapper, parameters, (example,))[0]
 
-            alone, pull = torch.func.vjp(outputs, prefixed)
+            found = torch.func.vjp(outputs, prefixed)
+            alone, pull = found[0], found[1]
             (grads,) = torch.func.vmap(pull)(column)
             parts = [grads[f"model.{name}"] for name in names]
             for part, name in zip(parts, names, strict=True):

@@ -21,6 +21,8 @@ __all__ = ["Rows", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
+FEW = 9  # examples below which a random half is no test of their order; finding it takes few passes then
+
 Key = tuple[tuple[str, ...], int]
 
 
@@ -35,6 +37,7 @@ class Rows:
         self.shared: set[str] = set()
         self._modes: dict[tuple[Key, int], int] = {}
         self._now: dict[Key, int] = {}
+        self._checks = 0
 
     def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> None:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
@@ -45,18 +48,22 @@ class Rows:
         Args:
             calls: the recorded uses.
             outputs: the network outputs.
-            picked: whether rows were picked or ordered by the data: then this is asked anew in every minibatch.
+            picked: whether rows were picked or ordered by the data: then what is known is checked in every minibatch.
         """
         count = outputs.shape[0]
         self._now = {}
         unknown: list[tuple[Call, Key, int]] = []
+        known_calls: list[tuple[Call, Key, int]] = []
         for call, key in zip(calls, occurrences(calls), strict=True):
             total = math.prod(call.shape[: call.leading])
-            mode = self._modes.get((key, total // count)) if total % count == 0 and not picked else None
+            mode = self._modes.get((key, total // count)) if total % count == 0 else None
             if mode is None:
                 unknown.append((call, key, total))
             else:
                 self._now[key] = mode
+                known_calls.append((call, key, total))
+        if picked and known_calls and not self._still(known_calls, outputs):
+            unknown += known_calls
         if count < 2 or not unknown or not outputs.requires_grad:
             return
         number = torch.arange(count, device=outputs.device)
@@ -87,8 +94,30 @@ class Rows:
                 self.shared.update(call.names)
                 continue
             self._now[key] = readings[0]
-            if len(readings) == 1 and not picked:  # otherwise the rows that would decide had no gradient this time
+            if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
                 self._modes[key, total // count] = readings[0]
+
+    def _still(self, calls: Sequence[tuple[Call, Key, int]], outputs: Tensor) -> bool:
+        """Whether the rows lie as known, by one backward pass from a random half of the examples ``(N, ...)``."""
+        count = outputs.shape[0]
+        if count < FEW or not outputs.requires_grad:
+            return False
+        self._checks += 1
+        half = torch.rand(count, generator=torch.Generator().manual_seed(self._checks)).to(outputs.device) < 0.5
+        seed = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(self._checks)).to(outputs)
+        seed[~half] = 0
+        grads = torch.autograd.grad(
+            outputs, [call.edge for call, _, _ in calls], seed, retain_graph=True, allow_unused=True
+        )
+        for grad, (call, key, total) in zip(grads, calls, strict=True):
+            touched = _touched(grad, call, outputs.device)
+            if touched is None:
+                continue
+            outer = _outer(self._now[key], call, total // count)
+            example = torch.arange(total, device=outputs.device) // (total // count // outer) % count
+            if bool((touched & ~half[example]).any()):
+                return False
+        return True
 
     def arrange(self, rows: Tensor, call: Call, key: Key, count: int, axis: int) -> Tensor:
         """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)`` for ``N = count`` examples.
@@ -105,7 +134,7 @@ class Rows:
                 "example axis first in the model's outputs"
             )
         mode = self._now.get(key, FIRST)
-        outer = {FIRST: 1, LAST: total // count}.get(mode) or math.prod(call.shape[:mode])
+        outer = _outer(mode, call, total // count)
         inner = total // count // outer
         before, rest = rows.shape[:axis], rows.shape[axis + 1 :]
         split = rows.reshape(*before, outer, count, inner, *rest)
@@ -121,6 +150,11 @@ def occurrences(calls: Sequence[Call]) -> list[Key]:
         keys.append((call.key, seen.get(call.key, 0)))
         seen[call.key] = seen.get(call.key, 0) + 1
     return keys
+
+
+def _outer(mode: int, call: Call, positions: int) -> int:
+    """How many rows there are for every example before its axis."""
+    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(call.shape[:mode])
 
 
 def _touched(grad: Tensor | None, call: Call, device: torch.device) -> Tensor | None:
