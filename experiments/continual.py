@@ -2,8 +2,8 @@
 
 Permuted MNIST: the digits with their pixels in another fixed order for every task (the first task's is as written).
 Disjoint MNIST: digits 0 to 4, then 5 to 9, both as a ten-way problem. A 784-100-100-10 ReLU network learns the tasks
-one after another with the penalty of each method; online Laplace approximations (Kronecker with terms kept, projected and
-summed; diagonal), Kronecker and diagonal EWC, Synaptic Intelligence, no protection, and joint training on all data.
+one after another with the penalty of each method; online Laplace approximations (Kronecker with terms kept, projected
+and summed; diagonal), Kronecker and diagonal EWC, Synaptic Intelligence, no protection, and joint training on all data.
 
 The strength of each method (λ_c, or c times the number of examples of a task for Synaptic Intelligence) is the one with
 the best accuracy over all tasks at the end on validation images; what is reported is on the test images.

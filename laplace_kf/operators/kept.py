@@ -148,9 +148,11 @@ class TermSum(Matrix):
         return torch.stack([term.diag() for term in self.terms]).sum(0) + self.prior.reshape(-1)
 
     def matvec(self, v: Tensor) -> Tensor:
-        total = torch.stack([term.matvec(v) for term in self.terms]).sum(0)
         flat = self.prior.reshape(-1)
-        return total + (flat if v.dim() == 1 else flat[:, None]) * v
+        total = (flat if v.dim() == 1 else flat[:, None]) * v
+        for term in self.terms:
+            total = total + term.matvec(v)
+        return total
 
     def scaled(self, factor: float | Tensor) -> TermSum:
         return TermSum([_scaled(term, factor) for term in self.terms], self.prior * factor, self.label)
