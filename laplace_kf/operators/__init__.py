@@ -10,7 +10,9 @@ from laplace_kf.operators.curvature import (
     KroneckerBlock,
     SpectralBlock,
 )
+from laplace_kf.operators.kept import KeptTerms, TermSum, in_common_bases
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
+from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
 from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.operators.tridiagonal import BlockTridiagonal, Link
@@ -24,6 +26,7 @@ __all__ = [
     "DenseBlock",
     "DiagonalBlock",
     "Isotropic",
+    "KeptTerms",
     "KroneckerBlock",
     "KroneckerProduct",
     "Link",
@@ -34,6 +37,12 @@ __all__ = [
     "Spectral",
     "SpectralBlock",
     "Sum",
+    "TermSum",
+    "factor_sum",
     "fresh_generator",
+    "in_common_bases",
+    "nearest_in_divergence",
+    "nearest_product",
+    "relative_error",
     "standard_normal",
 ]

@@ -39,6 +39,15 @@ class CurvatureBlock(Matrix):
         total = grid + prior.detach().double().mean()
         return float((grid / total.where(total > 0, 1.0)).sum())
 
+    @property
+    def terms(self) -> tuple[CurvatureBlock, ...]:
+        """The blocks whose sum this is: itself, unless several are kept side by side."""
+        return (self,)
+
+    def absorbed(self, other: CurvatureBlock) -> CurvatureBlock | None:
+        """The exact sum with a block of the same size as one block of the same kind, where there is one."""
+        return None
+
     @abstractmethod
     def spectrum(self) -> Tensor:
         """Eigenvalues as a grid ``(R, O, I)``."""
@@ -118,6 +127,9 @@ class DiagonalBlock(CurvatureBlock):
     def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Spectral:
         return self._spectral(n * self.values + prior)
 
+    def absorbed(self, other: CurvatureBlock) -> CurvatureBlock | None:
+        return DiagonalBlock(self.values + other.values, self.label) if isinstance(other, DiagonalBlock) else None
+
     def plus(self, other: Matrix) -> Matrix:
         if isinstance(other, DiagonalBlock):
             self._same_size(other)
@@ -166,6 +178,9 @@ class DenseBlock(CurvatureBlock):
         return Spectral(
             Basis.identity(), Basis.orthogonal(vectors[None]), (n * values + prior).reshape(self.shape), self.label
         )
+
+    def absorbed(self, other: CurvatureBlock) -> CurvatureBlock | None:
+        return DenseBlock(self.matrix + other.matrix, self.label) if isinstance(other, DenseBlock) else None
 
     def plus(self, other: Matrix) -> Matrix:
         if isinstance(other, (DenseBlock, DiagonalBlock)):
@@ -317,11 +332,19 @@ class KroneckerBlock(CurvatureBlock):
         rows = self.shape[0] * self.shape[1]
         return (curvature / weight).log1p().sum() + change.log().sum() + rows * (weight.log() - bias.log())
 
+    def absorbed(self, other: CurvatureBlock) -> CurvatureBlock | None:
+        if not isinstance(other, KroneckerBlock):
+            return None
+        if other.inputs is not self.inputs or other.outputs is not self.outputs:
+            return None
+        return KroneckerBlock(self.inputs, self.outputs, self.label, self.scale + other.scale, self._eigen)
+
     def plus(self, other: Matrix) -> Matrix:
         """With a Kronecker product whose factors are positive definite: exact, by methods 5.4."""
         if isinstance(other, KroneckerBlock) and other.shape == self.shape:
-            if other.inputs is self.inputs and other.outputs is self.outputs:
-                return KroneckerBlock(self.inputs, self.outputs, self.label, self.scale + other.scale, self._eigen)
+            same = self.absorbed(other)
+            if same is not None:
+                return same
             if other.is_definite():
                 return self._generalised(other)
             if self.is_definite():

@@ -127,6 +127,32 @@ class LowRankBlock(CurvatureBlock):
         diagonal = n * self.remainder + (prior.reshape(-1) if prior.dim() else prior)
         return LowRank(self.vectors, n * self.values, diagonal, self.label)
 
+    def absorbed(self, other: CurvatureBlock) -> CurvatureBlock | None:
+        """The exact sum; its rank is that of both together."""
+        if not isinstance(other, LowRankBlock):
+            return None
+        half = torch.cat([self.vectors * self.values.sqrt(), other.vectors * other.values.sqrt()], 1)
+        vectors, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        return LowRankBlock(vectors, singular.square(), self.remainder + other.remainder, self.label)
+
+    def truncated(self, rank: int) -> tuple[LowRankBlock, float]:
+        """The leading ``rank`` vectors, and the relative Frobenius error.
+
+        A diagonal remainder takes in the diagonal of what is dropped, so that the exact diagonal stays.
+        """
+        order = self.values.argsort(descending=True)
+        kept, dropped = order[:rank], order[rank:]
+        left = self.vectors[:, dropped].square() @ self.values[dropped]
+        error = self.values[dropped].double().square().sum()
+        remainder = self.remainder
+        if remainder.dim():
+            remainder, error = remainder + left, error - left.double().square().sum()
+        rest = self.remainder.double().expand(self.size)
+        low = self.diag().double() - rest
+        norm = self.values.double().square().sum() + (2 * low * rest + rest.square()).sum()
+        block = LowRankBlock(self.vectors[:, kept], self.values[kept], remainder, self.label)
+        return block, float((error.clamp_min(0) / norm).sqrt()) if float(norm) > 0 else 0.0
+
     def _plain(self) -> LowRank:
         return LowRank(self.vectors, self.values, self.remainder, self.label)
 

@@ -6,9 +6,10 @@ negative log-likelihood at the trained weights ``θ*`` (methods 9.1).
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +26,7 @@ from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
+from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
@@ -54,6 +56,9 @@ class _Fitted:
     mean: Tensor
     noise: dict[str, float]
     rest: dict[str, Tensor] = field(default_factory=dict)  # of a subnetwork: parameters, zero at the chosen weights
+    newest: float | None = None  # of a chained posterior: the N of the newest task
+    reference: float | None = None  # and of all tasks together
+    errors: tuple[dict[str, float], ...] = ()
 
     @property
     def like(self) -> Tensor:
@@ -86,6 +91,9 @@ class LaplacePosterior:
         forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
             ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
+        prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
+            what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
+        multiplier, terms, forgetting: with ``prior``, as in :meth:`update`.
         **options: options of the estimator and of the structure (``samples``, ``columns``, ``noise``,
             ``vector_blocks``).
 
@@ -106,6 +114,10 @@ class LaplacePosterior:
         forward: Forward | None = None,
         *,
         dtype: torch.dtype | None = None,
+        prior: LaplacePosterior | None = None,
+        multiplier: float = 1.0,
+        terms: str = "keep",
+        forgetting: float = 1.0,
         **options: Any,
     ) -> None:
         self.model = model = usable(model)
@@ -134,6 +146,12 @@ class LaplacePosterior:
         self._state: _Fitted | None = None
         self._cache: dict[tuple[Any, ...], Blockwise] = {}
         self.prior_precision = prior_precision
+        self._chain: Chain | None = None
+        if prior is not None:
+            self._chain = prior._left_to(self, multiplier, terms, forgetting)
+            self._prior = prior._prior
+        elif (multiplier, terms, forgetting) != (1.0, "keep", 1.0):
+            raise TypeError("multiplier, terms and forgetting go with prior=, a fitted posterior")
 
     def __repr__(self) -> str:
         state = "not fitted" if self._state is None else f"n_data={self.n_data:g}, P={self._state.mean.shape[0]}"
@@ -158,7 +176,7 @@ class LaplacePosterior:
         Args:
             train_loader: loader, iterable of batches, or a pair of tensors ``(x (N, ...), y (N, ...))``.
             progress: show a bar.
-            n_data: N; default: the number of examples seen in one pass.
+            n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
             generator: random numbers of the estimator; a fresh private one by default.
 
@@ -177,13 +195,17 @@ class LaplacePosterior:
         generator = generator if generator is not None else fresh_generator()
         job = (self.model, as_batches(train_loader), self.likelihood, self.estimator)
         settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
-        names, structure = covered(
-            self.parameters,
-            self._asked,
-            *job,
-            prior=lambda layout: by_parameter(self._prior, layout),
-            n_data=n_data,
-            **settings,
+        names, structure = (
+            covered(
+                self.parameters,
+                self._asked,
+                *job,
+                prior=lambda layout: by_parameter(self._prior, layout),
+                n_data=n_data,
+                **settings,
+            )
+            if self._chain is None
+            else self._covered_by_chain(self._chain)
         )
         statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
         if passes > 1:
@@ -205,15 +227,55 @@ class LaplacePosterior:
             named = dict(self.model.named_parameters())
             parts = layout.split(mean[None])
             rest = {name: named[name].detach() - part[0].to(named[name]) for name, part in parts.items()}
-        self._accept(_Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters(), rest), n_data)
+        state = _Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters(), rest)
+        self._accept(self._chained(state, n_data), n_data)
         return self
+
+    def _chained(self, state: _Fitted, n_data: float | None) -> _Fitted:
+        """The state with the curvature of earlier tasks, if there is a prior that brings it."""
+        if self._chain is None:
+            return state
+        n = n_data if n_data is not None else state.statistics.count
+        curvature, reference, errors = self._chain.extended(state.curvature, n)
+        return replace(state, curvature=curvature, newest=n, reference=reference, errors=errors)
 
     def _accept(self, state: _Fitted, n_data: float | None) -> None:
         by_parameter(self._prior, state.statistics.layout)  # has to cover every parameter
         self._state = state
         self.structure = state.statistics.structure.first()
+        if state.reference is not None:
+            n_data = state.reference
         self._n_data = float(n_data) if n_data is not None else state.statistics.count
         self._cache = {}
+
+    def _covered_by_chain(self, chain: Chain) -> tuple[str | Sequence[str], Structure]:
+        """What a chained posterior covers: of a subnetwork, the weights that were chosen for the first task."""
+        layout = chain.curvature.layout
+        if not isinstance(self.parameters, Subnetwork) or not isinstance(layout, EntryLayout):
+            return self.parameters, self._asked  # type: ignore[return-value]
+        return [glob.escape(name) for name in layout.names], self._asked.of_entries(layout)
+
+    def _left_to(self, following: LaplacePosterior, multiplier: float, terms: str, forgetting: float) -> Chain:
+        """What this posterior leaves to the one of the next task, which is already constructed."""
+        state = self._fitted("a chained posterior")
+        if DAMPINGS[self.damping] is not DAMPINGS["exact"] or following.damping != self.damping:
+            raise IncompatiblePair(
+                f"damping={self.damping!r} folds λ into the Kronecker factors, but a chain keeps it apart (methods "
+                '11.2); use damping="exact" for every task'
+            )
+        default = following._prior == 1.0 or following._prior == self._prior
+        if not default:
+            raise IncompatiblePair(
+                "prior= brings its own prior_precision; leave prior_precision out, and set it afterwards to change it"
+            )
+        factor, _ = self._rescaled()
+        kept = positive("forgetting", forgetting)
+        if kept > 1:
+            raise ValueError(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
+        total = state.curvature.scaled(
+            kept * self.n_data * (float(factor.detach()) if isinstance(factor, Tensor) else factor)
+        )
+        return Chain(terms, positive("multiplier", multiplier), total, state.mean, kept * self.n_data, state.errors)
 
     def _fitted(self, what: str) -> _Fitted:
         if self._state is None:
@@ -241,8 +303,18 @@ class LaplacePosterior:
 
     @property
     def counted_data(self) -> float:
-        """Number of examples that one pass of ``fit`` saw."""
-        return self._fitted("counted_data").statistics.count
+        """Number of examples that one pass of ``fit`` saw; of a chained posterior, the N of all tasks together."""
+        state = self._fitted("counted_data")
+        return state.statistics.count if state.reference is None else state.reference
+
+    @property
+    def chain_errors(self) -> tuple[dict[str, float], ...]:
+        """Of a chained posterior: for every update so far, the relative Frobenius error of each block by name.
+
+        It is that of the one update (``‖joined − (previous + new)‖ / ‖previous + new‖`` over curvature terms, λ apart);
+        0 for terms that are kept and for blocks that add exactly. Empty without a prior posterior.
+        """
+        return self._fitted("chain_errors").errors
 
     @property
     def prior_precision(self) -> PriorPrecision:
@@ -369,13 +441,74 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
         """
         state = self._fitted("evidence")
-        return EvidenceModel(state.statistics, state.curvature, state.squares, state.noise, self.damping)
+        made = EvidenceModel(state.statistics, state.curvature, state.squares, state.noise, self.damping)
+        if self._chain is None or state.reference is None:
+            return made
+        return ChainedEvidence.of(made, self._chain, state.reference, state.mean)
 
     def penalty(self) -> Tensor:
         """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
         state = self._fitted("penalty")
         current = self._flat_weights(state.statistics.layout)
         return self.precision.energy((current - state.mean).to(state.like)) / 2
+
+    def update(
+        self,
+        task_loader: Iterable[Any] | tuple[Any, Tensor],
+        multiplier: float = 1.0,
+        terms: str = "keep",
+        *,
+        forgetting: float = 1.0,
+        forward: Forward | None = None,
+        n_data: float | None = None,
+        passes: int = 1,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> LaplacePosterior:
+        """The posterior after another task, with this one as its prior (methods 11.1): a new object, this one stays.
+
+        Train the model with :meth:`penalty` first. The mean of the new posterior is the model's current weights, its
+        precision ``forgetting · (Λ_prev − λ I) + multiplier · N_t C̄_t + λ I``. Its ``n_data`` is ``forgetting ·
+        N_prev + multiplier · N_t`` and its ``curvature`` the mean over all of that, so that ``Λ = n_data · C̄ + λ I``
+        holds as for any posterior: setting ``n_data`` afterwards rescales the curvature of all tasks alike, and setting
+        ``prior_precision`` replaces the one λ. :meth:`log_evidence` is that of the newest task given the earlier ones.
+
+        Args:
+            task_loader: the new task's data, as for :meth:`fit`: a loader or a pair ``(x (N, ...), y (N, ...))``.
+            multiplier: λ_c, on the new task's curvature.
+            terms: what becomes of the curvature terms of Kronecker and eigenvalue-corrected blocks. ``"keep"``: all
+                kept, exact, growing. ``"sum"``: factors added (methods 11.2; over-estimates). ``"project"``: the
+                nearest single product in Frobenius norm. ``"project_kl"``: the nearest in Kullback-Leibler divergence.
+                Diagonal and dense blocks add exactly under every name; low-rank ones are cut back to their rank under
+                all but ``"keep"``.
+                :attr:`chain_errors` reports the error by block.
+            forgetting: factor in (0, 1] on the previous curvature.
+            forward: as in the constructor, if the task needs another one (its own head, for instance).
+            n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
+
+        Raises:
+            NotFitted: before ``fit``.
+            UnknownName: for any other ``terms``.
+            IncompatiblePair: if the task covers other parameters, for a damping other than ``"exact"``, or for a
+                structure whose blocks cannot be chained in that way.
+            ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
+        """
+        self._fitted("update")
+        following = LaplacePosterior(
+            self.model,
+            self.likelihood,
+            self.structure,
+            self.estimator,
+            self.parameters,
+            damping=self.damping,
+            forward=forward if forward is not None else self.forward,
+            dtype=self.dtype,
+            prior=self,
+            multiplier=multiplier,
+            terms=terms,
+            forgetting=forgetting,
+        )
+        return following.fit(task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress)
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
@@ -562,7 +695,16 @@ class LaplacePosterior:
         Raises:
             NotFitted: before ``fit``.
         """
-        state = self._fitted("save")
+        self._fitted("save")
+        store.write(path, *self.packed())
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What :meth:`save` writes: tensors (any shapes, by name) and JSON-able values; for checkpoints.
+
+        Raises:
+            NotFitted: before ``fit``.
+        """
+        state = self._fitted("packed")
         try:
             likelihood: dict[str, Any] | None = self.likelihood.to_config()
         except IncompatiblePair:
@@ -578,10 +720,15 @@ class LaplacePosterior:
             "prior_precision": plain(self._prior),
             "n_data": self._n_data,
             "noise": state.noise,
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
         tensors, described = store.packed(state.statistics)
         tensors.update({f"rest/{name}": value for name, value in state.rest.items()})
-        store.write(path, {**tensors, "mean": state.mean}, {**header, "statistics": described})
+        if self._chain is not None:
+            chained, header["chain"] = self._chain.packed()
+            tensors.update(chained)
+            header["n_newest"] = state.newest
+        return {**tensors, "mean": state.mean}, {**header, "statistics": described}
 
     @classmethod
     def load(
@@ -606,7 +753,19 @@ class LaplacePosterior:
                 others in this model.
             IncompatiblePair: if the likelihood is needed and missing.
         """
-        tensors, header = store.read(path)
+        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=forward)
+
+    @classmethod
+    def unpacked(
+        cls,
+        tensors: Mapping[str, Tensor],
+        header: Mapping[str, Any],
+        model: nn.Module,
+        *,
+        likelihood: str | Likelihood | None = None,
+        forward: Forward | None = None,
+    ) -> LaplacePosterior:
+        """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
         layout = store.layout_of(header["statistics"])
         named = dict(model.named_parameters())
@@ -632,6 +791,7 @@ class LaplacePosterior:
             prior_precision=header["prior_precision"],
             damping=header["damping"],
             forward=forward,
+            dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
             **header["options"],
         )
         first = named[layout.names[0]]
@@ -639,6 +799,9 @@ class LaplacePosterior:
         mean = tensors["mean"].to(first.device, first.dtype)
         rest = {name: tensors[f"rest/{name}"].to(first.device) for name in layout.names if f"rest/{name}" in tensors}
         state = _Fitted(statistics, statistics.mean(), mean, header["noise"], rest)
-        posterior._accept(state, header["n_data"])
+        if header.get("chain") is not None:
+            posterior._chain = Chain.unpacked(tensors, header["chain"], layout, first.device)
+        posterior._accept(posterior._chained(state, header.get("n_newest")), header["n_data"])
+        posterior._n_data = header["n_data"]
         posterior.structure.reason = header.get("reason", "")
         return posterior

@@ -1,0 +1,209 @@
+"""The one interface of all methods: a penalty for the training loss, and what to do after a step and after a task."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward
+from laplace_kf.errors import IncompatiblePair
+from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.models import usable
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
+from laplace_kf.structures import Structure
+from laplace_kf.tape import select
+from laplace_kf.tape.blocks import flat_layout
+
+__all__ = ["Learner", "Loader"]
+
+Loader = Iterable[Any] | tuple[Any, Tensor]
+
+
+class Learner(ABC):
+    """A method for learning tasks one after another with one network.
+
+    The loop around it::
+
+        for loader in tasks:
+            for x, y in epochs_of(loader):
+                loss = cross_entropy(model(x), y) + learner.penalty() / N_task
+                optimizer.zero_grad(); loss.backward(); optimizer.step()
+                learner.after_step()
+            learner.after_task(loader)
+
+    Args:
+        model: the network; the user trains it, a learner only reads it.
+        likelihood: registered name or likelihood object.
+        structure: of the curvature, as for :class:`laplace_kf.LaplacePosterior`.
+        multiplier: λ_c > 0, on the curvature of every task (methods 11.1).
+        prior_precision: λ of the prior around 0 of the first task; later penalties have it around the latest mean
+            (methods 11.3).
+        parameters: ``"all"`` or name patterns; with several heads, patterns that leave the heads out.
+        head_precision: λ around 0 of the trainable parameters that ``parameters`` leaves out (heads, also new ones);
+            0: they have no penalty.
+        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        **options: further options of the posterior (``estimator``, ``samples``, ``dtype``, ...).
+
+    Attributes:
+        tasks: number of finished tasks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        likelihood: str | Likelihood,
+        structure: str | Structure = "kron",
+        multiplier: float = 1.0,
+        prior_precision: PriorPrecision = 1.0,
+        parameters: str | Sequence[str] = "all",
+        *,
+        head_precision: float = 0.0,
+        forward: Forward | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = usable(model)
+        self.likelihood = get_likelihood(likelihood)
+        self.structure = structure
+        self.multiplier = positive("multiplier", multiplier)
+        self.prior_precision = checked_prior(prior_precision)
+        self.parameters = parameters if isinstance(parameters, str) else tuple(parameters)
+        self.head_precision = head_precision
+        self.forward = forward
+        self.options = options
+        self.tasks = 0
+        names = self._names()
+        by_parameter(self.prior_precision, flat_layout(dict(self.model.named_parameters()), names))  # refuses early
+
+    # -- what a method says --------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _penalty(self) -> Tensor:
+        """The penalty of the selected parameters, 0-dim."""
+
+    @abstractmethod
+    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+        """Takes in a finished task."""
+
+    def _state(self) -> dict[str, Any]:
+        return {}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        """Takes what :meth:`_state` gave."""
+        return
+
+    # -- the interface -------------------------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """What keeps the network from forgetting, 0-dim and differentiable: add ``penalty() / N_task`` to a mean loss.
+
+        It is on the scale of a sum over examples: without ``1 / N_task``, ``N_task`` times too strong (methods 11.1).
+        """
+        total = self._penalty()
+        if self.head_precision:
+            mine = set(self._names())
+            others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in mine]
+            total = total + self.head_precision / 2 * sum((p.square().sum() for p in others), torch.zeros_like(total))
+        return total
+
+    def after_step(self) -> None:
+        """To be called after every ``optimizer.step()``, before the gradients are zeroed; most methods do nothing."""
+        return
+
+    def after_task(
+        self, loader: Loader, *, forward: Forward | None = None, generator: torch.Generator | None = None
+    ) -> None:
+        """To be called when the network is trained on a task; goes over its data once.
+
+        Args:
+            loader: the task's data: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
+            forward: as in the constructor, if this task needs another one (its own head).
+            generator: random numbers of the estimator; a fresh private one by default.
+
+        Raises:
+            ShapeMismatch, NonFinite, UnsupportedLayer: as of :meth:`laplace_kf.LaplacePosterior.fit`; the learner is
+                then what it was.
+        """
+        self._after_task(loader, forward if forward is not None else self.forward, generator)
+        self.tasks += 1
+
+    def training_data(self, loader: Loader) -> Loader:
+        """The data to train on for a new task: the task's own, but for joint training."""
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on later, as tensors and plain values (``torch.load(weights_only=True)`` reads it).
+
+        The network, the optimiser and the random states are the user's to save beside it.
+        """
+        return {"method": type(self).__name__, "tasks": self.tasks, **self._state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a state of :meth:`state_dict`, for a learner constructed in the same way around the same network.
+
+        Raises:
+            IncompatiblePair: if the state is that of another method.
+        """
+        if state.get("method") != type(self).__name__:
+            raise IncompatiblePair(f"this is a state of {state.get('method')!r}, not of {type(self).__name__!r}")
+        self._load(state)
+        self.tasks = int(state["tasks"])
+
+    # -- shared --------------------------------------------------------------------------------------------------------
+
+    def _names(self) -> list[str]:
+        return select(self.model, self.parameters)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The selected parameters by name."""
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self._names()}
+
+    def _pull(self, centres: Mapping[str, Tensor] | None = None, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """``½ Σ λ (θ − centre)²`` over the selected parameters, around 0 without centres."""
+        weights = weights if weights is not None else self._weights()
+        named = by_parameter(self.prior_precision, flat_layout(weights, list(weights)))
+        terms = []
+        for name, weight in weights.items():
+            shift = weight if centres is None else weight - centres[name]
+            value: Any = named[name] if named is not None else self.prior_precision
+            terms.append(value * shift.square().sum() / 2)
+        return torch.stack(terms).sum()
+
+    def _posterior(
+        self,
+        loader: Loader,
+        prior_precision: PriorPrecision,
+        forward: Forward | None,
+        generator: torch.Generator | None,
+    ) -> LaplacePosterior:
+        """The posterior of one task on its own, with the multiplier on its curvature."""
+        posterior = LaplacePosterior(
+            self.model,
+            self.likelihood,
+            self.structure,
+            parameters=self.parameters,
+            prior_precision=prior_precision,
+            forward=forward,
+            **self.options,
+        ).fit(loader, generator=generator)
+        posterior.n_data = posterior.n_data * self.multiplier
+        return posterior
+
+    def _packed(self, posterior: LaplacePosterior) -> dict[str, Any]:
+        tensors, header = posterior.packed()
+        return {"tensors": {n: t.detach().clone() for n, t in tensors.items()}, "header": json.dumps(header)}
+
+    def _unpacked(self, state: Mapping[str, Any]) -> LaplacePosterior:
+        return LaplacePosterior.unpacked(
+            state["tensors"],
+            json.loads(state["header"]),
+            self.model,
+            likelihood=self.likelihood,
+            forward=self.forward,
+        )

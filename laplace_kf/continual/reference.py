@@ -1,0 +1,73 @@
+"""The two lines every method is read against: training on task after task, and on all data seen so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from laplace_kf.batches import Forward, as_batches
+from laplace_kf.continual.base import Learner, Loader
+from laplace_kf.errors import IncompatiblePair
+
+__all__ = ["FineTuning", "JointTraining"]
+
+
+class FineTuning(Learner):
+    """Nothing is kept of earlier tasks: the prior around 0 is the only penalty. Arguments as of :class:`Learner`."""
+
+    def _penalty(self) -> torch.Tensor:
+        return self._pull()
+
+    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+        return
+
+
+class JointTraining(FineTuning):
+    """Every task is trained on the data of all tasks so far: an upper bound (methods 11.7).
+
+    It keeps the loaders of all tasks; :meth:`training_data` gives them with the new one, and ``N_task`` is then the
+    number of all their examples. Arguments as of :class:`Learner`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seen: list[Loader] = []
+
+    def training_data(self, loader: Loader) -> Loader:
+        """The data of all tasks: an iterable that goes from one loader to the next.
+
+        Raises:
+            IncompatiblePair: after :meth:`load_state_dict` without :meth:`revisit`.
+        """
+        if len(self.seen) != self.tasks:
+            raise IncompatiblePair(
+                f"the data of {self.tasks} finished tasks are needed again, and a state does not hold them: call "
+                "revisit([loader, ...]) after load_state_dict"
+            )
+        return _Joined([*self.seen, loader])
+
+    def revisit(self, loaders: Sequence[Loader]) -> None:
+        """Brings back the data of the finished tasks after :meth:`load_state_dict`, which a state does not hold.
+
+        Raises:
+            IncompatiblePair: if their number is not that of the finished tasks.
+        """
+        if len(loaders) != self.tasks:
+            raise IncompatiblePair(f"{len(loaders)} loaders were given for {self.tasks} finished tasks")
+        self.seen = list(loaders)
+
+    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+        self.seen.append(loader)
+
+
+class _Joined:
+    """Loaders one after the other, as often as it is gone through."""
+
+    def __init__(self, loaders: Sequence[Loader]) -> None:
+        self.loaders = list(loaders)
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            yield from as_batches(loader)

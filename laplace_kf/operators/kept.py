@@ -1,0 +1,307 @@
+"""A sum of curvature terms that has no closed form, kept as its terms (methods 11.2).
+
+Products are exact and cost one product per term. One Kronecker term plus one other that is positive definite (an
+isotropic prior included) is diagonalised exactly by two generalised eigenproblems (methods 5.4) and never comes here;
+for more terms, solves go by conjugate gradients, preconditioned by the diagonal of the sum in the eigenbases of its two
+marginals, and draws by perturbing and solving: ``Λ⁻¹ Σ_k L_k ε_k`` has covariance ``Λ⁻¹`` if ``Λ = Σ_k L_k L_kᵀ``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import IncompatiblePair
+from laplace_kf.linalg import KNOB, cholesky, eigh
+from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix
+from laplace_kf.operators.curvature import DAMPINGS, CurvatureBlock, DiagonalBlock, KroneckerBlock, SpectralBlock
+from laplace_kf.operators.spectral import Basis, Spectral
+
+__all__ = ["TOLERANCE", "KeptTerms", "TermSum", "in_common_bases"]
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of a solve: norm of the residual over that of v
+ITERATIONS = 1000
+SPECTRUM_SIZE = 1024  # parameters up to which the eigenvalues of a sum are those of its dense matrix
+
+
+class KeptTerms(CurvatureBlock):
+    """``Σ_k C_k``, one term for every task of a chain.
+
+    Args:
+        terms: curvature blocks of one shape, Kronecker or in eigenbases.
+        label: name of the block, for messages.
+    """
+
+    def __init__(self, terms: Sequence[CurvatureBlock], label: str) -> None:
+        self._terms = tuple(terms)
+        self.label = label
+        self.shape = self._terms[0].shape
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """What it is called in a summary."""
+        return f"{len(self._terms)} x {self._terms[0].kind}"
+
+    @property
+    def terms(self) -> tuple[CurvatureBlock, ...]:
+        return self._terms
+
+    def leading(self) -> tuple[Tensor, ...]:
+        """The spectra of the newest term."""
+        return self._terms[-1].leading()
+
+    def spectrum(self) -> Tensor:
+        """Eigenvalues ``(R, O, I)``: exact up to 1024 parameters, else the diagonal in the eigenbases of the marginals.
+
+        That diagonal has the exact sum and is majorised by the eigenvalues.
+        """
+        if self.size <= SPECTRUM_SIZE:
+            return torch.linalg.eigvalsh(self.dense()).clamp_min(0).reshape(self.shape)
+        return in_common_bases(self._terms, self.label).grid
+
+    def dense(self) -> Tensor:
+        return torch.stack([term.dense() for term in self._terms]).sum(0)
+
+    def diag(self) -> Tensor:
+        return torch.stack([term.diag() for term in self._terms]).sum(0)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return torch.stack([term.matvec(v) for term in self._terms]).sum(0)
+
+    def scaled(self, factor: float | Tensor) -> KeptTerms:
+        return KeptTerms([_scaled(term, factor) for term in self._terms], self.label)
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self._undamped().solve(v)
+
+    def logdet(self) -> Tensor:
+        return self._undamped().logdet()
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the terms are."""
+        return self._terms[0].device
+
+    @property
+    def noise_size(self) -> int:
+        return self._undamped().noise_size
+
+    def colour(self, noise: Tensor) -> Tensor:
+        return self._undamped().colour(noise)
+
+    def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
+        """By the dense matrix.
+
+        Raises:
+            IncompatiblePair: above 4096 parameters, where that matrix is too large.
+        """
+        _require_small(self)
+        wide = prior.double().cpu()
+        dense = n * factor * self.dense().double().cpu() + torch.diag_embed(wide.reshape(-1).expand(self.size))
+        logdet = 2 * cholesky(dense, self.label).diagonal().log().sum()
+        return logdet - (wide.log().sum() if wide.dim() else self.size * wide.log())
+
+    def _undamped(self) -> Matrix:
+        return self.precision(1.0, self.diag().new_zeros(()), "exact")
+
+    def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        if DAMPINGS[damping] is not DAMPINGS["exact"]:
+            raise IncompatiblePair(
+                f"block {self.label!r} is a sum of {len(self._terms)} Kronecker products, damping={damping!r} needs a "
+                'single one; use damping="exact", or terms="project"'
+            )
+        terms = [_scaled(term, n) for term in self._terms]
+        if len(terms) == 2 and not prior.requires_grad and not bool(prior.any()):
+            first, second = terms
+            if isinstance(first, KroneckerBlock) and isinstance(second, KroneckerBlock):
+                exact = first.plus(second)
+                if isinstance(exact, Spectral):
+                    return exact
+        return TermSum(terms, prior, self.label)
+
+
+class TermSum(Matrix):
+    """``Λ = Σ_k C_k + diag(prior)``; never a dense matrix except in :meth:`dense` and a small :meth:`logdet`.
+
+    Args:
+        terms: curvature blocks of one shape.
+        prior: λ, 0-dim or ``(R, O, I)``.
+        label: name of the block, for messages.
+    """
+
+    def __init__(self, terms: Sequence[CurvatureBlock], prior: Tensor, label: str) -> None:
+        self.terms, self.prior, self.label = tuple(terms), prior, label
+        self._preconditioners: list[Spectral] = []
+
+    @property
+    def size(self) -> int:
+        return self.terms[0].size
+
+    def dense(self) -> Tensor:
+        total = torch.stack([term.dense() for term in self.terms]).sum(0)
+        return total + torch.diag_embed(self.prior.reshape(-1).expand(self.size))
+
+    def diag(self) -> Tensor:
+        return torch.stack([term.diag() for term in self.terms]).sum(0) + self.prior.reshape(-1)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        flat = self.prior.reshape(-1)
+        total = (flat if v.dim() == 1 else flat[:, None]) * v
+        for term in self.terms:
+            total = total + term.matvec(v)
+        return total
+
+    def scaled(self, factor: float | Tensor) -> TermSum:
+        return TermSum([_scaled(term, factor) for term in self.terms], self.prior * factor, self.label)
+
+    def plus(self, other: Matrix) -> Matrix:
+        self._same_size(other)
+        if isinstance(other, Isotropic):
+            return TermSum(self.terms, self.prior + other.value, self.label)
+        return super().plus(other)
+
+    def preconditioner(self) -> Spectral:
+        """The diagonal of ``Λ`` in the eigenbases of the marginals of ``Σ_k C_k``: exact for terms that commute."""
+        if not self._preconditioners:
+            with torch.no_grad():
+                common = in_common_bases(self.terms, self.label)
+                grid = common.grid + (
+                    _diagonal_in(DiagonalBlock(self.prior, self.label).precision(1.0, _zero(self.prior), "exact"),
+                                 common.inputs, common.outputs)
+                    if self.prior.dim()
+                    else self.prior
+                )  # fmt: skip
+            self._preconditioners.append(Spectral(common.inputs, common.outputs, grid, self.label))
+        return self._preconditioners[0]
+
+    def solve(self, v: Tensor) -> Tensor:
+        """``Λ⁻¹ v`` for ``v`` ``(P,)`` or ``(P, K)``: residual at most :data:`TOLERANCE` of ``v``'s norm.
+
+        Raises:
+            NotPositiveDefinite: if the preconditioner is singular.
+        """
+        right = self._checked(v)[:, None] if v.dim() == 1 else self._checked(v)
+        preconditioner = self.preconditioner()
+        wanted = TOLERANCE.get(right.dtype, 1e-6) * right.norm(dim=0)
+        x = preconditioner.solve(right)
+        residual = right - self.matvec(x)
+        z = preconditioner.solve(residual)
+        direction, product = z, (residual * z).sum(0)
+        for _ in range(ITERATIONS):
+            active = residual.norm(dim=0) > wanted
+            if not bool(active.any()):
+                return x.reshape(v.shape)
+            image = self.matvec(direction)
+            curvature = (direction * image).sum(0)
+            step = torch.where(active & (curvature > 0), product / curvature, torch.zeros_like(product))
+            x, residual = x + step * direction, residual - step * image
+            z = preconditioner.solve(residual)
+            following = (residual * z).sum(0)
+            ratio = torch.where(product > 0, following / product, torch.zeros_like(product))
+            direction, product = z + ratio * direction, following
+        reached = float((residual.norm(dim=0) / right.norm(dim=0).clamp_min(torch.finfo(v.dtype).tiny)).max())
+        warnings.warn(
+            f"block {self.label!r}: conjugate gradients stopped after {ITERATIONS} steps with a relative residual of "
+            f"{reached:.2g}. {KNOB}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return x.reshape(v.shape)
+
+    def logdet(self) -> Tensor:
+        """Log-determinant, 0-dim, of the dense matrix.
+
+        Raises:
+            IncompatiblePair: above 4096 parameters, where that matrix is too large.
+        """
+        _require_small(self)
+        return super().logdet()
+
+    @property
+    def noise_size(self) -> int:
+        return self.size * (1 + len(self.terms))
+
+    def colour(self, noise: Tensor) -> Tensor:
+        """``Λ⁻¹ (√λ ε₀ + Σ_k L_k ε_k)`` for noise ``(n, (1 + K) P)``: exact up to the solve's tolerance."""
+        self.preconditioner().require_positive()
+        first, *others = (part.reshape(-1, *self.terms[0].shape) for part in noise.split(self.size, 1))
+        total = self.prior.sqrt() * first
+        for term, part in zip(self.terms, others, strict=True):
+            spectral = _diagonalised(term)
+            part = spectral.grid.sqrt() * part
+            if spectral.outputs.matrix is not None:
+                part = torch.matmul(spectral.outputs.matrix, part)
+            if spectral.inputs.matrix is not None:
+                part = torch.matmul(part, spectral.inputs.matrix.mT)
+            total = total + part
+        return self.solve(total.reshape(-1, self.size).T).T
+
+
+def _require_small(matrix: TermSum | KeptTerms) -> None:
+    if matrix.size > DENSE_WARNING:
+        raise IncompatiblePair(
+            f"the log-determinant of block {matrix.label!r}, a sum of {len(matrix.terms)} kept terms and a prior over "
+            f'{matrix.size} parameters, would need a dense matrix; chain with terms="project" for log-determinants '
+            "(evidence, densities)"
+        )
+
+
+def in_common_bases(terms: Sequence[CurvatureBlock], label: str) -> SpectralBlock:
+    """The sum of the terms in the eigenbases of its two marginals, with its exact diagonal there.
+
+    The nearest matrix of this form in Frobenius norm for these bases; the trace stays, and it is exact for terms that
+    commute. ``label`` names the block in messages.
+    """
+    parts = [_diagonalised(term) for term in terms]
+    inputs = _eigenbasis([_marginal(p.inputs, p.grid.sum(1)) for p in parts], label)
+    outputs = _eigenbasis([_marginal(p.outputs, p.grid.sum(2)) for p in parts], label)
+    grid = torch.stack([_diagonal_in(part, inputs, outputs) for part in parts]).sum(0)
+    return SpectralBlock(inputs, outputs, grid, label)
+
+
+def _scaled(term: CurvatureBlock, factor: float | Tensor) -> CurvatureBlock:
+    found = term.scaled(factor)
+    assert isinstance(found, CurvatureBlock)
+    return found
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), dtype=like.dtype, device=like.device)
+
+
+def _diagonalised(term: CurvatureBlock) -> Spectral:
+    found = term.precision(1.0, _zero(term.diag()), "exact")
+    assert isinstance(found, Spectral)
+    return found
+
+
+def _marginal(basis: Basis, weights: Tensor) -> Tensor:
+    """``B diag(w) Bᵀ``, or ``w (R, d)`` itself for the identity."""
+    return weights if basis.matrix is None else torch.matmul(basis.matrix * weights[:, None, :], basis.matrix.mT)
+
+
+def _eigenbasis(marginals: Sequence[Tensor], label: str) -> Basis:
+    if all(marginal.dim() == 2 for marginal in marginals):
+        return Basis.identity()
+    total = torch.stack([torch.diag_embed(m) if m.dim() == 2 else m for m in marginals]).sum(0)
+    return Basis.orthogonal(eigh(total, label)[1])
+
+
+def _diagonal_in(part: Spectral, inputs: Basis, outputs: Basis) -> Tensor:
+    """The diagonal ``(R, O, I)`` of a matrix in other orthogonal bases."""
+    grid = part.grid
+    squares = _overlap(outputs.matrix, part.outputs.matrix)
+    if squares is not None:
+        grid = torch.matmul(squares, grid)
+    squares = _overlap(inputs.matrix, part.inputs.matrix)
+    return grid if squares is None else torch.matmul(grid, squares.mT)
+
+
+def _overlap(new: Tensor | None, old: Tensor | None) -> Tensor | None:
+    """``(newᵀ old)²`` entrywise; ``None`` for the identity."""
+    if old is None:
+        return None if new is None else new.mT.square()
+    return (old if new is None else torch.matmul(new.mT, old)).square()
