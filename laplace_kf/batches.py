@@ -191,6 +191,11 @@ def as_batches(data: Any) -> Iterable[Any]:
             raise ShapeMismatch(
                 f"inputs {tuple(data[0].shape)} and targets {tuple(targets.shape)} do not have the same length"
             )
+        if leaves and isinstance(data, tuple) and isinstance(data[0], (tuple, Mapping)):
+            raise ShapeMismatch(
+                f"inputs {[tuple(leaf.shape) for leaf in leaves]} and targets {tuple(targets.shape)} do not all have "
+                "the same length, so they cannot be cut into minibatches; pass a loader, or [(inputs, targets)] as one"
+            )
     if isinstance(data, Mapping):
         raise ShapeMismatch(
             f"a mapping with keys {_keys(data)} is one batch, not data; pass [batch], or equally long tensors with the "

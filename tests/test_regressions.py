@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import laplace_kf as lk
@@ -593,3 +594,39 @@ def test_a_parameter_that_is_elementwise_in_some_minibatches_only(elementwise_fi
     found = lk.curvature.estimate(model, "categorical", parts if elementwise_first else parts[::-1], "full")
     expected = oracles.dense_ggn(model, x, y, CATEGORICAL.nll)
     torch.testing.assert_close(found.mean().dense(), expected, rtol=1e-9, atol=1e-12)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.middle, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = torch.utils.checkpoint.checkpoint
+        return self.head(part(lambda h: torch.tanh(self.middle(h)), self.first(x), use_reentrant=self.reentrant))
+
+
+def test_gradient_checkpointing() -> None:
+    agrees(seeded(Checkpointed, False), *data())
+    with pytest.raises(lk.errors.UnsupportedLayer, match="use_reentrant=False"):
+        lk.LaplacePosterior(seeded(Checkpointed, True), "categorical").fit(data())
+
+
+def test_a_batch_without_examples_is_named() -> None:
+    model, (x, y) = nn.Sequential(net(3, 4), nn.LayerNorm(4, **DOUBLE), net(4, 3)), data()
+    for structure in ("kron", "full"):
+        with pytest.raises(lk.errors.ShapeMismatch, match="batch 1 has no examples"):
+            lk.LaplacePosterior(model, "categorical", structure).fit([(x, y), (x[:0], y[:0])])
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_covariances_with_a_mask_as_long_as_there_are_inputs(count: int) -> None:
+    x, y, mask = normal(count, count, 3), labels(2, count), torch.full((count, count), -9.0, **DOUBLE).triu(1)
+    model = seeded(SharedMask)
+    posterior = lk.LaplacePosterior(model, "categorical", "full").fit([((x, mask), y)])
+    jac = jacobian(seeded(SharedMask, mask), x, count)
+    expected = jac @ torch.linalg.inv(posterior.precision.dense()) @ jac.mT
+    torch.testing.assert_close(posterior.functional_covariance((x, mask)), expected, rtol=1e-8, atol=1e-10)
+    with pytest.raises(lk.errors.ShapeMismatch, match="same length"):
+        posterior.fit(((x, mask[:2]), y))

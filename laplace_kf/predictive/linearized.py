@@ -276,7 +276,12 @@ class Linearization:
         count = self.outputs.shape[0]
         whole = part.start == 0 and part.stop == count
         x = self.x if whole else map_examples(self.x, count, lambda t: t[part])
-        observation = self.tracer.observe(x)
+        try:
+            observation = self.tracer.observe(x)
+        except (RuntimeError, ValueError, IndexError):  # it cannot be cut (a mask as long as there are examples)
+            if whole:
+                raise
+            return None
         found, expected = observation.outputs.detach(), self.outputs[part]
         if found.shape != expected.shape:
             return None

@@ -162,7 +162,10 @@ class Observation:
 
         They do not if the minibatch holds a tensor that only happens to be as long as there are examples.
         """
-        again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
+        try:
+            again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
+        except (RuntimeError, ValueError, IndexError):
+            return None
         wanted = self.outputs.detach()[example]
         if again.outputs.shape != wanted.shape:
             return None

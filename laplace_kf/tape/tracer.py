@@ -133,6 +133,18 @@ class Tracer:
             step.call = step.call if step.call is not None and step.call.portions else None
         if not outputs.requires_grad:
             self.require_all_seen()
+        try:
+            return self._observation(batch, tape, outputs, targets)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise UnsupportedLayer(
+                "the model uses torch.utils.checkpoint with use_reentrant=True, which hides its layers from autograd; "
+                "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
+            ) from error
+
+    def _observation(self, batch: Any, tape: Tape, outputs: Tensor, targets: Any) -> Observation:
+        """What was recorded, with rows located and blocks planned and checked."""
         chain = self._chain(tape, outputs)
         if chain is None:
             self.rows.locate(tape.calls, outputs, tape.picked)
@@ -249,6 +261,8 @@ def _check_outputs(outputs: Tensor, index: int) -> None:
             f"batch {index}: the model's outputs have shape {tuple(outputs.shape)}; they must be (N, C), (N, T, C) or "
             "(N, C, H, W). Keep the output axis (no squeeze), or reshape in forward="
         )
+    if not len(outputs):
+        raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(outputs.shape)})")
     if not torch.isfinite(outputs.detach()).all():
         raise NonFinite(
             f"batch {index}: the model's outputs {tuple(outputs.shape)} have NaN or infinite entries; check the "
