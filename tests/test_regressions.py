@@ -630,3 +630,32 @@ def test_covariances_with_a_mask_as_long_as_there_are_inputs(count: int) -> None
     torch.testing.assert_close(posterior.functional_covariance((x, mask)), expected, rtol=1e-8, atol=1e-10)
     with pytest.raises(lk.errors.ShapeMismatch, match="same length"):
         posterior.fit(((x, mask[:2]), y))
+
+
+class FlatWeights(nn.Module):
+    """Weight and bias of a layer are two ranges of one parameter."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.first, self.head, self.form = nn.Linear(3, 4), nn.Linear(4, 2), form
+        self.weight = nn.Parameter(torch.randn(5, 4) if form == "rows" else torch.randn(40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, w = torch.tanh(self.first(x)), self.weight
+        if self.form == "rows":
+            return self.head(torch.tanh(torch.addmm(w[4], h, w[:4])))
+        h = torch.tanh(F.linear(h, w[:16].view(4, 4), w[16:20]))
+        return self.head(torch.tanh(F.linear(h, w[24:].view(4, 4), w[20:24])))
+
+
+@pytest.mark.parametrize("form", ["rows", "flat"])
+def test_weight_and_bias_in_one_parameter(form: str) -> None:
+    model, x, y = build(lambda: FlatWeights(form)), normal(6, 3), labels(2, 6)
+    ggn = oracles.dense_ggn(model, x, y, CATEGORICAL.nll)
+    for structure in ("diag", "kron", "layer", "full"):
+        posterior = lk.LaplacePosterior(model, "categorical", structure).fit((x, y))
+        if structure != "kron":
+            torch.testing.assert_close(posterior.curvature.diag(), ggn.diagonal(), rtol=1e-9, atol=1e-12)
+        jac = jacobian(model, x, 6)
+        expected = jac @ torch.linalg.inv(posterior.precision.dense()) @ jac.mT
+        torch.testing.assert_close(posterior.functional_covariance(x), expected, rtol=1e-8, atol=1e-10)

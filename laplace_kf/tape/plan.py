@@ -158,6 +158,7 @@ def plan(
             (partner, *others) = uses.partners[place]
             joint = (
                 partner is not None
+                and partner[0] != name  # a block holds a parameter once: two ranges of one are two blocks
                 and not others
                 and uses.partners[partner] == {place}
                 and not {partner[0], name} & opaque

@@ -194,8 +194,9 @@ class Tracer:
         if {b.name: b for b in planned if b not in fresh} != {name: self.blocks[name] for name in known}:
             names = ", ".join(sorted(parameters & set(self._blocks_of)))
             raise UnsupportedLayer(
-                f"parameters {names} are used in one way in one minibatch and in another way in the next; leave them "
-                "out with parameters=[patterns]"
+                f"parameters {names} are used in one way in one minibatch and in another way in the next (if one of "
+                "them has a single example, or rows are ordered by the data, others can show more: put the largest "
+                "minibatch first, or take all of one size); otherwise leave them out with parameters=[patterns]"
             )
         # what was elementwise so far may be used in another way now: then per-example gradients from here on
         self.example_wise |= example_wise & known
