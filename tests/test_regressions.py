@@ -659,3 +659,24 @@ def test_weight_and_bias_in_one_parameter(form: str) -> None:
         jac = jacobian(model, x, 6)
         expected = jac @ torch.linalg.inv(posterior.precision.dense()) @ jac.mT
         torch.testing.assert_close(posterior.functional_covariance(x), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(1, 5), (1, 1, 4), (3, 2, 1)])
+def test_a_position_table_that_is_read_twice(sizes: tuple[int, ...]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.table, self.head = nn.Linear(3, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            table = self.table(torch.arange(5)[None])
+            return self.head((torch.tanh(self.first(x) + table) * table).mean(1))
+
+    model, x, y = seeded(Net), normal(6, 5, 3), labels(2, 6)
+    batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+    if sizes[0] == 1:  # the first minibatch looks as if each example had a table of its own
+        with pytest.raises(lk.errors.UnsupportedLayer, match="single example"):
+            lk.curvature.estimate(model, "categorical", batches, "full")
+        return
+    found = lk.curvature.estimate(model, "categorical", batches, "full").mean().dense()
+    torch.testing.assert_close(found, oracles.dense_ggn(model, x, y, CATEGORICAL.nll), rtol=1e-9, atol=1e-12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,6 +63,7 @@ class Tracer:
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
         self._verified: set[str] = set()
+        self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
         self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
         self.gradients = ExampleGradients(model, forward, self.named)
@@ -192,12 +193,7 @@ class Tracer:
         known = {name for found in map(self._blocks_of.get, parameters) for name in found or ()}
         fresh = [block for block in planned if all(name not in self._blocks_of for name in block.parameters)]
         if {b.name: b for b in planned if b not in fresh} != {name: self.blocks[name] for name in known}:
-            names = ", ".join(sorted(parameters & set(self._blocks_of)))
-            raise UnsupportedLayer(
-                f"parameters {names} are used in one way in one minibatch and in another way in the next (if one of "
-                "them has a single example, or rows are ordered by the data, others can show more: put the largest "
-                "minibatch first, or take all of one size); otherwise leave them out with parameters=[patterns]"
-            )
+            raise _changed(parameters & set(self._blocks_of))
         # what was elementwise so far may be used in another way now: then per-example gradients from here on
         self.example_wise |= example_wise & known
         for block in fresh:
@@ -213,11 +209,19 @@ class Tracer:
         do not if a parameter also acts where no tape sees it: inside a custom ``autograd.Function``, or through a
         gradient taken in the forward pass. Such parameters go through per-example gradients.
 
+        A single example cannot tell everything (what is shared by all examples), so the next minibatch is checked, too.
+
         Returns:
             Whether all blocks passed; if not, the failed ones are forgotten, to be planned anew.
+
+        Raises:
+            UnsupportedLayer: if a block fails that an earlier minibatch went into.
         """
         fresh = {n: b for n, b in self.blocks.items() if n not in self._verified}
-        self._verified.update(fresh)
+        earlier = self._tried & set(fresh)
+        self._tried.update(fresh)
+        if observation.count > 1:
+            self._verified.update(fresh)
         fresh = {n: b for n, b in fresh.items() if n not in self.example_wise}
         unseen = [name for name in self.unseen() if name not in self._hidden]
         outputs = observation.outputs
@@ -244,6 +248,8 @@ class Tracer:
             rounding = torch.finfo(coarsest(expected.dtype)).eps
             if bool((found - expected).abs().max() > 10 * rounding**0.5 * scale):
                 failed.append(block)
+        if any(block.name in earlier for block in failed):
+            raise _changed({name for block in failed for name in block.parameters})
         for block in failed:
             self._hidden.update(block.parameters)
         # a bias or other rows of a failed weight are planned anew together with it
@@ -254,6 +260,14 @@ class Tracer:
         passed = not failed and not met
         self._may_be_chain = self._may_be_chain and passed
         return passed
+
+
+def _changed(names: Collection[str]) -> UnsupportedLayer:
+    return UnsupportedLayer(
+        f"parameters {', '.join(sorted(names))} are used in one way in one minibatch and in another way in the next (if "
+        "one of them has a single example, or rows are ordered by the data, others can show more: put the largest "
+        "minibatch first, or take all of one size); otherwise leave them out with parameters=[patterns]"
+    )
 
 
 def _check_outputs(outputs: Tensor, index: int) -> None:
