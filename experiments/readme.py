@@ -90,6 +90,20 @@ def calibration() -> str:
     return "\n\n".join([text, _markdown(head, rows), "\n".join(verdicts), *missing])
 
 
+def calibration_short() -> str:
+    """On how many sets every method is better, not worse or worse than MAP."""
+    result = _load("docs/results/calibration.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = []
+    for method in report.NAMES[1:]:
+        found = [by_method[method] for by_method in result["comparisons"].values() if by_method.get(method)]
+        counts = [sum(each["verdict"] == kind for each in found) for kind in ("better", "not worse", "worse")]
+        lower = sum(each["mean"] < 0 for each in found)
+        rows.append([method, *map(str, counts), f"{lower} of {len(found)}"])
+    return _markdown(["test NLL against MAP's", "sets: better", "not worse", "worse", "mean is lower"], rows)
+
+
 def shakespeare() -> str:
     """Quality on held-out text, uncertainty by text, and the verdicts of the tutorial."""
     result = _load("docs/results/shakespeare.json")
@@ -208,11 +222,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "importance": importance,
     "support": lk.support_table,
     "calibration": calibration,
+    "calibration_short": calibration_short,
     "shakespeare": shakespeare,
 }
 
 PAGES = {
-    "README.md": ("ood_mnist", "fit_cost", "predictions", "importance", "many_outputs", "support"),
+    "README.md": ("ood_mnist", "calibration_short", "fit_cost", "predictions", "importance", "many_outputs", "support"),
     "docs/toy_regression.md": ("toy_regression",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
