@@ -264,7 +264,7 @@ class Tracer:
 
 def _changed(names: Collection[str]) -> UnsupportedLayer:
     return UnsupportedLayer(
-        f"parameters {', '.join(sorted(names))} are used in one way in one minibatch and in another way in the next (if "
+        f"parameters {', '.join(sorted(names))} are used one way in one minibatch and in another way in the next (if "
         "one of them has a single example, or rows are ordered by the data, others can show more: put the largest "
         "minibatch first, or take all of one size); otherwise leave them out with parameters=[patterns]"
     )
