@@ -680,3 +680,41 @@ def test_a_position_table_that_is_read_twice(sizes: tuple[int, ...]) -> None:
         return
     found = lk.curvature.estimate(model, "categorical", batches, "full").mean().dense()
     torch.testing.assert_close(found, oracles.dense_ggn(model, x, y, CATEGORICAL.nll), rtol=1e-9, atol=1e-12)
+
+
+class Square(torch.autograd.Function):
+    """``h + b²`` where no tape sees ``b``."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(b)
+        return h + b**2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (b,) = ctx.saved_tensors
+        return grad, (grad * 2 * b).sum(0)
+
+
+class LaterUse(nn.Module):
+    """Its first layer's bias is used once more in some minibatches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if bool((x[:, 0] < 0).all()):
+            h = Square.apply(h, self.first.bias)
+        return self.head(torch.tanh(h))
+
+
+def test_a_hidden_use_that_starts_in_a_later_minibatch_is_noticed() -> None:
+    model, x = build(LaterUse), normal(6, 3)
+    x[:3, 0], x[3:, 0] = x[:3, 0].abs(), -x[3:, 0].abs()
+    y = labels(2, 6)
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"first\.bias"):
+        lk.curvature.estimate(model, "categorical", [(x[:3], y[:3]), (x[3:], y[3:])], "diag")
+    late = lk.curvature.estimate(model, "categorical", [(x[3:], y[3:])], "full").mean().dense()
+    torch.testing.assert_close(late, oracles.dense_ggn(model, x[3:], y[3:], CATEGORICAL.nll), rtol=1e-9, atol=1e-12)

@@ -62,6 +62,7 @@ class Tracer:
             self._selected = None if parameters == "last_layer" else select(model, parameters)
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
+        self._counts: dict[str, int] = {}
         self._verified: set[str] = set()
         self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
         self._blocks_of: dict[str, list[str]] = {}
@@ -209,7 +210,8 @@ class Tracer:
         do not if a parameter also acts where no tape sees it: inside a custom ``autograd.Function``, or through a
         gradient taken in the forward pass. Such parameters go through per-example gradients.
 
-        A single example cannot tell everything (what is shared by all examples), so the next minibatch is checked, too.
+        A single example cannot tell everything (what is shared by all examples), so the next minibatch is checked, too;
+        and a block is checked again whenever autograd counts another number of uses of its parameters.
 
         Returns:
             Whether all blocks passed; if not, the failed ones are forgotten, to be planned anew.
@@ -217,6 +219,10 @@ class Tracer:
         Raises:
             UnsupportedLayer: if a block fails that an earlier minibatch went into.
         """
+        counts = _uses(observation.outputs, {id(self.named[name]): name for name in self.layout.names})
+        changed = {name for name, uses in counts.items() if self._counts.get(name, uses) != uses}
+        self._counts.update(counts)
+        self._verified -= {block for name in changed for block in self._blocks_of.get(name, ())}
         fresh = {n: b for n, b in self.blocks.items() if n not in self._verified}
         earlier = self._tried & set(fresh)
         self._tried.update(fresh)
@@ -260,6 +266,22 @@ class Tracer:
         passed = not failed and not met
         self._may_be_chain = self._may_be_chain and passed
         return passed
+
+
+def _uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:
+    """How often each parameter (name by id) enters the autograd graph of ``outputs (N, ...)``."""
+    found: dict[str, int] = {}
+    stack, seen = [outputs.grad_fn], {outputs.grad_fn}
+    while stack:
+        node = stack.pop()
+        for following, _ in node.next_functions if node is not None else ():
+            name = names.get(id(getattr(following, "variable", None)))
+            if name is not None:
+                found[name] = found.get(name, 0) + 1
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found
 
 
 def _changed(names: Collection[str]) -> UnsupportedLayer:
