@@ -26,7 +26,7 @@ from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
 
-__all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "preserved"]
+__all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
@@ -404,6 +404,16 @@ def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
     if isinstance(container, dict):
         return [(key, id(value)) for key, value in container.items()]
     return [id(value) for value in container]
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made inside can be kept and used anywhere, also if the caller is in inference mode (then: no graph)."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

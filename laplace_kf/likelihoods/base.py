@@ -601,6 +601,7 @@ class Likelihood(abc.ABC):
         shape = torch.Size(outputs.shape[1:])
         z, _, _ = self._unpack(outputs.flatten(0, 1), None)
         prediction = self._predict(z.reshape(*outputs.shape[:2], *z.shape[1:]), shape)
+        prediction = dataclasses.replace(prediction, ignore_index=self.ignore_index)
         if keep_samples:
             prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": outputs})
         return prediction
@@ -665,7 +666,7 @@ class Likelihood(abc.ABC):
         full = None if rule.marginal or covariance is None else covariance.to(z)
         state = resolve_generator(generator, z.device)
         normal = GaussianOutputs(z, spread, full, tuple(outputs.shape), samples, state)
-        prediction = rule.predict(normal)
+        prediction = dataclasses.replace(rule.predict(normal), ignore_index=self.ignore_index)
         if keep_samples:
             draws = from_positions(normal.draws, outputs)
             prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": draws})

@@ -57,12 +57,14 @@ class Prediction:
         density: targets → ``(N,)`` log density.
         entropies: () → entropy by position and mean entropy of the components by position (None if unknown).
         build: () → the ``torch.distributions`` object.
+        ignore_index: the likelihood's; see :meth:`kept`.
     """
 
     values: Mapping[str, Tensor]
     density: Callable[[Tensor], Tensor]
     entropies: Callable[[], tuple[Tensor, Tensor | None]]
     build: Callable[[], Distribution]
+    ignore_index: int | None = None
 
     def _value(self, name: str) -> Tensor:
         if name not in self.values:
@@ -139,6 +141,10 @@ class Prediction:
             ShapeMismatch, ValueError: if the targets do not fit.
         """
         return self.density(y)
+
+    def kept(self, y: Tensor) -> Tensor:
+        """Which targets count, of the shape of ``y`` (bool): all but those equal to the likelihood's ``ignore_index``."""
+        return torch.ones_like(y, dtype=torch.bool) if self.ignore_index is None else y != self.ignore_index
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in self.values.items())

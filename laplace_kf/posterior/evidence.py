@@ -168,7 +168,12 @@ def ascend(objective: Callable[[Tensor], Tensor], start: Tensor, tolerance: floa
     Returns:
         The coordinates ``(K,)`` at the start and after every step.
     """
-    path = [start.detach()]
+    with torch.enable_grad():  # whatever the caller's mode
+        return _climb(objective, start.detach().clone(), tolerance)
+
+
+def _climb(objective: Callable[[Tensor], Tensor], start: Tensor, tolerance: float) -> list[Tensor]:
+    path = [start]
     value = objective(path[0]).detach()
     for _ in range(ROUNDS):
         point = path[-1].clone().requires_grad_()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, check_finite
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics, collect
+from laplace_kf.engine import Statistics, collect, lasting
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
@@ -212,6 +212,7 @@ class LaplacePosterior:
             statistics = statistics.scale(1 / passes)
         return self.adopt(statistics, n_data)
 
+    @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:
         """Takes curvature that was measured elsewhere, at the model's current weights, in place of :meth:`fit`.
 
@@ -358,6 +359,7 @@ class LaplacePosterior:
         """The precision ``Λ = N C̄ + λ I`` as a Matrix of size ``P`` (flat order)."""
         return self.precision_at(self.n_data, self._prior)
 
+    @lasting()
     def precision_at(self, n_data: float, prior_precision: PriorPrecision | None = None) -> Blockwise:
         """The precision at another ``N`` and λ (a Matrix of size ``P``); the posterior keeps its own.
 
@@ -398,6 +400,7 @@ class LaplacePosterior:
         """The posterior as a Gaussian over flat weights ``(P,)``."""
         return Gaussian(self._fitted("gaussian").mean, self.precision)
 
+    @lasting()
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
 
@@ -415,6 +418,7 @@ class LaplacePosterior:
         """Laplace approximation of the log marginal likelihood, 0-dim: ``evidence().total`` (methods 9.4)."""
         return self.evidence().total
 
+    @lasting()
     def evidence(self, n_data: float | None = None, prior_precision: PriorPrecision | None = None) -> Evidence:
         """The terms of ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I`` (methods 9.4).
 
@@ -446,6 +450,7 @@ class LaplacePosterior:
             return made
         return ChainedEvidence.of(made, self._chain, state.reference, state.mean)
 
+    @lasting()
     def penalty(self) -> Tensor:
         """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
         state = self._fitted("penalty")
@@ -512,6 +517,7 @@ class LaplacePosterior:
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
+    @lasting()
     def predict(
         self,
         x: Any,
@@ -562,6 +568,7 @@ class LaplacePosterior:
             )
         )  # fmt: skip
 
+    @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
         """Covariance ``J Λ⁻¹ Jᵀ`` of the outputs of the network linearised at the mean; no Jacobian is formed.
 
@@ -590,6 +597,7 @@ class LaplacePosterior:
             return network.variance(self.precision)
         return network.covariance(self.precision, joint=joint)
 
+    @lasting()
     def predictor(
         self, samples: int = 100, generator: torch.Generator | None = None, *, draws: str = "independent"
     ) -> Predictor:
@@ -667,15 +675,17 @@ class LaplacePosterior:
         """
         self._fitted("tune")
         options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
-        found, settings = tune(self, val, n_data, prior_precision, options)
+        with lasting():
+            found, settings = tune(self, val, n_data, prior_precision, options)
+        found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)
-        found.warn(stacklevel=3)
         return found
 
     # -- looking at it, keeping it -------------------------------------------------------------------------------------
 
+    @lasting()
     def summary(self) -> Summary:
         """One row per block (shape, structure, condition numbers, effective parameters); prints as a table."""
         state = self._fitted("summary")
@@ -684,7 +694,7 @@ class LaplacePosterior:
         chosen = f" (chosen: {self.structure.reason})" if self.structure.reason else ""
         title = (
             f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}{chosen}, "
-            f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {self._prior}"
+            f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {plain(self._prior)}"
         )
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
         return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
@@ -796,7 +806,7 @@ class LaplacePosterior:
         )
         first = named[layout.names[0]]
         statistics = store.unpacked(tensors, header["statistics"], posterior.structure, first.device)
-        mean = tensors["mean"].to(first.device, first.dtype)
+        mean = tensors["mean"].to(first.device)
         rest = {name: tensors[f"rest/{name}"].to(first.device) for name in layout.names if f"rest/{name}" in tensors}
         state = _Fitted(statistics, statistics.mean(), mean, header["noise"], rest)
         if header.get("chain") is not None:

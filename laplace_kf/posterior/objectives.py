@@ -37,7 +37,7 @@ def brier(prediction: Prediction, targets: Any) -> Tensor:
     """Squared distance between class probabilities ``(N, C)`` and the one-hot (or binary) targets, ``(N,)``.
 
     With several positions per example the mean over those that are not ignored, ``(M,)`` for the M ≤ N examples that
-    have any.
+    have any. Binary targets are ignored one output at a time.
 
     Raises:
         IncompatiblePair: if the prediction has no probabilities.
@@ -47,12 +47,16 @@ def brier(prediction: Prediction, targets: Any) -> Tensor:
         targets = targets.movedim(1, -1)
     probs = _channel_last(probs)
     if targets.dtype == torch.long and targets.shape == probs.shape[:-1]:
-        keep = (targets >= 0).reshape(len(targets), -1)
-        wanted = torch.nn.functional.one_hot(targets.clamp_min(0), probs.shape[-1]).to(probs.dtype)
-        squares = (probs - wanted).square().sum(-1).reshape(keep.shape)
-        count = keep.sum(1)
-        return (squares.where(keep, 0.0).sum(1) / count)[count > 0]
-    return (probs - targets.to(probs.dtype)).square().reshape(len(probs), -1, probs.shape[-1]).sum(-1).mean(1)
+        keep = prediction.kept(targets)
+        wanted = torch.nn.functional.one_hot(targets.where(keep, 0), probs.shape[-1]).to(probs.dtype)
+        squares = (probs - wanted).square().sum(-1)
+    else:
+        used = prediction.kept(targets)
+        squares = (probs - targets.to(probs.dtype)).square().where(used, 0.0).sum(-1)
+        keep = used.any(-1)
+    keep, squares = keep.reshape(len(probs), -1), squares.reshape(len(probs), -1)
+    count = keep.sum(1)
+    return (squares.where(keep, 0.0).sum(1) / count)[count > 0]
 
 
 @OBJECTIVES.register("ece")
@@ -67,7 +71,7 @@ def ece(prediction: Prediction, targets: Any) -> Tensor:
     probs = _channel_last(_probabilities(prediction, "ece"))
     if targets.dtype != torch.long or targets.shape != probs.shape[:-1]:
         raise IncompatiblePair('objective "ece" needs class labels; use "nll" or "brier" for this likelihood')
-    keep = targets >= 0
+    keep = prediction.kept(targets)
     confidence, label = probs[keep].max(-1)
     gap = confidence - (label == targets[keep]).to(confidence.dtype)
     place = (confidence * BINS).long().clamp_max(BINS - 1)

@@ -25,7 +25,7 @@ __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 CAUTION = 1.0, 0.5
 """Standard errors by which the default search discounts what a point gains over MAP, and over another point."""
 MAP_TOLERANCE = 1e-4
-"""How much worse than MAP, relative to 1 + |objective|, a point may be that is called MAP in effect."""
+"""How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +282,10 @@ def _default(posterior: LaplacePosterior, search: Search) -> tuple[TuningResult,
 
 def _map_in_effect(search: Search, best: Point) -> Point:
     """A finite point on the ray from ``best`` to MAP whose objective is MAP's up to ``MAP_TOLERANCE``."""
-    limit = search.value(MAP) + MAP_TOLERANCE * (1 + abs(search.value(MAP)))
+    wanted = search.value(MAP)
     n, p = best
-    while search.value((n, p)) > limit and n < 1e30:
+    # not below it either: a gain within the noise is no reason to keep the spread that it came from
+    while abs(search.value((n, p)) - wanted) > MAP_TOLERANCE * (1 + abs(wanted)) and n < 1e30:
         n, p = n * 10, p * 10
     return n, p
 

@@ -16,6 +16,7 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch, UnknownName
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
+from laplace_kf.posterior.prior import positive
 from laplace_kf.predictive import draw_seeds, outputs_at
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Validation:
     ) -> None:
         if method not in METHODS:
             raise UnknownName(METHODS.kind, method, METHODS)
+        if max_examples is not None:
+            positive("max_examples", max_examples)
         self.posterior, self.objective, self.noise, self.pairs = posterior, objective, noise, pairs
         self.seeds = draw_seeds(samples, generator)
         self.device = next(iter(posterior.mean.values())).device
@@ -119,9 +122,10 @@ class Validation:
         return inputs, outputs, targets
 
     def _read_inputs(self, data: Any) -> tuple[list[Any], list[Tensor]]:
+        batches = [data] if isinstance(data, Tensor) else as_batches(data) if isinstance(data, tuple) else data
         inputs, outputs = [], []
         with preserved(self.posterior.model):
-            for index, batch in enumerate([data] if isinstance(data, Tensor) else data):
+            for index, batch in enumerate(batches):
                 check_finite(batch, index, "the out-of-distribution batch")
                 inputs.append(inputs_of(to_device(batch, self.device), self.posterior.forward))
                 outputs.append(outputs_at(self.posterior.model, self.posterior.forward, None, inputs[-1]))

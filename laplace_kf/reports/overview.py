@@ -138,8 +138,10 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
             inputs.append(batch[0].cpu())  # few enough to draw
         for name, value in prediction.values.items():
             parts.setdefault(name, []).append(value.detach().cpu())
-        targets.append(wanted.cpu())
         log_prob.append(prediction.log_prob(wanted).detach().cpu())
+        if "probs" in prediction.values:  # what is ignored has no label, whichever number stands for it
+            wanted = wanted.where(prediction.kept(wanted), -1)
+        targets.append(wanted.cpu())
         entropy.append(prediction.entropy.detach().cpu())
     if not targets:
         raise ShapeMismatch("the loader yielded no batch, so there is nothing to report")

@@ -486,3 +486,114 @@ def test_probit_needs_a_likelihood_with_it() -> None:
         with pytest.raises(lk.errors.IncompatiblePair, match="probit"):
             posterior.tune((x, y), method="probit")
     assert quiet(posterior, (x, y), method="linearized", generator=rng(0)).table
+
+
+# ------------------------------------------------------------------------------------------------ what a call leaves
+
+
+@pytest.mark.parametrize("method", ["mc", "linearized"])
+def test_map_in_effect_is_neither_worse_nor_better_than_map(method: str) -> None:
+    """Labels without any signal: some wide posterior gains a little by chance. That is no reason to keep its spread."""
+    won = 0
+    for seed in range(4):
+        x, y = torch.randn(16, 3, generator=rng(seed)), torch.randint(0, 2, (16, 2), generator=rng(9 + seed)).float()
+        model = trained((3, 4, 2), x, y, nn.functional.binary_cross_entropy_with_logits, steps=0)
+        posterior = lk.LaplacePosterior(model, "bernoulli").fit((x, y))
+        result = quiet(posterior, (x, y), method=method, generator=rng(seed))
+        if result.map_wins:
+            won += 1
+            tolerance = 1.01e-4 * (1 + abs(result.map_objective))
+            assert result.best["objective"] == pytest.approx(result.map_objective, abs=tolerance)
+    assert won
+
+
+def test_ignored_targets_do_not_count() -> None:
+    """Whatever number marks them: no score but that of the targets that are left (all classes are real ones)."""
+    x, y = torch.randn(6, 4, 3, generator=rng(0)), torch.randint(0, 3, (6, 4), generator=rng(1))
+    for mark in (-100, 255, 0):
+        likelihood = lk.likelihoods.Categorical(ignore_index=mark)
+        found, keep = likelihood.predict(x[None]), torch.rand(6, 4, generator=rng(2)) > 0.4
+        labels = y.where(y != mark, 1)
+        marked, probs = labels.where(keep, mark), torch.softmax(x, -1)
+        squares = (probs - nn.functional.one_hot(labels, 3)).square().sum(-1)
+        expected = torch.stack([s[k].mean() for s, k in zip(squares, keep, strict=True) if k.any()])
+        torch.testing.assert_close(OBJECTIVES["brier"](found, marked), expected)
+        plain = lk.likelihoods.Categorical().predict(x[keep][None])
+        torch.testing.assert_close(OBJECTIVES["ece"](found, marked), OBJECTIVES["ece"](plain, labels[keep]))
+    likelihood = lk.likelihoods.Bernoulli()
+    z = torch.tensor([[0.3, -1.0], [2.0, 0.5], [1.0, 1.0]])
+    targets = torch.tensor([[1.0, -100.0], [0.0, 1.0], [-100.0, -100.0]])
+    p = z.sigmoid()
+    expected = torch.stack([(p[0, 0] - 1) ** 2, p[1, 0] ** 2 + (p[1, 1] - 1) ** 2])
+    torch.testing.assert_close(OBJECTIVES["brier"](likelihood.predict(z[None]), targets), expected)
+
+
+def test_a_warning_that_is_an_error_leaves_the_posterior_as_it_was() -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    before = posterior.n_data, posterior.prior_precision
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="edge"):
+            posterior.tune(val, n_data=[40.0], prior_precision=[1e-6, 1e6, 1e7], samples=3, generator=rng(0))
+    assert (posterior.n_data, posterior.prior_precision) == before
+
+
+def test_out_of_distribution_pairs_and_wrong_limits() -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    options = {"n_data": [4.0, 40.0], "prior_precision": [1.0], "samples": 3}
+    far = 5 * torch.randn(20, 2, generator=rng(3))
+    plain = quiet(posterior, val, "ood", ood=far, generator=rng(0), **options)
+    pair = quiet(posterior, val, "ood", ood=(far, torch.zeros(20)), generator=rng(0), **options)
+    assert [row["objective"] for row in pair.table] == pytest.approx([row["objective"] for row in plain.table])
+    with pytest.raises(ValueError, match="max_examples"):
+        posterior.tune(val, max_examples=0)
+
+
+@pytest.mark.parametrize("structure", ["kron", "full", "ekfac", "lowrank"])
+def test_evidence_and_predictions_inside_inference_mode(structure: str) -> None:
+    """Everything works there, gives the same, and leaves nothing behind that later has no gradient."""
+    model, train, val = classification()
+    model = model.double()
+    train, val = (train[0].double(), train[1]), (val[0].double(), val[1])
+
+    def everything(posterior: Any) -> list[Tensor]:
+        found = [posterior.predict(val[0], m, generator=rng(0)).probs for m in ("mc", "linearized", "probit", "map")]
+        found += [posterior.functional_covariance(val[0]), posterior.log_evidence()]
+        quiet(posterior, objective="evidence")
+        found += [posterior.log_evidence()]
+        quiet(posterior, objective="evidence", per_block=True)
+        found += [posterior.log_evidence()]
+        quiet(posterior, val, method="linearized", n_data=[4.0, 40.0], prior_precision=[1.0])
+        return [value.detach() for value in [*found, posterior.log_evidence()]]
+
+    expected = everything(lk.LaplacePosterior(model, "categorical", structure).fit(train))
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            posterior = lk.LaplacePosterior(model, "categorical", structure).fit(train)
+            found = everything(posterior)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        posterior.prior_precision = prior = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        (posterior.log_evidence() + posterior.functional_covariance(val[0]).sum()).backward()
+        assert prior.grad is not None and bool(torch.isfinite(prior.grad))
+        posterior.penalty().backward()
+        model.zero_grad()
+
+
+def test_load_keeps_a_mean_of_several_types(tmp_path: Any) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(2, 4).bfloat16(), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x.bfloat16())).float())
+
+    _, train, _ = classification()
+    model = Mixed()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    posterior.save(tmp_path / "p")
+    loaded = lk.LaplacePosterior.load(tmp_path / "p", model)
+    assert all(torch.equal(loaded.mean[name], value) for name, value in posterior.mean.items())
