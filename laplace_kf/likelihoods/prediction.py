@@ -143,7 +143,7 @@ class Prediction:
         return self.density(y)
 
     def kept(self, y: Tensor) -> Tensor:
-        """Which targets count, of the shape of ``y`` (bool): all but those equal to the likelihood's ``ignore_index``."""
+        """Which targets count, of the shape of ``y`` (bool): all but the likelihood's ``ignore_index``."""
         return torch.ones_like(y, dtype=torch.bool) if self.ignore_index is None else y != self.ignore_index
 
     def __repr__(self) -> str:

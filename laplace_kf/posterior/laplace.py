@@ -457,6 +457,7 @@ class LaplacePosterior:
         current = self._flat_weights(state.statistics.layout)
         return self.precision.energy((current - state.mean).to(state.like)) / 2
 
+    @lasting()
     def update(
         self,
         task_loader: Iterable[Any] | tuple[Any, Tensor],
@@ -694,7 +695,8 @@ class LaplacePosterior:
         chosen = f" (chosen: {self.structure.reason})" if self.structure.reason else ""
         title = (
             f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}{chosen}, "
-            f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, λ = {plain(self._prior)}"
+            f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, "
+            f"λ = {plain(self._prior)}"
         )
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
         return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
