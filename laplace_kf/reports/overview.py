@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.batches import as_batches, run, to_device
+from laplace_kf.batches import as_batches, inputs_of, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Prediction
@@ -64,7 +64,7 @@ def report(
         ood_loader: the same for inputs of another kind; their targets are not looked at.
         out: folder for ``report.html``, ``result.json`` and PNG files; None writes nothing.
         tuning: what ``posterior.tune`` returned, to be shown.
-        samples: Monte Carlo samples of every prediction; the same weights for every batch.
+        samples: Monte Carlo samples of every prediction; the same random numbers for every batch.
         seed: of these samples.
         title: of the page.
 
@@ -76,10 +76,11 @@ def report(
         ShapeMismatch: for an empty loader, or predictions that are neither of classes nor of numbers.
     """
     summary = posterior.summary()
-    test = {name: _score(posterior, test_loader, method, samples, seed) for name, method in METHODS.items()}
     other = None
-    if ood_loader is not None:
-        other = {name: _score(posterior, ood_loader, method, samples, seed).entropy for name, method in METHODS.items()}
+    with preserved(posterior.model):  # loaders draw random numbers
+        test = {name: _score(posterior, test_loader, method, samples, seed) for name, method in METHODS.items()}
+        if ood_loader is not None:
+            other = {name: _entropy(posterior, ood_loader, method, samples, seed) for name, method in METHODS.items()}
     first = test[POSTERIOR]
     if "probs" in first.values:
         found, pictures = _classes(test, other)
@@ -129,7 +130,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
         with preserved(posterior.model), torch.no_grad():
             wanted = run(posterior.model, batch, posterior.forward)[1]
         plain = posterior.forward is None and isinstance(batch, tuple | list)
-        # one seed for all batches: they see the same weights
+        # one seed for all batches: where weights are drawn they see the same ones
         generator = torch.Generator().manual_seed(seed)
         prediction: Prediction = posterior.predict(
             batch[0] if plain else batch, method=method, samples=samples, generator=generator
@@ -148,6 +149,18 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
     values = {name: torch.cat(value) for name, value in parts.items()}
     seen = torch.cat(inputs) if inputs else None
     return _Scored(values, torch.cat(targets), torch.cat(log_prob), torch.cat(entropy), seen)
+
+
+def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int, seed: int) -> Tensor:
+    """Entropy ``(N,)`` of predictions at inputs whose targets, if there are any, may be of other classes."""
+    found = []
+    for batch in as_batches(loader):
+        generator = torch.Generator().manual_seed(seed)
+        inputs = inputs_of(batch, posterior.forward)
+        found.append(posterior.predict(inputs, method=method, samples=samples, generator=generator).entropy)
+    if not found:
+        raise ShapeMismatch("the out-of-distribution loader yielded no batch, so there is nothing to report")
+    return torch.cat(found).detach().cpu()
 
 
 def _labelled(scored: _Scored) -> tuple[Tensor, Tensor]:

@@ -94,3 +94,22 @@ def test_refusals():
         lk.reports.report(posterior, [])
     with pytest.raises(lk.errors.NotFitted):
         lk.reports.report(lk.LaplacePosterior(nn.Linear(1, 1), "gaussian"), [])
+
+
+def test_report_with_loaders_and_other_classes_outside():
+    """Loaders shuffle from the caller's random numbers, which stay; labels of unknown classes are not looked at; and
+    ignored targets have no label, whichever number stands for them."""
+    posterior, x, y = fitted("categorical", 3, classes)
+    data = torch.utils.data.TensorDataset(x, y)
+    state = torch.get_rng_state()
+    found = lk.reports.report(posterior, torch.utils.data.DataLoader(data, 7, shuffle=True), (x + 5, y + 100))
+    assert torch.equal(torch.get_rng_state(), state)
+    plain = lk.reports.report(posterior, (x, y), (x + 5, y))
+    assert found.metrics["MAP"] == pytest.approx(plain.metrics["MAP"], rel=1e-4, abs=1e-6)
+    assert found.metrics["posterior"]["entropy_out"] == pytest.approx(plain.metrics["posterior"]["entropy_out"])
+    marked = lk.LaplacePosterior(posterior.model, lk.likelihoods.Categorical(ignore_index=255), prior_precision=5.0)
+    keep = torch.arange(30) > 3
+    result = lk.reports.report(marked.fit((x, y)), (x, y.where(keep, 255)), samples=20)
+    expected = lk.reports.metrics.classification(marked.predict(x[keep], method="map").probs, y[keep])
+    for key in ("accuracy", "brier", "ece"):
+        assert result.metrics["MAP"][key] == pytest.approx(expected[key], rel=1e-4)
