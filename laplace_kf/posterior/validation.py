@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAP", "Measure", "Point", "Score", "Validation"]
 
+FLOOR = 0.5  # least noise scale, in units of MAP's
 EXPONENTS = 12.0  # decades that a tuned noise scale may move
 
 
@@ -57,7 +58,7 @@ class Validation:
         samples: weight draws S.
         generator: where their seeds come from.
         max_examples: look at the first batches only, until there are so many examples.
-        noise: whether every point gets the noise scale at which it scores best, down to a tenth of MAP's.
+        noise: whether every point gets the noise scale at which it scores best, down to half of MAP's.
         pairs: whether weight draws come in pairs ``θ* ± ε``.
 
     Raises:
@@ -177,8 +178,8 @@ class Validation:
     def _tuned(self, predictions: Predictions, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
 
-        Not below a tenth of what MAP needs, where that is known: a spread of weights that stands for all the noise
-        would make the scale, and N with it, as small as one likes.
+        Not below half of what MAP needs, where that is known: a spread of weights that stands for all the noise fits
+        the validation examples at hand, not others, and would make the scale, and N with it, as small as one likes.
         """
         start = self.posterior.likelihood.noise_scale
         assert start is not None
@@ -198,7 +199,7 @@ class Validation:
                 centre = best
         if math.isfinite(known[centre].value):
             self._exponent = max(round(centre, 1), self._lowest)
-            self._lowest = centre - 1.0 if at_map else self._lowest
+            self._lowest = centre + math.log10(FLOOR) if at_map else self._lowest
         return known[centre]
 
 
