@@ -640,7 +640,7 @@ class LaplacePosterior:
 
         Without grids the search goes from coarse to fine in coordinates that do not trade off, some 30 points (see
         :mod:`laplace_kf.posterior.search`), and the result is never worse than MAP on the validation data: if no
-        point beats the trained weights by more than 1.5 standard errors of the paired difference, (N, λ) is set to a
+        point beats the trained weights by more than one standard error of the paired difference, (N, λ) is set to a
         finite point that is MAP in effect, and the result says so (``map_wins``). With a grid for N or λ every pair is
         measured and the smallest objective wins (methods 9.3).
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
-CAUTION = 1.5, 0.5
+CAUTION = 1.0, 0.5
 """Standard errors by which the default search discounts what a point gains over MAP, and over another point.
 
-Many points are tried, so that the best of them beats MAP by one standard error too easily. This and the floor of the
-noise scale were settled on splits 5 to 12 of UCI tables, not on those of the published comparison."""
+Settled, with the floor of the noise scale, on splits 5 to 12 of UCI tables, not on those of the published comparison.
+"""
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -69,7 +69,7 @@ class TuningResult:
         objective: name of the objective.
         map_objective: the objective of the trained weights alone (at their own best noise scale, where that is tuned);
             None for the evidence.
-        map_wins: whether no point of the table beats it (in the default search: by more than 1.5 standard errors). The
+        map_wins: whether no point of the table beats it (in the default search: by more than one standard error). The
             default search then sets a point that is MAP in effect.
         gain: by how much the best point is better than MAP; None for the evidence.
         gain_error: standard error of ``gain`` over the validation examples, from paired differences; None where the
