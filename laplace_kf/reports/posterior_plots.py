@@ -76,7 +76,7 @@ def tuning_map(result: TuningResult) -> Figure:
     figure, axis = target_axes(None)
     axis.grid(False)
     shades = LinearSegmentedColormap.from_list("objective", ["#08306b", "#3182bd", "#9ecae1", "#f7fbff"])
-    shades.set_bad("#ffffff")
+    shades = shades.with_extremes(bad="#ffffff")
     shown = values.clamp(max=top)
     if gridded:
         edges = [_edges(axis_values) for axis_values in (counts, priors)]
