@@ -75,8 +75,8 @@ def tuning_map(result: TuningResult) -> Figure:
     top = min(float(finite.max()), best + 5 * max(float(finite.median()) - best, 1e-12))
     figure, axis = target_axes(None)
     axis.grid(False)
-    shades = LinearSegmentedColormap.from_list("objective", ["#08306b", "#3182bd", "#9ecae1", "#f7fbff"])
-    shades = shades.with_extremes(bad="#ffffff")
+    colours = LinearSegmentedColormap.from_list("objective", ["#08306b", "#3182bd", "#9ecae1", "#f7fbff"])
+    shades = colours.with_extremes(bad="#ffffff")
     shown = values.clamp(max=top)
     if gridded:
         edges = [_edges(axis_values) for axis_values in (counts, priors)]
