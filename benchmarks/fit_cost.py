@@ -15,6 +15,7 @@ from torch import nn
 
 import laplace_kf as lk
 from benchmarks.timing import epoch, in_turn, ratios
+from benchmarks.workload import wide_mlp
 
 EXAMPLES, BATCH = 10_000, 250
 TARGETS = {"kron exact": 7.0, "kron sampled": 1.6, "diag exact": 3.5}
@@ -23,15 +24,7 @@ TARGETS = {"kron exact": 7.0, "kron sampled": 1.6, "diag exact": 3.5}
 def run(rounds: int = 5) -> dict[str, Any]:
     """Costs of the fits as ratios to one training epoch."""
     torch.set_num_threads(1)
-    rng = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Flatten(), nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-        )
-    x = torch.rand(EXAMPLES, 784, generator=rng)
-    y = torch.randint(0, 10, (EXAMPLES,), generator=rng)
-    batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, EXAMPLES, BATCH)]
+    model, x, y, batches = wide_mlp(EXAMPLES, BATCH)
 
     def fit(structure: str, estimator: str, **options: Any) -> Callable[[], Any]:
         return lambda: lk.LaplacePosterior(model, "categorical", structure, estimator, **options).fit(batches)

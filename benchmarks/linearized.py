@@ -6,7 +6,6 @@ laplace-torch's ``J Λ⁻¹ Jᵀ`` is measured beside it, for as few inputs as i
 
 from __future__ import annotations
 
-import resource
 import warnings
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 
 import laplace_kf as lk
 from benchmarks.timing import epoch, in_turn, ratios
+from benchmarks.workload import peak_bytes, wide_mlp
 from laplace_kf.predictive import Linearization
 
 INPUTS, BATCH, PEER_INPUTS = 1000, 250, 2
@@ -26,15 +26,7 @@ MEMORY_TARGET = 2**30
 def run(rounds: int = 5) -> dict[str, Any]:
     """Costs as ratios to training examples and to one linearised pass, and the growth of the peak memory."""
     torch.set_num_threads(1)
-    rng = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Flatten(), nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)
-        )
-    x = torch.rand(INPUTS, 784, generator=rng)
-    y = torch.randint(0, 10, (INPUTS,), generator=rng)
-    batches = [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, INPUTS, BATCH)]
+    model, x, y, batches = wide_mlp(INPUTS, BATCH)
     posterior = lk.LaplacePosterior(model, "categorical").fit(batches)
     posterior.n_data = 10 * INPUTS
     posterior.precision.logdet()  # the decompositions belong to the fit
@@ -43,9 +35,9 @@ def run(rounds: int = 5) -> dict[str, Any]:
         network = Linearization(model, None, posterior.mean, x)
         network.covariances([posterior.precision_at(n, p) for n, p in GRID])
 
-    before = _peak_bytes()
+    before = peak_bytes()
     posterior.functional_covariance(x)
-    growth = _peak_bytes() - before
+    growth = peak_bytes() - before
     seconds = in_turn(
         {
             "training epoch": lambda: epoch(model, batches),
@@ -75,11 +67,6 @@ def run(rounds: int = 5) -> dict[str, Any]:
         },
         "laplace-torch": _peer(model, x, y, costs["training epoch"]["seconds"] / INPUTS),
     }
-
-
-def _peak_bytes() -> int:
-    """Peak resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _peer(model: nn.Module, x: torch.Tensor, y: torch.Tensor, unit: float) -> dict[str, Any]:

@@ -7,11 +7,11 @@ model and data loaded.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+from benchmarks.workload import peak_bytes
 
 WIDTH, EXAMPLES = 512, 256
 JOBS = (
@@ -42,17 +42,17 @@ def measure(classes: int, structure: str, estimator: str) -> dict[str, float]:
 
     with torch.no_grad():
         model(x)
-    before = _peak()
+    before = peak_bytes()
     start = time.process_time()
     posterior = lk.LaplacePosterior(
         model, "categorical", structure=structure, estimator=estimator, parameters="last_layer"
     ).fit((x, y))
     fit = time.process_time() - start
     posterior.precision.logdet()  # the decomposition, made once
-    decomposed, ready = time.process_time() - start - fit, _peak()
+    decomposed, ready = time.process_time() - start - fit, peak_bytes()
     first = x[:1]
     posterior.predict(first)
-    after = _peak()
+    after = peak_bytes()
     seconds = []
     for _ in range(5):
         start = time.process_time()
@@ -63,16 +63,8 @@ def measure(classes: int, structure: str, estimator: str) -> dict[str, float]:
         "decomposition_seconds": decomposed,
         "predict_seconds": sorted(seconds)[2],
         "predict_bytes": after - ready,
-        "bytes": _peak() - before,
+        "bytes": peak_bytes() - before,
     }
-
-
-def _peak() -> int:
-    """Peak resident bytes of this program; ``ru_maxrss`` would start from those of the process that called it."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def run(rounds: int = 3) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from benchmarks.timing import in_turn, ratios
+from benchmarks.workload import wide_mlp
 
 EXAMPLES, BATCH, DRAWS = 2000, 250, 30
 INPUTS = (1, 10, 100, 1000)
@@ -26,15 +27,8 @@ LIMITS = {"auto, 1 inputs": 1 / 20, "weights, 1000 inputs": 1 / 1.5, "auto, 1000
 def run(rounds: int = 5) -> dict[str, Any]:
     """Processor seconds of every space and number of inputs, and their ratio to laplace-torch's."""
     torch.set_num_threads(1)
-    rng = torch.Generator().manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    x = torch.rand(EXAMPLES, 784, generator=rng)
-    y = torch.randint(0, 10, (EXAMPLES,), generator=rng)
-    posterior = lk.LaplacePosterior(model, "categorical").fit(
-        [(x[i : i + BATCH], y[i : i + BATCH]) for i in range(0, EXAMPLES, BATCH)]
-    )
+    model, x, y, batches = wide_mlp(EXAMPLES, BATCH)
+    posterior = lk.LaplacePosterior(model, "categorical").fit(batches)
     posterior.precision.logdet()
     peer = _peer(model, x, y)
     result: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -32,7 +33,7 @@ class Forecast:
     point: Tensor
 
 
-class Task:
+class Task(ABC):
     """What regression and classification do differently."""
 
     likelihood: ClassVar[str]
@@ -41,25 +42,25 @@ class Task:
     first: ClassVar[str]
     """The metric that stands beside the negative log-likelihood in tables."""
 
+    @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean training loss, 0-dim, of outputs and targets ``(N, ...)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self, outputs: Tensor, val: tuple[Tensor, Tensor]) -> Callable[[Tensor], Prediction]:
         """The network's own prediction: ``outputs (N, C)`` on validation data of targets ``val[1]`` may set its noise.
 
         Returns:
             What makes a prediction of test outputs ``(N, C)``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def point(self, prediction: Prediction) -> Tensor:
         """Means ``(N, 1)`` or probabilities ``(N, C)``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scores(self, forecast: Forecast, targets: Tensor, scale: float) -> dict[str, float]:
         """Metrics on test targets ``(N, ...)``, in original units: ``nll`` in nats, and those of the task."""
-        raise NotImplementedError
 
 
 class RegressionTask(Task):

@@ -403,7 +403,6 @@ def test_normalisation_with_parameters(name: str, structure: str) -> None:
     assert posterior.predict(problem.x, samples=2, space="weights").probs.shape == (problem.n, 2)
 
 
-@pytest.mark.needs("predict:linearized", "predict:probit")
 @over_structures
 @pytest.mark.parametrize("name", ["batchnorm1d", "batchnorm2d", "layernorm", "layernorm-multidim", "groupnorm"])
 def test_linearised_prediction_with_normalisation(name: str, structure: str) -> None:

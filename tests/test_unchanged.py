@@ -205,24 +205,6 @@ BARE: dict[str, Operation] = {
 }
 
 
-NEEDS = {
-    "tune-linearized": "tune:linearized",
-    "predict-linearized": "predict:linearized",
-    "predict-probit": "predict:probit",
-    "functional-covariance": "functional_covariance",
-    "update": "update",
-}
-
-
-def params(operations: dict[str, Operation]) -> list[Any]:
-    """Names as test parameters, marked with what they need beyond the core."""
-    out = []
-    for name in operations:
-        feature = "structure:ekfac" if "ekfac" in name else NEEDS.get(name)
-        out.append(pytest.param(name, marks=[pytest.mark.needs(feature)] if feature else []))
-    return out
-
-
 @pytest.fixture(autouse=True)
 def _trip() -> Iterator[None]:
     Trip.reset()
@@ -241,7 +223,7 @@ def test_the_example() -> None:
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-@pytest.mark.parametrize("name", params(FITTED))
+@pytest.mark.parametrize("name", list(FITTED))
 def test_calls_on_a_fitted_posterior(name: str, structure: str, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -253,7 +235,7 @@ def test_calls_on_a_fitted_posterior(name: str, structure: str, tmp_path: Path) 
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("name", params(BARE))
+@pytest.mark.parametrize("name", list(BARE))
 def test_calls_without_a_posterior(name: str, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -263,7 +245,7 @@ def test_calls_without_a_posterior(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("k", [0, 1, 2])
 @pytest.mark.parametrize("structure", ["kron", "full"])
-@pytest.mark.parametrize("name", params(FITTED))
+@pytest.mark.parametrize("name", list(FITTED))
 def test_a_forward_that_raises_after_k_calls(name: str, structure: str, k: int, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -283,7 +265,7 @@ def test_a_forward_that_raises_after_k_calls(name: str, structure: str, k: int, 
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("name", params(BARE))
+@pytest.mark.parametrize("name", list(BARE))
 def test_a_forward_that_raises_without_a_posterior(name: str, k: int, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)
@@ -324,9 +306,7 @@ def test_a_backward_that_raises(structure: str, error: type[BaseException]) -> N
         posterior.sample(1)
 
 
-@pytest.mark.parametrize(
-    "method", ["mc", "map", pytest.param("linearized", marks=pytest.mark.needs("predict:linearized"))]
-)
+@pytest.mark.parametrize("method", ["mc", "map", "linearized"])
 def test_ctrl_c_in_predict(method: str) -> None:
     model = make()
     posterior = lk.LaplacePosterior(model, "categorical").fit(data())

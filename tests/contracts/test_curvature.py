@@ -314,7 +314,6 @@ def test_defaults_are_kron_and_exact() -> None:
 # ------------------------------------------------------------------------------------------------ ekfac, low rank
 
 
-@pytest.mark.needs("structure:ekfac")
 @pytest.mark.parametrize("case", [*tagged("core"), BY_NAME["conv2d-circular"]], ids=by_id)
 def test_ekfac_has_the_exact_trace_and_the_smaller_error(case: Case) -> None:
     """Per block: the eigenbasis diagonal keeps the trace and is the best diagonal in that basis."""

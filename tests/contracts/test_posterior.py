@@ -138,7 +138,7 @@ def test_matrix_methods(case: Case, structure: str, damping: str) -> None:
 
 @pytest.mark.parametrize(
     "structure",
-    [pytest.param(name, marks=pytest.mark.needs(f"structure:{name}")) for name in ("ekfac", "lowrank", "auto")],
+    ["ekfac", "lowrank", "auto"],
 )
 @over_core
 def test_other_structures_are_consistent(case: Case, structure: str) -> None:
@@ -357,7 +357,7 @@ def _regression(prior: float, scale: float) -> tuple[nn.Module, Tensor, Tensor, 
     return model, x, y[:, None], exact
 
 
-EXACT_FOR_LINEAR = ["full", "kron", pytest.param("ekfac", marks=pytest.mark.needs("structure:ekfac"))]
+EXACT_FOR_LINEAR = ["full", "kron", "ekfac"]
 
 
 @pytest.mark.parametrize("structure", EXACT_FOR_LINEAR)
@@ -378,7 +378,6 @@ def test_bayesian_linear_regression_is_exact(structure: str) -> None:
     close(sampled.variance, sampled.epistemic_variance + 0.36)
 
 
-@pytest.mark.needs("predict:linearized", "functional_covariance")
 @pytest.mark.parametrize("structure", EXACT_FOR_LINEAR)
 def test_bayesian_linear_regression_predictive_is_exact(structure: str) -> None:
     """T25: functional covariance and linearised predictive equal the closed form."""
@@ -840,7 +839,6 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
     )
 
 
-@pytest.mark.needs("tune:linearized")
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
 def test_tune_with_the_linearised_predictive_is_exact(structure: str) -> None:
     """No Monte Carlo: N(f, J Λ⁻¹ Jᵀ + σ²) at every candidate."""
@@ -975,9 +973,9 @@ def _mlp_posterior(**options: Any) -> tuple[Any, Tensor, Tensor]:
         lambda p, x, y: p.log_evidence(),
         lambda p, x, y: p.precision,
         lambda p, x, y: p.mean,
-        pytest.param(lambda p, x, y: p.functional_covariance(x), marks=pytest.mark.needs("functional_covariance")),
+        lambda p, x, y: p.functional_covariance(x),
         lambda p, x, y: p.summary(),
-        pytest.param(lambda p, x, y: p.update([(x, y)]), marks=pytest.mark.needs("update")),
+        lambda p, x, y: p.update([(x, y)]),
     ],
     ids=["predict", "sample", "tune", "penalty", "evidence", "precision", "mean", "covariance", "summary", "update"],
 )
