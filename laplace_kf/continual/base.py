@@ -111,6 +111,22 @@ class Learner(ABC):
             total = total + self.head_precision / 2 * sum((p.square().sum() for p in others), torch.zeros_like(total))
         return total
 
+    def precondition_gradients(self, rate: float) -> None:
+        """Between ``backward()`` and the step of ``torch.optim.SGD``: steps the penalty implicitly.
+
+        The gradients ``g`` become ``(I + rate · Λ)⁻¹ g`` with the penalty's matrix Λ
+        (:meth:`laplace_kf.LaplacePosterior.precondition_gradients`), so that no multiplier is too stiff for the learning
+        rate and no decay over tasks is needed. Nothing happens for methods without a penalty, and in the first task.
+        Optimisers that rescale gradients by themselves (Adam) undo it.
+
+        Args:
+            rate: ``lr / N_task``, positive; lr is the optimiser's current one.
+        """
+        self._precondition(positive("rate", rate))
+
+    def _precondition(self, rate: float) -> None:
+        return
+
     def after_step(self) -> None:
         """To be called after every ``optimizer.step()``, before the gradients are zeroed; most methods do nothing."""
         return

@@ -17,6 +17,7 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.chain import TERMS
+from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.prior import PriorPrecision
 from laplace_kf.structures import Structure
 
@@ -34,6 +35,10 @@ class _Chained(Learner):
 
     def _penalty(self) -> Tensor:
         return self._pull() if self.posterior is None else self.posterior.penalty()
+
+    def _precondition(self, rate: float) -> None:
+        if self.posterior is not None:
+            self.posterior.precondition_gradients(rate)
 
     def _state(self) -> dict[str, Any]:
         return {"posterior": None if self.posterior is None else self._packed(self.posterior)}
@@ -131,18 +136,27 @@ class EWC(Learner):
     ) -> None:
         super().__init__(model, likelihood, structure, multiplier, prior_precision, parameters, **options)
         self.posteriors: list[LaplacePosterior] = []
+        self._implicit: ImplicitPenalty | None = None
 
     def _penalty(self) -> Tensor:
         if not self.posteriors:
             return self._pull()
         return torch.stack([posterior.penalty() for posterior in self.posteriors]).sum()
 
+    def _precondition(self, rate: float) -> None:
+        if self.posteriors and self._implicit is None:
+            self._implicit = ImplicitPenalty([posterior.summed_curvature() for posterior in self.posteriors])
+        if self._implicit is not None:
+            self._implicit.apply(self.model, rate)
+
     def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
         prior: PriorPrecision = 0.0 if self.posteriors else self.prior_precision
         self.posteriors.append(self._posterior(loader, prior, forward, generator))
+        self._implicit = None
 
     def _state(self) -> dict[str, Any]:
         return {"posteriors": [self._packed(posterior) for posterior in self.posteriors]}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.posteriors = [self._unpacked(one) for one in state["posteriors"]]
+        self._implicit = None

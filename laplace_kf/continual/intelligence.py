@@ -91,6 +91,7 @@ class SynapticIntelligence(Learner):
         self._before = dict(self._start)
         self._path = {name: torch.zeros_like(weight) for name, weight in self._start.items()}
         self._from_penalty: Weights = {}
+        self._of_loss: Weights = {}  # where the gradients were preconditioned since
 
     def _penalty(self) -> Tensor:
         weights = self._observed()
@@ -99,6 +100,15 @@ class SynapticIntelligence(Learner):
             terms = [(omega[n] * (weight - centre[n]).square()).sum() / 2 for n, weight in weights.items()]
             total = total + torch.stack(terms).sum()
         return total
+
+    @torch.no_grad()
+    def _precondition(self, rate: float) -> None:
+        for name, weight in self._weights().items():
+            if weight.grad is not None:
+                self._of_loss[name] = weight.grad - self._from_penalty.get(name, 0.0)
+                stiffness = [omega[name] for omega, _ in self.anchors]
+                if stiffness:
+                    weight.grad /= 1 + rate * torch.stack(stiffness).sum(0)
 
     def _observed(self) -> Weights:
         """The weights behind a view each, whose gradient is the penalty's alone, with whatever factor it came."""
@@ -128,10 +138,10 @@ class SynapticIntelligence(Learner):
             )
         for name, weight in weights.items():
             if weight.grad is not None:
-                gradient = weight.grad - self._from_penalty.get(name, 0.0)
+                gradient = self._of_loss.get(name, weight.grad - self._from_penalty.get(name, 0.0))
                 self._path[name] -= gradient * (weight - self._before[name])
             self._before[name] = weight.detach().clone()
-        self._from_penalty = {}
+        self._from_penalty, self._of_loss = {}, {}
 
     @torch.no_grad()
     def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:

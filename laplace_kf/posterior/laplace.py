@@ -28,6 +28,7 @@ from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
+from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
     PriorPrecision,
@@ -145,6 +146,7 @@ class LaplacePosterior:
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
         self._cache: dict[tuple[Any, ...], Blockwise] = {}
+        self._implicit: tuple[tuple[Any, ...], ImplicitPenalty] | None = None
         self.prior_precision = prior_precision
         self._chain: Chain | None = None
         if prior is not None:
@@ -247,7 +249,7 @@ class LaplacePosterior:
         if state.reference is not None:
             n_data = state.reference
         self._n_data = float(n_data) if n_data is not None else state.statistics.count
-        self._cache = {}
+        self._cache, self._implicit = {}, None
 
     def _covered_by_chain(self, chain: Chain) -> tuple[str | Sequence[str], Structure]:
         """What a chained posterior covers: of a subnetwork, the weights that were chosen for the first task."""
@@ -456,6 +458,37 @@ class LaplacePosterior:
         state = self._fitted("penalty")
         current = self._flat_weights(state.statistics.layout)
         return self.precision.energy((current - state.mean).to(state.like)) / 2
+
+    @lasting()
+    def precondition_gradients(self, rate: float) -> None:
+        """For training with :meth:`penalty`: the gradients ``g`` become ``(I + rate · Λ)⁻¹ g``, in place.
+
+        With ``rate = lr / N``, N as in ``loss + penalty() / N``, and called between ``backward()`` and the step of
+        ``torch.optim.SGD`` (with momentum or without), the penalty is stepped implicitly: training is stable however
+        stiff the penalty is, with the learning rate of a training without it (:mod:`laplace_kf.posterior.implicit`).
+        Optimisers that rescale gradients by themselves (Adam) undo it.
+
+        Args:
+            rate: ``lr / N``, positive.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ValueError: for another rate.
+        """
+        key = (self.n_data, self.precision_factor, plain(self._prior))
+        if self._implicit is None or self._implicit[0] != key:
+            self._implicit = key, ImplicitPenalty([self.summed_curvature()])
+        self._implicit[1].apply(self.model, rate)
+
+    def summed_curvature(self) -> tuple[Blockwise, Tensor | dict[str, Tensor]]:
+        """The two parts of ``Λ``: ``N C̄``, and λ as a 0-dim tensor or one for every parameter name.
+
+        Raises:
+            NotFitted: before ``fit``.
+        """
+        state = self._fitted("summed_curvature")
+        factor = self.n_data * self.precision_factor
+        return state.curvature.scaled(factor), prior_tensors(self._prior, state.statistics.layout, state.like)
 
     @lasting()
     def update(
