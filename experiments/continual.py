@@ -29,6 +29,7 @@ from experiments.claims import verdict_table
 from experiments.continual_methods import METHODS, STANDARD, Method
 from experiments.streams import STREAMS, Stream, Task, joined
 from laplace_kf import continual
+from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.registry import Registry
 from laplace_kf.reports.html import Report
 
@@ -64,6 +65,11 @@ class Config:
         train_size: training images of a task.
         val_size: validation images of a task, the last of the training file.
         test_size: test images of a task.
+        estimator: of the curvature, a registered one; empty for the default.
+        degrees: rotated MNIST: the angle of the last task.
+        table: streaming regression: a UCI set.
+        sort_by: the feature whose slices are the tasks; −1 for random slices.
+        noise: standard deviation of the observation noise, in those of the target.
         progress: whether to show progress bars.
     """
 
@@ -91,6 +97,11 @@ class Config:
     train_size: int = 55_000
     val_size: int = 5_000
     test_size: int = 10_000
+    estimator: str = ""
+    degrees: float = 90.0
+    table: str = "power-plant"
+    sort_by: int = 0
+    noise: float = 0.25
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -98,7 +109,7 @@ class Config:
                      "test_size"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1")
-        for name in ("lr", "adam_lr", "prior_precision"):
+        for name in ("lr", "adam_lr", "prior_precision", "noise"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be above 0")
         for name in ("multipliers", "strengths"):
@@ -127,25 +138,37 @@ def _adam(config: Config, weights: list[nn.Parameter], factor: float) -> torch.o
 
 
 def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
-    """All T tasks with one method: qualities ``[after task][on task]`` on validation and test data, and seconds.
+    """All T tasks with one method.
 
     Returns:
-        ``val`` and ``test`` (T, T), ``untrained`` (T,), ``strength``, ``seconds``, ``processor_seconds``, ``diverged``.
+        Qualities ``[after task][on task]`` in ``val`` and ``test`` (T, T) and of the untrained network in ``untrained``
+        (T,); ``strength``, ``seconds``, ``processor_seconds``, whether it ``diverged``, the relative ``errors`` of the
+        curvature by update and block, and the stream's ``closing`` results.
     """
     wall, processor = time.perf_counter(), time.process_time()
     stream = STREAMS[config.stream]
-    model = stream.network(config, seed).to(config.device)
-    untrained = [stream.quality(model, task, task.test) for task in tasks]
-    learner = method.make(
-        strength, len(tasks[0].train[0]), model=model, likelihood=stream.likelihood, parameters=stream.parameters,
-        prior_precision=config.prior_precision,
-    )  # fmt: skip
-    found: dict[str, Any] = {"val": [], "test": [], "untrained": untrained, "strength": strength, "diverged": False}
+    options = {"estimator": config.estimator} if config.estimator else {}
+
+    def start() -> tuple[nn.Module, continual.Learner]:
+        model = stream.network(config, tasks, seed).to(config.device)
+        return model, method.make(
+            strength, len(tasks[0].train[0]), model=model, likelihood=stream.likelihood(config),
+            parameters=stream.parameters, prior_precision=config.prior_precision,
+            head_precision=config.prior_precision, **options,
+        )  # fmt: skip
+
+    model, learner = start()
+    found: dict[str, Any] = {
+        "val": [], "test": [], "untrained": [stream.quality(config, model, task, task.test) for task in tasks],
+        "strength": strength, "diverged": False, "closing": {},
+    }  # fmt: skip
     for number, task in enumerate(tasks):
+        if method.fresh and number:
+            model, learner = start()
+        stream.begin(model, number, method.revisits)
         # what the method trains on, as tensors: joint training has the earlier tasks' data too
         seen: Iterable[Any] = learner.training_data([task.train])
-        inputs, targets = joined(list(seen))
-        batches = training.Batches(inputs, targets, config.batch, training.generator(seed, inputs.device))
+        batches = training.Batches(*joined(list(seen)), config.batch, training.generator(seed, task.train[0].device))
         k = strength * getattr(config, method.decay) if method.decay else 0.0
         try:
             _train(config, method, stream, model, learner, batches, continual.decayed_rate(1.0, number, k), seed)
@@ -155,7 +178,13 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
         parts = list(zip(*(part.split(config.curvature_batch) for part in task.train), strict=True))
         learner.after_task(parts, forward=task.forward)
         for split in ("val", "test"):
-            found[split].append([stream.quality(model, other, getattr(other, split)) for other in tasks])
+            row = [stream.quality(config, model, other, getattr(other, split)) for other in tasks]
+            # every task has its own network: the earlier ones are what they were
+            found[split].append([*found[split][-1][:number], *row[number:]] if method.fresh and number else row)
+    else:
+        found["closing"] = stream.closing(config, model, learner, tasks)
+    posterior: LaplacePosterior | None = getattr(learner, "posterior", None)
+    found["errors"] = [] if posterior is None else list(posterior.chain_errors)
     found["seconds"] = time.perf_counter() - wall
     found["processor_seconds"] = time.process_time() - processor
     return found
@@ -170,7 +199,7 @@ def _train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     count = len(batches.inputs)
     training.train(
-        model, batches, optimizer, config.epochs, loss=stream.loss, penalty=lambda: learner.penalty() / count,
+        model, batches, optimizer, config.epochs, loss=stream.loss(config), penalty=lambda: learner.penalty() / count,
         after_step=learner.after_step, scheduler=schedule, seed=seed,
         progress=f"{type(learner).__name__}, task {learner.tasks + 1}" if config.progress else None,
     )  # fmt: skip
@@ -197,6 +226,7 @@ def _key(config: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in {**asdict(Config()), **config}.items() if k not in _NEUTRAL}
 
 
+BATCH = "joint training"
 _NEUTRAL = ("repeats", "seed", "methods", "multipliers", "strengths", "progress", "threads", "device")
 
 
@@ -204,32 +234,50 @@ def run(config: Config, folder: Path) -> Report:
     """All methods, strengths and seeds; every finished sequence is kept in ``folder`` and used again."""
     folder.mkdir(parents=True, exist_ok=True)
     stream = STREAMS[config.stream]
-    runs: list[dict[str, dict[str, float]]] = []
-    curves: dict[str, list[list[float]]] = {}
+    best: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}
     scores: dict[str, Any] = {}
     for seed in range(config.seed, config.seed + config.repeats):
-        tasks = stream.tasks(config, seed)
-        numbers: dict[str, dict[str, float]] = {}
+        given = stream.tasks(config, seed)
         for name in config.methods:
-            tried = searched(config, name, tasks, seed, folder)
-            best = max(tried, key=_score)
+            tried = searched(config, name, given.tasks, seed, folder)
             scores[f"{seed}: {name}"] = {str(one["strength"]): _finite(_score(one)) for one in tried}
-            if best["diverged"]:
+            best[name].append(max(tried, key=_score))
+            if best[name][-1]["diverged"]:
                 raise FloatingPointError(f"{name} diverged at every strength tried; use a smaller lr or more decay")
-            numbers[name] = report.numbers(best)
-            curves.setdefault(name, []).append(report.curve(best))
-        runs.append(numbers)
-    claims = [c.judge(runs) for c in report.CLAIMS if c.method in config.methods and c.other in config.methods]
+    tasks = given.tasks
+    runs = [{name: report.numbers(found[i]) for name, found in best.items()} for i in range(config.repeats)]
+    claims = [c.judge(runs) for c in stream.claims if c.method in best and c.other in best]
+    tables = [report.methods_table(stream.measure, runs)]
+    if len(tasks) <= report.FEW:
+        last = {name: [one["test"][-1] for one in found] for name, found in best.items()}
+        tables.append(report.task_table(stream.measure, tasks, last, stream.published))
+    closing = {name: [one["closing"] for one in found] for name, found in best.items()}
+    if BATCH in closing and closing[BATCH][0]:
+        tables.append(report.batch_table(closing, BATCH, config.noise))
+    main = config.methods[0]
+    matrices = {name: [one["test"] for one in found] for name, found in best.items()}
     what = f"{len(tasks)} tasks of {stream.title}, {config.repeats} seed(s), {config.epochs} epochs a task."
     return Report(
         title=f"Continual learning: {stream.title}",
-        summary=what + " Accuracies are on the test images of all tasks after the last one.",
+        summary=f"{what} {report.described(tasks, given.absent, given.remarks)} All numbers are on test data.",
         seed=config.seed,
         config=asdict(config),
         metrics={name: {k: [run[name][k] for run in runs] for k in runs[0][name]} for name in config.methods},
-        tables=[report.methods_table(config, runs), *([verdict_table(claims)] if claims else [])],
-        pictures=[report.progress_picture(stream, curves)],
-        details={"verdicts": claims, "validation": scores},
+        tables=[*tables, *([verdict_table(claims)] if claims else [])],
+        pictures=[
+            report.progress_picture(stream, {name: [report.curve(one) for one in best[name]] for name in best}),
+            report.heat_map(stream, tasks, main, matrices[main]),
+        ],
+        details={
+            "verdicts": claims,
+            "validation": scores,
+            "tasks": [task.name for task in tasks],
+            "absent": dict(given.absent),
+            "remarks": dict(given.remarks),
+            "published": stream.published,
+            "matrices": matrices,
+            "curvature_errors": {name: [one["errors"] for one in found] for name, found in best.items()},
+        },
         device=config.device,
     )
 
