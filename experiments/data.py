@@ -22,6 +22,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.io import loadmat
 from torch import Tensor
 
 from experiments.files import DATA_SETS, MissingData, fetch, folders, locate
@@ -29,14 +30,25 @@ from laplace_kf.errors import CorruptFile, UnknownName
 from laplace_kf.registry import Registry
 from laplace_kf.reports import missing_extra
 
-__all__ = ["DATA_SETS", "IMAGE_SETS", "MissingData", "Regression", "fetch", "images", "regression", "tables", "text"]
+__all__ = [
+    "DATA_SETS",
+    "IMAGE_SETS",
+    "MissingData",
+    "Regression",
+    "fetch",
+    "images",
+    "regression",
+    "splits",
+    "tables",
+    "text",
+]
 
 
 def images(name: str, split: str) -> tuple[Tensor, Tensor]:
     """Images and labels of a data set.
 
     Args:
-        name: ``mnist``, ``fashion-mnist``, ``notmnist``, ``cifar10``, ``cifar100`` (fine labels) or ``digits``.
+        name: ``mnist``, ``fashion-mnist``, ``notmnist``, ``svhn``, ``cifar10``, ``cifar100`` (fine labels), ``digits``.
         split: ``train`` or ``test`` (``digits`` has ``train`` only, ``notmnist`` has ``test`` only).
 
     Returns:
@@ -49,12 +61,16 @@ def images(name: str, split: str) -> tuple[Tensor, Tensor]:
         CorruptFile: if a file is not of the expected format.
     """
     reader = IMAGE_SETS[name]
-    splits = {"digits": ("train",), "notmnist": ("test",)}.get(name, ("train", "test"))
-    if split not in splits:
-        raise UnknownName(f"split of data set {name!r}:", split, splits)
+    if split not in splits(name):
+        raise UnknownName(f"split of data set {name!r}:", split, splits(name))
     pixels, labels = reader(name, split)
     scaled = torch.from_numpy(pixels.astype(np.float32)) / (16 if name == "digits" else 255)
     return scaled, torch.from_numpy(labels.astype(np.int64))
+
+
+def splits(name: str) -> tuple[str, ...]:
+    """The splits that :func:`images` knows of a data set."""
+    return {"digits": ("train",), "notmnist": ("test",)}.get(name, ("train", "test"))
 
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -154,6 +170,17 @@ def _read_coded(path: Path) -> tuple[Pixels, Pixels]:
     return np.stack([green + red, green, green + blue], axis=1), labels
 
 
+def _matlab(name: str, split: str) -> tuple[Pixels, Pixels]:
+    """The cropped house numbers: ``X`` (32, 32, 3, N), and ``y`` (N, 1) in which 10 stands for the digit 0."""
+    path = locate(f"{name}/{split}_32x32.mat", name)
+    try:
+        table = loadmat(path)
+        pixels, labels = table["X"], table["y"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+        raise CorruptFile(f"{path.name} is not a file of cropped house numbers: {error}") from error
+    return np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)), labels[:, 0] % 10
+
+
 def _bundled_digits(name: str, split: str) -> tuple[Pixels, Pixels]:
     try:
         from sklearn.datasets import load_digits
@@ -168,6 +195,7 @@ for _name in ("mnist", "fashion-mnist", "notmnist"):
     IMAGE_SETS.register(_name)(_idx)
 for _name in ("cifar10", "cifar100"):
     IMAGE_SETS.register(_name)(_cifar)
+IMAGE_SETS.register("svhn")(_matlab)
 IMAGE_SETS.register("digits")(_bundled_digits)
 
 

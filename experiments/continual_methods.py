@@ -1,0 +1,86 @@
+"""The methods that a stream of tasks is learned with: how the learner is made, and how it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from laplace_kf import continual
+from laplace_kf.registry import Registry
+
+__all__ = ["METHODS", "STANDARD", "Method"]
+
+
+Make = Callable[..., continual.Learner]
+"""``(strength, examples of a task, **what all learners have in common) -> learner``"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of continual learning.
+
+    Args:
+        make: the learner.
+        grid: name of the setting that holds its strengths; empty if it has none.
+        decay: name of the setting that shortens its steps from task to task; empty for none.
+        optimizer: name of the setting that names its optimiser.
+        revisits: whether it trains on the data of all tasks so far.
+        fresh: whether every task gets a new network.
+    """
+
+    make: Make
+    grid: str = "multipliers"
+    decay: str = "decay_kron"
+    optimizer: str = "optimizer"
+    revisits: bool = False
+    fresh: bool = False
+
+
+METHODS: Registry[Method] = Registry("continual learning method")
+
+
+def _online(structure: str, terms: str) -> Make:
+    return lambda strength, examples, **shared: continual.OnlineLaplace(
+        structure=structure, multiplier=strength, terms=terms, **shared
+    )
+
+
+def _ewc(structure: str) -> Make:
+    return lambda strength, examples, **shared: continual.EWC(structure=structure, multiplier=strength, **shared)
+
+
+def _intelligence(strength: float, examples: int, **shared: Any) -> continual.Learner:
+    return continual.SynapticIntelligence(c=strength * examples, **shared)
+
+
+def _add(name: str, make: Make, **how: Any) -> None:
+    METHODS.register(name)(Method(make, **how))
+
+
+_add("Kronecker online", _online("kron", "keep"))
+_add("Kronecker online, projected", _online("kron", "project"))
+_add("Kronecker online, summed", _online("kron", "sum"))
+_add("diagonal online", _online("diag", "keep"), decay="decay_diag")
+_add("Kronecker EWC", _ewc("kron"))
+_add("diagonal EWC", _ewc("diag"), decay="decay_diag")
+_add("Synaptic Intelligence", _intelligence, grid="strengths", decay="", optimizer="si_optimizer")
+_add("fine-tuning", lambda strength, examples, **shared: continual.FineTuning(**shared), grid="", decay="")
+_add(
+    "joint training",
+    lambda strength, examples, **shared: continual.JointTraining(**shared),
+    grid="",
+    decay="",
+    revisits=True,
+)
+
+STANDARD = tuple(METHODS)
+"""What is run unless a configuration says otherwise."""
+
+_add(
+    "single-task networks",
+    lambda strength, examples, **shared: continual.FineTuning(**shared),
+    grid="",
+    decay="",
+    fresh=True,
+)
