@@ -57,7 +57,9 @@ class Config:
         optimizer: ``sgd`` or ``adam``, for all methods but Synaptic Intelligence.
         si_optimizer: that of Synaptic Intelligence.
         adam_lr: step size of Adam.
-        decay_kron: the step size of task t is divided by ``1 + decay · λ_c · t`` for Kronecker structures.
+        implicit: whether SGD steps the penalty implicitly, which needs no smaller steps for stiff penalties.
+        decay_kron: where it is not, the step size of task t is divided by ``1 + decay · λ_c · t`` for Kronecker
+            structures.
         decay_diag: likewise for diagonal ones.
         prior_precision: ``λ``.
         multipliers: grid for ``λ_c``.
@@ -89,6 +91,7 @@ class Config:
     optimizer: str = "sgd"
     si_optimizer: str = "adam"
     adam_lr: float = 1e-3
+    implicit: bool = True
     decay_kron: float = 0.0
     decay_diag: float = 0.0
     prior_precision: float = 1.0
@@ -169,7 +172,8 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
         # what the method trains on, as tensors: joint training has the earlier tasks' data too
         seen: Iterable[Any] = learner.training_data([task.train])
         batches = training.Batches(*joined(list(seen)), config.batch, training.generator(seed, task.train[0].device))
-        k = strength * getattr(config, method.decay) if method.decay else 0.0
+        explicit = method.decay and not (config.implicit and method.implicit)
+        k = strength * getattr(config, method.decay) if explicit else 0.0
         try:
             _train(config, method, stream, model, learner, batches, continual.decayed_rate(1.0, number, k), seed)
         except FloatingPointError:
@@ -198,9 +202,14 @@ def _train(
     optimizer = OPTIMIZERS[getattr(config, method.optimizer)](config, weights, factor)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
     count = len(batches.inputs)
+    implicit = config.implicit and method.implicit and isinstance(optimizer, torch.optim.SGD)
+
+    def before_step() -> None:
+        learner.precondition_gradients(optimizer.param_groups[0]["lr"] / count)
+
     training.train(
         model, batches, optimizer, config.epochs, loss=stream.loss(config), penalty=lambda: learner.penalty() / count,
-        after_step=learner.after_step, scheduler=schedule, seed=seed,
+        before_step=before_step if implicit else None, after_step=learner.after_step, scheduler=schedule, seed=seed,
         progress=f"{type(learner).__name__}, task {learner.tasks + 1}" if config.progress else None,
     )  # fmt: skip
 

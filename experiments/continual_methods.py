@@ -27,6 +27,7 @@ class Method:
         optimizer: name of the setting that names its optimiser.
         revisits: whether it trains on the data of all tasks so far.
         fresh: whether every task gets a new network.
+        implicit: whether its penalty may be stepped implicitly (if the configuration says so).
     """
 
     make: Make
@@ -35,6 +36,7 @@ class Method:
     optimizer: str = "optimizer"
     revisits: bool = False
     fresh: bool = False
+    implicit: bool = True
 
 
 METHODS: Registry[Method] = Registry("continual learning method")
@@ -84,3 +86,5 @@ _add(
     decay="",
     fresh=True,
 )
+_add("Kronecker online, explicit steps", _online("kron", "keep"), implicit=False)
+_add("diagonal online, explicit steps", _online("diag", "keep"), decay="decay_diag", implicit=False)

@@ -96,6 +96,7 @@ def train(
     *,
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
     penalty: Callable[[], Tensor] | None = None,
+    before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     seed: int = 0,
@@ -110,6 +111,7 @@ def train(
         epochs: passes over the data.
         loss: ``(outputs, targets) -> ()``, the mean over the batch.
         penalty: added to every batch's loss, on the scale of a per-example mean (``½θᵀΛθ/N``, ``KL/N``).
+        before_step: called between ``backward()`` and each update (implicit steps of a penalty, for instance).
         after_step: called after each update (Synaptic Intelligence's running sums, for instance).
         scheduler: stepped once per epoch.
         seed: for the network's own randomness (dropout masks).
@@ -133,6 +135,8 @@ def train(
                 if penalty is not None:
                     objective = objective + penalty()
                 objective.backward()
+                if before_step is not None:
+                    before_step()
                 optimizer.step()
                 if after_step is not None:
                     after_step()

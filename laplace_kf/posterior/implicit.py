@@ -1,7 +1,8 @@
 """Training steps that take a quadratic penalty implicitly, so that it may be as stiff as it likes.
 
-With ``g = ∇(loss + penalty/N)`` and ``r = lr / N``, the step ``θ − lr (I + r Λ)⁻¹ g`` minimises the linearised loss plus
-the whole penalty plus ``‖θ' − θ‖² / (2 lr)``: a proximal gradient step. Its fixed points are those of the plain step.
+With ``g = ∇(loss + penalty/N)`` and ``r = lr / N``, the step ``θ − lr (I + r Λ)⁻¹ g`` minimises the linearised loss
+plus the whole penalty plus ``‖θ' − θ‖² / (2 lr)``: a proximal gradient step. Its fixed points are those of the plain
+step.
 Plain gradient descent needs ``lr < 2 N / λ_max(Λ)``, which for a chain of tasks with a large multiplier is next to
 nothing (S3 5.4.1 decays the rate from task to task for that reason, methods 11.6); this step is stable for every Λ.
 """
