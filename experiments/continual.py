@@ -58,8 +58,9 @@ class Config:
         si_optimizer: that of Synaptic Intelligence.
         adam_lr: step size of Adam.
         implicit: whether SGD steps the penalty implicitly, which needs no smaller steps for stiff penalties.
-        decay_kron: where it is not, the step size of task t is divided by ``1 + decay · λ_c · t`` for Kronecker
-            structures.
+        decay: the step size of task t (from 0) is divided by ``1 + decay · t``.
+        decay_kron: where it is not, the step size of task t is divided by ``1 + decay_kron · λ_c · t`` as well
+            (Kronecker structures).
         decay_diag: likewise for diagonal ones.
         prior_precision: ``λ``.
         multipliers: grid for ``λ_c``.
@@ -92,6 +93,7 @@ class Config:
     si_optimizer: str = "adam"
     adam_lr: float = 1e-3
     implicit: bool = True
+    decay: float = 0.0
     decay_kron: float = 0.0
     decay_diag: float = 0.0
     prior_precision: float = 1.0
@@ -173,7 +175,7 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
         seen: Iterable[Any] = learner.training_data([task.train])
         batches = training.Batches(*joined(list(seen)), config.batch, training.generator(seed, task.train[0].device))
         explicit = method.decay and not (config.implicit and method.implicit)
-        k = strength * getattr(config, method.decay) if explicit else 0.0
+        k = config.decay + (strength * getattr(config, method.decay) if explicit else 0.0)
         try:
             _train(config, method, stream, model, learner, batches, continual.decayed_rate(1.0, number, k), seed)
         except FloatingPointError:

@@ -88,3 +88,4 @@ _add(
 )
 _add("Kronecker online, explicit steps", _online("kron", "keep"), implicit=False)
 _add("diagonal online, explicit steps", _online("diag", "keep"), decay="decay_diag", implicit=False)
+_add("Synaptic Intelligence, implicit steps", _intelligence, grid="strengths", decay="")

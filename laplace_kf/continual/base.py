@@ -116,8 +116,8 @@ class Learner(ABC):
 
         The gradients ``g`` become ``(I + rate · Λ)⁻¹ g`` with the penalty's matrix Λ
         (:meth:`laplace_kf.LaplacePosterior.precondition_gradients`), so that no multiplier is too stiff for the
-        learning rate and no decay over tasks is needed. Nothing happens for methods without a penalty, and in the first task.
-        Optimisers that rescale gradients by themselves (Adam) undo it.
+        learning rate and no decay over tasks is needed. Nothing happens for methods without a penalty, and in the first
+        task. Optimisers that rescale gradients by themselves (Adam) undo it.
 
         Args:
             rate: ``lr / N_task``, positive; lr is the optimiser's current one.
