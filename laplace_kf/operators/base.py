@@ -17,7 +17,7 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.linalg import cholesky, require_positive
 
-__all__ = ["Isotropic", "Matrix", "Sum", "fresh_generator", "standard_normal"]
+__all__ = ["Isotropic", "Matrix", "Sum", "fresh_generator", "product_of_sum", "standard_normal"]
 
 DENSE_WARNING = 4096  # parameters above which going through a dense matrix is worth a warning
 
@@ -77,6 +77,10 @@ class Matrix(ABC):
     def matvec(self, v: Tensor) -> Tensor:
         """The product with ``v``, ``(P,)`` or ``(P, K)``."""
         return self.dense() @ self._checked(v)
+
+    def added_to(self, total: Tensor, v: Tensor) -> Tensor:
+        """``total + matrix v``, both ``(P,)`` or ``(P, K)``; ``total`` may be overwritten."""
+        return total.add_(self.matvec(v))
 
     def solve(self, v: Tensor) -> Tensor:
         """``matrix⁻¹ v`` for ``v`` ``(P,)`` or ``(P, K)``.
@@ -163,6 +167,9 @@ class Isotropic(Matrix):
     def matvec(self, v: Tensor) -> Tensor:
         return self.value * self._checked(v)
 
+    def added_to(self, total: Tensor, v: Tensor) -> Tensor:
+        return total.addcmul_(self.value, v)
+
     def solve(self, v: Tensor) -> Tensor:
         require_positive(self.value, self.label)
         return self._checked(v) / self.value
@@ -206,4 +213,12 @@ class Sum(Matrix):
         return torch.stack([term.diag() for term in self.terms]).sum(0)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return torch.stack([term.matvec(v) for term in self.terms]).sum(0)
+        return product_of_sum(self.terms, v)
+
+
+def product_of_sum(terms: Sequence[Matrix], v: Tensor) -> Tensor:
+    """``Σ_k terms_k v`` for ``v`` ``(P,)`` or ``(P, K)``, one after another into one result."""
+    total = terms[0].matvec(v)
+    for term in terms[1:]:
+        total = term.added_to(total, v)
+    return total

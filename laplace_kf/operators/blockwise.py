@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -61,6 +61,17 @@ class Blockwise(Matrix):
             terms.append(matrix.energy(part) if isinstance(matrix, Spectral) else part @ matrix.matvec(part))
         return _added(terms)
 
+    def energy_and_product(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """``vᵀ Λ v`` (0-dim) and ``Λ v`` for a vector given as parameter-shaped tensors ``(1, *shape)`` by name."""
+        energies, products = [], []
+        for block, matrix in self.entries:
+            packed = block.pack(parts)
+            v = packed.reshape(-1).to(matrix.device)
+            product = matrix.matvec(v)
+            energies.append(v @ product)
+            products.append(block.unpack(product.to(packed.device).reshape(1, *block.shape)))
+        return _added(energies), merged(products)
+
     def diag(self) -> Tensor:
         found = [block.unpack(matrix.diag().reshape(1, *block.shape)) for block, matrix in self.entries]
         return self._joined(merged(found)).reshape(-1)
@@ -112,11 +123,20 @@ class Blockwise(Matrix):
             prior: λ as a 0-dim tensor, or one 0-dim tensor for every parameter name.
             damping: how Kronecker blocks are damped.
         """
+        return self._shifted(prior, lambda matrix, own: matrix.precision(n, own, damping))
+
+    def products(self, n: float | Tensor, prior: Tensor | dict[str, Tensor], damping: str) -> Blockwise:
+        """The same matrix as :meth:`precision`, in the form that is cheapest to multiply with: undecomposed."""
+        return self._shifted(prior, lambda matrix, own: matrix.products(n, own, damping))
+
+    def _shifted(
+        self, prior: Tensor | dict[str, Tensor], make: Callable[[CurvatureBlock, Tensor], Matrix]
+    ) -> Blockwise:
         entries: list[tuple[Block, Matrix]] = []
         for block, matrix in self.entries:
             if not isinstance(matrix, CurvatureBlock):
                 raise ShapeMismatch(f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block")
-            entries.append((block, matrix.precision(n, prior_of(block, prior).to(matrix.device), damping)))
+            entries.append((block, make(matrix, prior_of(block, prior).to(matrix.device))))
         return Blockwise(self.layout, entries)
 
 

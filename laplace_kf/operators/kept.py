@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import KNOB, cholesky, eigh
-from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix
+from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, product_of_sum
 from laplace_kf.operators.curvature import DAMPINGS, CurvatureBlock, DiagonalBlock, KroneckerBlock, SpectralBlock
 from laplace_kf.operators.spectral import Basis, Spectral
 
@@ -69,7 +69,7 @@ class KeptTerms(CurvatureBlock):
         return torch.stack([term.diag() for term in self._terms]).sum(0)
 
     def matvec(self, v: Tensor) -> Tensor:
-        return torch.stack([term.matvec(v) for term in self._terms]).sum(0)
+        return product_of_sum(self._terms, v)
 
     def scaled(self, factor: float | Tensor) -> KeptTerms:
         return KeptTerms([_scaled(term, factor) for term in self._terms], self.label)
@@ -122,6 +122,11 @@ class KeptTerms(CurvatureBlock):
                     return exact
         return TermSum(terms, prior, self.label)
 
+    def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        exact = DAMPINGS[damping] is DAMPINGS["exact"]
+        scaled = [_scaled(term, n) for term in self._terms]
+        return TermSum(scaled, prior, self.label) if exact else self.precision(n, prior, damping)
+
 
 class TermSum(Matrix):
     """``Λ = Σ_k C_k + diag(prior)``; never a dense matrix except in :meth:`dense` and a small :meth:`logdet`.
@@ -151,7 +156,7 @@ class TermSum(Matrix):
         flat = self.prior.reshape(-1)
         total = (flat if v.dim() == 1 else flat[:, None]) * v
         for term in self.terms:
-            total = total + term.matvec(v)
+            total = term.added_to(total, v)
         return total
 
     def scaled(self, factor: float | Tensor) -> TermSum:

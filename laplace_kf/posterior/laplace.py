@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.objectives import Objective
+from laplace_kf.posterior.penalty import half_energy
 from laplace_kf.posterior.prior import (
     PriorPrecision,
     by_parameter,
@@ -144,7 +145,7 @@ class LaplacePosterior:
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
-        self._cache: dict[tuple[Any, ...], Blockwise] = {}
+        self._cache: dict[Callable[..., Blockwise], tuple[tuple[Any, ...], Blockwise]] = {}
         self.prior_precision = prior_precision
         self._chain: Chain | None = None
         if prior is not None:
@@ -366,20 +367,27 @@ class LaplacePosterior:
         Raises:
             NotFitted: before ``fit``.
         """
-        state = self._fitted("precision")
         prior = self._prior if prior_precision is None else prior_precision
+        return self._made(Blockwise.precision, self._fitted("precision").curvature, n_data, prior)
+
+    def _made(
+        self, form: Callable[..., Blockwise], curvature: Blockwise, n_data: float, prior: PriorPrecision
+    ) -> Blockwise:
+        """``form`` of the curvature at ``(N, λ)``, kept until it is asked for at others."""
         factor, _ = self._rescaled()
         values = list(prior.values()) if isinstance(prior, Mapping) else [prior]
         reusable = not any(isinstance(value, Tensor) for value in (factor, *values))
         key = (n_data, factor, tuple(prior.items()) if isinstance(prior, Mapping) else prior) if reusable else None
-        if key is not None and key in self._cache:
-            return self._cache[key]
+        held = self._cache.get(form)
+        if key is not None and held is not None and held[0] == key:
+            return held[1]
+        state = self._fitted("precision")
         given = prior_tensors(prior, state.statistics.layout, state.like)
-        curvature = state.curvature if isinstance(factor, float) and factor == 1.0 else state.curvature.scaled(factor)
-        precision = curvature.precision(n_data, given, self.damping)
+        scaled = curvature if isinstance(factor, float) and factor == 1.0 else curvature.scaled(factor)
+        made = form(scaled, n_data, given, self.damping)
         if key is not None:
-            self._cache = {key: precision}  # one entry: a grid search must not fill the memory
-        return precision
+            self._cache[form] = (key, made)  # one entry a form: a grid search must not fill the memory
+        return made
 
     @property
     def precision_factor(self) -> float:
@@ -452,10 +460,18 @@ class LaplacePosterior:
 
     @lasting()
     def penalty(self) -> Tensor:
-        """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable."""
+        """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable.
+
+        Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
+        term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
+        """
         state = self._fitted("penalty")
-        current = self._flat_weights(state.statistics.layout)
-        return self.precision.energy((current - state.mean).to(state.like)) / 2
+        named = dict(self.model.named_parameters())
+        shifts = {
+            name: (named[name][None] - centre.to(named[name].device)).to(state.like.dtype)
+            for name, centre in state.statistics.layout.split(state.mean[None]).items()
+        }
+        return half_energy(self._made(Blockwise.products, state.curvature, self.n_data, self._prior), shifts)
 
     @lasting()
     def update(
