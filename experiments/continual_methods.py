@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from laplace_kf import continual
 from laplace_kf.registry import Registry
 
-__all__ = ["METHODS", "STANDARD", "Method"]
+__all__ = ["METHODS", "STANDARD", "Averaged", "Method"]
 
 
 Make = Callable[..., continual.Learner]
@@ -46,6 +48,23 @@ def _online(structure: str, terms: str) -> Make:
     return lambda strength, examples, **shared: continual.OnlineLaplace(
         structure=structure, multiplier=strength, terms=terms, **shared
     )
+
+
+class Averaged(continual.OnlineLaplace):
+    """Summed factors, and their part of the penalty divided by the number T of tasks.
+
+    For T similar tasks the product of two sums is about T times the sum of the products (methods 11.2).
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, terms="sum", **kwargs)
+
+    def _penalty(self) -> Tensor:
+        total = super()._penalty()
+        if self.posterior is None:
+            return total
+        pull = self._pull(self.posterior.mean)
+        return pull + (total - pull) / self.tasks
 
 
 def _ewc(structure: str) -> Make:
@@ -89,3 +108,4 @@ _add(
 _add("Kronecker online, explicit steps", _online("kron", "keep"), implicit=False)
 _add("diagonal online, explicit steps", _online("diag", "keep"), decay="decay_diag", implicit=False)
 _add("Synaptic Intelligence, implicit steps", _intelligence, grid="strengths", decay="")
+_add("Kronecker online, summed over T", lambda strength, examples, **shared: Averaged(multiplier=strength, **shared))

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.io import loadmat
+from scipy.io.matlab import MatReadError, loadmat
 from torch import Tensor
 
 from experiments.files import DATA_SETS, MissingData, fetch, folders, locate
@@ -176,7 +176,7 @@ def _matlab(name: str, split: str) -> tuple[Pixels, Pixels]:
     try:
         table = loadmat(path)
         pixels, labels = table["X"], table["y"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, MatReadError) as error:
         raise CorruptFile(f"{path.name} is not a file of cropped house numbers: {error}") from error
     return np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)), labels[:, 0] % 10
 

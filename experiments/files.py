@@ -49,7 +49,6 @@ def _idx_files(folder: str, base: str, hashes: dict[str, str]) -> tuple[File, ..
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist"
 _FASHION = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion"
 _LETTERS = "https://github.com/davidflanagan/notMNIST-to-MNIST/raw/17823f4d4a3acd8317c07866702d2eb2ac79c7a0"
-_HOUSES = "http://ufldl.stanford.edu/housenumbers"
 _CIFAR = "https://www.cs.toronto.edu/~kriz"
 _SHAKESPEARE = "https://github.com/karpathy/char-rnn/raw/master/data/tinyshakespeare/input.txt"
 
@@ -82,8 +81,8 @@ for _name, _data_set in {
         "test part only: 1,000 images of each letter sampled from the hand-cleaned notMNIST_small",
     ),
     "svhn": DataSet(
-        "SVHN cropped house numbers",
-        tuple(File(f"svhn/{split}_32x32.mat", sha, f"{_HOUSES}/{split}_32x32.mat") for split, sha in {
+        "SVHN cropped house numbers (ufldl.stanford.edu/housenumbers)",
+        tuple(File(f"svhn/{split}_32x32.mat", sha) for split, sha in {
             "train": "435e94d69a87fde4fd4d7f3dd208dfc32cb6ae8af2240d066de1df7508d083b8",
             "test": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
         }.items()),

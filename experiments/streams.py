@@ -15,6 +15,7 @@ from experiments.claims import Claim
 from laplace_kf import continual
 from laplace_kf.batches import Forward
 from laplace_kf.demo import private_rng
+from laplace_kf.errors import LaplaceKFError
 from laplace_kf.likelihoods import Gaussian, Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.registry import Registry
@@ -22,7 +23,7 @@ from laplace_kf.registry import Registry
 if TYPE_CHECKING:
     from experiments.continual import Config
 
-__all__ = ["STREAMS", "LeNet", "Measure", "Stream", "Task", "Tasks", "joined", "rotated"]
+__all__ = ["STREAMS", "BadStream", "LeNet", "Measure", "Stream", "Task", "Tasks", "joined", "rotated"]
 
 Pair = tuple[Tensor, Tensor]
 KRON = "Kronecker online"
@@ -30,6 +31,10 @@ ABOVE = (
     Claim("Kronecker above diagonal", "average", KRON, "diagonal online", least=0.0),
     Claim("Kronecker above Synaptic Intelligence", "average", KRON, "Synaptic Intelligence", least=0.0),
 )
+
+
+class BadStream(LaplaceKFError, ValueError):
+    """Settings for which a stream has no tasks; says which to change."""
 
 
 @dataclass(frozen=True)
@@ -393,6 +398,11 @@ class _Regression(Stream):
             mine = chosen[slot[chosen] == number]
             return x[mine].float().to(config.device), y[mine].float().to(config.device)
 
+        if min(len(part(chosen, k)[1]) for chosen in (rows, val, test) for k in range(config.tasks)) == 0:
+            raise BadStream(
+                f"feature {config.sort_by} of {config.table!r} has too few values for {config.tasks} slices with "
+                "training, validation and test rows each; take another feature (sort_by), or fewer tasks"
+            )
         return Tasks([
             Task(f"slice {k + 1}", *(part(chosen, k) for chosen in (rows, val, test))) for k in range(config.tasks)
         ])  # fmt: skip
