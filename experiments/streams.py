@@ -61,6 +61,23 @@ class Task:
         return Task(name, change(self.train), change(self.val), change(self.test))
 
 
+class Derived(Task):
+    """A task made from another one whenever it is asked for, so that many tasks take the memory of one.
+
+    Args:
+        name: what it is about.
+        base: the other one.
+        change: done to a part of it; cheap.
+    """
+
+    def __init__(self, name: str, base: Task, change: Callable[[Pair], Pair]) -> None:
+        vars(self).update(name=name, base=base, change=change)
+
+    train = property(lambda self: self.change(self.base.train))
+    val = property(lambda self: self.change(self.base.val))
+    test = property(lambda self: self.change(self.base.test))
+
+
 @dataclass(frozen=True)
 class Tasks:
     """The tasks in their order, and what a reader of the results must know of the data.
@@ -179,7 +196,7 @@ class _Permuted(Stream):
         orders = [torch.randperm(784, generator=rng).to(base.train[0].device) for _ in range(1, config.tasks)]
 
         def task(number: int, order: Tensor) -> Task:
-            return base.changed(f"order {number}", lambda pair: (pair[0][:, order], pair[1]))
+            return Derived(f"order {number}", base, lambda pair: (pair[0][:, order], pair[1]))
 
         return Tasks([base, *(task(number, order) for number, order in enumerate(orders, 2))])
 
