@@ -64,6 +64,7 @@ class Config:
         decay_diag: likewise for diagonal ones.
         prior_precision: ``λ``.
         multipliers: grid for ``λ_c``.
+        multipliers_diag: that of diagonal structures; empty for the same.
         strengths: grid for ``c``.
         train_size: training images of a task.
         val_size: validation images of a task, the last of the training file.
@@ -98,6 +99,7 @@ class Config:
     decay_diag: float = 0.0
     prior_precision: float = 1.0
     multipliers: list[float] = field(default_factory=lambda: [1.0, 3.0, 10.0])
+    multipliers_diag: list[float] = field(default_factory=list)
     strengths: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
     train_size: int = 55_000
     val_size: int = 5_000
@@ -120,6 +122,8 @@ class Config:
         for name in ("multipliers", "strengths"):
             if not getattr(self, name) or min(getattr(self, name)) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a list of numbers above 0")
+        if self.multipliers_diag and min(self.multipliers_diag) <= 0:
+            raise ValueError(f"multipliers_diag={self.multipliers_diag} is not allowed; they must be above 0")
         if self.train_size + self.val_size > 60_000:
             raise ValueError(f"train_size + val_size = {self.train_size + self.val_size}; MNIST has 60000 images")
         if not self.methods:
@@ -224,7 +228,7 @@ def searched(config: Config, name: str, tasks: Sequence[Task], seed: int, folder
     """The sequences of a method at all its strengths; a finished one is kept in ``folder`` and used again."""
     method, tried = METHODS[name], []
     key = _key(asdict(config))
-    for strength in getattr(config, method.grid) if method.grid else [1.0]:
+    for strength in method.strengths(config):
         part = folder / f"{seed}-{name.replace(' ', '_').replace(',', '')}-{strength:g}.json"
         if not part.is_file() or _key(json.loads(part.read_text())["config"]) != key:
             part.write_text(json.dumps({"config": key, **sequence(config, method, strength, tasks, seed)}))
@@ -238,7 +242,17 @@ def _key(config: dict[str, Any]) -> dict[str, Any]:
 
 
 BATCH = "joint training"
-_NEUTRAL = ("repeats", "seed", "methods", "multipliers", "strengths", "progress", "threads", "device")
+_NEUTRAL = (
+    "repeats",
+    "seed",
+    "methods",
+    "multipliers",
+    "multipliers_diag",
+    "strengths",
+    "progress",
+    "threads",
+    "device",
+)
 
 
 def run(config: Config, folder: Path) -> Report:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from laplace_kf import continual
 from laplace_kf.registry import Registry
+
+if TYPE_CHECKING:
+    from experiments.continual import Config
 
 __all__ = ["METHODS", "STANDARD", "Averaged", "Method"]
 
@@ -39,6 +42,13 @@ class Method:
     revisits: bool = False
     fresh: bool = False
     implicit: bool = True
+
+    def strengths(self, config: Config) -> list[float]:
+        """The strengths to try; 1 for a method that has none."""
+        if not self.grid:
+            return [1.0]
+        found: list[float] = getattr(config, self.grid) or config.multipliers
+        return found
 
 
 METHODS: Registry[Method] = Registry("continual learning method")
@@ -82,9 +92,9 @@ def _add(name: str, make: Make, **how: Any) -> None:
 _add("Kronecker online", _online("kron", "keep"))
 _add("Kronecker online, projected", _online("kron", "project"))
 _add("Kronecker online, summed", _online("kron", "sum"))
-_add("diagonal online", _online("diag", "keep"), decay="decay_diag")
+_add("diagonal online", _online("diag", "keep"), grid="multipliers_diag", decay="decay_diag")
 _add("Kronecker EWC", _ewc("kron"))
-_add("diagonal EWC", _ewc("diag"), decay="decay_diag")
+_add("diagonal EWC", _ewc("diag"), grid="multipliers_diag", decay="decay_diag")
 _add("Synaptic Intelligence", _intelligence, grid="strengths", decay="", optimizer="si_optimizer")
 _add("fine-tuning", lambda strength, examples, **shared: continual.FineTuning(**shared), grid="", decay="")
 _add(

@@ -100,7 +100,7 @@ def _picture(config: Config, runs: Sequence[Mapping[str, Mapping[str, float]]], 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in zip(config.methods, ("tab:blue", "tab:orange", "tab:green", "tab:red") * 3, strict=False):
-        grid = getattr(config, continual.METHODS[name].grid)
+        grid = continual.METHODS[name].strengths(config)
         for (key, text), style in zip(SHOWN.items(), ("--", ":", "-"), strict=True):
             values = [
                 measure.scale * _mean(runs, f"{name}, {s:g}", key) if f"{name}, {s:g}" in labels else math.nan
