@@ -243,16 +243,8 @@ def _key(config: dict[str, Any]) -> dict[str, Any]:
 
 BATCH = "joint training"
 _NEUTRAL = (
-    "repeats",
-    "seed",
-    "methods",
-    "multipliers",
-    "multipliers_diag",
-    "strengths",
-    "progress",
-    "threads",
-    "device",
-)
+    "repeats", "seed", "methods", "multipliers", "multipliers_diag", "strengths", "progress", "threads", "device",
+)  # fmt: skip
 
 
 def run(config: Config, folder: Path) -> Report:

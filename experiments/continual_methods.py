@@ -116,6 +116,12 @@ _add(
     fresh=True,
 )
 _add("Kronecker online, explicit steps", _online("kron", "keep"), implicit=False)
-_add("diagonal online, explicit steps", _online("diag", "keep"), decay="decay_diag", implicit=False)
+_add(
+    "diagonal online, explicit steps",
+    _online("diag", "keep"),
+    grid="multipliers_diag",
+    decay="decay_diag",
+    implicit=False,
+)
 _add("Synaptic Intelligence, implicit steps", _intelligence, grid="strengths", decay="")
 _add("Kronecker online, summed over T", lambda strength, examples, **shared: Averaged(multiplier=strength, **shared))
