@@ -62,6 +62,12 @@ class StructureRule(Protocol):
     def refined(self, statistics: Statistics) -> StructureRule | None:
         """What to gather in a further pass over the data."""
 
+    def again(self, statistics: Statistics) -> StructureRule | None:
+        """What to gather after another first pass, along the bases of this structure."""
+
+    def turned(self, statistics: Statistics) -> Statistics:
+        """Statistics of this structure along the bases that fit their own factors best."""
+
     def merged(self, mine: Sums, other: Any, theirs: Sums) -> tuple[StructureRule, Sums]:
         """The sums of two data sets together."""
 

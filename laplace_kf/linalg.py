@@ -9,13 +9,18 @@ from torch import Tensor
 
 from laplace_kf.errors import NonFinite, NotPositiveDefinite
 
-__all__ = ["cholesky", "eigh", "require_positive"]
+__all__ = ["all_finite", "cholesky", "eigh", "require_positive"]
 
 KNOB = "Increase prior_precision (λ > 0), or estimate the curvature from more data or in float64."
 
 
+def all_finite(v: Tensor) -> bool:
+    """Whether all entries of a tensor of any shape are finite; where they are, one cheap pass finds out."""
+    return bool(torch.isfinite(v.sum())) or bool(torch.isfinite(v).all())
+
+
 def _require_finite(matrix: Tensor, block: str) -> None:
-    if not torch.isfinite(matrix).all():
+    if not all_finite(matrix):
         raise NonFinite(f"a curvature factor of block {block!r}, {tuple(matrix.shape)}, has NaN or infinite entries")
 
 

@@ -21,11 +21,15 @@ class Recursive(Estimator):
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         chain = observation.chain or observation.require_chain()
         factor = likelihood.summed_curvature(widened(observation.outputs), observation.targets) / observation.count
+        remaining = sum(link.call is not None for link in chain.links)
         for link in reversed(chain.links):
             if link.weight is not None:
                 if link.call is not None:
+                    remaining -= 1
                     for block in observation.blocks_of(link.call):
                         sink.add_output_factor(block.name, factor * observation.count)
+                if remaining == 0:
+                    break
                 weight = link.weight.to(factor.dtype)
                 factor = weight.T @ factor @ weight
             else:

@@ -23,14 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.linalg import all_finite
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.pending import Pending
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
@@ -117,9 +118,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.steps = 0
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
-        self._pending: list[Batch] = []
-        self._loss = 0.0  # sum of −log p over the pending minibatches
-        self._mode_matters: bool | None = None
+        self.pending = Pending(self.objective, self.tracer, self.named, self.names, self.l2)
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 
     # -- what a subclass adds ----------------------------------------------------------------------------------------
@@ -133,8 +132,8 @@ class SecondOrder(torch.optim.Optimizer):
         """Whether the gradient's own pass should be on the tape, for :meth:`_measure`."""
 
     @abstractmethod
-    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor) -> Proposal:
-        """The update from the gradient ``(P,)`` of the regularised loss at ``theta (P,)``."""
+    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor) -> Proposal:
+        """The update from the regularised loss and its gradient ``(P,)``."""
 
     @abstractmethod
     def _more_damping(self, factor: float) -> None:
@@ -163,6 +162,11 @@ class SecondOrder(torch.optim.Optimizer):
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     @property
+    def _zero(self) -> Tensor:
+        """0-dim, in the type of the objective and on its device."""
+        return torch.zeros((), dtype=self.dtype, device=self.tracer.device)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of flat vectors: the parameters', float32 at least."""
         kinds = [self.named[name].dtype for name in self.layout.names] + [torch.float32]
@@ -185,7 +189,8 @@ class SecondOrder(torch.optim.Optimizer):
         self._clear()
 
     def _clear(self) -> None:
-        self._pending, self._loss, self._direct = [], 0.0, False
+        self.pending.clear()
+        self._direct = False
         self._forget()
 
     @torch.enable_grad()
@@ -206,11 +211,16 @@ class SecondOrder(torch.optim.Optimizer):
             ShapeMismatch: if targets do not fit the outputs.
             UnsupportedLayer: for a parameter that cannot be handled.
         """
+        self._take_in(x, y)
+        return self.pending.regularised(self._zero)
+
+    @torch.enable_grad()
+    def _take_in(self, x: Any, y: Any) -> None:
         device = self.tracer.device
         data = to_device(x if y is None else (x, y), device)
         check_finite(data, self.steps, "the batch")
         batch = Batch(data, 0, self.objective.random_state())
-        outputs, targets, observation = self._pass(batch)
+        outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape())
         if outputs.dim() < 2 or outputs.shape[0] == 0:
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
@@ -225,52 +235,7 @@ class SecondOrder(torch.optim.Optimizer):
         weights = [self.named[name] for name in self.names]
         grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
         self._measure(batch, observation)
-        self._accumulate(batch, float(loss.detach()), grads)
-        return self._regularised(loss.new_tensor(self._loss / self._seen()))
-
-    def _pass(self, batch: Batch) -> tuple[Tensor, Any, Observation | None]:
-        """The pass that gives the gradient; on the tape where the curvature can share it.
-
-        It can if the model is the same function in training mode, which is measured once (no dropout, no batch
-        statistics).
-        """
-        training = any(module.training for module in self.model.modules())
-        shared = self._wants_tape() and not torch.is_autocast_enabled(self.tracer.device.type)
-        plain = training and self._mode_matters is not False
-        if plain or not shared:
-            outputs, targets = self.objective.runner(batch.data)
-            if not (shared and training and self._mode_matters is None):
-                return outputs, targets, None
-        with preserved(self.model):
-            observation = self.tracer.observe(batch.data, self.steps)
-        if plain:
-            self._mode_matters = not torch.allclose(observation.outputs, outputs, rtol=1e-5, atol=1e-7)
-            if self._mode_matters:
-                return outputs, targets, None
-        return observation.outputs, observation.targets, observation
-
-    def _seen(self) -> int:
-        return sum(batch.count for batch in self._pending)
-
-    @torch.no_grad()
-    def _accumulate(self, batch: Batch, loss: float, grads: Sequence[Tensor | None]) -> None:
-        before = self._seen()
-        self._pending.append(batch)
-        self._loss += loss * batch.count
-        share = batch.count / (before + batch.count)
-        for name, grad in zip(self.names, grads, strict=True):
-            parameter = self.named[name]
-            value = parameter.detach()
-            own = self.l2 * value if grad is None else torch.add(grad.to_dense(), value, alpha=self.l2)
-            if before and parameter.grad is not None:
-                own = (1 - share) * parameter.grad + share * own
-            parameter.grad = own.to(parameter.dtype)
-
-    @torch.no_grad()
-    def _regularised(self, loss: Tensor) -> Tensor:
-        for name in self.names if self.l2 else ():
-            loss = loss + self.l2 / 2 * torch.linalg.vector_norm(self.named[name]).to(loss).square()
-        return loss
+        self.pending.add(batch, float(loss.detach()), grads)
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -292,26 +257,20 @@ class SecondOrder(torch.optim.Optimizer):
         if x is not None:
             self._clear()
             self._direct = True
-            self.backward(x, y)
-        if not self._pending:
+            self._take_in(x, y)
+        if not self.pending.batches:
             raise NotFitted("step needs a minibatch: call step(x, y), or backward(x, y) before step()")
-        loss = self._regularised(
-            torch.tensor(self._loss / self._seen(), dtype=torch.float64, device=self.tracer.device)
-        )
+        loss = self.pending.regularised(self._zero.double())
         gradient = self.flat({n: _gradient(self.named[n]) for n in self.layout.names})
-        if not _finite(gradient):
+        if not all_finite(gradient):
             raise NonFinite("the gradient has NaN or infinite entries; nothing was changed")
         self.steps += 1
-        theta = self.flat(self.named)
-        proposal, after, rejected = self._search(float(loss), gradient, theta)
-        rho = None if proposal is None else proposal.rho
-        if proposal is not None and self._wants_ratio():
-            rho = self._ratio(float(loss), proposal, after, theta)
-        if proposal is None:
-            nothing = torch.zeros_like(theta)
-            proposal = Proposal(nothing, 0.0, 0.0, 0.0, self._pending)
-        for name, part in self.split(theta + proposal.delta).items():
-            self.named[name].copy_(part)
+        proposal, moved, after, rejected = self._search(float(loss), gradient)
+        rho = proposal.rho
+        if after is not None and self._wants_ratio():
+            rho = self._ratio(float(loss), proposal, after)
+        for name, value in moved.items():
+            self.named[name].copy_(value)
         for group in self.param_groups:
             if group["first_order"]:
                 first_order_step(group, self.state)
@@ -333,36 +292,50 @@ class SecondOrder(torch.optim.Optimizer):
     def _damping(self) -> dict[str, float]:
         """``tau`` and ``zeta`` for the diagnostics."""
 
-    def _search(self, loss: float, gradient: Tensor, theta: Tensor) -> tuple[Proposal | None, float | None, int]:
-        """Proposals with more and more damping until one gives a finite loss: it, its ``−log p``, the refusals."""
+    def _search(self, loss: float, gradient: Tensor) -> tuple[Proposal, dict[str, Tensor], float | None, int]:
+        """Proposals with more and more damping until one gives a finite loss.
+
+        Returns:
+            It, the new weights by name, their ``−log p``, and the number of refusals; if all are refused, a proposal
+            of no change, no weights and ``None``.
+        """
+        batches = self.pending.batches
         for rejected in range(RETRIES + 1):
-            proposal = self._propose(self._pending, loss, gradient, theta)
-            if _finite(proposal.delta):
-                # ρ needs all examples, a mere check fewer
-                batches = self._pending if self._wants_ratio() else proposal.check
+            proposal = self._propose(batches, loss, gradient)
+            if all_finite(proposal.delta):
+                moved = self._moved(proposal.delta)
                 after = proposal.after
-                if after is None:
-                    after = self.objective.loss(batches, self._weights(theta + proposal.delta))
+                if after is None:  # ρ needs all examples, a mere check fewer
+                    after = self.objective.loss(batches if self._wants_ratio() else proposal.check, moved)
                 if math.isfinite(after):
-                    return proposal, after, rejected
+                    if rejected:
+                        self._say(f"{rejected} update(s) without a finite loss were refused; the damping is now", 6)
+                    return proposal, moved, after, rejected
             self._more_damping(BOOST)
-        warnings.warn(
-            f"step {self.steps}: no update gave a finite loss, even with {BOOST:g}^{RETRIES + 1} times the damping; "
-            "the weights are unchanged",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        return None, None, RETRIES + 1
+        self._say("no update gave a finite loss and the weights are unchanged; the damping is now", 6)
+        return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
+
+    def _say(self, what: str, level: int) -> None:
+        damping = ", ".join(f"{key} = {value:.3g}" for key, value in self._damping().items())
+        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=level)
+
+    def _moved(self, delta: Tensor) -> dict[str, Tensor]:
+        """The weights by name, parameter-shaped, after an update ``(P,)``."""
+        named = self.named
+        return {
+            n: (named[n].detach().to(self.dtype) + part).to(named[n].dtype) for n, part in self.split(delta).items()
+        }
 
     def _weights(self, flat: Tensor) -> dict[str, Tensor]:
         return {name: part.to(self.named[name]) for name, part in self.split(flat).items()}
 
-    def _ratio(self, loss: float, proposal: Proposal, after: float | None, theta: Tensor) -> float | None:
-        assert after is not None
+    def _ratio(self, loss: float, proposal: Proposal, after: float) -> float | None:
         # both sides without the parameters that the model does not move: they cancel
         moved = proposal.delta
-        change = self.l2 * float((moved * (theta + moved / 2)).sum(dtype=torch.float64))
-        return ratio(loss, loss + (after - self._loss / self._seen()) + change, proposal.change)
+        change = 0.0
+        if self.l2:
+            change = self.l2 * float((moved * (self.flat(self.named) + moved / 2)).sum(dtype=torch.float64))
+        return ratio(loss, loss + (after - self.pending.loss) + change, proposal.change)
 
     def _rates(self) -> Tensor | float:
         """Learning rate of every flat entry ``(P,)``, or one number if they agree."""
@@ -434,11 +407,6 @@ class SecondOrder(torch.optim.Optimizer):
         self.generator.set_state(state["generator"].cpu())
         self._clear()
         self._import(state)
-
-
-def _finite(v: Tensor) -> bool:
-    """Whether all entries of a tensor of any shape are finite; one pass over it where they are."""
-    return bool(torch.isfinite(v.sum())) or bool(torch.isfinite(v).all())
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +16,46 @@ __all__ = ["averaged", "dumped", "loaded"]
 
 
 def averaged(running: Statistics | None, new: Statistics, step: int, limit: float) -> Statistics:
-    """``ε · running + (1 − ε) · new`` of the means, with ``ε = min(1 − 1/step, limit)``; its count is 1.
+    """Statistics whose mean is ``ε · running + (1 − ε) · new`` of the means, with ``ε = min(1 − 1/step, limit)``.
 
-    Both sides weigh by the step, not by the number of examples: a larger minibatch counts no more.
+    Both sides weigh by the step, not by the number of examples: a larger minibatch counts no more. The sums of ``new``
+    enter as they are, and those of ``running`` are added to them in place: one pass over the factors.
 
     Args:
-        running: what there is so far (count 1), ``None`` at first.
-        new: statistics of one step.
+        running: what there is so far, ``None`` at first.
+        new: statistics of one step; given up to the result.
         step: 1, 2, ...
         limit: largest ε; 0 keeps the new one only.
     """
     weight = averaging_weight(step, limit) if running is not None else 0.0
-    mean = new.scale((1 - weight) / new.count)
-    return mean if running is None or weight == 0.0 else running.scale(weight) + mean
+    if running is None or weight == 0.0:
+        return new
+    share = weight / (1 - weight) * new.count / running.count
+    if not _in_common(running.structure, new.structure):
+        return running.scale(share) + new
+    sums = dict(new.sums)
+    for name, parts in running.sums.items():
+        if name not in sums:
+            sums[name] = tuple(share * part for part in parts)
+            continue
+        for mine, old in zip(sums[name], parts, strict=True):
+            mine.add_(old, alpha=share)
+    return replace(
+        new,
+        blocks={**running.blocks, **new.blocks},
+        sums=sums,
+        count=new.count + share * running.count,
+        log_likelihood=new.log_likelihood + share * running.log_likelihood,
+        terms=new.terms + share * running.terms,
+    )
+
+
+def _in_common(one: StructureRule, other: StructureRule) -> bool:
+    """Whether sums refer to the very same bases, or to none."""
+    mine, theirs = one.fixed, other.fixed
+    return mine.keys() == theirs.keys() and all(
+        a is b for name, parts in mine.items() for a, b in zip(parts, theirs[name], strict=True)
+    )
 
 
 def dumped(statistics: Statistics | None) -> dict[str, Any] | None:

@@ -22,10 +22,10 @@ from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
-from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.running import Running
 from laplace_kf.optim.stepsize import model_change, optimal_coefficients
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.structures import Structure
@@ -34,7 +34,6 @@ from laplace_kf.tape import Observation, OuterSignals
 __all__ = ["GaussNewton"]
 
 LEAST = 128  # examples that a part of a minibatch keeps: an eighth of a small one says nothing (methods 4.4)
-WARM_UP = 3  # first steps that always get fresh inverses (methods 6.2)
 
 
 class GaussNewton(SecondOrder):
@@ -140,12 +139,7 @@ class GaussNewton(SecondOrder):
         self.ema, self.refresh, self.low_rank = ema, refresh, low_rank
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
         self.zeta_rule = zeta_rule if zeta_rule is not None else GreedySearch()
-        self.statistics: Statistics | None = None  # running, count 1
-        self._accumulator: Accumulator | None = None
-        self._seen_factors = 0
-        self._matrix: Matrix | None = None
-        self._inverted: tuple[Statistics, float] | None = None  # what the matrix was made of
-        self._parts: list[Any] = []  # data behind the factors
+        self.running = Running(self._accumulating, self.structure, ema, refresh, self._build)
         self._check: list[Batch] = []
         self._outer: dict[str, tuple[Tensor, Tensor]] = {}
         self._previous: Tensor | None = None
@@ -157,17 +151,11 @@ class GaussNewton(SecondOrder):
         return self.factor_part == 1 or self.tracer.may_be_chain
 
     def _measure(self, batch: Batch, observation: Observation | None) -> None:
-        if self._accumulator is None:
-            self._accumulator = self._accumulating(self.structure)
         with self._calm():
-            if observation is not None and self.factor_part == 1:
-                self._accumulator.take(observation, self.steps)
-                self._parts.append(batch.data)
-                if self.low_rank and self._direct:
-                    self._outer = self._gradient_factors(observation)
-            else:
-                self._parts.append(batch.part(self.factor_part, LEAST, self.generator).data)
-                self._accumulator.add(self._parts[-1], self.steps)
+            part = batch.part(self.factor_part, LEAST, self.generator)
+            self.running.take(part.data if part.seen is None else part.seen, self.steps)
+            if observation is not None and self.low_rank and self._direct:
+                self._outer = self._gradient_factors(observation)
 
     def _accumulating(self, structure: StructureRule) -> Accumulator:
         return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator)
@@ -194,24 +182,13 @@ class GaussNewton(SecondOrder):
         return found
 
     def _forget(self) -> None:
-        self._accumulator, self._check, self._outer = None, [], {}
-        self._parts = []
+        self.running.forget()
+        self._check, self._outer = [], {}
 
-    def _take_factors(self) -> None:
-        if self._accumulator is None:
-            return
-        new = self._accumulator.freeze()
-        following = new.structure.refined(new)
-        while following is not None:  # structures that see the data more than once
-            accumulator = self._accumulating(following)
-            with self._calm(), torch.enable_grad():
-                for data in self._parts:
-                    accumulator.add(data, self.steps)
-            new = accumulator.freeze()
-            following = new.structure.refined(new)
-        self._seen_factors += 1
-        self.statistics = averaged(self.statistics, new, self._seen_factors, self.ema)
-        self._accumulator = None
+    @property
+    def statistics(self) -> Statistics | None:
+        """The running factors, ``None`` before the first step."""
+        return self.running.statistics
 
     def _build(self, statistics: Statistics, zeta: float) -> Matrix:
         matrix = self.inverse.build(statistics, max(zeta + self.l2, 0.0), self.solver)
@@ -219,60 +196,72 @@ class GaussNewton(SecondOrder):
 
     # -- the update ----------------------------------------------------------------------------------------------------
 
-    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor) -> Proposal:
-        self._take_factors()
-        assert self.statistics is not None and self.tau is not None
+    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor) -> Proposal:
+        with self._calm():
+            self.running.update(self.steps)
+        assert self.tau is not None
         if self.zeta is None:
             self.zeta = self.tau
         if not self._check:
             self._check = [batch.part(self.product_part, LEAST, self.generator) for batch in batches]
         values = self.zeta_rule.candidates(self.steps, self.zeta, self.l2) if self.adapt_zeta else [self.zeta]
-        fresh = self.steps <= WARM_UP or self.steps % self.refresh == 0 or len(values) > 1
-        best: tuple[Proposal, float, Matrix] | None = None
-        for zeta in values:
+        fresh = len(values) > 1 or self.running.wants_fresh(self.steps)
+        found: list[tuple[float, Matrix]] = []
+        directions = gradient.new_empty(len(values) + 1, len(gradient))  # and the previous update
+        for number, zeta in enumerate(values):
             try:
-                matrix = self._build(self.statistics, zeta) if fresh else self._kept()
+                matrix = self.running.fresh(zeta) if fresh else self.running.kept(zeta)
                 solved = low_rank_solve(matrix, gradient, self._outer) if self._outer else matrix.solve(gradient)
-                proposal = self._along(-solved, gradient)
             except NotPositiveDefinite:
-                if best is None:
+                if number + 1 == len(values) and not found:
                     raise
                 continue
-            if best is None or proposal.change < best[0].change:
-                best = proposal, zeta, matrix
-        assert best is not None
-        proposal, self.zeta, self._matrix = best
+            torch.neg(solved, out=directions[len(found)])
+            found.append((zeta, matrix))
+        best, proposal = self._along(directions[: len(found) + 1], gradient)
+        self.zeta, matrix = found[best]
         if fresh:
-            self._inverted = (self.statistics, self.zeta)
+            self.running.keep(matrix, self.zeta)
         return proposal
 
-    def _kept(self) -> Matrix:
-        """The matrix of the last refresh; made anew from what it was made of after loading a state."""
-        if self._matrix is None:
-            if self._inverted is None:
-                assert self.statistics is not None and self.zeta is not None
-                self._inverted = (self.statistics, self.zeta)
-            self._matrix = self._build(*self._inverted)
-        return self._matrix
+    def _along(self, directions: Tensor, gradient: Tensor) -> tuple[int, Proposal]:
+        """The minimum of the exact model along each of ``(K + 1, P)`` directions, the last row to be written yet.
 
-    def _along(self, direction: Tensor, gradient: Tensor) -> Proposal:
-        """The minimum of the exact model along a direction ``(P,)``, and the previous update with momentum."""
-        if float(gradient @ direction) >= 0:  # round-off; the gradient itself always descends
-            direction = -gradient
-        rows = [direction]
+        With momentum along the previous update as well.
+
+        Returns:
+            Which direction gives the lowest minimum, and the proposal.
+        """
+        count = len(directions) - 1
+        last = []
         if self.momentum and self._previous is not None:
-            rows.append(self._previous)
-        directions = torch.stack(rows)
+            directions[count] = self._previous
+            last = [count]
+        directions = directions[: count + len(last)]
+        for row in directions[:count]:
+            if float(gradient @ row) >= 0:  # round-off; the gradient itself always descends
+                torch.neg(gradient, out=row)
         curvature, slope = self._model(directions, gradient)
-        coefficients = optimal_coefficients(curvature, slope)
         rates = self._rates()
-        delta = coefficients.to(directions) @ directions
-        if isinstance(rates, float):
-            change = model_change(rates * coefficients, curvature, slope)
-        else:
-            change = model_change(torch.ones(1, dtype=torch.float64), *self._model((rates * delta)[None], gradient))
-        mu = float(coefficients[1]) if len(coefficients) > 1 else 0.0
-        return Proposal(rates * delta, change, float(coefficients[0]), mu, self._check)
+        best: tuple[int, Proposal] | None = None
+        for k in range(count):
+            rows = [k, *last]
+            seen, down = curvature[rows][:, rows], slope[rows]
+            coefficients = optimal_coefficients(seen, down)
+            if isinstance(rates, float):
+                change = model_change(rates * coefficients, seen, down)
+            else:
+                delta = rates * (coefficients.to(directions) @ directions[rows])
+                change = model_change(torch.ones(1, dtype=torch.float64), *self._model(delta[None], gradient))
+            if best is not None and not change < best[1].change:
+                continue
+            if isinstance(rates, float):
+                chosen = directions if len(rows) == len(directions) else directions[rows]
+                delta = (rates * coefficients).to(directions) @ chosen
+            mu = float(coefficients[1]) if last else 0.0
+            best = k, Proposal(delta, change, float(coefficients[0]), mu, self._check)
+        assert best is not None
+        return best
 
     def _model(self, directions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """Products of directions ``(K, P)`` with the damped exact curvature, ``(K, K)``, and the gradient, ``(K,)``."""
@@ -284,8 +273,7 @@ class GaussNewton(SecondOrder):
     def _more_damping(self, factor: float) -> None:
         assert self.tau is not None and self.zeta is not None
         self.tau, self.zeta = max(self.tau, 1e-6) * factor, max(self.zeta, 1e-6) * factor
-        assert self.statistics is not None
-        self._matrix, self._inverted = None, (self.statistics, self.zeta)
+        self.running.drop(self.zeta)
 
     def _wants_ratio(self) -> bool:
         return self.adapt_tau and self.tau_rule.due(self.steps)
@@ -332,25 +320,13 @@ class GaussNewton(SecondOrder):
             damping=damping,
             forward=self.user_forward,
         )
-        return posterior.adopt(statistics.scale(n_data), n_data)
+        return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
 
     def _export(self) -> dict[str, Any]:
-        inverted = self._inverted
-        shared = inverted is not None and inverted[0] is self.statistics
-        return {
-            "zeta": self.zeta,
-            "previous": self._previous,
-            "factors": dumped(self.statistics),
-            "factors_seen": self._seen_factors,
-            "inverted": None if inverted is None or shared else dumped(inverted[0]),
-            "inverted_zeta": None if inverted is None else inverted[1],
-        }
+        return {"zeta": self.zeta, "previous": self._previous, **self.running.export()}
 
     def _import(self, state: Mapping[str, Any]) -> None:
         device = self.tracer.device
-        self.zeta, self._seen_factors = state["zeta"], state["factors_seen"]
+        self.zeta = state["zeta"]
         self._previous = None if state["previous"] is None else state["previous"].to(device, self.dtype)
-        self.statistics = loaded(state["factors"], self.structure, device)
-        older = loaded(state["inverted"], self.structure, device) or self.statistics
-        self._matrix = None
-        self._inverted = None if older is None or state["inverted_zeta"] is None else (older, state["inverted_zeta"])
+        self.running.load(state, device)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from laplace_kf.engine import Statistics
@@ -75,7 +74,11 @@ class _Product(BlockSolver):
 
 def _shifted(factor: Tensor, amount: Tensor) -> Tensor:
     """Factors ``(R, d, d)``, or diagonals ``(R, d)``, plus ``amount (R, 1)`` times the identity."""
-    return factor + amount if factor.dim() == 2 else factor + torch.diag_embed(amount.expand(factor.shape[:2]))
+    if factor.dim() == 2:
+        return factor + amount
+    out = factor.clone()
+    out.diagonal(dim1=-2, dim2=-1).add_(amount)
+    return out
 
 
 def _even_split(block: KroneckerBlock) -> Tensor:

@@ -238,8 +238,9 @@ class HessianFree(SecondOrder):
 
     # -- the update ----------------------------------------------------------------------------------------------------
 
-    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor) -> Proposal:
+    def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor) -> Proposal:
         assert self.tau is not None
+        theta = self.flat(self.named)
         self._choose_data(batches)
         damping: Tensor | float = self.tau if self.radius is None else 0.0
         scale = damping

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_kf.batches import Forward, map_examples, run
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.linalg import all_finite
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
 
@@ -33,15 +34,13 @@ class Batch:
         data: what the user gave, on the model's device.
         count: number of examples.
         random: state of the random generators (by device) before its first pass.
-        seen: the pass on the tape, if the model's own was one (of all examples, if this is a part).
-        rows: which of its examples these are ``(N,)``, ``None`` for all.
+        seen: its pass on the tape, if the model's own was one.
     """
 
     data: Any
     count: int
     random: Mapping[str, Tensor]
     seen: Observation | None = None
-    rows: Tensor | None = None
 
     def part(self, fraction: float, least: int, generator: torch.Generator) -> Batch:
         """A random part of the examples, ``least`` of them at the least (methods 4.4)."""
@@ -56,8 +55,11 @@ class Batch:
         return self._take(order[:size]), self._take(order[size:])
 
     def _take(self, chosen: Tensor) -> Batch:
+        if self.seen is not None and self.seen.chain is not None:
+            seen = self.seen.part(chosen.to(self.seen.outputs.device))
+            return Batch(seen.batch, len(chosen), self.random, seen)
         data = map_examples(self.data, self.count, lambda t: t[chosen.to(t.device)])
-        return Batch(data, len(chosen), self.random, self.seen, chosen)
+        return Batch(data, len(chosen), self.random)
 
 
 class _Runner(nn.Module):
@@ -130,7 +132,7 @@ class Objective:
         total, count = 0.0, 0
         for batch in batches:
             outputs, targets = self.outputs(batch, weights)
-            if not bool(torch.isfinite(outputs).all()):
+            if not all_finite(outputs):
                 return float("nan")
             total -= float(self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64))
             count += batch.count
@@ -159,21 +161,22 @@ class Objective:
     def push(self, batch: Batch, directions: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
         """Outputs ``(N, ...)``, targets, and ``J u`` for directions ``(K, *shape)`` by name, ``(K, N, ...)``."""
         if batch.seen is not None and batch.seen.chain is not None:
-            return self._push_along(batch, batch.seen, batch.seen.chain, directions)
+            return self._push_along(batch.seen, batch.seen.chain, directions)
         (outputs, *_), targets, pushed = self.push_all(batch, directions)
         return outputs, targets, torch.stack([tangents[0] for tangents in pushed])
 
     @torch.no_grad()
     def _push_along(
-        self, batch: Batch, seen: Observation, chain: Chain, directions: Mapping[str, Tensor]
+        self, seen: Observation, chain: Chain, directions: Mapping[str, Tensor]
     ) -> tuple[Tensor, Any, Tensor]:
         """With the activations that the gradient's pass left on the tape."""
-        outputs, targets = seen.outputs.detach(), seen.targets
-        rows = None if batch.rows is None else batch.rows.to(outputs.device)
-        if rows is not None:
-            outputs, targets = map_examples((outputs, targets), seen.count, lambda t: t[rows.to(t.device)])
-        pushed = chain.push({name: part.to(outputs.dtype) for name, part in directions.items()}, rows)
-        return outputs, targets, outputs.new_zeros(_count(directions), *outputs.shape) if pushed is None else pushed
+        outputs = seen.outputs.detach()
+        pushed = chain.push({name: part.to(outputs.dtype) for name, part in directions.items()})
+        return (
+            outputs,
+            seen.targets,
+            outputs.new_zeros(_count(directions), *outputs.shape) if pushed is None else pushed,
+        )
 
     def push_all(self, batch: Batch, directions: Mapping[str, Tensor]) -> tuple[list[Tensor], Any, list[list[Tensor]]]:
         """As :meth:`push` for the outputs and the hidden activities (any shapes), one list of products a direction.

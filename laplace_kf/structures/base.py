@@ -65,6 +65,17 @@ class Structure(ABC):
         """What to gather in a further pass over the data, given the finished one; ``None`` if this was the last."""
         return None
 
+    def again(self, statistics: Statistics) -> Structure | None:
+        """What to gather after another first pass (``statistics``), along the :attr:`fixed` bases of this structure.
+
+        ``None`` where there is nothing to keep: then :meth:`refined` finds out anew.
+        """
+        return None
+
+    def turned(self, statistics: Statistics) -> Statistics:
+        """Statistics of this structure along the bases that fit their own factors best; as they are without bases."""
+        return statistics
+
     def merged(self, mine: Sums, other: Structure, theirs: Sums) -> tuple[Structure, Sums]:
         """The sums of two data sets together, and the structure that reads them."""
         return self, added(mine, theirs)

@@ -11,6 +11,7 @@ Kronecker structure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class EigenvalueCorrected(Structure):
         return self.kron.finished(sums, blocks, layout)
 
     def refined(self, statistics: Statistics) -> Structure:
-        factors = {n: statistics.sums[n] for n, block in statistics.blocks.items() if block.factorises}
+        factors = _factors(statistics)
         return InBases(self, {n: _bases(n, parts) for n, parts in factors.items()}, factors)
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
@@ -127,6 +128,20 @@ class InBases(Structure):
         out = {n: (*self.factors[n], *sums[n]) for n, block in blocks.items() if block.factorises}
         return {**out, **self.rule.kron.finished(sums, _vectors(blocks), layout)}
 
+    def again(self, statistics: Statistics) -> Structure:
+        factors = _factors(statistics)
+        added = {name: _bases(name, parts) for name, parts in factors.items() if name not in self.bases}
+        return InBases(self.rule, {**self.bases, **added} if added else self.bases, factors)
+
+    def turned(self, statistics: Statistics) -> Statistics:
+        """The squares move into the eigenbases of the factors beside them, with their trace."""
+        sums, fixed = dict(statistics.sums), dict(self.bases)
+        for name in self.bases:
+            *factors, grid = sums[name]
+            fixed[name] = _bases(name, factors)
+            sums[name] = (*factors, _moved(grid, self.bases[name], fixed[name]))
+        return replace(statistics, structure=InBases(self.rule, fixed, {}), sums=sums)
+
     def merged(self, mine: Sums, other: Structure, theirs: Sums) -> tuple[Structure, Sums]:
         """Equal bases: the sum. Else the squares go into the eigenbases of the summed factors, with their trace."""
         sums, fixed = added(mine, theirs), {**other.fixed, **self.bases}
@@ -150,6 +165,10 @@ class InBases(Structure):
             inputs, outputs = (Basis.orthogonal(b) if b.numel() else Basis.identity() for b in self.bases[name])
             entries.append((block, SpectralBlock(inputs, outputs, means[name][-1], name)))
         return Blockwise(layout, entries)
+
+
+def _factors(statistics: Statistics) -> Sums:
+    return {n: statistics.sums[n] for n, block in statistics.blocks.items() if block.factorises}
 
 
 def _vectors(blocks: Mapping[str, Block]) -> dict[str, Block]:

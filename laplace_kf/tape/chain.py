@@ -6,6 +6,7 @@ the engine send gathered (example, column) rows back through one forward pass, w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,19 @@ class Chain:
         where = f"module {own.rpartition('.')[0]!r}" if own else f"after {around[-1]!r}" if around else "at the input"
         raise UnsupportedLayer(_refusal(f"function {name!r} ({where}) on shape {tuple(step.output.shape)}"))
 
+    def part(self, rows: Tensor) -> Chain:
+        """The chain of the examples ``rows (M,)`` alone."""
+        other = copy.copy(self)
+        other.links = [
+            Link(
+                link.weight,
+                None if link.call is None else link.call.part(rows),
+                None if link.slope is None else link.slope.index_select(0, rows),
+            )
+            for link in self.links
+        ]
+        return other
+
     def backward(self, columns: Tensor, example: Tensor | None = None) -> list[tuple[Call, Tensor]]:
         """Back-propagates columns.
 
@@ -167,15 +181,14 @@ class Chain:
                 g = g.mul_(slope) if fresh else g * slope  # columns already handed out must not change
         return found
 
-    def push(self, directions: Mapping[str, Tensor], example: Tensor | None = None) -> Tensor | None:
+    def push(self, directions: Mapping[str, Tensor]) -> Tensor | None:
         """Jacobian products ``J u`` along the chain, without another forward pass (methods 2.7).
 
         Args:
             directions: ``(K, *shape)`` by the names of tracked parameters.
-            example: examples ``(M,)``; all by default.
 
         Returns:
-            ``(K, M, C)``; ``None`` if no direction lies on the chain.
+            ``(K, N, C)``; ``None`` if no direction lies on the chain.
         """
         tangent: Tensor | None = None
         for link in self.links:
@@ -184,20 +197,28 @@ class Chain:
                 for role, portion in ({} if link.call is None else link.call.portions).items():
                     if portion.name not in directions:
                         continue
+                    assert link.call is not None
                     along = directions[portion.name].flatten(1)[:, portion.start : portion.stop]
                     if role == "bias":
-                        terms.append(along[:, None])
+                        # alone it is the first term, which the others are added to
+                        terms.append(along[:, None] if terms else along[:, None].repeat(1, link.call.shape[0], 1))
                         continue
-                    assert link.call is not None
                     out, inp = link.weight.shape
                     along = along.reshape(-1, inp, out) if portion.transposed else along.reshape(-1, out, inp).mT
-                    a = link.call.input() if example is None else link.call.input().index_select(0, example)
-                    terms.append(torch.matmul(a, along))
-                tangent = sum(terms[1:], terms[0]) if terms else None
+                    terms.append(torch.matmul(link.call.input(), along))
+                tangent = _added(terms) if terms else None
             elif tangent is not None:
                 assert link.slope is not None
-                tangent = tangent * (link.slope if example is None else link.slope.index_select(0, example))
+                tangent = tangent.mul_(link.slope)
         return tangent
+
+
+def _added(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of terms of broadcastable shapes, in place of the first, which is new and has the full shape."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total.add_(term)
+    return total
 
 
 def _refusal(what: str) -> str:

@@ -51,6 +51,7 @@ class Observation:
         targets: the batch's targets.
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
+        whole: outputs of the pass that this is a part of.
     """
 
     def __init__(
@@ -61,12 +62,24 @@ class Observation:
         targets: Any,
         calls: Sequence[Call],
         chain: Chain | None,
+        whole: Tensor | None = None,
     ) -> None:
         self.tracer, self.batch, self.outputs, self.targets = tracer, batch, outputs, targets
+        self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
+
+    def part(self, rows: Tensor) -> Observation:
+        """The examples ``rows (M,)`` of a chain, without another forward pass."""
+        assert self.chain is not None
+        chain = self.chain.part(rows)
+        calls = [link.call for link in chain.links if link.call is not None]
+        batch, outputs, targets = map_examples(
+            (self.batch, self.outputs, self.targets), self.count, lambda t: t[rows.to(t.device)]
+        )
+        return Observation(self.tracer, batch, outputs, targets, calls, chain, self.whole)
 
     def column_bytes(self) -> int:
         """Bytes that one back-propagated column of this minibatch takes over all blocks."""
@@ -94,7 +107,7 @@ class Observation:
         """
         if not self.outputs.requires_grad:
             return {}
-        node, number = _origin(self.outputs)
+        node, number = _origin(self.whole)
         found: dict[str, OutputSignals] = {}
         for name, members in self._by_block().items():
             block, call = self.tracer.blocks[name], members[0]

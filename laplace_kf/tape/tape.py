@@ -14,7 +14,7 @@ it does not matter by which calls they were made. Functions that are fused for s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,11 @@ class Call:
     leading: int
     version: int
     repeated: torch.Size | None = None
+
+    def part(self, rows: Tensor) -> Call:
+        """The call as the rows ``(M,)`` of its input ``(N, I)`` alone would have made it."""
+        bound = replace(self.bound, values={**self.bound.values, "input": self.input().index_select(0, rows)})
+        return replace(self, bound=bound, shape=torch.Size((len(rows), *self.shape[1:])), version=0)
 
     @property
     def names(self) -> list[str]:

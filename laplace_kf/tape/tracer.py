@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, run, to_device
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.linalg import all_finite
 from laplace_kf.models import coarsest
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout
 from laplace_kf.tape.chain import Chain, derivative
@@ -300,7 +301,7 @@ def _check_outputs(outputs: Tensor, index: int) -> None:
         )
     if not len(outputs):
         raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(outputs.shape)})")
-    if not torch.isfinite(outputs.detach()).all():
+    if not all_finite(outputs.detach()):
         raise NonFinite(
             f"batch {index}: the model's outputs {tuple(outputs.shape)} have NaN or infinite entries; check the "
             "inputs and the trained weights"

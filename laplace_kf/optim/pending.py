@@ -1,0 +1,96 @@
+"""The minibatches taken in since the last step: their passes, their gradients in ``.grad``, their mean loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laplace_kf.engine import preserved
+from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.tape import Observation, Tracer
+
+__all__ = ["Pending"]
+
+
+class Pending:
+    """See the module's text.
+
+    Args:
+        objective: runs the model.
+        tracer: runs it on the tape.
+        named: parameters by name.
+        names: those that are optimised.
+        l2: coefficient η.
+
+    Attributes:
+        batches: the minibatches.
+    """
+
+    def __init__(
+        self, objective: Objective, tracer: Tracer, named: Mapping[str, Tensor], names: Sequence[str], l2: float
+    ) -> None:
+        self.objective, self.tracer, self.named, self.names, self.l2 = objective, tracer, named, names, l2
+        self._mode_matters: bool | None = None  # whether training mode changes the outputs; measured once
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the minibatches."""
+        self.batches: list[Batch] = []
+        self._loss = 0.0  # sum of −log p
+
+    @property
+    def count(self) -> int:
+        """Number of examples."""
+        return sum(batch.count for batch in self.batches)
+
+    @property
+    def loss(self) -> float:
+        """Mean of ``−log p``, without the L2 term."""
+        return self._loss / self.count
+
+    def outputs(self, data: Any, step: int, wants_tape: bool) -> tuple[Tensor, Any, Observation | None]:
+        """Outputs ``(N, ...)`` and targets of the pass that gives the gradient; on the tape where it can be shared.
+
+        It can if the model is the same function in training mode (no dropout, no batch statistics).
+        """
+        model = self.objective.model
+        training = any(module.training for module in model.modules())
+        shared = wants_tape and not torch.is_autocast_enabled(self.tracer.device.type)
+        plain = training and self._mode_matters is not False
+        if plain or not shared:
+            outputs, targets = self.objective.runner(data)
+            if not (shared and training and self._mode_matters is None):
+                return outputs, targets, None
+        with preserved(model):
+            observation = self.tracer.observe(data, step)
+        if plain:
+            self._mode_matters = not torch.allclose(observation.outputs, outputs, rtol=1e-5, atol=1e-7)
+            if self._mode_matters:
+                return outputs, targets, None
+        return observation.outputs, observation.targets, observation
+
+    @torch.no_grad()
+    def add(self, batch: Batch, loss: float, grads: Sequence[Tensor | None]) -> None:
+        """Takes in a minibatch: its mean ``−log p``, and the gradients of that by parameter, each of its shape."""
+        before = self.count
+        self.batches.append(batch)
+        self._loss += loss * batch.count
+        share = batch.count / (before + batch.count)
+        for name, grad in zip(self.names, grads, strict=True):
+            parameter = self.named[name]
+            value = parameter.detach()
+            own = self.l2 * value if grad is None else torch.add(grad.to_dense(), value, alpha=self.l2)
+            if before and parameter.grad is not None:
+                own = (1 - share) * parameter.grad + share * own
+            parameter.grad = own.to(parameter.dtype)
+
+    @torch.no_grad()
+    def regularised(self, like: Tensor) -> Tensor:
+        """The mean loss with its L2 term, 0-dim, in the type and on the device of ``like``."""
+        loss = torch.tensor(self.loss, dtype=like.dtype, device=like.device)
+        for name in self.names if self.l2 else ():
+            loss = loss + self.l2 / 2 * torch.linalg.vector_norm(self.named[name]).to(loss).square()
+        return loss
