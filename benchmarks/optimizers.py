@@ -39,7 +39,10 @@ FACTORED: dict[str, Callable[..., Any]] = {
     "kfra, inverses every 20 steps": lambda *given, **more: lk.optim.kfra(*given, refresh=20, **more),
     "diagonal": lk.optim.diagonal,
 }
-ITERATIVE: dict[str, Callable[..., Any]] = {"hessian_free": lk.optim.hessian_free}
+ITERATIVE: dict[str, Callable[..., Any]] = {
+    "hessian_free": lk.optim.hessian_free,
+    "natural_gradient": lk.optim.natural_gradient,
+}
 SLOW: dict[str, Callable[..., Any]] = {"kflr, one step": lk.optim.kflr}  # a column for each of the 784 outputs
 TARGETS = {"kfac": 3.0, "kfac, no momentum": 3.0}
 

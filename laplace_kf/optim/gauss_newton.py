@@ -7,7 +7,7 @@ model along it, and along the previous update with ``momentum``. Damping: τ by 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -140,7 +140,8 @@ class GaussNewton(SecondOrder):
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
         self.zeta_rule = zeta_rule if zeta_rule is not None else GreedySearch()
         self.running = Running(self._accumulating, self.structure, ema, refresh, self._build)
-        self._check: list[Batch] = []
+        self._factored: list[Batch] = []  # the examples behind the factors of this step
+        self._check: list[Batch] = []  # those of the exact products
         self._outer: dict[str, tuple[Tensor, Tensor]] = {}
         self._previous: Tensor | None = None
 
@@ -151,8 +152,9 @@ class GaussNewton(SecondOrder):
         return self.factor_part == 1 or self.tracer.may_be_chain
 
     def _measure(self, batch: Batch, observation: Observation | None) -> None:
-        with self._calm():
-            part = batch.part(self.factor_part, LEAST, self.generator)
+        part = batch.part(self.factor_part, LEAST, self.generator)
+        self._factored.append(part)
+        with self._calm(part.seen):
             self.running.take(part.data if part.seen is None else part.seen, self.steps)
             if observation is not None and self.low_rank and self._direct:
                 self._outer = self._gradient_factors(observation)
@@ -161,8 +163,11 @@ class GaussNewton(SecondOrder):
         return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator)
 
     @contextmanager
-    def _calm(self) -> Iterator[None]:
-        """Curvature is that of the model in eval mode and full precision."""
+    def _calm(self, seen: Observation | None) -> Iterator[None]:
+        """Curvature is that of the model in eval mode and full precision; along a chain that was seen it is not run."""
+        if seen is not None and seen.chain is not None:
+            yield
+            return
         with preserved(self.model), torch.autocast(self.tracer.device.type, enabled=False):
             yield
 
@@ -183,7 +188,7 @@ class GaussNewton(SecondOrder):
 
     def _forget(self) -> None:
         self.running.forget()
-        self._check, self._outer = [], {}
+        self._factored, self._check, self._outer = [], [], {}
 
     @property
     def statistics(self) -> Statistics | None:
@@ -197,7 +202,7 @@ class GaussNewton(SecondOrder):
     # -- the update ----------------------------------------------------------------------------------------------------
 
     def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor) -> Proposal:
-        with self._calm():
+        with self._calm(None) if self.structure.several_passes else nullcontext():
             self.running.update(self.steps)
         assert self.tau is not None
         if self.zeta is None:
@@ -243,6 +248,7 @@ class GaussNewton(SecondOrder):
                 torch.neg(gradient, out=row)
         curvature, slope = self._model(directions, gradient)
         rates = self._rates()
+        check = min(self._factored, self._check, key=lambda parts: sum(part.count for part in parts))
         best: tuple[int, Proposal] | None = None
         for k in range(count):
             rows = [k, *last]
@@ -259,7 +265,7 @@ class GaussNewton(SecondOrder):
                 chosen = directions if len(rows) == len(directions) else directions[rows]
                 delta = (rates * coefficients).to(directions) @ chosen
             mu = float(coefficients[1]) if last else 0.0
-            best = k, Proposal(delta, change, float(coefficients[0]), mu, self._check)
+            best = k, Proposal(delta, change, float(coefficients[0]), mu, check)
         assert best is not None
         return best
 

@@ -7,10 +7,13 @@ from typing import Any
 from torch import nn
 
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.optim.cg import Progress
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
 from laplace_kf.optim.gauss_newton import GaussNewton
+from laplace_kf.optim.newton_cg import HessianFree
+from laplace_kf.optim.recipes import Recipe, last
 
-__all__ = ["diagonal", "ekfac", "kfac", "kflr", "kfra"]
+__all__ = ["diagonal", "ekfac", "kfac", "kflr", "kfra", "natural_gradient"]
 
 MARTENS: dict[str, Any] = {
     "momentum": True,
@@ -47,7 +50,8 @@ def kfra(model: nn.Module, likelihood: str | Likelihood, **settings: Any) -> Gau
 def ekfac(model: nn.Module, likelihood: str | Likelihood, **settings: Any) -> GaussNewton:
     """K-FAC with exact second moments along the Kronecker eigenbases; arguments as :func:`kfac`.
 
-    The minibatch is gone through twice for its curvature, and the bases follow the running factors at every step.
+    The second moments are measured at every step, the bases that they are measured along follow the running factors
+    every ``refresh`` steps (George et al. 2018, EKFAC-ra).
     """
     row = {"estimator": "sampled", "structure": "ekfac", "damping": "exact"}
     return GaussNewton(model, likelihood, **{**MARTENS, **row, **settings})
@@ -64,3 +68,28 @@ def diagonal(model: nn.Module, likelihood: str | Likelihood, power: float = 0.75
     """
     row = {"estimator": "sampled", "structure": "diag", "damping": "exact", "power": power, "ema": 0.95}
     return GaussNewton(model, likelihood, **{**row, **settings})
+
+
+def natural_gradient(
+    model: nn.Module, likelihood: str | Likelihood, steps: int = 50, tolerance: float = 1e-4, **settings: Any
+) -> HessianFree:
+    """Damped natural gradient: ``(F + (λ + η) I)⁻¹ ∇`` by conjugate gradients on Fisher products (methods 8.3).
+
+    For likelihoods whose Gauss-Newton matrix is the Fisher this is its matrix, exact and never formed. Every system is
+    solved from zero without looking at the objective, so that with enough steps the direction is the natural gradient;
+    λ follows the Levenberg–Marquardt rule.
+
+    Args:
+        model: the module that is trained.
+        likelihood: registered name or object.
+        steps: CG steps at most.
+        tolerance: of CG, by relative progress (methods 7.3); 0 makes all steps.
+        **settings: any other argument of :class:`HessianFree`, such as ``preconditioner="kronecker"``.
+    """
+    row: dict[str, Any] = {
+        "recipe": Recipe(limit=steps, choose=last),
+        "termination": Progress(tolerance),
+        "momentum": False,
+        "preconditioner": "none",
+    }
+    return HessianFree(model, likelihood, **{**row, **settings})
