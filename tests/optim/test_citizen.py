@@ -26,7 +26,8 @@ MAKERS: dict[str, Any] = {
     "kfra": lambda m, **k: lk.optim.kfra(m, "categorical", averaging=0.95, **k),
     "kflr": lambda m, **k: lk.optim.kflr(m, "categorical", damping="exact", **k),
     "diagonal": lambda m, **k: lk.optim.diagonal(m, "categorical", **k),
-    "ekfac": lambda m, **k: lk.optim.ekfac(m, "categorical", **k),
+    "ekfac": lambda m, **k: lk.optim.ekfac(m, "categorical", **{"refresh": 4, **k}),
+    "natural-gradient": lambda m, **k: lk.optim.natural_gradient(m, "categorical", **k),
     "hessian-free": lambda m, **k: lk.optim.hessian_free(m, "categorical", **k),
     "hessian-free-kronecker": lambda m, **k: lk.optim.hessian_free(
         m, "categorical", preconditioner="kronecker", ema=0.9, refresh=4, **k
@@ -207,12 +208,15 @@ def test_steps_that_lose_finiteness_are_refused(name: str) -> None:
     model = Explosive()
     x, y = torch.randn(10, 2, generator=rng()).double(), torch.zeros(10).long()
     opt = MAKERS[name](model, tau=1e-6, l2=0.0)
-    before = float(opt.step(x, y))
-    assert bool(torch.isfinite(model(x)).all())
     if name == "hessian-free":  # its line search backs off by itself
+        before = float(opt.step(x, y))
         assert 0 < opt.diagnostics["alpha"] < 1
     else:
+        with pytest.warns(RuntimeWarning, match=r"step 1: \d+ update.* refused; the damping is now tau = "):
+            before = float(opt.step(x, y))
         assert opt.diagnostics["rejected"] >= 1 and opt.diagnostics["tau"] > 1e-6
+        assert f"rejected {opt.diagnostics['rejected']}" in opt.progress()
+    assert bool(torch.isfinite(model(x)).all())
     assert float(opt.step(x, y)) < before
 
 
