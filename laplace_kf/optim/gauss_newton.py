@@ -202,6 +202,10 @@ class GaussNewton(SecondOrder):
     # -- the update ----------------------------------------------------------------------------------------------------
 
     def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor) -> Proposal:
+        with torch.autocast(self.tracer.device.type, enabled=False):  # curvature, solves and products in full precision
+            return self._best(batches, gradient)
+
+    def _best(self, batches: Sequence[Batch], gradient: Tensor) -> Proposal:
         with self._calm(None) if self.structure.several_passes else nullcontext():
             self.running.update(self.steps)
         assert self.tau is not None
