@@ -16,7 +16,6 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective
-from laplace_kf.optim.pending import Pending
+from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
@@ -40,29 +39,6 @@ __all__ = ["Proposal", "SecondOrder"]
 
 BOOST = 10.0  # factor on the damping after a rejected step
 RETRIES = 12
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """An update that has not been made yet.
-
-    Attributes:
-        delta: ``(P,)``, learning rates included.
-        change: ``M(δ) − M(0)`` of the model that the ratio ρ compares with; negative.
-        alpha: coefficient of the new direction.
-        mu: coefficient of the previous update.
-        check: minibatches on which the new weights must give a finite loss.
-        after: mean ``−log p`` at the new weights on all minibatches, if it is known.
-        rho: the ratio ρ, if the proposal measured it itself.
-    """
-
-    delta: Tensor
-    change: float
-    alpha: float
-    mu: float
-    check: Sequence[Batch]
-    after: float | None = None
-    rho: float | None = None
 
 
 class SecondOrder(torch.optim.Optimizer):
@@ -177,7 +153,8 @@ class SecondOrder(torch.optim.Optimizer):
 
     def flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Parameter-shaped tensors by name as one vector ``(P,)``, second-order parameters only."""
-        return self.layout.join({n: tensors[n].detach()[None].to(self.dtype) for n in self.layout.names})[0]
+        dtype = self.dtype
+        return self.layout.join({n: tensors[n].detach()[None].to(dtype) for n in self.layout.names})[0]
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`flat` for a vector ``(P,)`` (views)."""
@@ -304,9 +281,8 @@ class SecondOrder(torch.optim.Optimizer):
             proposal = self._propose(batches, loss, gradient)
             if all_finite(proposal.delta):
                 moved = self._moved(proposal.delta)
-                after = proposal.after
-                if after is None:  # ρ needs all examples, a mere check fewer
-                    after = self.objective.loss(batches if self._wants_ratio() else proposal.check, moved)
+                # ρ needs all examples, a mere check fewer
+                after = self.objective.loss(batches if self._wants_ratio() else proposal.check, moved)
                 if math.isfinite(after):
                     if rejected:
                         self._say(f"{rejected} update(s) without a finite loss were refused; the damping is now", 6)
@@ -369,8 +345,12 @@ class SecondOrder(torch.optim.Optimizer):
         return {name: value.clone() for name, value in self._average.items()}
 
     def progress(self) -> str:
-        """One line about the last step."""
-        return f"step {self.steps}: " + ", ".join(f"{key} {value:.3g}" for key, value in self.diagnostics.items())
+        """One line about the last step, as for ``tqdm``'s ``bar.set_postfix_str(opt.progress())``.
+
+        It has the number of the step and the :attr:`diagnostics` that were measured, three digits each.
+        """
+        known = {key: value for key, value in self.diagnostics.items() if not math.isnan(value)}
+        return f"step {self.steps}: " + ", ".join(f"{key} {value:.3g}" for key, value in known.items())
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

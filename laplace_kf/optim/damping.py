@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -72,10 +72,6 @@ class LevenbergMarquardt:
         if rho > self.high:
             return tau * self.factor
         return tau / self.factor if rho < self.low else tau
-
-    def period(self, every: int) -> LevenbergMarquardt:
-        """The same rule at another period, its factor per step unchanged."""
-        return replace(self, every=every, factor=self.factor ** (every / self.every))
 
 
 Scaling = Callable[[float, float, float], float]

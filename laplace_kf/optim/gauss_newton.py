@@ -47,6 +47,8 @@ class GaussNewton(SecondOrder):
         inverse: ``"block_diagonal"`` or ``"block_tridiagonal"`` (methods 5.5).
         damping: how ``ζ + l2`` enters a Kronecker block: ``"balanced"`` (with ω), ``"factored"``, ``"exact"``.
         power: exponent of the inverse, ``(C̃ + ζ)^-power``; other than 1 needs ``damping="exact"`` (methods 8.2).
+        rescale: length of the step from the exact quadratic model; ``False`` takes the direction as it is, which with
+            ``damping="factored"`` and fixed damping is the plain factored Tikhonov update (methods 6.4).
         momentum: also search along the previous update (methods 6.2).
         l2: coefficient η of the regulariser.
         lr: factor on the final update; schedulers change it through the parameter groups.
@@ -84,6 +86,7 @@ class GaussNewton(SecondOrder):
         inverse: str = "block_diagonal",
         damping: str = "balanced",
         power: float = 1.0,
+        rescale: bool = True,
         momentum: bool = False,
         l2: float = 0.0,
         lr: float = 1.0,
@@ -134,7 +137,9 @@ class GaussNewton(SecondOrder):
                 "curvature_fraction=(1.0, ...): the gradient must be a sum over the examples that are on the tape"
             )
         self.factor_part, self.product_part = parts
-        self.momentum, self.zeta = momentum, zeta
+        if momentum and not rescale:
+            raise IncompatiblePair("momentum=True chooses the length of the step from the model: it needs rescale=True")
+        self.rescale, self.momentum, self.zeta = rescale, momentum, zeta
         self.adapt_tau, self.adapt_zeta = adapt_tau, adapt_zeta
         self.ema, self.refresh, self.low_rank = ema, refresh, low_rank
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
@@ -257,7 +262,7 @@ class GaussNewton(SecondOrder):
         for k in range(count):
             rows = [k, *last]
             seen, down = curvature[rows][:, rows], slope[rows]
-            coefficients = optimal_coefficients(seen, down)
+            coefficients = optimal_coefficients(seen, down) if self.rescale else torch.ones_like(down)
             if isinstance(rates, float):
                 change = model_change(rates * coefficients, seen, down)
             else:
@@ -271,6 +276,9 @@ class GaussNewton(SecondOrder):
             mu = float(coefficients[1]) if last else 0.0
             best = k, Proposal(delta, change, float(coefficients[0]), mu, check)
         assert best is not None
+        if best[1].alpha == 0.0 and self.adapt_tau and float(slope[best[0]]) < 0:  # no curvature at all along it
+            assert self.tau is not None
+            self.tau = max(self.tau, 1e-6) / self.tau_rule.factor
         return best
 
     def _model(self, directions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

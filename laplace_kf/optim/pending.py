@@ -1,8 +1,9 @@
-"""The minibatches taken in since the last step: their passes, their gradients in ``.grad``, their mean loss."""
+"""What a step is made of: the minibatches taken in since the last one, and the update that is proposed from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,32 @@ from laplace_kf.engine import preserved
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["Pending"]
+__all__ = ["Pending", "Proposal"]
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """An update that has not been made yet.
+
+    Attributes:
+        delta: ``(P,)``, learning rates included.
+        change: ``M(δ) − M(0)`` of the model that the ratio ρ compares with; negative.
+        alpha: coefficient of the new direction.
+        mu: coefficient of the previous update.
+        check: minibatches on which the new weights must give a finite loss.
+        rho: the ratio ρ, if the proposal measured it itself.
+    """
+
+    delta: Tensor
+    change: float
+    alpha: float
+    mu: float
+    check: Sequence[Batch]
+    rho: float | None = None
 
 
 class Pending:
-    """See the module's text.
+    """The minibatches since the last step: their passes, their gradients in ``.grad``, their mean loss.
 
     Args:
         objective: runs the model.

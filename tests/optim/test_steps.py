@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.errors import IncompatiblePair
 from tests import oracles
 from tests.optim import reference as ref
 
@@ -140,6 +141,42 @@ def test_lm_ratio_is_one_on_a_quadratic() -> None:
 def test_levenberg_marquardt_thresholds(rho: float | None, low: float, expected: float) -> None:
     rule = lk.optim.LevenbergMarquardt(factor=0.5, low=low, high=0.75)
     assert rule.adapted(1.0, rho) == expected
+
+
+def test_plain_factored_tikhonov_updates() -> None:
+    """Methods 6.4: γ I on both factors, no rescaling, no adaptation."""
+    nll, gamma = oracles.categorical_nll, 0.6
+    model = ref.net([3, 4, 3])
+    opt = lk.optim.GaussNewton(
+        model, "categorical", "exact", damping="factored", zeta=gamma**2, rescale=False, adapt_tau=False,
+        adapt_zeta=False, ema=0.0, lr=0.1,
+    )  # fmt: skip
+    for seed in range(3):
+        x, y = ref.batch(20, 3, 3, seed)
+        theta, g = oracles.flat_parameters(model), ref.gradient(model, x, y, nll)
+        expected = torch.zeros_like(theta)
+        for block in ref.kflr(nll)(model, x, y):
+            index = block.index.reshape(-1)
+            damped = ref.damped_block(block, gamma**2, "factored")
+            expected[index] = -0.1 * torch.linalg.solve(damped, g[index])
+        opt.step(x, y)
+        torch.testing.assert_close(oracles.flat_parameters(model) - theta, expected)
+        assert opt.diagnostics["alpha"] == 1.0
+    with pytest.raises(IncompatiblePair, match="rescale"):
+        lk.optim.kfac(model, "categorical", rescale=False)
+
+
+def test_no_curvature_along_the_direction_makes_no_step_and_raises_tau() -> None:
+    """Methods 6.1: a softmax that is 0 and 1 to the last bit has a gradient and no curvature."""
+    model = nn.Linear(1, 2, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[2000.0], [-2000.0]]))
+    opt = lk.optim.kflr(model, "categorical", tau=0.0, zeta=1.0, l2=0.0)
+    opt.step(torch.ones(4, 1).double(), torch.ones(4).long())
+    assert opt.diagnostics["alpha"] == 0.0 and opt.diagnostics["tau"] > 0
+    assert float(model.weight[0]) == 2000.0
+    opt.step(torch.ones(4, 1).double(), torch.ones(4).long())
+    assert float(model.weight[0].detach()) < 2000.0
 
 
 @pytest.mark.parametrize("inverse", ["block_diagonal", "block_tridiagonal"])
