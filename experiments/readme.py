@@ -205,6 +205,21 @@ def many_outputs() -> str:
     return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(head, rows)
 
 
+def optimizers() -> str:
+    """Costs of the optimisers' steps."""
+    result = _load("benchmarks/results/optimizers.json")
+    if result is None:
+        return "*Not run yet.*"
+    held = result["memory_bytes"]
+    rows = []
+    for name, cost in result["costs"].items():
+        bytes_ = held.get(name.split(", 20 CG")[0])
+        memory = "" if bytes_ is None else f"{bytes_ / 1e6:.0f}"
+        rows.append([name, f"{cost['mean']:.2f}", f"{cost['median']:.2f}", f"{cost['largest']:.1f}", memory])
+    head = ["optimiser", "SGD steps, mean", "median", "largest", "MB more than SGD"]
+    return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(head, rows)
+
+
 def toy_regression() -> str:
     """Methods and verdicts of E19."""
     result = _load("docs/results/toy_regression.json")
@@ -219,6 +234,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "many_outputs": many_outputs,
     "toy_regression": toy_regression,
     "fit_cost": fit_cost,
+    "optimizers": optimizers,
     "importance": importance,
     "support": lk.support_table,
     "calibration": calibration,
