@@ -31,7 +31,7 @@ class Batch:
     """One minibatch of a step.
 
     Attributes:
-        data: what the user gave, on the model's device.
+        data: what the user gave, on the model's device, tensors ``(N, ...)``.
         count: number of examples.
         random: state of the random generators (by device) before its first pass.
         seen: its pass on the tape, if the model's own was one.

@@ -43,7 +43,7 @@ class Pending:
     Args:
         objective: runs the model.
         tracer: runs it on the tape.
-        named: parameters by name.
+        named: parameters ``(*shape)`` by name.
         names: those that are optimised.
         l2: coefficient η.
 
