@@ -137,6 +137,10 @@ class Structure(ABC):
         """Takes in an output factor ``(O, O)`` computed otherwise (KFRA); ``False`` if this structure has none."""
         return False
 
+    def with_diagonal(self, sums: Sums, values: Mapping[str, Tensor]) -> Sums:
+        """Sums with diagonal matrices added, ``(R, O, I)`` by block name; unchanged where the structure has no place."""
+        return sums
+
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         """The sums as they are kept: symmetric, in flat order where they span blocks."""
         return dict(sums)
