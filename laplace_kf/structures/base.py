@@ -138,7 +138,7 @@ class Structure(ABC):
         return False
 
     def with_diagonal(self, sums: Sums, values: Mapping[str, Tensor]) -> Sums:
-        """Sums with diagonal matrices added, ``(R, O, I)`` by block name; unchanged where the structure has no place."""
+        """Sums plus diagonal matrices ``(R, O, I)`` by block name; unchanged where there is no place for them."""
         return sums
 
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
