@@ -58,7 +58,7 @@ class Config:
         tau_tikhonov: first λ without.
         target: share of wrong test sequences below which a run has succeeded.
         iterations: iterations at most.
-        seconds: processor seconds at most, tests not counted.
+        seconds_per_step: processor seconds at most, per step of T; tests not counted.
         progress: whether to print a line for every finished run.
     """
 
@@ -70,17 +70,17 @@ class Config:
     dampings: list[str] = field(default_factory=lambda: list(DAMPINGS))
     hidden: int = 40
     nonzero: int = 15
-    input_scale: float = 1.0
-    gradient_size: int = 5000
-    curvature_size: int = 500
-    cg_steps: int = 300
+    input_scale: float = 0.1
+    gradient_size: int = 2000
+    curvature_size: int = 200
+    cg_steps: int = 100
     test_size: int = 2000
     structural: float = 1 / 30
     tau_structural: float = 0.1
     tau_tikhonov: float = 0.3
     target: float = 0.01
-    iterations: int = 200
-    seconds: float = 60.0
+    iterations: int = 300
+    seconds_per_step: float = 1.5
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class Config:
                      "iterations"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1")
-        for name in ("input_scale", "structural", "tau_structural", "tau_tikhonov", "target", "seconds"):
+        for name in ("input_scale", "structural", "tau_structural", "tau_tikhonov", "target", "seconds_per_step"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be above 0")
         if self.curvature_size > self.gradient_size:
@@ -166,7 +166,7 @@ def _train(config: Config, problem: Problem, length: int, damping: Damping, seed
     )  # fmt: skip
     found: dict[str, Any] = {"errors": [], "losses": [], "taus": [], "cg_steps": [], "seconds": [], "rejected": 0}
     spent = sequences = 0.0
-    while len(found["errors"]) < config.iterations and spent < config.seconds:
+    while len(found["errors"]) < config.iterations and spent < config.seconds_per_step * length:
         start = time.process_time()
         x, y = problem.draw(config.gradient_size, length, rng)
         part = None if problem.finite else (x[: config.curvature_size], y[: config.curvature_size])
@@ -227,8 +227,8 @@ def _report(config: Config, found: Sequence[dict[str, Any]]) -> Report:
     return Report(
         title="Hessian-free optimisation of recurrent networks on long dependencies",
         summary=f"{config.hidden} units, {sizes} (memorisation: all 32). A run may take {config.iterations} iterations "
-        f"and {config.seconds:g} processor seconds; {total / 60:.0f} minutes of one thread in all. Of "
-        f"{len(found) // len(config.dampings)} runs each, solved: {solved}.",
+        f"and {config.seconds_per_step:g} processor seconds per step of T; {total / 60:.0f} minutes of one thread in "
+        f"all. Of {len(found) // len(config.dampings)} runs each, solved: {solved}.",
         seed=config.seed,
         config=asdict(config),
         metrics={name: [run[name] for run in metrics] for name in config.dampings},

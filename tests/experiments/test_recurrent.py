@@ -134,7 +134,7 @@ def test_the_verdicts():
 
 
 def test_a_small_run_is_resumed(tmp_path, capsys):
-    words = [*SIZES.split(), "target=0.9", "seconds=1000", "progress=false"]
+    words = [*SIZES.split(), "target=0.9", "seconds_per_step=1000", "progress=false"]
     assert main(["run", "E4", *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert {(one["problem"], one["damping"]) for one in result["runs"]} == set(
@@ -163,7 +163,7 @@ def test_a_small_run_is_resumed(tmp_path, capsys):
         ("problems=[]", "problems"),
         ("lengths=[5]", "lengths"),
         ("curvature_size=100000", "gradient_size"),
-        ("seconds=0", "seconds"),
+        ("seconds_per_step=0", "seconds_per_step"),
         ("hidden=0", "hidden"),
     ],
 )
