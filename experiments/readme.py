@@ -12,6 +12,7 @@ from typing import Any
 
 import laplace_kf as lk
 from experiments import calibration_report as report
+from experiments import recurrent_report
 
 __all__ = ["PAGES", "TABLES", "render", "write"]
 
@@ -228,7 +229,29 @@ def toy_regression() -> str:
     return f"{_machine(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
 
 
+def recurrent(name: str = "recurrent") -> str:
+    """Outcomes and verdicts of E4 with one of its configurations."""
+    result = _load(f"docs/results/{name}.json")
+    if result is None:
+        return "*Not run yet.*"
+    config, runs = result["config"], result["runs"]
+    minutes = sum(one["seconds"] for one in runs) / 60
+    head = (
+        f"{config['hidden']} tanh units, input weights from N(0, {config['input_scale']:g}²), "
+        f"{config['gradient_size']} fresh sequences an iteration, {config['curvature_size']} of them for curvature "
+        f"(memorisation: all 32), at most {config['cg_steps']} CG steps. Structural: μ = {config['structural']:.3f}, "
+        f"first λ = {config['tau_structural']:g}; Tikhonov: first λ = {config['tau_tikhonov']:g}. Cells are iterations "
+        f"(processor seconds) until less than {config['target']:.0%} of {config['test_size']} test sequences are "
+        f"answered wrongly; a run fails after {config['seconds_per_step']:g} processor seconds per step of T, or "
+        f"{config['iterations']} iterations. {len(runs)} runs, {minutes:.0f} minutes of one thread; "
+        f"{_machine(result)}. `python -m experiments run {name}`"
+    )
+    return "\n\n".join([head, _markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "recurrent": recurrent,
+    "recurrent_published": partial(recurrent, "recurrent_published"),
     "ood_mnist": ood_mnist,
     "predictions": predictions,
     "many_outputs": many_outputs,
@@ -247,6 +270,7 @@ PAGES = {
     "docs/toy_regression.md": ("toy_regression",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
+    "docs/recurrent.md": ("recurrent", "recurrent_published"),
 }
 """Which tables stand on which page."""
 
@@ -275,6 +299,9 @@ COLLECTED = {
     "results/demo/entropy.png": "docs/pictures/demo.png",
     "results/calibration/result.json": "docs/results/calibration.json",
     "results/calibration/differences.png": "docs/pictures/calibration.png",
+    "results/E4/result.json": "docs/results/recurrent.json",
+    "results/E4_published/result.json": "docs/results/recurrent_published.json",
+    "results/E4/errors.png": "docs/pictures/recurrent.png",
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",

@@ -85,7 +85,8 @@ class HessianFree(SecondOrder):
         recipe: name in ``RECIPES`` or a :class:`Recipe`: limits, warm start and choice of the iterate.
         preconditioner: ``"none"``, ``"diagonal"``, ``"kronecker"``, or a :class:`Preconditioner`.
         scale_sensitive: damp with ``λ diag(G)`` in place of ``λ I`` (methods 7.7).
-        structural_damping: μ of the penalty on changes of hidden activities, for recurrent networks.
+        structural_damping: μ of the penalty on changes of hidden activities, for recurrent networks. A diagonal
+            preconditioner takes it in (an estimate by random signs), a Kronecker one leaves it out.
         hidden: name patterns of the modules whose outputs are hidden activities; default: all recurrent modules.
         distance: ``"squared"`` or ``"cross_entropy"`` (logistic units).
         trust_radius: solve within ``‖δ‖_P ≤ radius`` by Steihaug–Toint in place of damping with λ.
@@ -255,7 +256,7 @@ class HessianFree(SecondOrder):
             parts = matrix.product(self.split(v))
             return torch.cat([part.reshape(-1) for part in parts]).to(v) + self.l2 * v
 
-        metric = self._preconditioner(float(scale))
+        metric = self._preconditioner(float(scale), matrix)
         start = None
         if self.momentum and self._solution is not None and self.recipe.decay and self.radius is None:
             start = self.recipe.decay * self._solution
@@ -283,20 +284,29 @@ class HessianFree(SecondOrder):
         self.run, self._candidate = run, run.x
         return self._searched(batches, loss, gradient, theta, delta, undamped(delta))
 
-    def _preconditioner(self, scale: float) -> Matrix | None:
+    def _preconditioner(self, scale: float, matrix: Linearised) -> Matrix | None:
         """The preconditioner at this step's damping; between refreshes the one of before."""
         if self.preconditioner is None:
             return None
         if self._metric is not None and self.steps % self.refresh:
             return self._metric
         if "preconditioner" not in self._structures:
-            new = self._statistics("preconditioner", self.pair)
+            new = self._with_structural(self._statistics("preconditioner", self.pair), matrix)
             self._running = averaged(self._running, new, self.steps, self.ema)
         assert self._running is not None
         k = (scale if self.zeta is None else self.zeta) + self.l2 + self._least(self._running)
         self._inverted_at = k
         self._metric = self.preconditioner.build(self._running, k)
         return self._metric
+
+    def _with_structural(self, statistics: Statistics, matrix: Linearised) -> Statistics:
+        """The curvature of the preconditioner with ``μ diag(D)`` in it: P is for the damped matrix (methods 7.6)."""
+        if not self.structural or self.pair is None:
+            return statistics
+        found = matrix.hidden_diagonal(self.generator)
+        parts = {name: statistics.count * part[None] for name, part in found.items()}
+        values = {name: block.pack(parts)[0] for name, block in statistics.blocks.items()}
+        return replace(statistics, sums=self.pair[0].with_diagonal(statistics.sums, values))
 
     def _searched(
         self, batches: Sequence[Batch], loss: float, gradient: Tensor, theta: Tensor, delta: Tensor, curved: Tensor

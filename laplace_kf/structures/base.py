@@ -148,6 +148,10 @@ class Structure(ABC):
         """Takes in an output factor ``(O, O)`` computed otherwise (KFRA); ``False`` if this structure has none."""
         return False
 
+    def with_diagonal(self, sums: Sums, values: Mapping[str, Tensor]) -> Sums:
+        """Sums plus diagonal matrices ``(R, O, I)`` by block name; unchanged where there is no place for them."""
+        return sums
+
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         """The sums as they are kept: symmetric, in flat order where they span blocks."""
         return dict(sums)

@@ -29,5 +29,8 @@ class Diagonal(Structure):
         for name, signal in signals.items():
             signal.add_squares(sums[name][0])
 
+    def with_diagonal(self, sums: Sums, values: Mapping[str, Tensor]) -> Sums:
+        return {name: (own + values[name],) for name, (own,) in sums.items()}
+
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
         return Blockwise(layout, [(block, DiagonalBlock(means[name][0], name)) for name, block in blocks.items()])

@@ -204,6 +204,66 @@ def test_structural_damping_products(distance: str, cell: bool, forward_mode: bo
     assert objective._forward_mode is forward_mode
 
 
+def hidden_curvature(model: Recurrent, x: Tensor, distance: str) -> tuple[Tensor, Tensor]:
+    """Jacobian of all activities ``(N·T·H, P)`` and the diagonal of ``H_d``, dense."""
+    jac = torch.cat([jacobian_of(lambda i=i: model.hidden(x[i : i + 1]), model) for i in range(len(x))])
+    c = model.hidden(x).detach().reshape(-1)
+    return jac, torch.ones_like(c) if distance == "squared" else 1 / (c * (1 - c)).clamp_min(1e-4)
+
+
+def signs_of(seed: int, shape: tuple[int, ...], samples: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return torch.stack([2.0 * torch.randint(2, shape, generator=rng).double() - 1 for _ in range(samples)]).flatten(1)
+
+
+@pytest.mark.parametrize("distance", ["squared", "cross_entropy"])
+def test_diagonal_of_the_structural_damping(distance: str) -> None:
+    """The formula for given signs, and its mean against ``diag(J_cᵀ H_d J_c)``."""
+    model, mu = Recurrent(), 0.3
+    x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    jac, metric = hidden_curvature(model, x, distance)
+    objective = Objective(model, lk.likelihoods.Categorical(), None, 0.0)
+    objective.hidden = [model.rnn]
+    batch = Batch((x, torch.tensor([0, 1, 1, 0])), 4, objective.random_state())
+    matrix = Linearised(objective, [batch], dict(model.named_parameters()), mu, DISTANCES[distance])
+
+    def found(samples: int) -> Tensor:
+        parts = matrix.hidden_diagonal(torch.Generator().manual_seed(1), samples)
+        return torch.cat([part.reshape(-1) for part in parts.values()])
+
+    columns = (metric.sqrt() * signs_of(1, (4, 5, 3), 6)) @ jac
+    torch.testing.assert_close(found(6), mu / 4 * columns.square().mean(0), rtol=1e-10, atol=1e-14)
+    dense = mu / 4 * (jac.square() * metric[:, None]).sum(0)
+    assert float((found(2000) - dense).norm() / dense.norm()) < 0.05
+    assert float(found(1)[-8:].abs().max()) == 0  # the output layer moves no activity
+
+
+def test_diagonal_preconditioner_is_of_the_damped_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``P = (diag(F) + μ diag(D) + λ + η)^¾`` with structural damping (methods 7.6)."""
+    from laplace_kf.optim import newton_cg
+
+    solvers: list[Any] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Run:
+        solvers.append(kwargs["precondition"])
+        return conjugate_gradients(*args, **kwargs)
+
+    monkeypatch.setattr(newton_cg, "conjugate_gradients", spy)
+    model, mu, l2, tau = Recurrent(), 0.3, 1e-2, 0.4
+    x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y = torch.tensor([0, 1, 1, 0])
+    jac, metric = hidden_curvature(model, x, "squared")
+    fisher = oracles.empirical_fisher(model, x, y, oracles.categorical_nll).diagonal()
+    hidden = mu / 4 * ((metric.sqrt() * signs_of(7, (4, 5, 3), 16)) @ jac).square().mean(0)
+    opt = lk.optim.hessian_free(
+        model, "categorical", structural_damping=mu, preconditioner="diagonal", l2=l2, tau=tau,
+        generator=torch.Generator().manual_seed(7),
+    )  # fmt: skip
+    opt.step(x, y)
+    r = torch.randn(len(fisher), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(solvers[0](r), r / (fisher + hidden + tau + l2) ** 0.75, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("preconditioner", ["none", "diagonal", "kronecker"])
 def test_converged_steps_are_damped_newton_steps(preconditioner: str) -> None:
     """CG run to the end: δ = −(G + (λ + η) I)⁻¹∇E, line search, and λ by the undamped model."""
