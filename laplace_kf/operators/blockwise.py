@@ -126,7 +126,7 @@ class Blockwise(Matrix):
         return self._shifted(prior, lambda matrix, own: matrix.precision(n, own, damping))
 
     def products(self, n: float | Tensor, prior: Tensor | dict[str, Tensor], damping: str) -> Blockwise:
-        """The same matrix as :meth:`precision`, in the form that is cheapest to multiply with: undecomposed."""
+        """The matrix of :meth:`precision`, in the form that is cheapest to multiply ``(P,)`` with: undecomposed."""
         return self._shifted(prior, lambda matrix, own: matrix.products(n, own, damping))
 
     def _shifted(

@@ -123,6 +123,7 @@ class KeptTerms(CurvatureBlock):
         return TermSum(terms, prior, self.label)
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        """The terms side by side: their products for ``(P_b,)``, one after another."""
         exact = DAMPINGS[damping] is DAMPINGS["exact"]
         scaled = [_scaled(term, n) for term in self._terms]
         return TermSum(scaled, prior, self.label) if exact else self.precision(n, prior, damping)
