@@ -1,25 +1,35 @@
-"""What the benchmarks share: the 784-1024-1024-10 network with random data, the autoencoder, the peak of memory."""
+"""What the benchmarks share: ReLU networks with random data, the autoencoder, and the peak of memory."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["autoencoder", "peak_bytes", "wide_mlp"]
+__all__ = ["autoencoder", "peak_bytes", "relu_network", "wide_mlp"]
+
+Workload = tuple[nn.Module, Tensor, Tensor, list[tuple[Tensor, Tensor]]]
 
 
-def wide_mlp(examples: int, batch: int) -> tuple[nn.Module, Tensor, Tensor, list[tuple[Tensor, Tensor]]]:
-    """The untrained network, random inputs ``(N, 784)`` and labels ``(N,)``, and both in batches."""
+def wide_mlp(examples: int, batch: int) -> Workload:
+    """784-1024-1024-10, as of :func:`relu_network`."""
+    return relu_network((784, 1024, 1024, 10), examples, batch)
+
+
+def relu_network(sizes: Sequence[int], examples: int, batch: int) -> Workload:
+    """The untrained network, random inputs ``(N, sizes[0])`` and labels ``(N,)``, and both in batches."""
     rng = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
-    x = torch.rand(examples, 784, generator=rng)
-    y = torch.randint(0, 10, (examples,), generator=rng)
+        pairs = pairwise(sizes)
+        layers = [layer for i, o in pairs for layer in (nn.Linear(i, o), nn.ReLU())]
+        model = nn.Sequential(*layers[:-1])
+    x = torch.rand(examples, sizes[0], generator=rng)
+    y = torch.randint(0, sizes[-1], (examples,), generator=rng)
     return model, x, y, [(x[i : i + batch], y[i : i + batch]) for i in range(0, examples, batch)]
 
 

@@ -63,7 +63,7 @@ class CurvatureBlock(Matrix):
         """
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
-        """The same matrix as :meth:`precision`, in the form that is cheapest to multiply with; arguments as there."""
+        """The matrix of :meth:`precision`, its arguments, in the form that is cheapest to multiply ``(P_b,)`` with."""
         return self.precision(n, prior, damping)
 
     def nodes(self) -> tuple[Tensor, Tensor]:
@@ -184,6 +184,7 @@ class DenseBlock(CurvatureBlock):
         )
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        """One product with the dense matrix for ``(P_b,)``; no eigenbasis."""
         return _ridged(self.scaled(n), prior)
 
     def absorbed(self, other: CurvatureBlock) -> CurvatureBlock | None:
@@ -306,6 +307,7 @@ class KroneckerBlock(CurvatureBlock):
         return self._spectral(DAMPINGS[damping](self, n, prior))
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        """Two products for ``(P_b,)`` where λ stands beside the factors; no eigenbasis."""
         exact = DAMPINGS[damping] is DAMPINGS["exact"]
         return _ridged(self.scaled(n), prior) if exact else self.precision(n, prior, damping)
 
@@ -473,7 +475,7 @@ class SpectralBlock(CurvatureBlock):
 
 
 def _ridged(block: CurvatureBlock, prior: Tensor) -> Sum:
-    """With ``diag(prior)`` beside it: two products instead of the four of an eigenbasis, which is not needed."""
+    """With ``diag(prior)`` beside it."""
     return Sum((DiagonalBlock(prior, block.label) if prior.dim() else Isotropic(block.size, prior), block))
 
 
