@@ -274,9 +274,10 @@ def run(config: Config, folder: Path) -> Report:
     main = config.methods[0]
     matrices = {name: [one["test"] for one in found] for name, found in best.items()}
     what = f"{len(tasks)} tasks of {stream.title}, {config.repeats} seed(s), {config.epochs} epochs a task."
+    summary = f"{what} {report.described(tasks, given.absent, given.remarks)} All numbers are on test data."
     return Report(
         title=f"Continual learning: {stream.title}",
-        summary=f"{what} {report.described(tasks, given.absent, given.remarks)} All numbers are on test data.",
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={name: {k: [run[name][k] for run in runs] for k in runs[0][name]} for name in config.methods},
@@ -287,6 +288,7 @@ def run(config: Config, folder: Path) -> Report:
         ],
         details={
             "verdicts": claims,
+            **report.quoted(summary, tables),
             "validation": scores,
             "tasks": [task.name for task in tasks],
             "absent": dict(given.absent),
