@@ -16,6 +16,7 @@ from experiments import continual, data, files, multiplier_toy, readme, streams
 from experiments.__main__ import main
 from experiments.continual_methods import METHODS, Averaged
 from experiments.continual_report import numbers, task_table
+from experiments.tasks import joined
 from laplace_kf.continual import OnlineLaplace
 from tests.continual import problems
 
@@ -185,7 +186,7 @@ def test_slices_of_a_table_share_out_its_rows_by_the_feature():
         values = torch.cat([part[0][:, 5] for part in (task.train, task.val, task.test)])
         assert float(values.min()) >= largest
         largest = float(values.max())
-    inputs, targets = streams.joined([task.train for task in tasks])
+    inputs, targets = joined([task.train for task in tasks])
     torch.testing.assert_close(inputs.mean(0), torch.zeros(inputs.shape[1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(targets.std(0), torch.ones(1), atol=1e-4, rtol=0)
 
@@ -229,7 +230,7 @@ def test_mixed_batches_train_every_row_through_its_own_head(root):
     model = stream.network(config, tasks, 0)
     stream.begin(model, 2, True)
     assert len(model.heads) == 3
-    x, y = streams.joined([(task.train[0][:4], task.train[1][:4]) for task in tasks])
+    x, y = joined([(task.train[0][:4], task.train[1][:4]) for task in tasks])
     found = stream.loss(config)(model(x), y)
     total = 0.0
     for n in range(len(x)):
