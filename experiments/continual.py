@@ -1,4 +1,4 @@
-"""E25, E27: many tasks, one network, no earlier data. What keeps it from forgetting?
+"""E25, E27, E28, E35: many tasks, one network, no earlier data. What keeps it from forgetting?
 
 The tasks are one of :mod:`experiments.streams`. The network learns them one after another with the penalty of each
 method of :mod:`experiments.continual_methods`: online Laplace approximations (Kronecker with terms kept, projected and
@@ -7,7 +7,7 @@ summed; diagonal), Kronecker and diagonal EWC, Synaptic Intelligence, no protect
 The strength of each method (λ_c, or c times the number of examples of a task for Synaptic Intelligence) is the one with
 the best accuracy over all tasks at the end on validation images; what is reported is on the test images.
 
-Source: the thesis on Gauss-Newton matrices, sections 5.4.1 and 5.4.2, figures 5.7 and 5.9.
+Source: the thesis on Gauss-Newton matrices, section 5.4, figures 5.7 and 5.9, table 5.3.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from experiments import continual_report as report
 from experiments import training
 from experiments.claims import verdict_table
 from experiments.continual_methods import METHODS, STANDARD, Method
-from experiments.streams import STREAMS, Stream, Task, joined
+from experiments.streams import STREAMS
+from experiments.tasks import Stream, Task, joined
 from laplace_kf import continual
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.registry import Registry
@@ -274,9 +275,10 @@ def run(config: Config, folder: Path) -> Report:
     main = config.methods[0]
     matrices = {name: [one["test"] for one in found] for name, found in best.items()}
     what = f"{len(tasks)} tasks of {stream.title}, {config.repeats} seed(s), {config.epochs} epochs a task."
+    summary = f"{what} {report.described(tasks, given.absent, given.remarks)} All numbers are on test data."
     return Report(
         title=f"Continual learning: {stream.title}",
-        summary=f"{what} {report.described(tasks, given.absent, given.remarks)} All numbers are on test data.",
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={name: {k: [run[name][k] for run in runs] for k in runs[0][name]} for name in config.methods},
@@ -287,6 +289,7 @@ def run(config: Config, folder: Path) -> Report:
         ],
         details={
             "verdicts": claims,
+            **report.quoted(summary, tables),
             "validation": scores,
             "tasks": [task.name for task in tasks],
             "absent": dict(given.absent),

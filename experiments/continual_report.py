@@ -12,10 +12,11 @@ from laplace_kf import continual
 from laplace_kf.reports.html import Picture, Table
 
 if TYPE_CHECKING:
-    from experiments.streams import Measure, Stream, Task
+    from experiments.tasks import Measure, Stream, Task
 
 __all__ = [
-    "batch_table", "curve", "described", "heat_map", "methods_table", "numbers", "progress_picture", "task_table"
+    "batch_table", "curve", "described", "heat_map", "methods_table", "numbers", "progress_picture", "quoted",
+    "task_table",
 ]  # fmt: skip
 
 Runs = Sequence[Mapping[str, Mapping[str, float]]]  # numbers by seed, method and name
@@ -178,6 +179,13 @@ def heat_map(stream: Stream, tasks: Sequence[Task], method: str, found: Sequence
                         ha="center", va="center", fontsize=7, color="white" if dark else "black",
                     )  # fmt: skip
     return Picture("matrix", figure, f"Test {measure.name} of every task after every task: {method}, {stream.title}.")
+
+
+def quoted(summary: str, tables: Sequence[Table]) -> dict[str, Any]:
+    """What pages quote of a report, as JSON-able entries of its result file."""
+    found = [{"title": t.title, "columns": list(t.columns), "rows": [list(row) for row in t.rows], "note": t.note}
+             for t in tables]  # fmt: skip
+    return {"summary": summary, "tables": found}
 
 
 def _mean(runs: Runs, name: str, key: str) -> float:

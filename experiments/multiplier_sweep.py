@@ -60,19 +60,20 @@ def run(config: Config, folder: Path) -> Report:
     for label in labels:
         cells = [f"{stream.measure.scale * _mean(runs, label, key):.2f}" for key in SHOWN]
         rows.append([*label.rsplit(", ", 1), *cells])
+    table = Table(f"Test {stream.measure.name} after the last task", ["method", "strength", *SHOWN.values()], rows)
+    summary = (
+        f"{len(given.tasks)} tasks, {config.repeats} seed(s), {config.epochs} epochs a task. "
+        f"{report.described(given.tasks, given.absent, given.remarks)} Best: by the average on the test data."
+    )
     return Report(
         title=f"E26: the multiplier on {stream.title}",
-        summary=f"{len(given.tasks)} tasks, {config.repeats} seed(s), {config.epochs} epochs a task. "
-        f"{report.described(given.tasks, given.absent, given.remarks)} Best: by the average on the test data.",
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={label: {k: [found[label][k] for found in runs] for k in runs[0][label]} for label in labels},
-        tables=[
-            Table(f"Test {stream.measure.name} after the last task", ["method", "strength", *SHOWN.values()], rows),
-            *([verdict_table(claims)] if claims else []),
-        ],
+        tables=[table, *([verdict_table(claims)] if claims else [])],
         pictures=[_picture(config, runs, labels)],
-        details={"verdicts": claims},
+        details={"verdicts": claims, **report.quoted(summary, [table])},
         device=config.device,
     )
 

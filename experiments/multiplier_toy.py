@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from experiments import training
 from experiments.claims import Claim, verdict_table
+from experiments.continual_report import quoted
 from laplace_kf import continual
 from laplace_kf.likelihoods import Gaussian
 from laplace_kf.reports.html import Picture, Report, Table
@@ -133,10 +134,11 @@ def run(config: Config) -> Report:
         for k in shown
     ]  # fmt: skip
     table = Table("Mode after the second task", ["λ_c", "θ₁", "θ₂", "from prior mean", "from likelihood mode"], rows)
-    details: dict[str, Any] = {"verdicts": claims, "path": [p.tolist() for p in path]}
+    summary = f"{config.points} multipliers; the largest difference from the closed form is {max(errors):.1e}."
+    details: dict[str, Any] = {"verdicts": claims, **quoted(summary, [table]), "path": [p.tolist() for p in path]}
     return Report(
         title="E24: what the multiplier does to the mode",
-        summary=f"{config.points} multipliers; the largest difference from the closed form is {max(errors):.1e}.",
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics=found,

@@ -249,6 +249,35 @@ def recurrent(name: str = "recurrent") -> str:
     return "\n\n".join([head, _markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
 
 
+STREAMS = {
+    "continual_permuted": "E25",
+    "continual_disjoint": "E27",
+    "continual_vision": "E28",
+    "rotated_mnist": "rotated_mnist",
+    "streaming_regression": "streaming_regression",
+    "continual_multiplier": "E26",
+    "continual_terms": "E35",
+    "multiplier_toy": "E24",
+}
+"""Of the page on continual learning: tables, by the experiments that they come from."""
+
+
+def stream(name: str) -> str:
+    """The tables and verdicts that an experiment on a stream of tasks has left in its result file."""
+    result = _load(f"docs/results/{name}.json")
+    if result is None:
+        return "*Not run yet.*"
+    text = (
+        f"{result['summary']} {_machine(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there yet. "
+        f"`python -m experiments run {STREAMS[name]}`"
+    )
+    parts = [text]
+    for table in result["tables"]:
+        parts += [f"{table['title']}:", _markdown(table["columns"], table["rows"])]
+        parts += [table["note"]] if table["note"] else []
+    return "\n\n".join([*parts, _verdicts(result)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "recurrent_published": partial(recurrent, "recurrent_published"),
@@ -263,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibration,
     "calibration_short": calibration_short,
     "shakespeare": shakespeare,
+    **{name: partial(stream, name) for name in STREAMS},
 }
 
 PAGES = {
@@ -271,6 +301,7 @@ PAGES = {
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
     "docs/recurrent.md": ("recurrent", "recurrent_published"),
+    "docs/continual.md": tuple(STREAMS),
 }
 """Which tables stand on which page."""
 
@@ -305,6 +336,20 @@ COLLECTED = {
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
+    **{f"results/{id}/result.json": f"docs/results/{name}.json" for name, id in STREAMS.items()},
+    **{
+        f"results/{STREAMS[name]}/{picture}.png": f"docs/pictures/{name}.png"
+        for name, picture in {
+            "continual_permuted": "accuracy",
+            "continual_disjoint": "accuracy",
+            "continual_vision": "accuracy",
+            "rotated_mnist": "accuracy",
+            "streaming_regression": "error",
+            "continual_multiplier": "sweep",
+            "continual_terms": "accuracy",
+            "multiplier_toy": "path",
+        }.items()
+    },
 }
 
 

@@ -18,7 +18,12 @@ FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_
 def test_a_small_run_on_the_real_files(name, tasks, tmp_path):
     words = [*SIZES.split(), "multipliers=[1]", "strengths=[0.1]", f"tasks={tasks}", "prior_precision=0.1"]
     chosen = list(continual.STANDARD)
-    words += ["repeats=1", "methods=[" + ",".join(f'"{method}"' for method in chosen) + "]", "decay=0", "multipliers_diag=[]"]
+    words += [
+        "repeats=1",
+        "methods=[" + ",".join(f'"{method}"' for method in chosen) + "]",
+        "decay=0",
+        "multipliers_diag=[]",
+    ]
     assert main(["run", name, *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result["metrics"]) == chosen

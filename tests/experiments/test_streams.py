@@ -12,10 +12,13 @@ import pytest
 import scipy.io
 import torch
 
-from experiments import continual, data, files, multiplier_toy, streams
+from experiments import continual, data, files, multiplier_toy, readme, streams
 from experiments.__main__ import main
-from experiments.continual_methods import METHODS
+from experiments.continual_methods import METHODS, Averaged
 from experiments.continual_report import numbers, task_table
+from experiments.tasks import joined
+from laplace_kf.continual import OnlineLaplace
+from tests.continual import problems
 
 FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA names no folder of data files")
 Config = partial(continual.Config, progress=False)
@@ -183,7 +186,7 @@ def test_slices_of_a_table_share_out_its_rows_by_the_feature():
         values = torch.cat([part[0][:, 5] for part in (task.train, task.val, task.test)])
         assert float(values.min()) >= largest
         largest = float(values.max())
-    inputs, targets = streams.joined([task.train for task in tasks])
+    inputs, targets = joined([task.train for task in tasks])
     torch.testing.assert_close(inputs.mean(0), torch.zeros(inputs.shape[1]), atol=1e-4, rtol=0)
     torch.testing.assert_close(targets.std(0), torch.ones(1), atol=1e-4, rtol=0)
 
@@ -227,7 +230,7 @@ def test_mixed_batches_train_every_row_through_its_own_head(root):
     model = stream.network(config, tasks, 0)
     stream.begin(model, 2, True)
     assert len(model.heads) == 3
-    x, y = streams.joined([(task.train[0][:4], task.train[1][:4]) for task in tasks])
+    x, y = joined([(task.train[0][:4], task.train[1][:4]) for task in tasks])
     found = stream.loss(config)(model(x), y)
     total = 0.0
     for n in range(len(x)):
@@ -326,6 +329,39 @@ def test_results_from_before_a_setting_was_added_are_still_used(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["fine-tuning"]["average"] == [0.125]
     assert main(["run", "E25", *words, "momentum=0.5", "--out", str(tmp_path)]) == 0  # another setting: done again
     assert json.loads((tmp_path / "result.json").read_text())["metrics"]["fine-tuning"]["average"] != [0.125]
+
+
+def test_the_average_over_tasks_divides_the_curvature_and_not_the_prior():
+    shared = {"likelihood": "categorical", "prior_precision": 0.3}
+    found = {}
+    for divided in (True, False):
+        model = problems.network()
+        learner = Averaged(model=model, multiplier=2.0, **shared)
+        if not divided:
+            learner = OnlineLaplace(model, structure="kron", multiplier=2.0, terms="sum", **shared)
+        for k in range(3):
+            learner.after_task(problems.task(k))
+            problems.moved(model, k)
+        found[divided] = float(learner.penalty())
+        pull = 0.3 / 2 * sum(float((w - learner.posterior.mean[n]).square().sum()) for n, w in model.named_parameters())
+    assert found[True] == pytest.approx(pull + (found[False] - pull) / 3, rel=1e-10)
+    assert found[True] < 0.5 * found[False]
+
+
+def test_pages_quote_the_tables_of_a_result(root, tmp_path, monkeypatch):
+    words = [f"{key}={value}" for key, value in SMALL.items()]
+    out = tmp_path / "docs"
+    methods = "methods=[Kronecker online,fine-tuning,Synaptic Intelligence]"
+    assert main(["run", "E28", *words, methods, "progress=false", "--out", str(out / "run")]) == 0
+    (out / "results").mkdir()
+    (out / "run/result.json").rename(out / "results/continual_vision.json")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    text = readme.stream("continual_vision")
+    result = json.loads((out / "results/continual_vision.json").read_text())
+    average = 100 * result["metrics"]["fine-tuning"]["average"][0]
+    assert f"| fine-tuning | {average:.2f} |" in text
+    assert "Left out: svhn" in text and "Kronecker above Synaptic Intelligence" in text
+    assert readme.stream("continual_terms") == "*Not run yet.*"
 
 
 # -- the toy -----------------------------------------------------------------------------------------------------------
