@@ -22,13 +22,16 @@ from laplace_kf.tape import Block
 
 __all__ = ["ImplicitPenalty"]
 
+POWER_STEPS = 20
+MARGIN = 1.1  # the power method ends below the largest eigenvalue
+
 
 class ImplicitPenalty:
     """``(I + r Λ)⁻¹`` for ``Λ = Σ_k (C_k + λ_k I)``.
 
-    Exact where a block has a closed form. A block of several Kronecker terms goes by their exact diagonal in the
-    eigenbases of both sides together, and one with a prior for each of its parameters by the mean of these: the step
-    is then another one, with the same fixed points.
+    Exact where a block has a closed form. A block of several Kronecker terms goes by their diagonal in the eigenbases of
+    both sides together, scaled up until it majorises them (or plain steps in it would not be stable), and one with a
+    prior for each of its parameters by the mean of these: the step is then another one, with the same fixed points.
 
     Args:
         penalties: curvature ``C_k`` (sums over data, not means) with the prior ``λ_k`` as a 0-dim tensor or one by
@@ -45,10 +48,13 @@ class ImplicitPenalty:
                 other = curvature.entries[k][1]
                 assert isinstance(other, CurvatureBlock)
                 total, prior = TERMS["keep"].joined(total, other)[0], prior + prior_of(block, own).mean()
-            if len(total.terms) > 1:
-                total = in_common_bases(total.terms, block.name)
             one = torch.ones_like(total.diag()[0])
-            self._entries.append((block, total.precision(1.0, prior.to(one), "exact"), one))
+            level = prior.to(one)
+            metric = total
+            if len(total.terms) > 1:
+                common = in_common_bases(total.terms, block.name)
+                metric = _scaled(common, _excess(total, common, level))
+            self._entries.append((block, metric.precision(1.0, level, "exact"), one))
 
     @torch.no_grad()
     def apply(self, model: nn.Module, rate: float) -> None:
@@ -75,3 +81,23 @@ class ImplicitPenalty:
             gradient = given[name]
             if gradient is not None:
                 gradient.copy_(part[0])
+
+
+def _scaled(block: CurvatureBlock, factor: float) -> CurvatureBlock:
+    found = block.scaled(factor)
+    assert isinstance(found, CurvatureBlock)
+    return found
+
+
+def _excess(exact: CurvatureBlock, metric: CurvatureBlock, prior: Tensor) -> float:
+    """The largest eigenvalue of ``exact + λ I`` relative to ``metric + λ I``, at least 1, by the power method."""
+    upper, lower = (block.products(1.0, prior, "exact") for block in (exact, metric))
+    inverse = metric.precision(1.0, prior, "exact")
+    rng = torch.Generator(prior.device).manual_seed(0)
+    v = torch.randn(exact.size, generator=rng, dtype=prior.dtype, device=prior.device)
+    found = 1.0
+    for _ in range(POWER_STEPS):
+        v = inverse.solve(upper.matvec(v))
+        v = v / torch.linalg.vector_norm(v).clamp_min(torch.finfo(v.dtype).tiny)
+        found = max(found, float((v @ upper.matvec(v)) / (v @ lower.matvec(v)).clamp_min(torch.finfo(v.dtype).tiny)))
+    return MARGIN * found

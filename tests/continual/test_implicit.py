@@ -71,7 +71,7 @@ def test_kept_terms_are_close_and_symmetric_positive(structure: str) -> None:
     wanted = stepped(posterior.precision.dense(), given)
     posterior.precondition_gradients(RATE)
     found = gradients(model)
-    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    assert float((found - wanted).norm() / wanted.norm()) < 0.2
     assert float(found @ given) > 0
 
 
@@ -86,7 +86,7 @@ def test_elastic_weights_use_the_sum_of_all_penalties(structure: str) -> None:
     learner.precondition_gradients(RATE)
     wanted = stepped(dense, given)
     # two Kronecker terms have no common eigenbasis: close only
-    assert float((gradients(model) - wanted).norm() / wanted.norm()) < (1e-10 if structure == "diag" else 0.05)
+    assert float((gradients(model) - wanted).norm() / wanted.norm()) < (1e-10 if structure == "diag" else 0.2)
 
 
 def test_parameters_without_gradients_and_outside_stay_as_they_are() -> None:
@@ -127,7 +127,7 @@ def test_a_stiff_penalty_is_trained_to_its_optimum_where_plain_steps_diverge(ter
 
     def trained(implicit: bool) -> Tensor:
         optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=momentum, nesterov=momentum > 0)
-        for _ in range(3000):
+        for _ in range(600):
             optimizer.zero_grad()
             loss = (model(x) - y).square().sum() / (2 * len(x)) + posterior.penalty() / len(x)
             loss.backward()
@@ -196,3 +196,32 @@ def test_refused() -> None:
     for rate in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="rate"):
             posterior.precondition_gradients(rate)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac"])
+def test_the_metric_of_kept_terms_is_above_them(structure: str) -> None:
+    model = network()
+    posterior = LaplacePosterior(model, "categorical", structure, prior_precision=0.01).fit(data(0))
+    for task in range(1, 5):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += torch.randn_like(weight)
+        posterior = posterior.update(data(task), 10.0)
+    size = sum(weight.numel() for weight in model.parameters())
+    rows = []
+    for k in range(size):
+        unit = torch.zeros(size, dtype=torch.float64)
+        unit[k] = 1.0
+        start = 0
+        for weight in model.parameters():
+            weight.grad = unit[start : start + weight.numel()].view_as(weight).clone()
+            start += weight.numel()
+        posterior.precondition_gradients(RATE)
+        rows.append(gradients(model))
+    step = torch.stack(rows)
+    metric = (torch.linalg.inv(step) - torch.eye(size, dtype=torch.float64)) / RATE
+    above = torch.linalg.eigvalsh((metric + metric.T) / 2 - posterior.precision.dense())
+    assert float(above.min()) > -1e-6 * float(metric.diagonal().max())
+    # and no more than it has to be
+    ratio = torch.linalg.eigvals(torch.linalg.solve(metric, posterior.precision.dense())).real
+    assert 0.8 < float(ratio.max()) <= 1.0 + 1e-6
