@@ -6,6 +6,7 @@ all of them and the plain step are measured in turn. The floor of a Kronecker te
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def _chain(
             posterior = posterior.update(part, terms=terms)
         with torch.no_grad():  # so that no penalty is at its minimum
             for p in model.parameters():
-                p += 1e-3 * torch.randn(p.shape, generator=rng)
+                p.add_(torch.randn(p.shape, generator=rng), alpha=1e-3)
         if tasks in TASKS:
             yield tasks, posterior
     with torch.no_grad():
@@ -103,7 +104,7 @@ def _products() -> Callable[[], None]:
     rng = torch.Generator().manual_seed(2)
     layers = [
         [torch.randn(shape, generator=rng) for shape in ((o, o), (o, i + 1), (i + 1, i + 1))]
-        for i, o in zip(SIZES[:-1], SIZES[1:], strict=True)
+        for i, o in itertools.pairwise(SIZES)
     ]
 
     def job() -> None:

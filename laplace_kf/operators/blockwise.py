@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,17 +60,6 @@ class Blockwise(Matrix):
             part = block.pack(parts).reshape(-1).to(matrix.device)
             terms.append(matrix.energy(part) if isinstance(matrix, Spectral) else part @ matrix.matvec(part))
         return _added(terms)
-
-    def energy_and_product(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """``vᵀ Λ v`` (0-dim) and ``Λ v`` for a vector given as parameter-shaped tensors ``(1, *shape)`` by name."""
-        energies, products = [], []
-        for block, matrix in self.entries:
-            packed = block.pack(parts)
-            v = packed.reshape(-1).to(matrix.device)
-            product = matrix.matvec(v)
-            energies.append(v @ product)
-            products.append(block.unpack(product.to(packed.device).reshape(1, *block.shape)))
-        return _added(energies), merged(products)
 
     def diag(self) -> Tensor:
         found = [block.unpack(matrix.diag().reshape(1, *block.shape)) for block, matrix in self.entries]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.objectives import Objective
-from laplace_kf.posterior.penalty import half_energy
+from laplace_kf.posterior.penalty import Penalty
 from laplace_kf.posterior.prior import (
     PriorPrecision,
     by_parameter,
@@ -47,6 +47,8 @@ from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
 
 __all__ = ["LaplacePosterior"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class LaplacePosterior:
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
-        self._cache: dict[Callable[..., Blockwise], tuple[tuple[Any, ...], Blockwise]] = {}
+        self._cache: dict[str, tuple[tuple[Any, ...], Any]] = {}
         self._implicit: tuple[tuple[Any, ...], ImplicitPenalty] | None = None
         self.prior_precision = prior_precision
         self._chain: Chain | None = None
@@ -370,25 +372,28 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
         """
         prior = self._prior if prior_precision is None else prior_precision
-        return self._made(Blockwise.precision, self._fitted("precision").curvature, n_data, prior)
+        return self._made("precision", n_data, prior, lambda c, given: c.precision(n_data, given, self.damping))
 
     def _made(
-        self, form: Callable[..., Blockwise], curvature: Blockwise, n_data: float, prior: PriorPrecision
-    ) -> Blockwise:
-        """``form`` of the curvature at ``(N, λ)``, kept until it is asked for at others."""
+        self,
+        what: str,
+        n_data: float,
+        prior: PriorPrecision,
+        make: Callable[[Blockwise, Tensor | dict[str, Tensor]], T],
+    ) -> T:
+        """What ``make`` gives for the curvature and λ, kept as ``what`` until it is asked for at other (N, λ)."""
+        state = self._fitted(what)
         factor, _ = self._rescaled()
-        values = list(prior.values()) if isinstance(prior, Mapping) else [prior]
-        reusable = not any(isinstance(value, Tensor) for value in (factor, *values))
+        reusable = not any(isinstance(value, Tensor) for value in (factor, *_values(prior)))
         key = (n_data, factor, tuple(prior.items()) if isinstance(prior, Mapping) else prior) if reusable else None
-        held = self._cache.get(form)
+        held = self._cache.get(what)
         if key is not None and held is not None and held[0] == key:
-            return held[1]
-        state = self._fitted("precision")
-        given = prior_tensors(prior, state.statistics.layout, state.like)
-        scaled = curvature if isinstance(factor, float) and factor == 1.0 else curvature.scaled(factor)
-        made = form(scaled, n_data, given, self.damping)
+            found: T = held[1]
+            return found
+        curvature = state.curvature if isinstance(factor, float) and factor == 1.0 else state.curvature.scaled(factor)
+        made = make(curvature, prior_tensors(prior, state.statistics.layout, state.like))
         if key is not None:
-            self._cache[form] = (key, made)  # one entry a form: a grid search must not fill the memory
+            self._cache[what] = (key, made)  # one entry: a grid search must not fill the memory
         return made
 
     @property
@@ -468,12 +473,16 @@ class LaplacePosterior:
         term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
         """
         state = self._fitted("penalty")
-        named = dict(self.model.named_parameters())
-        shifts = {
-            name: (named[name][None] - centre.to(named[name].device)).to(state.like.dtype)
-            for name, centre in state.statistics.layout.split(state.mean[None]).items()
-        }
-        return half_energy(self._made(Blockwise.products, state.curvature, self.n_data, self._prior), shifts)
+        centre = state.statistics.layout.split(state.mean[None])
+        settings = (self._rescaled()[0], *_values(self._prior))
+        constant = not any(isinstance(value, Tensor) and value.requires_grad for value in settings)
+        quadratic = self._made(
+            "penalty",
+            self.n_data,
+            self._prior,
+            lambda c, given: Penalty(c.products(self.n_data, given, self.damping), centre, state.like, constant),
+        )
+        return quadratic({name: self.model.get_parameter(name) for name in quadratic.names})
 
     @lasting()
     def precondition_gradients(self, rate: float) -> None:
@@ -866,3 +875,7 @@ class LaplacePosterior:
         posterior._n_data = header["n_data"]
         posterior.structure.reason = header.get("reason", "")
         return posterior
+
+
+def _values(prior: PriorPrecision) -> list[float | Tensor]:
+    return list(prior.values()) if isinstance(prior, Mapping) else [prior]
