@@ -1,11 +1,13 @@
-"""Three small tasks for one network, with the dense curvature of each by the oracles."""
+"""Three small tasks for one network, the dense curvature of each by the oracles, and a count of products."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, mlp, normal
@@ -52,3 +54,17 @@ DENSE: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
     scale = max(float(wanted.detach().abs().max()), 1e-12)
     assert float((found - wanted).detach().abs().max()) <= tolerance * scale, (found, wanted)
+
+
+class Products(TorchDispatchMode):
+    """The shapes ``(rows, inner, columns)`` of all matrix products, in whatever form they are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(part in str(func) for part in ("mm", "matmul")):
+            left, right = (args[-2], args[-1]) if len(args) < 3 else args[1:3]
+            self.shapes.append((*left.shape[-2:], right.shape[-1]))
+        return func(*args, **(kwargs or {}))

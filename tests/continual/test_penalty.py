@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import laplace_kf as lk
 from laplace_kf import linalg
@@ -15,7 +14,7 @@ from laplace_kf.operators import curvature as curvature_blocks
 from laplace_kf.operators import kept
 from tests import oracles
 from tests.cases import labels, normal
-from tests.continual.problems import DENSE, LAM, N, close, moved, network, task
+from tests.continual.problems import DENSE, LAM, N, Products, close, moved, network, task
 
 STRUCTURES: list[tuple[str, dict[str, Any]]] = [
     ("kron", {}),
@@ -37,20 +36,6 @@ def chained(structure: str, terms: str, count: int, prior: Any = LAM, **options:
         posterior = posterior.update(task(k), 2.0, terms)
     moved(model, 9)
     return posterior
-
-
-class Products(TorchDispatchMode):
-    """The shapes ``(rows, inner, columns)`` of all matrix products, in whatever form they are asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(part in str(func) for part in ("mm", "matmul")):
-            left, right = (args[-2], args[-1]) if len(args) < 3 else args[1:3]
-            self.shapes.append((*left.shape[-2:], right.shape[-1]))
-        return func(*args, **(kwargs or {}))
 
 
 def gradient_of(value: Tensor, model: nn.Module, **options: Any) -> Tensor:
