@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -45,8 +46,11 @@ class Learner(ABC):
         prior_precision: λ of the prior around 0 of the first task; later penalties have it around the latest mean
             (methods 11.3).
         parameters: ``"all"`` or name patterns; with several heads, patterns that leave the heads out.
-        head_precision: λ around 0 of the trainable parameters that ``parameters`` leaves out (heads, also new ones);
-            0: they have no penalty.
+        head_precision: λ of the trainable parameters that ``parameters`` leaves out (heads, also new ones), a number,
+            0-dim tensor or mapping like ``prior_precision``; default: that one; 0: they have no penalty. It is around 0
+            for a head that no finished task has seen, and then around the value the head had at the latest
+            :meth:`after_task`: where a later task does not use a head, nothing moves it, frozen or not. Create a head
+            when its task comes; one that was there before keeps its initial value as its centre.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
         **options: further options of the posterior (``estimator``, ``samples``, ``dtype``, ...).
 
@@ -63,7 +67,7 @@ class Learner(ABC):
         prior_precision: PriorPrecision = 1.0,
         parameters: str | Sequence[str] = "all",
         *,
-        head_precision: float = 0.0,
+        head_precision: PriorPrecision | None = None,
         forward: Forward | None = None,
         **options: Any,
     ) -> None:
@@ -73,7 +77,8 @@ class Learner(ABC):
         self.multiplier = positive("multiplier", multiplier)
         self.prior_precision = checked_prior(prior_precision)
         self.parameters = parameters if isinstance(parameters, str) else tuple(parameters)
-        self.head_precision = head_precision
+        self.head_precision = None if head_precision is None else checked_prior(head_precision)
+        self._heads: dict[str, Tensor] = {}  # what finished tasks left, by parameter name
         self.forward = forward
         self.options = options
         self.tasks = 0
@@ -105,11 +110,33 @@ class Learner(ABC):
         It is on the scale of a sum over examples: without ``1 / N_task``, ``N_task`` times too strong (methods 11.1).
         """
         total = self._penalty()
-        if self.head_precision:
-            mine = set(self._names())
-            others = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in mine]
-            total = total + self.head_precision / 2 * sum((p.square().sum() for p in others), torch.zeros_like(total))
+        for name, weight in self._left_out().items():
+            centre = self._heads.get(name)
+            if centre is not None and torch.equal(weight.detach(), centre.to(weight)):
+                continue  # no gradient at all, not one of zeros: momentum would still move the head
+            shift = weight if centre is None else weight - centre.to(weight)
+            total = total + (self._head_prior(name) * shift.square().sum() / 2).to(total)
         return total
+
+    def _left_out(self) -> dict[str, Tensor]:
+        """The trainable parameters that are not selected, by name."""
+        mine = set(self._names())
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad and n not in mine}
+
+    def _finished_heads(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self._left_out().items()}
+
+    def _head_prior(self, name: str) -> float | Tensor:
+        prior = self.prior_precision if self.head_precision is None else self.head_precision
+        if not isinstance(prior, Mapping):
+            return prior
+        for pattern, value in prior.items():
+            if fnmatchcase(name, pattern):
+                return value
+        raise ValueError(
+            f"no prior precision for {name!r}, which parameters= leaves out: add a pattern to prior_precision, or give "
+            "head_precision (0 for no penalty)"
+        )
 
     def precondition_gradients(self, rate: float) -> None:
         """Between ``backward()`` and the step of ``torch.optim.SGD``: steps the penalty implicitly.
@@ -146,6 +173,7 @@ class Learner(ABC):
                 then what it was.
         """
         self._after_task(loader, forward if forward is not None else self.forward, generator)
+        self._heads.update(self._finished_heads())
         self.tasks += 1
 
     def training_data(self, loader: Loader) -> Loader:
@@ -157,7 +185,8 @@ class Learner(ABC):
 
         The network, the optimiser and the random states are the user's to save beside it.
         """
-        return {"method": type(self).__name__, "tasks": self.tasks, **self._state()}
+        heads = {name: value.clone() for name, value in self._heads.items()}
+        return {"method": type(self).__name__, "tasks": self.tasks, "heads": heads, **self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes a state of :meth:`state_dict`, for a learner constructed in the same way around the same network.
@@ -168,6 +197,7 @@ class Learner(ABC):
         if state.get("method") != type(self).__name__:
             raise IncompatiblePair(f"this is a state of {state.get('method')!r}, not of {type(self).__name__!r}")
         self._load(state)
+        self._heads = {name: value.clone() for name, value in state.get("heads", {}).items()}
         self.tasks = int(state["tasks"])
 
     # -- shared --------------------------------------------------------------------------------------------------------

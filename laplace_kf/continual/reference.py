@@ -61,6 +61,9 @@ class JointTraining(FineTuning):
     def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
         self.seen.append(loader)
 
+    def _finished_heads(self) -> dict[str, torch.Tensor]:
+        return {}  # all heads go on learning from their own data, under the prior around 0
+
 
 class _Joined:
     """Loaders one after the other, as often as it is gone through."""

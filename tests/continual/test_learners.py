@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import laplace_kf as lk
 from laplace_kf import continual
 from tests import oracles
-from tests.cases import CATEGORICAL, build, labels, normal
+from tests.cases import build, labels, normal
 from tests.continual.problems import DENSE, LAM, N, close, moved, network, task
 
 LAPLACE = [continual.OnlineLaplace, continual.NonOnlineLaplace, continual.EWC]
@@ -284,60 +284,6 @@ def test_references() -> None:
             close(learner.penalty(), LAM / 2 * flat(model).square().sum())
     seen = torch.cat([x for x, _ in joint.training_data(batches(2))])
     close(seen, torch.cat([task(k)[0] for k in range(3)]))
-
-
-class Heads(nn.Module):
-    """A trunk and one head a task, added as tasks come."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(3, 4), nn.Tanh())
-        self.heads = nn.ModuleList()
-
-    def add(self) -> None:
-        self.heads.append(nn.Linear(4, 3).double())
-
-    def forward(self, x: Tensor, head: int = -1) -> Tensor:
-        return self.heads[head](self.trunk(x))
-
-
-@pytest.mark.parametrize("method", LAPLACE)
-def test_heads_are_added_on_the_fly(method: Any) -> None:
-    model: Any = build(Heads)
-    learner = method(
-        model, "categorical", structure="diag", prior_precision=LAM, parameters=["trunk.*"], head_precision=2.0
-    )
-    names = [name for name, _ in model.trunk.named_parameters(prefix="trunk")]
-    curvature = torch.zeros(16, 16, dtype=torch.float64)
-    for k in range(2):
-        model.add()
-        if k:
-            for parameter in model.heads[0].parameters():
-                parameter.requires_grad_(False)  # the earlier head stays as it is
-
-        def forward(m: nn.Module, batch: Any, k: int = k) -> Any:
-            return m(batch[0], k), batch[1]
-
-        learner.after_task(batches(k), forward=forward)
-        curvature = curvature + N * torch.diag(oracles.diag_ggn(model, *task(k), CATEGORICAL.nll, names))
-    assert learner.tasks == 2
-    centre = oracles.flat_parameters(model, names).clone()
-    moved(model.trunk, 1)
-    head = sum(p.square().sum() for p in model.heads[1].parameters())
-    theta = oracles.flat_parameters(model, names)
-    wanted = oracles.penalty(curvature + LAM * torch.eye(16, dtype=torch.float64), theta, centre) + head
-    close(learner.penalty(), wanted)  # the curvature of the first task did not change: the trunk stood still
-
-
-def test_heads_have_no_penalty_unless_asked() -> None:
-    model: Any = build(Heads)
-    model.add()
-    learner = continual.OnlineLaplace(model, "categorical", parameters=["trunk.*"])
-    learner.after_task(batches(0))
-    moved(model, 2)
-    learner.penalty().backward()
-    assert model.heads[0].weight.grad is None
-    assert model.trunk[0].weight.grad is not None
 
 
 def test_plugging_into_a_plain_loop_keeps_more_of_the_first_task() -> None:
