@@ -192,6 +192,29 @@ def predictions() -> str:
     return text + "\n\n" + _markdown(["prediction", "laplace_kf", "laplace-torch"], rows)
 
 
+def penalty() -> str:
+    """Cost and memory of the penalty by the number of tasks."""
+    result = _load("benchmarks/results/penalty.json")
+    if result is None:
+        return "*Not run yet.*"
+    tasks = list(next(iter(result["extra"].values())))
+    ends = [tasks[0], tasks[-1]]
+    rows = [
+        [name, *(f"{extra[count]:.2f}" for count in tasks),
+         " / ".join(f"{result['bytes'][name][count] / 1e6:.1f}" for count in ends),
+         " / ".join(f"{result['update_epochs'][name][count]:.1f}" for count in ends)]
+        for name, extra in result["extra"].items()
+    ]  # fmt: skip
+    text = (
+        f"{result['workload']}; a step takes {1000 * result['step_seconds']:.2f} ms, the two products of one term "
+        f"alone {result['two_products']:.2f} steps; an update goes over {result['update_examples']} examples with the "
+        f"exact estimator; {_machine(result)}. `python -m benchmarks penalty`"
+    )
+    span = " / ".join(ends)
+    head = ["terms", *(f"{n} task{'s' * (n != '1')}" for n in tasks), f"MB, {span}", f"update in epochs, {span}"]
+    return text + "\n\n" + _markdown(head, rows)
+
+
 def many_outputs() -> str:
     """Fits and predictions with thousands of classes."""
     result = _load("benchmarks/results/many_outputs.json")
@@ -288,6 +311,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit_cost": fit_cost,
     "optimizers": optimizers,
     "importance": importance,
+    "penalty": penalty,
     "support": lk.support_table,
     "calibration": calibration,
     "calibration_short": calibration_short,
@@ -302,6 +326,7 @@ PAGES = {
     "docs/shakespeare.md": ("shakespeare",),
     "docs/recurrent.md": ("recurrent", "recurrent_published"),
     "docs/continual.md": tuple(STREAMS),
+    "docs/chaining.md": ("penalty",),
 }
 """Which tables stand on which page."""
 

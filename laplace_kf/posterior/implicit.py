@@ -22,7 +22,7 @@ from laplace_kf.tape import Block
 
 __all__ = ["ImplicitPenalty"]
 
-POWER_STEPS = 20
+POWER_STEPS = 50
 MARGIN = 1.1  # the power method ends below the largest eigenvalue
 
 

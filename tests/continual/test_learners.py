@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,44 +203,6 @@ def test_synaptic_intelligence_refuses() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the interface
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_killed_run_goes_on_with_the_same_numbers(name: str) -> None:
-    """Killed in the middle of the third task: network, optimiser and learner come back from one file."""
-
-    def rest(model: nn.Module, learner: continual.Learner, optimizer: Any) -> Tensor:
-        steps(model, learner, 2, optimizer, 1)
-        learner.after_task(batches(2))
-        steps(model, learner, 0, optimizer, 1)
-        return flat(model)
-
-    model = network()
-    learner, optimizer = METHODS[name](model), torch.optim.Adam(model.parameters(), 0.02)
-    for k in range(2):
-        steps(model, learner, k, optimizer)
-        learner.after_task(batches(k))
-    steps(model, learner, 2, optimizer, 1)
-    file = io.BytesIO()
-    torch.save({"m": model.state_dict(), "o": optimizer.state_dict(), "l": learner.state_dict()}, file)
-    wanted = rest(model, learner, optimizer)
-
-    again = network()
-    moved(again, 3)  # the constructor sees other weights
-    resumed, second = METHODS[name](again), torch.optim.Adam(again.parameters(), 0.02)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    again.load_state_dict(state["m"])
-    second.load_state_dict(state["o"])
-    resumed.load_state_dict(state["l"])
-    assert resumed.tasks == 2
-    if hasattr(resumed, "revisit"):
-        with pytest.raises(lk.errors.IncompatiblePair, match="revisit"):
-            (resumed.after_task if name == "non-online" else resumed.training_data)(batches(2))
-        resumed.revisit([batches(0), batches(1)])
-    assert torch.equal(rest(again, resumed, second), wanted)
-    with pytest.raises(lk.errors.IncompatiblePair, match="state"):
-        continual.FineTuning(again, "categorical").load_state_dict({"method": "other", "tasks": 1})
 
 
 @pytest.mark.parametrize("name", METHODS)

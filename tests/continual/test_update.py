@@ -75,6 +75,47 @@ def test_chaining_equals_the_batch_posterior_in_any_order(structure: str, order:
     assert abs(evidence - wanted.log_evidence) <= 1e-8 * abs(wanted.log_evidence)
 
 
+@pytest.mark.parametrize(
+    ("structure", "terms", "options"),
+    [
+        *((structure, "keep", {}) for structure in ("kron", "ekfac", "diag", "layer", "full", "isotropic")),
+        ("lowrank", "keep", {"rank": 8}),
+        ("kron", "project", {}),
+        ("kron", "project_kl", {}),
+        ("ekfac", "project", {}),
+        ("diag", "project", {}),
+    ],
+)
+def test_with_two_outputs_every_structure_gives_what_it_gives_for_all_data_at_once(
+    structure: str, terms: str, options: dict[str, Any]
+) -> None:
+    """Of a linear model the curvature of all tasks is one product, so that collapsing loses nothing either."""
+    inputs = [*(x for x, _ in _regression()), normal(6, 2, seed=9)]
+    tasks = [(x, normal(len(x), 2, seed=len(x))) for x in inputs]
+    whole = (torch.cat([x for x, _ in tasks]), torch.cat([y for _, y in tasks]))
+    model = build(lambda: nn.Linear(2, 2))
+
+    def fresh() -> lk.LaplacePosterior:
+        likelihood = lk.likelihoods.Gaussian(scale=SIGMA)
+        return lk.LaplacePosterior(model, likelihood, structure, prior_precision=LAM, **options)
+
+    wanted = fresh().fit(whole).precision.dense()
+    shift = normal(6, seed=4)
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
+        posterior = fresh().fit(tasks[order[0]])
+        for k in order[1:]:
+            posterior = posterior.update(tasks[k], terms=terms)
+        close(posterior.precision.dense(), wanted, 1e-8)
+        assert max(max(errors.values()) for errors in posterior.chain_errors) <= 1e-7
+        with torch.no_grad():
+            model.weight += shift[:4].reshape(2, 2)
+            model.bias += shift[4:]
+        close(posterior.penalty(), shift @ wanted @ shift / 2, 1e-8)
+        with torch.no_grad():
+            model.weight -= shift[:4].reshape(2, 2)
+            model.bias -= shift[4:]
+
+
 # ------------------------------------------------------------------------------------------------ against dense sums
 
 
