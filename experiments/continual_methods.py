@@ -115,6 +115,7 @@ _add(
     decay="",
     fresh=True,
 )
+_add("full online", _online("full", "keep"))
 _add("Kronecker online, explicit steps", _online("kron", "keep"), implicit=False)
 _add(
     "diagonal online, explicit steps",

@@ -132,7 +132,8 @@ def batch_table(closing: Mapping[str, Sequence[Mapping[str, Any]]], batch: str, 
     columns = ["method", "test error", "log-likelihood", "from batch (noise units)", "spread / batch"]
     note = (
         "All test rows. Log-likelihood: of the linearised prediction where the method has a posterior, of the network "
-        "and the noise otherwise. Spread: standard deviation of the function beside the batch posterior's."
+        "and the noise otherwise. Spread: standard deviation of the function beside the batch posterior's, with the "
+        "full curvature of all rows at once."
     )
     return Table(f"Against the batch posterior ({batch})", columns, rows, note)
 

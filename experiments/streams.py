@@ -156,13 +156,14 @@ class _Regression(Stream):
     ) -> dict[str, Any]:
         """Predictions for all test rows: mean and standard deviation of the function, by the posterior if there is one.
 
-        That of joint training is the batch posterior: Kronecker factors of all rows at once.
+        That of joint training is the batch posterior: the full curvature of all rows at once, P × P, for the small
+        networks of tables.
         """
         inputs, targets = joined([task.test for task in tasks])
         posterior: LaplacePosterior | None = getattr(learner, "posterior", None)
         if isinstance(learner, continual.JointTraining):
             posterior = LaplacePosterior(
-                model, self.likelihood(config), "kron", prior_precision=config.prior_precision
+                model, self.likelihood(config), "full", prior_precision=config.prior_precision
             ).fit(joined([task.train for task in tasks]))
         with torch.no_grad():
             mean = model(inputs)
