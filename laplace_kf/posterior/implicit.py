@@ -29,8 +29,8 @@ MARGIN = 1.1  # the power method ends below the largest eigenvalue
 class ImplicitPenalty:
     """``(I + r Λ)⁻¹`` for ``Λ = Σ_k (C_k + λ_k I)``.
 
-    Exact where a block has a closed form. A block of several Kronecker terms goes by their diagonal in the eigenbases of
-    both sides together, scaled up until it majorises them (or plain steps in it would not be stable), and one with a
+    Exact where a block has a closed form. A block of several Kronecker terms goes by their diagonal in the eigenbases
+    of both sides together, scaled up until it majorises them (or steps in it would not be stable), and one with a
     prior for each of its parameters by the mean of these: the step is then another one, with the same fixed points.
 
     Args:
