@@ -222,3 +222,21 @@ def test_the_metric_of_kept_terms_is_not_below_them(structure: str) -> None:
     metric = (torch.linalg.inv(step) - torch.eye(size, dtype=torch.float64)) / RATE
     ratio = torch.linalg.eigvals(torch.linalg.solve(metric, posterior.precision.dense())).real
     assert 0.8 < float(ratio.max()) < 1.1  # steps with momentum are stable up to 4/3
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_the_callback_steps_implicitly_if_told_to(implicit: bool) -> None:
+    model = network()
+    learner = continual.OnlineLaplace(model, "categorical", multiplier=50.0)
+    learner.after_task(data(0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hooks = continual.Callback(learner, data(1), 40, implicit=implicit)
+    given = random_gradients(model)
+    hooks.on_before_optimizer_step(None, model, optimizer)
+    assert torch.equal(gradients(model), given) is not implicit
+    learner.posterior.precondition_gradients(0.1 / 40)  # type: ignore[union-attr]
+    twice = gradients(model)
+    random_gradients(model)
+    for _ in range(1 + implicit):
+        learner.precondition_gradients(0.1 / 40)
+    torch.testing.assert_close(gradients(model), twice, rtol=1e-12, atol=0)
