@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -301,7 +302,32 @@ def stream(name: str) -> str:
     return "\n\n".join([*parts, _verdicts(result)])
 
 
+def continual_short() -> str:
+    """Average accuracy after the last task, on three streams."""
+    streams = {"continual_permuted": "permuted MNIST", "continual_disjoint": "disjoint MNIST",
+               "continual_vision": "vision data sets"}  # fmt: skip
+    found = {name: result for name in streams if (result := _load(f"docs/results/{name}.json")) is not None}
+    if not found:
+        return "*Not run yet.*"
+    methods = list(dict.fromkeys(method for result in found.values() for method in result["metrics"]))
+    rows = [
+        [method, *(_spread(result["metrics"].get(method, {}).get("average")) for result in found.values())]
+        for method in methods
+    ]
+    heads = [f"{streams[name]}, {len(result['details']['tasks'])} tasks" for name, result in found.items()]
+    return _markdown(["accuracy % after the last task, all tasks", *heads], rows)
+
+
+def _spread(values: Sequence[float] | None) -> str:
+    """Mean, and over several seeds the standard deviation, in per cent; empty for a method that was not run."""
+    if not values:
+        return ""
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "continual_short": continual_short,
     "recurrent": recurrent,
     "recurrent_published": partial(recurrent, "recurrent_published"),
     "ood_mnist": ood_mnist,
@@ -320,7 +346,17 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 PAGES = {
-    "README.md": ("ood_mnist", "calibration_short", "fit_cost", "predictions", "importance", "many_outputs", "support"),
+    "README.md": (
+        "ood_mnist",
+        "calibration_short",
+        "fit_cost",
+        "continual_short",
+        "optimizers",
+        "predictions",
+        "importance",
+        "many_outputs",
+        "support",
+    ),
     "docs/toy_regression.md": ("toy_regression",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
