@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
+from experiments import autoencoders_report
 from experiments import calibration_report as report
 
 __all__ = ["PAGES", "TABLES", "render", "write"]
@@ -213,6 +214,29 @@ def toy_regression() -> str:
     return f"{_machine(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
 
 
+def autoencoders() -> str:
+    """Methods and verdicts of E14, data set by data set."""
+    result = _load("docs/results/autoencoders.json")
+    if result is None:
+        return "*Not run yet.*"
+    parts = [
+        f"One thread of {_machine(result)}; every method in a group had the same processor time. "
+        "`python -m experiments run E14`"
+    ]
+    for name, found in result["metrics"].items():
+        parts.append(f"**{name.upper()}**, {result['config']['budgets'][name]:.0f} s of processor time a method")
+        parts.append(_markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)))
+        parts.append(autoencoders_report.note(name, found))
+        missing = result["not_run"][name]
+        parts += [f"Not run: {', '.join(missing)}."] if missing else []
+    parts += [f"Stand-in: {remark}." for remark in result["stand_ins"]]
+    verdicts = [
+        f"* {v['problem'].upper()}: {v['claim']}: **{v['verdict']}** ({autoencoders_report.phrase(v)})"
+        for v in result["verdicts"]
+    ]
+    return "\n\n".join([*parts, "\n".join(verdicts)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ood_mnist": ood_mnist,
     "predictions": predictions,
@@ -224,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration": calibration,
     "calibration_short": calibration_short,
     "shakespeare": shakespeare,
+    "autoencoders": autoencoders,
 }
 
 PAGES = {
@@ -231,6 +256,7 @@ PAGES = {
     "docs/toy_regression.md": ("toy_regression",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
+    "docs/optimizers.md": ("autoencoders",),
 }
 """Which tables stand on which page."""
 
@@ -259,6 +285,9 @@ COLLECTED = {
     "results/demo/entropy.png": "docs/pictures/demo.png",
     "results/calibration/result.json": "docs/results/calibration.json",
     "results/calibration/differences.png": "docs/pictures/calibration.png",
+    "results/E14/result.json": "docs/results/autoencoders.json",
+    "results/E14/curves.png": "docs/pictures/autoencoders_curves.png",
+    "results/E14/mnist.png": "docs/pictures/autoencoders_mnist.png",
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
