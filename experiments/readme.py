@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
-from experiments import autoencoders_report
+from experiments import autoencoders_report, recurrent_report
 from experiments import calibration_report as report
-from experiments import recurrent_report
 
 __all__ = ["PAGES", "TABLES", "render", "write"]
 
