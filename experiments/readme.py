@@ -47,6 +47,12 @@ def render(text: str, page: str = "README.md") -> str:
     return text
 
 
+def _folder(run: str) -> str:
+    """Where ``python -m experiments run <run>`` writes."""
+    experiment, _, out = run.partition(" --out ")
+    return out or f"results/{experiment}"
+
+
 COLLECTED = {
     "results/E20/result.json": "docs/results/ood_mnist.json",
     "results/E20/entropy.png": "docs/pictures/ood_mnist.png",
@@ -66,11 +72,12 @@ COLLECTED = {
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
-    **{f"results/{id}/result.json": f"docs/results/{name}.json" for name, id in STREAMS.items()},
+    **{f"{_folder(run)}/result.json": f"docs/results/{name}.json" for name, run in STREAMS.items()},
     **{
-        f"results/{STREAMS[name]}/{picture}.png": f"docs/pictures/{name}.png"
+        f"{_folder(STREAMS[name])}/{picture}.png": f"docs/pictures/{name}.png"
         for name, picture in {
             "continual_permuted": "accuracy",
+            "continual_permuted_50": "accuracy",
             "continual_disjoint": "accuracy",
             "continual_vision": "accuracy",
             "rotated_mnist": "accuracy",

@@ -53,6 +53,10 @@ class _Disjoint(Stream):
     """Digits 0 to 4, then 5 to 9, both as a ten-way problem."""
 
     title = "disjoint MNIST"
+    claims = (
+        *ABOVE,
+        Claim("implicit above explicit steps", "average", KRON, f"{KRON}, explicit steps", least=0.0),
+    )
 
     def tasks(self, config: Config, seed: int) -> Tasks:
         base = _digits(config)

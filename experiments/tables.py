@@ -273,6 +273,7 @@ def recurrent(name: str = "recurrent") -> str:
 
 STREAMS = {
     "continual_permuted": "E25",
+    "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
     "continual_disjoint": "E27",
     "continual_vision": "E28",
     "rotated_mnist": "rotated_mnist",
@@ -312,7 +313,7 @@ def continual_short() -> str:
         [method, *(_spread(result["metrics"].get(method, {}).get("average")) for result in found.values())]
         for method in methods
     ]
-    heads = [f"{streams[name]}, {len(result['details']['tasks'])} tasks" for name, result in found.items()]
+    heads = [f"{streams[name]}, {len(result['tasks'])} tasks" for name, result in found.items()]
     return _markdown(["accuracy % after the last task, all tasks", *heads], rows)
 
 
