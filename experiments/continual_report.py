@@ -71,8 +71,9 @@ def methods_table(measure: Measure, runs: Runs) -> Table:
     for name in runs[0]:
         cells = [_shown(measure, _mean(runs, name, key)) for key in shown]
         cells += [_shown(measure, _mean(runs, name, key), signed=False) for key in ("forgetting", "forward_transfer")]
-        strength, seconds = _mean(runs, name, "strength"), _mean(runs, name, "processor_seconds")
-        rows.append([name, *cells, f"{strength:g}", f"{seconds:.0f}"])
+        strengths = sorted({run[name]["strength"] for run in runs})
+        seconds = _mean(runs, name, "processor_seconds")
+        rows.append([name, *cells, ", ".join(f"{value:g}" for value in strengths), f"{seconds:.0f}"])
     columns = ["method", *shown.values(), "forgetting", "forward transfer", "strength", "processor s"]
     note = "Strengths were chosen on validation data. When learned: each task right after it, averaged."
     return Table(f"Test {measure.name} after the last task", columns, rows, note)
