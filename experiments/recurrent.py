@@ -56,6 +56,7 @@ class Config:
         structural: μ.
         tau_structural: first λ with structural damping.
         tau_tikhonov: first λ without.
+        double: problems that are computed in float64.
         target: share of wrong test sequences below which a run has succeeded.
         iterations: iterations at most.
         seconds_per_step: processor seconds at most, per step of T; tests not counted.
@@ -78,6 +79,7 @@ class Config:
     structural: float = 1 / 30
     tau_structural: float = 0.1
     tau_tikhonov: float = 0.3
+    double: list[str] = field(default_factory=lambda: ["memorisation"])
     target: float = 0.01
     iterations: int = 300
     seconds_per_step: float = 1.5
@@ -100,6 +102,8 @@ class Config:
                 raise ValueError(f"{key} is empty; leave it out for all of them")
             for name in getattr(self, key):
                 _ = known[name]
+        for name in self.double:
+            _ = PROBLEMS[name]
 
 
 @dataclass(frozen=True)
@@ -154,11 +158,17 @@ def network(problem: Problem, hidden: int, nonzero: int, input_scale: float, rng
     return model
 
 
-def _train(config: Config, problem: Problem, length: int, damping: Damping, seed: int) -> dict[str, Any]:
+def _train(config: Config, name: str, length: int, damping: Damping, seed: int) -> dict[str, Any]:
     """One run: test errors after every iteration, and what it took."""
-    rng = training.generator(seed)
-    model = network(problem, config.hidden, config.nonzero, config.input_scale, rng)
-    inputs, targets = problem.draw(config.test_size, length, training.generator(_TEST + seed))
+    rng, problem = training.generator(seed), PROBLEMS[name]()
+    kind = torch.float64 if name in config.double else torch.float32
+    model = network(problem, config.hidden, config.nonzero, config.input_scale, rng).to(kind)
+
+    def draw(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, y = problem.draw(count, length, generator)
+        return x.to(kind), y.to(kind) if y.is_floating_point() else y
+
+    inputs, targets = draw(config.test_size, training.generator(_TEST + seed))
     optimizer = HessianFree(
         model, problem.likelihood(), recipe=replace(RECIPES["recurrent"], limit=config.cg_steps), preconditioner="none",
         generator=rng, tau=getattr(config, damping.tau),
@@ -168,7 +178,7 @@ def _train(config: Config, problem: Problem, length: int, damping: Damping, seed
     spent = sequences = 0.0
     while len(found["errors"]) < config.iterations and spent < config.seconds_per_step * length:
         start = time.process_time()
-        x, y = problem.draw(config.gradient_size, length, rng)
+        x, y = draw(config.gradient_size, rng)
         part = None if problem.finite else (x[: config.curvature_size], y[: config.curvature_size])
         loss = optimizer.step(x, y, curvature=part)
         spent += time.process_time() - start
@@ -206,7 +216,7 @@ def run(config: Config, folder: Path) -> Report:
     for seed, name, length, damping in _runs(config):
         part = folder / f"{seed}-{name.replace(' ', '_')}-{length}-{damping}.json"
         if not part.is_file() or json.loads(part.read_text())["config"] != key:
-            one = _train(config, PROBLEMS[name](), length, DAMPINGS[damping], seed)
+            one = _train(config, name, length, DAMPINGS[damping], seed)
             labels = {"seed": seed, "problem": name, "length": length, "damping": damping}
             part.write_text(json.dumps({"config": key, **labels, **one}))
             if config.progress:

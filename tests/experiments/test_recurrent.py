@@ -165,6 +165,7 @@ def test_a_small_run_is_resumed(tmp_path, capsys):
         ("curvature_size=100000", "gradient_size"),
         ("seconds_per_step=0", "seconds_per_step"),
         ("hidden=0", "hidden"),
+        ("double=[nothing]", "'addition'"),
     ],
 )
 def test_settings_are_refused(word, says, tmp_path, capsys):
