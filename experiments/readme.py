@@ -252,9 +252,9 @@ def toy_regression() -> str:
     return f"{_machine(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
 
 
-def recurrent(name: str = "recurrent") -> str:
-    """Outcomes and verdicts of E4 with one of its configurations."""
-    result = _load(f"docs/results/{name}.json")
+def recurrent() -> str:
+    """Outcomes and verdicts of E4."""
+    result = _load("docs/results/recurrent.json")
     if result is None:
         return "*Not run yet.*"
     config, runs = result["config"], result["runs"]
@@ -267,7 +267,7 @@ def recurrent(name: str = "recurrent") -> str:
         f"(processor seconds) until less than {config['target']:.0%} of {config['test_size']} test sequences are "
         f"answered wrongly; a run fails after {config['seconds_per_step']:g} processor seconds per step of T, or "
         f"{config['iterations']} iterations. {len(runs)} runs, {minutes:.0f} minutes of one thread; "
-        f"{_machine(result)}. `python -m experiments run {name}`"
+        f"{_machine(result)}. `python -m experiments run E4`"
     )
     return "\n\n".join([head, _markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
 
@@ -303,7 +303,6 @@ def stream(name: str) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
-    "recurrent_published": partial(recurrent, "recurrent_published"),
     "ood_mnist": ood_mnist,
     "predictions": predictions,
     "many_outputs": many_outputs,
@@ -324,7 +323,7 @@ PAGES = {
     "docs/toy_regression.md": ("toy_regression",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
-    "docs/recurrent.md": ("recurrent", "recurrent_published"),
+    "docs/recurrent.md": ("recurrent",),
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
 }
@@ -356,7 +355,6 @@ COLLECTED = {
     "results/calibration/result.json": "docs/results/calibration.json",
     "results/calibration/differences.png": "docs/pictures/calibration.png",
     "results/E4/result.json": "docs/results/recurrent.json",
-    "results/E4_published/result.json": "docs/results/recurrent_published.json",
     "results/E4/errors.png": "docs/pictures/recurrent.png",
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
