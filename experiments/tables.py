@@ -251,9 +251,9 @@ def toy_regression() -> str:
     return f"{_machine(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
 
 
-def recurrent(name: str = "recurrent") -> str:
-    """Outcomes and verdicts of E4 with one of its configurations."""
-    result = _load(f"docs/results/{name}.json")
+def recurrent() -> str:
+    """Outcomes and verdicts of E4."""
+    result = _load("docs/results/recurrent.json")
     if result is None:
         return "*Not run yet.*"
     config, runs = result["config"], result["runs"]
@@ -266,7 +266,7 @@ def recurrent(name: str = "recurrent") -> str:
         f"(processor seconds) until less than {config['target']:.0%} of {config['test_size']} test sequences are "
         f"answered wrongly; a run fails after {config['seconds_per_step']:g} processor seconds per step of T, or "
         f"{config['iterations']} iterations. {len(runs)} runs, {minutes:.0f} minutes of one thread; "
-        f"{_machine(result)}. `python -m experiments run {name}`"
+        f"{_machine(result)}. `python -m experiments run E4`"
     )
     return "\n\n".join([head, _markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
 
@@ -351,7 +351,6 @@ def autoencoders() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "continual_short": continual_short,
     "recurrent": recurrent,
-    "recurrent_published": partial(recurrent, "recurrent_published"),
     "ood_mnist": ood_mnist,
     "predictions": predictions,
     "many_outputs": many_outputs,
