@@ -149,6 +149,7 @@ def progress_picture(stream: Stream, curves: Mapping[str, Sequence[Sequence[floa
     for name, found in curves.items():
         mean = measure.sign * measure.scale * torch.tensor(found, dtype=torch.float64).mean(0)
         axes.plot(range(1, len(mean) + 1), mean.tolist(), marker="o", markersize=3, label=name)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="tasks learned", ylabel=f"mean test {measure.name} over them")
     axes.legend(fontsize="small")
     return Picture(stream.picture, figure, f"Mean test {measure.name} over the tasks seen so far, {stream.title}.")

@@ -194,7 +194,7 @@ def test_slices_of_a_table_share_out_its_rows_by_the_feature():
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full online"}))  # P × P is too large for this net
 def test_penalties_hold_the_trunk_and_pull_only_the_heads_in_use(root, name):
     config = Config(stream="vision", prior_precision=0.5, estimator="sampled", **SMALL)
     stream, method = streams.STREAMS["vision"], METHODS[name]
