@@ -48,9 +48,10 @@ class Experiment:
 
 
 EXPERIMENTS: Registry[Experiment] = Registry("experiment")
+_AUTOENCODERS = "experiments.autoencoders"  # one table of runs, E14's; the others are some rows of it
 for _entry in (
-    Experiment("E1", "Hessian-free optimisation of deep autoencoders"),
-    Experiment("E2", "Hessian-free error against time on CURVES"),
+    Experiment("E1", "Hessian-free optimisation of deep autoencoders", _AUTOENCODERS, "autoencoders_hessian_free"),
+    Experiment("E2", "Hessian-free error against time on CURVES", _AUTOENCODERS, "autoencoders_hessian_free"),
     Experiment("E3", "objective against quadratic model along conjugate gradients"),
     Experiment("E4", "Hessian-free optimisation of recurrent nets on long dependencies", "experiments.recurrent",
                "recurrent", resumable=True),
@@ -61,10 +62,12 @@ for _entry in (
     Experiment("E9", "block-diagonal and block-tridiagonal Fisher and their inverses"),
     Experiment("E10", "rescaling and momentum of K-FAC against damping"),
     Experiment("E11", "K-FAC progress against batch size"),
-    Experiment("E12", "K-FAC against Nesterov's accelerated gradient on autoencoders"),
+    Experiment("E12", "K-FAC against Nesterov's accelerated gradient on autoencoders", _AUTOENCODERS,
+               "autoencoders_kfac"),
     Experiment("E13", "loss surface of a ReLU net"),
-    Experiment("E14", "KFRA and KFAC against tuned Adam on autoencoders"),
-    Experiment("E15", "KFRA, KFAC and Adam: CPU timings"),
+    Experiment("E14", "KFRA and KFAC against tuned Adam on autoencoders", _AUTOENCODERS, "autoencoders",
+               resumable=True),
+    Experiment("E15", "KFRA, KFAC and Adam: CPU timings", _AUTOENCODERS, "autoencoders"),
     Experiment("E16", "per-layer alignment of updates with the block Gauss-Newton update"),
     Experiment("E17", "alignment of whole updates with the full Gauss-Newton update"),
     Experiment("E18", "mixture classifier: Gauss-Newton against Fisher"),
