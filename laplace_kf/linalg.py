@@ -38,6 +38,8 @@ def eigh(matrix: Tensor, block: str) -> tuple[Tensor, Tensor]:
             values, vectors = torch.linalg.eigh(candidate)
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
+        if not bool(torch.isfinite(vectors).all()):  # float32 solvers can do this to a well-conditioned matrix
+            continue
         if attempt == 2:
             _report(block)
         largest = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)

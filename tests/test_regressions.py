@@ -14,6 +14,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf import linalg
 from laplace_kf.structures.kron import Kronecker
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, normal
@@ -718,3 +719,21 @@ def test_a_hidden_use_that_starts_in_a_later_minibatch_is_noticed() -> None:
         lk.curvature.estimate(model, "categorical", [(x[:3], y[:3]), (x[3:], y[3:])], "diag")
     late = lk.curvature.estimate(model, "categorical", [(x[3:], y[3:])], "full").mean().dense()
     torch.testing.assert_close(late, oracles.dense_ggn(model, x[3:], y[3:], CATEGORICAL.nll), rtol=1e-9, atol=1e-12)
+
+
+def test_an_eigensolver_that_gives_nan_in_float32_is_asked_again_in_float64(monkeypatch):
+    # seen at 785x785 with finite, well-conditioned input: LAPACK's divide and conquer in single precision
+    right = torch.linalg.eigh
+    asked = []
+
+    def single_fails(matrix):
+        asked.append(matrix.dtype)
+        values, vectors = right(matrix)
+        return (values, vectors) if matrix.dtype == torch.float64 else (values * torch.nan, vectors * torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", single_fails)
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    values, vectors = linalg.eigh(matrix, "fc")
+    assert asked == [torch.float32, torch.float64]
+    assert values.dtype == torch.float32
+    torch.testing.assert_close((vectors * values) @ vectors.T, matrix)
