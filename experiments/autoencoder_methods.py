@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,8 @@ __all__ = ["LIKELIHOOD", "METHODS", "Method", "Setting", "Trainer"]
 LIKELIHOOD = "bernoulli"
 
 Setting = Mapping[str, Any]
-Trainer = Callable[[Tensor, float], float]
-"""``(images (N, 784), share of the budget that is used up) -> loss`` before the update that it makes."""
+Trainer = Callable[[Tensor], float]
+"""``images (N, 784) -> loss`` before the update that it makes."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Method:
 
     def described(self) -> dict[str, Any]:
         """What decides its runs, as text: a run that was made with something else is not used again."""
-        return {"settings": str(dict(self.settings)), "batch": dict(self.batch), "grid": [dict(g) for g in self.grid]}
+        text = re.sub(" at 0x[0-9a-f]+", "", str(dict(self.settings)))  # functions print their address
+        return {"settings": text, "batch": dict(self.batch), "grid": [dict(point) for point in self.grid]}
 
 
 METHODS: Registry[Method] = Registry("optimiser of the autoencoder experiments")
@@ -49,28 +51,23 @@ METHODS: Registry[Method] = Registry("optimiser of the autoencoder experiments")
 def _second_order(make: Callable[..., SecondOrder]) -> Callable[..., Trainer]:
     def trainer(model: nn.Module, l2: float, settings: Setting, rng: torch.Generator) -> Trainer:
         optimizer = make(model, LIKELIHOOD, l2=l2, generator=rng, **settings)
-        return lambda images, used: float(optimizer.step(images, images))
+        return lambda images: float(optimizer.step(images, images))
 
     return trainer
 
 
 def _first_order(make: Callable[..., torch.optim.Optimizer]) -> Callable[..., Trainer]:
-    """Steps of a torch optimiser whose rate halves every ``period`` of the budget (S3 4.5.1).
-
-    ``momentum`` may be a schedule, ``number of updates made -> momentum``.
-    """
+    """Steps of a torch optimiser; ``schedule`` is its momentum by the number of updates made."""
 
     def trainer(model: nn.Module, l2: float, settings: Setting, rng: torch.Generator) -> Trainer:
-        others = {key: value for key, value in settings.items() if key not in ("period", "schedule")}
+        others = {key: value for key, value in settings.items() if key != "schedule"}
         optimizer = make(model.parameters(), weight_decay=l2, **others)
         made = 0
 
-        def update(images: Tensor, used: float) -> float:
+        def update(images: Tensor) -> float:
             nonlocal made
-            for group in optimizer.param_groups:
-                group["lr"] = settings["lr"] * 0.5 ** int(used / settings.get("period", 1.0))
-                if "schedule" in settings:
-                    group["momentum"] = settings["schedule"](made)
+            if "schedule" in settings:
+                optimizer.param_groups[0]["momentum"] = settings["schedule"](made)
             optimizer.zero_grad()
             outputs = model(images)
             loss = nn.functional.binary_cross_entropy_with_logits(outputs, images, reduction="sum") / len(images)
@@ -84,8 +81,8 @@ def _first_order(make: Callable[..., torch.optim.Optimizer]) -> Callable[..., Tr
     return trainer
 
 
-def _rates(*rates: float, periods: Sequence[float] = (1.0,)) -> list[dict[str, float]]:
-    return [{"lr": lr, "period": period} for lr in rates for period in periods]
+def _rates(*rates: float) -> list[dict[str, float]]:
+    return [{"lr": lr} for lr in rates]
 
 
 START: dict[str, Any] = {"tau": 0.1, "zeta": 1e-3}
@@ -116,10 +113,10 @@ METHODS.register("natural gradient")(
     Method(_second_order(optim.hessian_free), {"recipe": "short", "preconditioner": "none", "tau": 0.1})
 )
 
-METHODS.register("Adam")(Method(_first_order(torch.optim.Adam), grid=_rates(4e-3, 2e-3, 1e-3, periods=(1.0, 0.25))))
+METHODS.register("Adam")(Method(_first_order(torch.optim.Adam), grid=_rates(4e-3, 2e-3, 1e-3)))
 METHODS.register("NAG")(
     Method(SGD, {"momentum": 0.5, "nesterov": True, "schedule": optim.nesterov_momentum}, {"curves": 250, "mnist": 500},
-           _rates(0.03, 0.01, 0.003, 0.001))
+           _rates(0.03, 0.01, 0.003))
 )  # fmt: skip
 METHODS.register("heavy ball")(Method(SGD, {"momentum": 0.9}, grid=_rates(0.03, 0.01, 0.003)))
 METHODS.register("SGD")(Method(SGD, grid=_rates(0.1, 0.03, 0.01)))

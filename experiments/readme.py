@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
+from experiments import autoencoders_report
 from experiments import calibration_report as report
 from experiments import recurrent_report
 
@@ -301,6 +302,29 @@ def stream(name: str) -> str:
     return "\n\n".join([*parts, _verdicts(result)])
 
 
+def autoencoders() -> str:
+    """Methods and verdicts of E14, data set by data set."""
+    result = _load("docs/results/autoencoders.json")
+    if result is None:
+        return "*Not run yet.*"
+    parts = [
+        f"One thread of {_machine(result)}; every method in a group had the same processor time. "
+        "`python -m experiments run E14`"
+    ]
+    for name, found in result["metrics"].items():
+        parts.append(f"**{name.upper()}**, {result['config']['budgets'][name]:.0f} s of processor time a method")
+        parts.append(_markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)))
+        parts.append(autoencoders_report.note(name, found))
+        missing = result["not_run"][name]
+        parts += [f"Not run: {', '.join(missing)}."] if missing else []
+    parts += [f"Stand-in: {remark}." for remark in result["stand_ins"]]
+    verdicts = [
+        f"* {v['problem'].upper()}: {v['claim']}: **{v['verdict']}** ({autoencoders_report.phrase(v)})"
+        for v in result["verdicts"]
+    ]
+    return "\n\n".join([*parts, "\n".join(verdicts)])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "recurrent_published": partial(recurrent, "recurrent_published"),
@@ -317,6 +341,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_short": calibration_short,
     "shakespeare": shakespeare,
     **{name: partial(stream, name) for name in STREAMS},
+
+
+    "autoencoders": autoencoders,
 }
 
 PAGES = {
@@ -327,6 +354,9 @@ PAGES = {
     "docs/recurrent.md": ("recurrent", "recurrent_published"),
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
+
+
+    "docs/optimizers.md": ("autoencoders",),
 }
 """Which tables stand on which page."""
 
@@ -358,6 +388,11 @@ COLLECTED = {
     "results/E4/result.json": "docs/results/recurrent.json",
     "results/E4_published/result.json": "docs/results/recurrent_published.json",
     "results/E4/errors.png": "docs/pictures/recurrent.png",
+
+
+    "results/E14/result.json": "docs/results/autoencoders.json",
+    "results/E14/curves.png": "docs/pictures/autoencoders_curves.png",
+    "results/E14/mnist.png": "docs/pictures/autoencoders_mnist.png",
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",

@@ -194,3 +194,12 @@ def test_after_the_same_updates():
     one, two = made(10.0, 4.0, 1.0, updates=[0, 10, 20]), made(10.0, 6.0, updates=[0, 15])
     assert autoencoders_report._ahead(one, two) == pytest.approx(2.5 - 6.0)
     assert autoencoders_report.at(one, 99) == 1.0
+
+
+def test_a_method_is_described_by_text_that_lasts():
+    for name, method in autoencoders.METHODS.items():
+        text = json.dumps(method.described())
+        assert " 0x" not in text, name
+        assert json.loads(text) == method.described()
+    described = autoencoders.METHODS["Hessian-free"].described()
+    assert "limit=30" in described["settings"] and described["batch"]["curves"] == 2500
