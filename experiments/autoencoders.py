@@ -72,13 +72,13 @@ class Config:
     threads: int = 1
     problems: list[str] = field(default_factory=lambda: list(PROBLEMS))
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    budgets: dict[str, float] = field(default_factory=lambda: {"curves": 90.0, "mnist": 100.0})
+    budgets: dict[str, float] = field(default_factory=lambda: {"curves": 60.0, "mnist": 60.0})
     pilot: float = 0.2
     updates: int = 0
     l2: float = 1e-5
     averaging: float = 0.99
     spacing: float = 1.2
-    watched: int = 2_000
+    watched: int = 1_000
     train_most: int = 60_000
     test_most: int = 10_000
     shrink: int = 1
