@@ -30,19 +30,27 @@ class Method:
     Args:
         make: ``(network, l2, settings, generator) -> Trainer``.
         settings: that are the same for every point of the grid.
-        batch: images per update by problem.
+        batch: images per update by problem, of the first update if they grow.
         grid: settings of which the best is chosen; one empty setting for methods that need no tuning.
+        growing: whether minibatches grow, to all images at update 500 (methods 6.3).
     """
 
     make: Callable[[nn.Module, float, Setting, torch.Generator], Trainer]
     settings: Setting = field(default_factory=dict)
     batch: Mapping[str, int] = field(default_factory=lambda: {"curves": 1000, "mnist": 1000})
     grid: Sequence[Mapping[str, float]] = ({},)
+    growing: bool = False
+
+    def size(self, problem: str, number: int, n_data: int) -> int:
+        """Images of update ``number`` (1, 2, ...), ``n_data`` of them at most."""
+        first = min(self.batch[problem], n_data)
+        return optim.batch_size(number, n_data, first) if self.growing else first
 
     def described(self) -> dict[str, Any]:
         """What decides its runs, as text: a run that was made with something else is not used again."""
         text = re.sub(" at 0x[0-9a-f]+", "", str(dict(self.settings)))  # functions print their address
-        return {"settings": text, "batch": dict(self.batch), "grid": [dict(point) for point in self.grid]}
+        out = {"settings": text, "batch": dict(self.batch), "grid": [dict(point) for point in self.grid]}
+        return {**out, "growing": True} if self.growing else out
 
 
 METHODS: Registry[Method] = Registry("optimiser of the autoencoder experiments")
@@ -96,6 +104,8 @@ METHODS.register("K-FAC")(Method(KFAC, START))
 METHODS.register("K-FAC, no momentum")(Method(KFAC, PLAIN))
 METHODS.register("K-FAC tridiagonal")(Method(KFAC, {**START, **TRIDIAGONAL}))
 METHODS.register("K-FAC tridiagonal, no momentum")(Method(KFAC, {**PLAIN, **TRIDIAGONAL}))
+METHODS.register("K-FAC, growing batches")(Method(KFAC, START, growing=True))
+METHODS.register("K-FAC, growing batches, no momentum")(Method(KFAC, PLAIN, growing=True))
 METHODS.register("K-FAC, published start")(Method(KFAC))
 METHODS.register("KFRA")(Method(_second_order(optim.kfra), START))
 METHODS.register("KFAC")(Method(_second_order(optim.GaussNewton), {**START, "estimator": "sampled"}))

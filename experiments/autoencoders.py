@@ -148,12 +148,14 @@ def network(widths: Sequence[int], seed: int) -> nn.Sequential:
     return model
 
 
-def _stream(images: Tensor, size: int, rng: torch.Generator) -> Iterator[Tensor]:
-    """Minibatches ``(size, 784)`` without end, in a new order every epoch; an epoch's rest is left out."""
-    size = min(size, len(images))
+def _stream(images: Tensor, size: Callable[[int], int], rng: torch.Generator) -> Iterator[Tensor]:
+    """Minibatches ``(size(n), 784)``, n = 1, 2, ..., in a new order every epoch; an epoch's rest is left out."""
+    number = 1
     while True:
-        order = torch.randperm(len(images), generator=rng)
-        yield from (images[chosen] for chosen in order.split(size) if len(chosen) == size)
+        order, start = torch.randperm(len(images), generator=rng), 0
+        while (end := start + min(size(number), len(images))) <= len(images):
+            yield images[order[start:end]]
+            start, number = end, number + 1
 
 
 @torch.no_grad()
@@ -214,7 +216,7 @@ def _train(
     widths = [PROBLEMS[name].widths[0], *(max(2, width // config.shrink) for width in PROBLEMS[name].widths[1:])]
     model = network(widths, config.seed)
     trainer = method.make(model, config.l2, {**method.settings, **setting}, training.generator(config.seed))
-    batches = _stream(train, method.batch[name], training.generator(config.seed))
+    batches = _stream(train, lambda number: method.size(name, number, len(train)), training.generator(config.seed))
     budget, clock, average = share * config.budgets[name], _Clock(), _Average(model, config.averaging)
     found: dict[str, Any] = {"setting": dict(setting), "share": share, "loss": [], "processor": [], "wall": [],
                              "checkpoints": [], "failure": ""}  # fmt: skip

@@ -129,7 +129,7 @@ CLAIMS = [
       for axis, what in (("processor", "processor"), ("wall", "wall"))),
     *(Claim(f"momentum is essential: {method} reaches the final loss without it in less than half the updates", method,
             f"{method}, no momentum", _share("updates"), PART, high=0.5)
-      for method in ("K-FAC", "K-FAC tridiagonal")),
+      for method in ("K-FAC", "K-FAC tridiagonal", "K-FAC, growing batches")),
     Claim("without momentum K-FAC is not much faster than NAG", "K-FAC, no momentum", "NAG", _share("processor"),
           "of its processor seconds", low=0.5),
     Claim("tridiagonal: 25 to 40 % more progress per update", "K-FAC tridiagonal", "K-FAC", _gain,

@@ -78,10 +78,20 @@ def test_every_method_trains_from_the_same_weights(small, name):
 
 def test_an_epoch_shows_every_image_once():
     images = torch.arange(7.0)[:, None]
-    stream = autoencoders._stream(images, 3, torch.Generator().manual_seed(0))
+    stream = autoencoders._stream(images, lambda number: 3, torch.Generator().manual_seed(0))
     epochs = [torch.cat([next(stream), next(stream)]).flatten().tolist() for _ in range(3)]
     assert all(len(set(epoch)) == 6 for epoch in epochs)
     assert epochs[0] != epochs[1]
+    growing = autoencoders._stream(images, lambda number: number + 1, torch.Generator().manual_seed(0))
+    assert [len(next(growing)) for _ in range(8)] == [2, 3, 4, 5, 6, 7, 7, 7]
+
+
+def test_minibatches_may_grow_to_all_images():
+    method = autoencoders.METHODS["K-FAC, growing batches"]
+    sizes = [method.size("curves", number, 20_000) for number in (1, 250, 500, 501)]
+    assert sizes[0] == 1000 and 4000 < sizes[1] < 5000 and sizes[2:] == [20_000, 20_000]
+    assert autoencoders.METHODS["K-FAC"].size("curves", 500, 20_000) == 1000
+    assert autoencoders.METHODS["K-FAC"].size("curves", 1, 60) == 60
 
 
 def test_the_average_is_the_mean_at_first_and_leaves_the_weights():
