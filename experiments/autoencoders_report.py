@@ -184,7 +184,7 @@ def rows(found: Mapping[str, Run]) -> list[list[str]]:
     out = []
     for method, run in sorted(found.items(), key=lambda entry: lower(entry[1]["final"])):
         final = run["final"]
-        setting = ", ".join(f"{key} {value:g}" for key, value in run["setting"].items()) or "as it comes"
+        setting = ", ".join(f"{key} {value:g}" for key, value in run["setting"].items()) or "fixed"
         average = ["", "", ""] if "averaged_loss" not in final else [
             f"{final['averaged_loss']:.3f}", f"{final['averaged_squared']:.3f}", f"{final['averaged_test_squared']:.3f}"
         ]  # fmt: skip

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
-from experiments import autoencoders_report
+from experiments import autoencoders_report, recurrent_report
 from experiments import calibration_report as report
-from experiments import recurrent_report
 
 __all__ = ["PAGES", "TABLES", "render", "write"]
 
@@ -341,8 +340,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "calibration_short": calibration_short,
     "shakespeare": shakespeare,
     **{name: partial(stream, name) for name in STREAMS},
-
-
     "autoencoders": autoencoders,
 }
 
@@ -354,8 +351,6 @@ PAGES = {
     "docs/recurrent.md": ("recurrent", "recurrent_published"),
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
-
-
     "docs/optimizers.md": ("autoencoders",),
 }
 """Which tables stand on which page."""
@@ -388,8 +383,6 @@ COLLECTED = {
     "results/E4/result.json": "docs/results/recurrent.json",
     "results/E4_published/result.json": "docs/results/recurrent_published.json",
     "results/E4/errors.png": "docs/pictures/recurrent.png",
-
-
     "results/E14/result.json": "docs/results/autoencoders.json",
     "results/E14/curves.png": "docs/pictures/autoencoders_curves.png",
     "results/E14/mnist.png": "docs/pictures/autoencoders_mnist.png",
