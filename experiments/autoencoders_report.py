@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ def rows(found: Mapping[str, Run]) -> list[list[str]]:
     out = []
     for method, run in sorted(found.items(), key=lambda entry: lower(entry[1]["final"])):
         final = run["final"]
-        setting = ", ".join(f"{key} {value:g}" for key, value in run["setting"].items()) or "as it comes"
+        setting = ", ".join(f"{key} {value:g}" for key, value in run["setting"].items()) or "fixed"
         average = ["", "", ""] if "averaged_loss" not in final else [
             f"{final['averaged_loss']:.3f}", f"{final['averaged_squared']:.3f}", f"{final['averaged_test_squared']:.3f}"
         ]  # fmt: skip
@@ -231,7 +231,7 @@ def summary(runs: Runs) -> str:
 def picture(name: str, found: Mapping[str, Run]) -> Picture:
     """Training loss above its floor by updates and by processor seconds, squared test error by processor seconds."""
     figure, axes = plots.panels(1, 3, width=4.4, height=4.4)
-    shades = {family: PALETTE[number % len(PALETTE)] for number, family in enumerate(_families(found))}
+    styles = _styles(found)
     shown: list[tuple[str, str, Callable[[Mapping[str, float], float], float]]] = [
         ("updates", "training loss above its least value", lambda row, floor: lower(row) - floor),
         ("processor", "training loss above its least value", lambda row, floor: lower(row) - floor),
@@ -242,8 +242,10 @@ def picture(name: str, found: Mapping[str, Run]) -> Picture:
             made = [(row[key], value(row, run["floor"])) for row in run["checkpoints"] if row["updates"]]
             drawn = [point for point in made if 0 < point[1] < math.inf]
             if drawn:
-                dash = "-" if method == _family(method) else (0, (4, 2))
-                axis.loglog(*zip(*drawn, strict=True), label=method, color=shades[_family(method)], linestyle=dash)
+                axis.loglog(*zip(*drawn, strict=True), label=method, **styles[method])
+        axis.tick_params(which="both", colors=plots.SOFT, labelsize=9)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.set_title(title, fontsize=10, color=plots.INK)
         axis.set_xlabel("updates" if key == "updates" else "processor seconds", fontsize=9, color=plots.SOFT)
     plots.legend_below(figure, columns=5)
@@ -254,11 +256,16 @@ def picture(name: str, found: Mapping[str, Run]) -> Picture:
 
 
 PALETTE = ("#0b62a3", "#c23b22", "#1a9c74", "#8a63c9", "#e08e0b", "#4fb3d9", "#c8417a", "#7a8b22", "#6c7a89", "#9a6b4b")
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (6, 1, 1, 1)), (0, (2, 4)))
 
 
-def _family(method: str) -> str:
-    return method.split(",")[0]
-
-
-def _families(methods: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(_family(method) for method in methods))
+def _styles(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour for the part before the comma, a dash for the rest."""
+    families: dict[str, list[str]] = {}
+    for method in methods:
+        families.setdefault(method.split(",")[0], []).append(method)
+    return {
+        method: {"color": PALETTE[number % len(PALETTE)], "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.7}
+        for number, members in enumerate(families.values())
+        for place, method in enumerate(members)
+    }

@@ -28,7 +28,7 @@ PAGES = {
     "docs/recurrent.md": ("recurrent",),
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
-    "docs/optimizers.md": ("autoencoders",),
+    "docs/optimizers.md": ("autoencoders", "optimizers"),
 }
 """Which tables stand on which page."""
 
