@@ -56,6 +56,8 @@ def test_list_shows_every_experiment_and_its_state(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [
         *(f"E{i}" for i in range(1, 36)),
+        "rotated_mnist",
+        "streaming_regression",
         "calibration",
         "shakespeare",
         "demo",
