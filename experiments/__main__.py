@@ -76,11 +76,11 @@ def _list() -> None:
 def _run(name: str, settings: Sequence[str], out: Path | None) -> None:
     experiment, config = runner.resolve(name, settings)
     target = out or Path("results") / experiment.id
-    torch.set_flush_denormal(True)  # stiff penalties drive numbers there, and products with them are many times slower
     report = runner.run(experiment, config, target)
     print("\n\n".join(table.text() for table in report.tables))
     print(f"\n{report.details['wall_time_s']:.1f} s; see {target / 'report.html'}")
 
 
 if __name__ == "__main__":
+    torch.set_flush_denormal(True)  # stiff penalties drive numbers there, and products with them are many times slower
     sys.exit(main())

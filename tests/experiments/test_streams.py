@@ -12,7 +12,7 @@ import pytest
 import scipy.io
 import torch
 
-from experiments import continual, data, files, multiplier_toy, readme, streams
+from experiments import continual, data, files, multiplier_toy, streams, tables
 from experiments.__main__ import main
 from experiments.continual_methods import METHODS, Averaged
 from experiments.continual_report import numbers, task_table
@@ -355,13 +355,13 @@ def test_pages_quote_the_tables_of_a_result(root, tmp_path, monkeypatch):
     assert main(["run", "E28", *words, methods, "progress=false", "--out", str(out / "run")]) == 0
     (out / "results").mkdir()
     (out / "run/result.json").rename(out / "results/continual_vision.json")
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
-    text = readme.stream("continual_vision")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    text = tables.stream("continual_vision")
     result = json.loads((out / "results/continual_vision.json").read_text())
     average = 100 * result["metrics"]["fine-tuning"]["average"][0]
     assert f"| fine-tuning | {average:.2f} |" in text
     assert "Left out: svhn" in text and "Kronecker above Synaptic Intelligence" in text
-    assert readme.stream("continual_terms") == "*Not run yet.*"
+    assert tables.stream("continual_terms") == "*Not run yet.*"
 
 
 # -- the toy -----------------------------------------------------------------------------------------------------------
