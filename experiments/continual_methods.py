@@ -85,6 +85,10 @@ def _intelligence(strength: float, examples: int, **shared: Any) -> continual.Le
     return continual.SynapticIntelligence(c=strength * examples, **shared)
 
 
+def _fine_tuning(strength: float, examples: int, **shared: Any) -> continual.Learner:
+    return continual.FineTuning(**shared)
+
+
 def _add(name: str, make: Make, **how: Any) -> None:
     METHODS.register(name)(Method(make, **how))
 
@@ -96,7 +100,7 @@ _add("diagonal online", _online("diag", "keep"), grid="multipliers_diag", decay=
 _add("Kronecker EWC", _ewc("kron"))
 _add("diagonal EWC", _ewc("diag"), grid="multipliers_diag", decay="decay_diag")
 _add("Synaptic Intelligence", _intelligence, grid="strengths", decay="", optimizer="si_optimizer")
-_add("fine-tuning", lambda strength, examples, **shared: continual.FineTuning(**shared), grid="", decay="")
+_add("fine-tuning", _fine_tuning, grid="", decay="")
 _add(
     "joint training",
     lambda strength, examples, **shared: continual.JointTraining(**shared),
@@ -110,7 +114,7 @@ STANDARD = tuple(METHODS)
 
 _add(
     "single-task networks",
-    lambda strength, examples, **shared: continual.FineTuning(**shared),
+    _fine_tuning,
     grid="",
     decay="",
     fresh=True,

@@ -21,9 +21,26 @@ from laplace_kf.structures import Structure
 from laplace_kf.tape import select
 from laplace_kf.tape.blocks import flat_layout
 
-__all__ = ["Learner", "Loader"]
+__all__ = ["AGAIN", "GIVEN", "Learner", "Loader", "require_data"]
 
 Loader = Iterable[Any] | tuple[Any, Tensor]
+
+
+def require_data(known: int, tasks: int, advice: str) -> None:
+    """For methods that revisit data.
+
+    Raises:
+        IncompatiblePair: unless the data of as many tasks are ``known`` as are finished.
+    """
+    if known != tasks:
+        raise IncompatiblePair(advice.format(known=known, tasks=tasks))
+
+
+AGAIN = (
+    "the data of {tasks} finished tasks are needed again, and a state does not hold them: call revisit([loader, ...]) "
+    "after load_state_dict"
+)
+GIVEN = "{known} loaders were given for {tasks} finished tasks"
 
 
 class Learner(ABC):

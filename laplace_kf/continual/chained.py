@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.continual.base import Learner, Loader
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_data
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.chain import TERMS
@@ -93,8 +92,7 @@ class NonOnlineLaplace(_Chained):
         Raises:
             IncompatiblePair: if their number is not that of the finished tasks.
         """
-        if len(loaders) != self.tasks:
-            raise IncompatiblePair(f"{len(loaders)} loaders were given for {self.tasks} finished tasks")
+        require_data(len(loaders), self.tasks, GIVEN)
         own = list(forwards) if forwards is not None else [self.forward] * len(loaders)
         self.seen = list(zip(loaders, own, strict=True))
 
@@ -106,11 +104,7 @@ class NonOnlineLaplace(_Chained):
         Raises:
             IncompatiblePair: after :meth:`load_state_dict` without :meth:`revisit`.
         """
-        if len(self.seen) != self.tasks:
-            raise IncompatiblePair(
-                f"the data of {self.tasks} finished tasks are needed again, and a state does not hold them: call "
-                "revisit([loader, ...]) after load_state_dict"
-            )
+        require_data(len(self.seen), self.tasks, AGAIN)
         super().after_task(loader, forward=forward, generator=generator)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from laplace_kf.batches import Forward, as_batches
-from laplace_kf.continual.base import Learner, Loader
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_data
 
 __all__ = ["FineTuning", "JointTraining"]
 
@@ -41,11 +40,7 @@ class JointTraining(FineTuning):
         Raises:
             IncompatiblePair: after :meth:`load_state_dict` without :meth:`revisit`.
         """
-        if len(self.seen) != self.tasks:
-            raise IncompatiblePair(
-                f"the data of {self.tasks} finished tasks are needed again, and a state does not hold them: call "
-                "revisit([loader, ...]) after load_state_dict"
-            )
+        require_data(len(self.seen), self.tasks, AGAIN)
         return _Joined([*self.seen, loader])
 
     def revisit(self, loaders: Sequence[Loader]) -> None:
@@ -54,8 +49,7 @@ class JointTraining(FineTuning):
         Raises:
             IncompatiblePair: if their number is not that of the finished tasks.
         """
-        if len(loaders) != self.tasks:
-            raise IncompatiblePair(f"{len(loaders)} loaders were given for {self.tasks} finished tasks")
+        require_data(len(loaders), self.tasks, GIVEN)
         self.seen = list(loaders)
 
     def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
