@@ -93,7 +93,7 @@ def _rates(*rates: float) -> list[dict[str, float]]:
     return [{"lr": lr} for lr in rates]
 
 
-START: dict[str, Any] = {"tau": 0.02, "zeta": 1e-4}
+START: dict[str, Any] = {"search_start": True}
 """Damping at the start. With the published 150 for both, CURVES stays on the plateau of the mean image: the greedy
 search for ζ then compares values that all give the gradient's direction, and moves away from the useful ones."""
 PLAIN: dict[str, Any] = {**START, "momentum": False}

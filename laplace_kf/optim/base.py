@@ -92,6 +92,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.objective = Objective(model, self.likelihood, forward, self.l2)
         self.tracer = Tracer(model, forward, list(self.layout.names))
         self.steps = 0
+        self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
         self.pending = Pending(self.objective, self.tracer, self.named, self.names, self.l2)
@@ -204,8 +205,9 @@ class SecondOrder(torch.optim.Optimizer):
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
         self.likelihood.check(outputs.detach(), targets)
         batch = Batch(data, int(outputs.shape[0]), batch.random, observation)
-        if self.tau is None:
-            self.tau = start_value(self.likelihood, targets, batch.count)
+        if self.steps == 0:
+            self.default_damping = start_value(self.likelihood, targets, batch.count)
+            self.tau = self.default_damping if self.tau is None else self.tau
         loss = -self.likelihood.log_prob(outputs, targets).mean()
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
@@ -307,11 +309,14 @@ class SecondOrder(torch.optim.Optimizer):
 
     def _ratio(self, loss: float, proposal: Proposal, after: float) -> float | None:
         # both sides without the parameters that the model does not move: they cancel
-        moved = proposal.delta
-        change = 0.0
-        if self.l2:
-            change = self.l2 * float((moved * (self.flat(self.named) + moved / 2)).sum(dtype=torch.float64))
+        change = self._l2_change(proposal.delta)
         return ratio(loss, loss + (after - self.pending.loss) + change, proposal.change)
+
+    def _l2_change(self, delta: Tensor) -> float:
+        """By how much an update ``(P,)`` changes ``l2/2 ‖θ‖²``."""
+        if not self.l2:
+            return 0.0
+        return self.l2 * float((delta * (self.flat(self.named) + delta / 2)).sum(dtype=torch.float64))
 
     def _rates(self) -> Tensor | float:
         """Learning rate of every flat entry ``(P,)``, or one number if they agree."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.registry import Registry
 
-__all__ = ["SCALINGS", "GreedySearch", "LevenbergMarquardt", "ratio", "start_value"]
+__all__ = ["SCALINGS", "GreedySearch", "LevenbergMarquardt", "StartSearch", "ratio", "start_value"]
 
 MANY_OUTPUTS = 100  # densities per example from which a loss counts as summed over many outputs
 
@@ -110,3 +110,31 @@ class GreedySearch:
             return [zeta]
         scale = SCALINGS[self.scaling]
         return [zeta, scale(zeta, l2, self.factor), scale(zeta, l2, 1 / self.factor)]
+
+
+@dataclass(frozen=True)
+class StartSearch:
+    """Start values of τ and ζ by what they do: one update with every pair of a wide ladder is tried.
+
+    Far above all curvature every ζ gives the gradient's direction, and the greedy search, which looks at neighbours
+    only, learns nothing there; far below, the first updates follow the noise of the factors.
+
+    Attributes:
+        values: on the ladder, from the default start value downwards.
+        factor: between neighbours.
+        share: of the largest decrease of the loss that is enough; the most damped pair with it is taken.
+    """
+
+    values: int = 6
+    factor: float = 30.0
+    share: float = 0.99
+
+    def ladder(self, start: float) -> list[float]:
+        """The values to try, largest first."""
+        return [start * self.factor**-k for k in range(self.values)]
+
+    def chosen(self, decrease: Mapping[tuple[float, float], float]) -> tuple[float, float] | None:
+        """A pair ``(τ, ζ)`` from the decrease of the loss by pair; ``None`` if no update made it smaller."""
+        finite = {pair: value for pair, value in decrease.items() if math.isfinite(value) and value > 0}
+        enough = self.share * max(finite.values(), default=0.0)
+        return max((pair for pair, value in finite.items() if value >= enough), key=math.prod, default=None)

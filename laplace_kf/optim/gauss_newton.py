@@ -21,7 +21,7 @@ from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.base import Proposal, SecondOrder
-from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
+from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSearch
 from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.objective import Batch
@@ -54,6 +54,8 @@ class GaussNewton(SecondOrder):
         lr: factor on the final update; schedulers change it through the parameter groups.
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
         zeta: damping of the approximate curvature; default as ``tau``. K-FAC's γ is ``√(zeta + l2)``.
+        search_start: at the first step, take the one of τ and ζ that was not given, or both, from a wide ladder, by
+            the loss after one update (:class:`laplace_kf.optim.damping.StartSearch`); costs about as much as 15 steps.
         adapt_tau: adapt τ, by ``tau_rule``.
         adapt_zeta: adapt ζ, by ``zeta_rule``.
         ema: limit of the moving average of the factors (:func:`laplace_kf.optim.factors.averaged`); 0: none.
@@ -92,6 +94,7 @@ class GaussNewton(SecondOrder):
         lr: float = 1.0,
         tau: float | None = None,
         zeta: float | None = None,
+        search_start: bool = False,
         adapt_tau: bool = True,
         adapt_zeta: bool = True,
         ema: float = 0.9,
@@ -140,6 +143,8 @@ class GaussNewton(SecondOrder):
         if momentum and not rescale:
             raise IncompatiblePair("momentum=True chooses the length of the step from the model: it needs rescale=True")
         self.rescale, self.momentum, self.zeta = rescale, momentum, zeta
+        self.start = StartSearch() if search_start else None
+        self._searched = (tau is None, zeta is None)
         self.adapt_tau, self.adapt_zeta = adapt_tau, adapt_zeta
         self.ema, self.refresh, self.low_rank = ema, refresh, low_rank
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
@@ -218,6 +223,8 @@ class GaussNewton(SecondOrder):
             self.zeta = self.tau
         if not self._check:
             self._check = [batch.part(self.product_part, LEAST, self.generator) for batch in batches]
+            if self.start is not None and self.steps == 1:
+                self._search_start(self.start, gradient)
         values = self.zeta_rule.candidates(self.steps, self.zeta, self.l2) if self.adapt_zeta else [self.zeta]
         fresh = len(values) > 1 or self.running.wants_fresh(self.steps)
         found: list[tuple[float, Matrix]] = []
@@ -237,6 +244,31 @@ class GaussNewton(SecondOrder):
         if fresh:
             self.running.keep(matrix, self.zeta)
         return proposal
+
+    def _search_start(self, search: StartSearch, gradient: Tensor) -> None:
+        """Replaces the start values that were not given, from the ``gradient (P,)`` of the first step."""
+        assert self.tau is not None and self.zeta is not None
+        ladder = search.ladder(self.default_damping)
+        taus, zetas = (
+            ladder if free else [value] for free, value in zip(self._searched, (self.tau, self.zeta), strict=True)
+        )
+        rates, here = self._rates(), self.objective.loss(self._check, {})
+        decrease: dict[tuple[float, float], float] = {}
+        for zeta in zetas:
+            try:
+                direction = self.running.fresh(zeta).solve(gradient).neg_()
+            except NotPositiveDefinite:
+                continue
+            products = self.objective.products(self._check, self.layout.split(direction[None]))
+            square, slope = (direction @ direction).double(), (direction @ gradient).double()[None]
+            for tau in taus:
+                alpha = 1.0
+                if self.rescale:
+                    alpha = float(optimal_coefficients(products + (tau + self.l2) * square, slope))
+                delta = rates * alpha * direction
+                after = self.objective.loss(self._check, self._moved(delta)) + self._l2_change(delta)
+                decrease[tau, zeta] = here - after
+        self.tau, self.zeta = search.chosen(decrease) or (self.tau, self.zeta)
 
     def _along(self, directions: Tensor, gradient: Tensor) -> tuple[int, Proposal]:
         """The minimum of the exact model along each of ``(K + 1, P)`` directions, the last row to be written yet.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.errors import IncompatiblePair
+from laplace_kf.optim.damping import StartSearch
 from tests import oracles
 from tests.optim import reference as ref
 
@@ -64,6 +65,38 @@ def test_martens_steps() -> None:
     run(opt, dense, batches)
     assert dense.log[0]["mu"] == 0.0 and dense.log[1]["mu"] != 0.0
     assert dense.zeta != 0.5 and dense.tau != 0.5
+
+
+@pytest.mark.parametrize("given", [{}, {"tau": 0.3}, {"zeta": 0.3}])
+def test_start_of_the_damping_is_the_best_of_a_ladder(given: dict[str, float]) -> None:
+    """Against one dense step for every pair: the most damped of those with 99 % of the largest decrease."""
+    nll, (x, y), l2 = oracles.categorical_nll, ref.batch(7, 3, 3, 0), 1e-2
+    ladder = [30.0**-k for k in range(6)]
+    pairs = [(given.get("tau", t), given.get("zeta", z)) for t in ladder for z in ladder]
+    decrease: dict[tuple[float, float], float] = {}
+    for tau, zeta in pairs:
+        dense = ref.Reference(ref.net([3, 3, 3]), nll, ref.kflr(nll), tau, zeta, l2=l2)
+        before = dense.step(x, y)
+        weights = oracles.flat_parameters(dense.model)
+        decrease[tau, zeta] = before - ref.mean_nll(dense.model, x, y, nll) - l2 / 2 * float(weights @ weights)
+    enough = [pair for pair in pairs if decrease[pair] >= 0.99 * max(decrease.values())]
+    expected = max(enough, key=lambda pair: pair[0] * pair[1])
+    model = ref.net([3, 3, 3])
+    opt = lk.optim.GaussNewton(model, "categorical", "exact", l2=l2, search_start=True, **given)
+    before = float(opt.step(x, y))
+    assert (opt.diagnostics["tau"], opt.diagnostics["zeta"]) == pytest.approx(expected, rel=1e-12)
+    weights = oracles.flat_parameters(model)
+    after = ref.mean_nll(model, x, y, nll) + l2 / 2 * float(weights @ weights)
+    assert before - after == pytest.approx(decrease[expected], rel=1e-6)
+    opt.step(x, y)
+    assert opt.diagnostics["zeta"] == pytest.approx(expected[1])  # only the first step searches
+
+
+def test_start_values_without_a_decrease_stay() -> None:
+    search = StartSearch()
+    assert search.chosen({(1.0, 1.0): -1.0, (0.1, 0.1): math.nan}) is None
+    assert search.chosen({}) is None
+    assert search.chosen({(9.0, 0.1): 0.98, (1.0, 0.5): 1.0, (0.1, 0.5): 0.999, (2.0, 0.5): math.inf}) == (1.0, 0.5)
 
 
 def test_fixed_damping_stays() -> None:
