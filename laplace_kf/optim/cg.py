@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["Progress", "Run", "conjugate_gradients"]
 
 Map = Callable[[Tensor], Tensor]
+PIECE = 65_536  # entries of vectors that are converted at once
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def conjugate_gradients(
                 run.values.append(0.5 * _dot(r - b, x))
                 run.reason = "boundary"
                 break
-        x, r = x + alpha * p, r + alpha * curved
+        x, r = torch.add(x, p, alpha=alpha), r.add_(curved, alpha=alpha)  # iterates are kept, residuals are not
         run.values.append(0.5 * _dot(r - b, x))
         if j >= keep:
             run.kept.append((j, x))
@@ -127,7 +128,7 @@ def conjugate_gradients(
             break
         y = solve(r)
         fresh = _dot(r, y)
-        p, ry = -y + (fresh / ry) * p, fresh
+        p, ry = p.mul_(fresh / ry).sub_(y), fresh
     run.x = x
     last = len(run.values) - 1
     if last and (not run.kept or run.kept[-1][0] != last):
@@ -140,7 +141,9 @@ def _same(v: Tensor) -> Tensor:
 
 
 def _dot(u: Tensor, v: Tensor) -> float:
-    return float(u.double() @ v.double())
+    """In float64, piece by piece: converted pieces stay in the processor's cache."""
+    pieces = zip(u.split(PIECE), v.split(PIECE), strict=True) if u.device.type == "cpu" else [(u, v)]
+    return float(torch.stack([a.double() @ b.double() for a, b in pieces]).sum())
 
 
 def _to_boundary(x: Tensor, p: Tensor, radius: float, measure: Map) -> float:

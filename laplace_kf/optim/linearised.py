@@ -65,8 +65,12 @@ class Linearised:
         """The product with parameter-shaped tensors by name; parameter-shaped, in the order of ``weights``."""
         leaves = list(self.weights.values())
         total = [torch.zeros_like(leaf) for leaf in leaves]
+        directions = {name: part[None] for name, part in direction.items()}
         for batch, (values, targets, metrics) in zip(self.batches, self._graphs, strict=True):
-            _, _, (tangents,) = self.objective.push_all(batch, {name: part[None] for name, part in direction.items()})
+            if metrics:
+                _, _, (tangents,) = self.objective.push_all(batch, directions)
+            else:
+                tangents = list(self.objective.push(batch, directions)[2])
             outputs = values[0].detach()
             curved = self.objective.likelihood.curvature_product(outputs, tangents[0][None], targets)[0]
             back = [curved.to(outputs.dtype), *(m * t for m, t in zip(metrics, tangents[1:], strict=True))]

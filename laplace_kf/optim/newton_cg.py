@@ -209,7 +209,8 @@ class HessianFree(SecondOrder):
         return super().step(x, y)
 
     def _wants_tape(self) -> bool:
-        return False
+        # along a chain products need no forward pass of their own; hidden activities are not on the tape
+        return self.tracer.may_be_chain and not self.structural
 
     def _measure(self, batch: Batch, observation: Observation | None) -> None:
         return
@@ -254,7 +255,7 @@ class HessianFree(SecondOrder):
 
         def undamped(v: Tensor) -> Tensor:
             parts = matrix.product(self.split(v))
-            return torch.cat([part.reshape(-1) for part in parts]).to(v) + self.l2 * v
+            return torch.cat([part.reshape(-1) for part in parts]).to(v).add_(v, alpha=self.l2)
 
         metric = self._preconditioner(float(scale), matrix)
         start = None
@@ -269,7 +270,7 @@ class HessianFree(SecondOrder):
 
         here = self._value(self._curved, theta) if self.recipe.watch is not None else 0.0
         run = conjugate_gradients(
-            lambda v: undamped(v) + damping * v,
+            lambda v: undamped(v).add_(damping * v),
             -gradient,
             start=start,
             precondition=None if metric is None else metric.solve,
