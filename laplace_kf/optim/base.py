@@ -89,7 +89,7 @@ class SecondOrder(torch.optim.Optimizer):
         chosen = {n for group in self.param_groups for n in group["param_names"]}
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
-        self.objective = Objective(model, self.likelihood, forward, self.l2)
+        self.objective = Objective(model, self.likelihood, forward)
         self.tracer = Tracer(model, forward, list(self.layout.names))
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
@@ -290,6 +290,8 @@ class SecondOrder(torch.optim.Optimizer):
                         self._say(f"{rejected} update(s) without a finite loss were refused; the damping is now", 6)
                     return proposal, moved, after, rejected
             self._more_damping(BOOST)
+        # says nothing about the damping: the next minibatch starts with a little more than before
+        self._more_damping(BOOST**-RETRIES)
         self._say("no update gave a finite loss and the weights are unchanged; the damping is now", 6)
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
 
@@ -310,7 +312,7 @@ class SecondOrder(torch.optim.Optimizer):
     def _ratio(self, loss: float, proposal: Proposal, after: float) -> float | None:
         # both sides without the parameters that the model does not move: they cancel
         change = self._l2_change(proposal.delta)
-        return ratio(loss, loss + (after - self.pending.loss) + change, proposal.change)
+        return ratio(loss, loss + (after - self.pending.loss) + change, proposal.change, self.dtype)
 
     def _l2_change(self, delta: Tensor) -> float:
         """By how much an update ``(P,)`` changes ``l2/2 ‖θ‖²``."""

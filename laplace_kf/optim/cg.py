@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-__all__ = ["Progress", "Run", "conjugate_gradients"]
+__all__ = ["Map", "Progress", "Run", "conjugate_gradients"]
 
 Map = Callable[[Tensor], Tensor]
 PIECE = 65_536  # entries of vectors that are converted at once

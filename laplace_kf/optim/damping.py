@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from laplace_kf.likelihoods import Likelihood
@@ -31,14 +32,15 @@ def start_value(likelihood: Likelihood, targets: Tensor, count: int) -> float:
     return 150.0 if likelihood.terms(targets) >= MANY_OUTPUTS * count else 1.0
 
 
-def ratio(before: float, after: float, predicted: float) -> float | None:
+def ratio(before: float, after: float, predicted: float, dtype: torch.dtype) -> float | None:
     """``ρ``, the actual over the predicted change of the objective (methods 6.1).
 
-    ``None`` if the prediction is too small for the ratio to mean anything; −∞ for a non-finite objective.
+    ``None`` if the prediction is below the rounding of an objective that was computed in ``dtype``; −∞ for a
+    non-finite objective.
     """
     if not math.isfinite(after):
         return -math.inf
-    if not predicted < -1e-16 * abs(before):
+    if not predicted < -torch.finfo(dtype).eps * abs(before):
         return None
     return (after - before) / predicted
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,65 +15,21 @@ from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Accumulator, Statistics, preserved
 from laplace_kf.errors import IncompatiblePair, UnknownName
-from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.base import Proposal, SecondOrder
-from laplace_kf.optim.cg import Progress, Run, conjugate_gradients
+from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
 from laplace_kf.optim.factors import averaged, dumped, loaded
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power
+from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.linearised import DISTANCES, Linearised
 from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.preconditioner import PRECONDITIONERS, Preconditioner
 from laplace_kf.optim.recipes import RECIPES, Recipe
 from laplace_kf.optim.stepsize import line_search
-from laplace_kf.registry import Registry
-from laplace_kf.structures import Structure
 from laplace_kf.tape import Observation
 
-__all__ = ["PRECONDITIONERS", "HessianFree", "Preconditioner", "hessian_free"]
-
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """``P = (C̃ + (λ + η) I)^power`` with a structured estimate ``C̃`` of the curvature (methods 7.6).
-
-    Attributes:
-        structure: of the engine.
-        estimator: of the engine.
-        damping: how ``λ + η`` enters a block.
-        power: ξ.
-        inverse: how blocks are put together.
-        options: of structure and estimator.
-    """
-
-    structure: str
-    estimator: str
-    damping: str = "exact"
-    power: float = 1.0
-    inverse: str = "block_diagonal"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def pair(self) -> tuple[Structure, Estimator]:
-        """The structure that is kept and the estimator.
-
-        Raises:
-            IncompatiblePair: for an inverse that does not go with the damping.
-        """
-        inner, estimator = make_pair(self.structure, self.estimator, dict(self.options))
-        INVERSES[self.inverse].check(BLOCK_SOLVERS[self.damping])
-        return INVERSES[self.inverse].structure(inner), estimator
-
-    def build(self, statistics: Statistics, k: float) -> Matrix:
-        """The preconditioner as a Matrix of size ``P``, from mean curvature and the damping ``k``."""
-        matrix = INVERSES[self.inverse].build(statistics, k, BLOCK_SOLVERS[self.damping])
-        return damped_power(matrix, self.power)
-
-
-PRECONDITIONERS: Registry[Preconditioner | None] = Registry("preconditioner")
-PRECONDITIONERS.register("none")(None)
-PRECONDITIONERS.register("diagonal")(Preconditioner("diag", "empirical", power=0.75))
-PRECONDITIONERS.register("kronecker")(Preconditioner("kron", "sampled", "balanced"))
+__all__ = ["HessianFree", "hessian_free"]
 
 
 class HessianFree(SecondOrder):
@@ -273,8 +229,8 @@ class HessianFree(SecondOrder):
             lambda v: undamped(v).add_(damping * v),
             -gradient,
             start=start,
-            precondition=None if metric is None else metric.solve,
-            metric=None if metric is None else metric.matvec,
+            precondition=None if metric is None else self._precisely(metric.solve),
+            metric=None if metric is None else self._precisely(metric.matvec),
             radius=self.radius,
             limit=self.recipe.limit,
             progress=self.termination,
@@ -284,6 +240,15 @@ class HessianFree(SecondOrder):
         delta = self.recipe.choose(run, lambda x: self._value(judged, theta + x))
         self.run, self._candidate = run, run.x
         return self._searched(batches, loss, gradient, theta, delta, undamped(delta))
+
+    def _precisely(self, apply: Map) -> Map:
+        """The map in full precision: under autocast a preconditioner would not be the same matrix at every step."""
+
+        def applied(v: Tensor) -> Tensor:
+            with torch.autocast(self.tracer.device.type, enabled=False):
+                return apply(v)
+
+        return applied
 
     def _preconditioner(self, scale: float, matrix: Linearised) -> Matrix | None:
         """The preconditioner at this step's damping; between refreshes the one of before."""
@@ -297,7 +262,8 @@ class HessianFree(SecondOrder):
         assert self._running is not None
         k = (scale if self.zeta is None else self.zeta) + self.l2 + self._least(self._running)
         self._inverted_at = k
-        self._metric = self.preconditioner.build(self._running, k)
+        with torch.autocast(self.tracer.device.type, enabled=False):
+            self._metric = self.preconditioner.build(self._running, k)
         return self._metric
 
     def _with_structural(self, statistics: Statistics, matrix: Linearised) -> Statistics:
@@ -321,7 +287,7 @@ class HessianFree(SecondOrder):
             return seen[-1]
 
         alpha, _ = line_search(objective, loss, slope)
-        rho = ratio(loss, seen[0], change)
+        rho = ratio(loss, seen[0], change, self.dtype)
         final = self._rates() * alpha * delta
         # a step of length 0 is the line search's refusal, but with more damping there may be another direction
         if alpha == 0.0 and not math.isfinite(seen[0]):

@@ -81,11 +81,10 @@ class Objective:
         model: the module that is trained.
         likelihood: output density.
         forward: ``(model, batch) -> (outputs, targets)`` or ``None``.
-        l2: coefficient η.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None, l2: float) -> None:
-        self.likelihood, self.l2 = likelihood, l2
+    def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> None:
+        self.likelihood = likelihood
         self.runner = _Runner(model, forward)
         self.model = model
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at

@@ -233,6 +233,7 @@ def test_hopeless_steps_leave_the_weights_and_say_so() -> None:
         opt.step(x, y)
     assert float(model.linear.weight.detach().abs().max()) == 0.0
     assert opt.diagnostics["rejected"] > 5
+    assert opt.diagnostics["tau"] == pytest.approx(10.0) == opt.diagnostics["zeta"]  # and not 13 times as much
 
 
 def test_bad_minibatches_change_nothing() -> None:
@@ -390,9 +391,10 @@ def test_averages_of_iterates_and_of_factors() -> None:
     torch.testing.assert_close(opt.statistics.mean().entries[0][1].inputs[0], factors)
 
 
-def test_autocast_and_progress_line() -> None:
+@pytest.mark.parametrize("name", ["kfac", "hessian-free-kronecker"])
+def test_autocast_and_progress_line(name: str) -> None:
     model = small_net()
-    opt = MAKERS["kfac"](model, generator=rng())
+    opt = MAKERS[name](model, generator=rng())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = [float(opt.step(*big())) for _ in range(5)]
     assert losses[-1] < losses[0]

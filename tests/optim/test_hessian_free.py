@@ -188,7 +188,7 @@ def test_structural_damping_products(distance: str, cell: bool, forward_mode: bo
         c = model.hidden(x[i : i + 1]).detach().reshape(-1)
         metric = torch.ones_like(c) if distance == "squared" else 1 / (c * (1 - c)).clamp_min(1e-4)
         dense = dense + mu / 4 * jac.T @ torch.diag(metric) @ jac
-    objective = Objective(model, lk.likelihoods.Categorical(), None, 0.0)
+    objective = Objective(model, lk.likelihoods.Categorical(), None)
     objective._forward_mode = forward_mode
     objective.hidden = [model.rnn]
     batch = Batch((x, y), 4, objective.random_state())
@@ -222,7 +222,7 @@ def test_diagonal_of_the_structural_damping(distance: str) -> None:
     model, mu = Recurrent(), 0.3
     x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     jac, metric = hidden_curvature(model, x, distance)
-    objective = Objective(model, lk.likelihoods.Categorical(), None, 0.0)
+    objective = Objective(model, lk.likelihoods.Categorical(), None)
     objective.hidden = [model.rnn]
     batch = Batch((x, torch.tensor([0, 1, 1, 0])), 4, objective.random_state())
     matrix = Linearised(objective, [batch], dict(model.named_parameters()), mu, DISTANCES[distance])

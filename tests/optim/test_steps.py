@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.errors import IncompatiblePair
-from laplace_kf.optim.damping import StartSearch
+from laplace_kf.optim.damping import StartSearch, ratio
 from tests import oracles
 from tests.optim import reference as ref
 
@@ -174,6 +174,13 @@ def test_lm_ratio_is_one_on_a_quadratic() -> None:
 def test_levenberg_marquardt_thresholds(rho: float | None, low: float, expected: float) -> None:
     rule = lk.optim.LevenbergMarquardt(factor=0.5, low=low, high=0.75)
     assert rule.adapted(1.0, rho) == expected
+
+
+def test_ratio_is_left_out_below_the_rounding_of_the_objective() -> None:
+    assert ratio(100.0, 99.999_999, -2e-6, torch.float64) == pytest.approx(0.5, rel=1e-6)
+    assert ratio(100.0, 99.999_999, -2e-6, torch.float32) is None
+    assert ratio(100.0, 100.0, 0.0, torch.float64) is None
+    assert ratio(100.0, math.nan, -1.0, torch.float64) == -math.inf
 
 
 def test_plain_factored_tikhonov_updates() -> None:
