@@ -10,7 +10,18 @@ from typing import Any
 from laplace_kf.reports import plots
 from laplace_kf.reports.html import Picture, Table
 
-__all__ = ["PUBLISHED", "claims", "claims_table", "metrics", "picture", "reached", "rows", "summary", "table"]
+__all__ = [
+    "PUBLISHED",
+    "claims",
+    "claims_rows",
+    "claims_table",
+    "metrics",
+    "picture",
+    "reached",
+    "rows",
+    "summary",
+    "table",
+]
 
 Run = Mapping[str, Any]
 Runs = Mapping[str, Mapping[str, Run]]
@@ -119,13 +130,14 @@ def _final(run: Run, other: Run) -> float | None:
 
 
 PART = "of its updates"
+FREE = ("Hessian-free", "Hessian-free, Kronecker")
 CLAIMS = [
     *(Claim(f"{method} reaches {other}'s final training loss in at most 1/10 of its updates", method, other,
             _share("updates"), PART, high=0.1)
       for method in ("K-FAC", "K-FAC tridiagonal") for other in ("Adam", "NAG")),
     *(Claim(f"{method} reaches {other}'s final training loss in less {what} time", method, other, _share(axis),
             f"of its {what} seconds", high=1.0)
-      for method, other in (("K-FAC", "Adam"), ("K-FAC", "NAG"), ("KFRA", "Adam"), ("Hessian-free", "NAG"))
+      for method, other in (("K-FAC", "Adam"), ("K-FAC", "NAG"), ("KFRA", "Adam"), *((m, "NAG") for m in FREE))
       for axis, what in (("processor", "processor"), ("wall", "wall"))),
     *(Claim(f"momentum is essential: {method} reaches the final loss without it in less than half the updates", method,
             f"{method}, no momentum", _share("updates"), PART, high=0.5)
@@ -150,21 +162,27 @@ def claims(runs: Runs) -> list[dict[str, Any]]:
             if claim.method in found and claim.other in found]  # fmt: skip
 
 
-def phrase(verdict: Mapping[str, Any]) -> str:
-    """The number behind a verdict in words."""
+def _number(verdict: Mapping[str, Any]) -> str:
+    """The number behind a verdict, without its unit."""
     if verdict["value"] is None:
         return "never reached"
-    share = verdict["unit"].startswith("of ")
-    percent = share or verdict["unit"].startswith("more")
-    number = f"{100 * verdict['value']:.0f} %" if percent else f"{verdict['value']:+.3f}"
-    return f"{number} {verdict['unit']}"
+    percent = verdict["unit"].startswith(("of ", "more"))
+    return f"{100 * verdict['value']:.0f} %" if percent else f"{verdict['value']:+.3f}"
+
+
+def claims_rows(verdicts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a table with one row per claim and one column per problem."""
+    problems = list(dict.fromkeys(v["problem"] for v in verdicts))
+    units = {v["claim"]: v["unit"] for v in verdicts}
+    said = {(v["claim"], v["problem"]): f"{v['verdict']}: {_number(v)}" for v in verdicts}
+    cells = [[claim, unit, *(said.get((claim, p), "not run") for p in problems)] for claim, unit in units.items()]
+    return ["claim", "number", *(problem.upper() for problem in problems)], cells
 
 
 def claims_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per claim and problem."""
-    cells = [[v["problem"], v["claim"], phrase(v), v["verdict"]] for v in verdicts]
+    """One row per claim."""
     note = "Losses are training losses on the watched images, the smaller one of iterate and average of the iterates."
-    return Table("Claims", ["data", "claim", "number", "verdict"], cells, note, prose=True)
+    return Table("Claims", *claims_rows(verdicts), note, prose=True)
 
 
 def metrics(runs: Runs) -> dict[str, Any]:

@@ -341,11 +341,7 @@ def autoencoders() -> str:
         missing = result["not_run"][name]
         parts += [f"Not run: {', '.join(missing)}."] if missing else []
     parts += [f"Stand-in: {remark}." for remark in result["stand_ins"]]
-    verdicts = [
-        f"* {v['problem'].upper()}: {v['claim']}: **{v['verdict']}** ({autoencoders_report.phrase(v)})"
-        for v in result["verdicts"]
-    ]
-    return "\n\n".join([*parts, "\n".join(verdicts)])
+    return "\n\n".join([*parts, _markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -197,7 +197,10 @@ def test_verdicts_follow_from_the_numbers():
     behind = {"K-FAC": slow, "Adam": fast}
     (first, *_) = autoencoders_report.claims({"curves": behind})
     assert first["value"] is None and first["verdict"] == "refuted"
-    assert autoencoders_report.phrase(first) == "never reached"
+    head, rows = autoencoders_report.claims_rows([*verdicts.values(), {**first, "problem": "mnist"}])
+    assert head[2:] == ["CURVES", "MNIST"]
+    assert rows[0][2:] == ["confirmed: 8 %", "refuted: never reached"]
+    assert rows[1][2:] == ["confirmed: 9 %", "not run"]
 
 
 def test_after_the_same_updates():
