@@ -228,6 +228,17 @@ def truth(case: Case) -> Truth:
 # ------------------------------------------------------------------------------------------------ building blocks
 
 
+class Experts(nn.Module):
+    """Uses one of two layers, depending on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, 3, dtype=torch.float64), nn.Linear(2, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) if bool(x.sum() > 0) else self.two(x)
+
+
 def rng(seed: int) -> torch.Generator:
     """A private generator."""
     return torch.Generator().manual_seed(seed)

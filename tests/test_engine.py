@@ -17,7 +17,7 @@ from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
 from laplace_kf.estimators.importance import inclusion_probabilities, systematic
 from laplace_kf.tape import signals
 from laplace_kf.tape.tracer import Tracer
-from tests.cases import CASES
+from tests.cases import CASES, Experts
 from tests.contracts.test_curvature import estimate
 
 STRUCTURES = ("diag", "kron", "full", "ekfac", "layer", "lowrank")
@@ -221,17 +221,6 @@ def test_an_option_that_nothing_takes_is_refused(option: dict[str, Any]) -> None
     model, (x, y) = net(4, 5, 3), data(6, 4, 3)
     with pytest.raises(TypeError, match=next(iter(option))):
         lk.curvature.estimate(model, "categorical", (x, y), "kron", "exact", **option)
-
-
-class Experts(nn.Module):
-    """Uses one of two layers, depending on the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(2, 3, dtype=torch.float64), nn.Linear(2, 3, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) if bool(x.sum() > 0) else self.two(x)
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

@@ -13,11 +13,7 @@ from torch.func import functional_call, jacrev
 
 from tests import oracles
 from tests.cases import BY_NAME, CASES, HETEROSCEDASTIC, Case, binary, build, mixture, normal, tagged, truth
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    scale = max(float(expected.abs().max()), 1e-300)
-    assert float((actual - expected).abs().max()) <= tolerance * scale
+from tests.checks import close
 
 
 def ids(case: Case) -> str:

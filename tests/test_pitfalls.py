@@ -13,19 +13,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import laplace_kf as lk
 from tests import oracles
 from tests.cases import BERNOULLI, BY_NAME, CATEGORICAL, Case, Problem, binary, build, labels, mlp, normal, rng, truth
+from tests.checks import Largest, close
 
 STRUCTURES = ["full", "diag", "kron"]
 over_structures = pytest.mark.parametrize("structure", STRUCTURES)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
-    error = float((actual - expected).abs().max()) / max(float(expected.abs().max()), 1e-300)
-    assert actual.shape == expected.shape and error <= tolerance, error
 
 
 def quiet_tune(posterior: Any, *args: Any, **options: Any) -> Any:
@@ -503,21 +498,6 @@ def test_squared_gradients_are_weighted_once() -> None:
             total += torch.softmax(z, -1)[0, label] * one.diagonal() / problem.n
     stats = lk.curvature.estimate(problem.model, "categorical", [problem.batch()], structure="diag")
     close(stats.mean().diag(), total)
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(value, Tensor):
-                self.numel = max(self.numel, value.numel())
-        return out
 
 
 @pytest.mark.parametrize("structure", ["diag", "kron"])

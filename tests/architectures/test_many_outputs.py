@@ -10,20 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import laplace_kf as lk
 from laplace_kf import engine, models
 from laplace_kf.tape import Observation
 from tests.cases import binary, build, counts, labels, mlp, normal, rng
+from tests.checks import Largest, close
 
 STRUCTURES = ["diag", "kron", "full", "isotropic", "ekfac", "layer", "lowrank"]
 over_structures = pytest.mark.parametrize("structure", STRUCTURES)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-11) -> None:
-    assert actual.shape == expected.shape
-    assert float((actual - expected).abs().max()) <= tolerance * max(float(expected.abs().max()), 1e-300)
 
 
 # ------------------------------------------------------------------------------------------------ lazy roots
@@ -185,21 +180,6 @@ def test_an_output_in_another_order_takes_the_columns() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ sizes
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(value, Tensor) and not value.is_meta:
-                self.numel = max(self.numel, value.numel())
-        return out
 
 
 @pytest.mark.parametrize("parameters", ["all", "last_layer"])

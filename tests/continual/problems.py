@@ -51,11 +51,6 @@ DENSE: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
 }
 
 
-def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-10) -> None:
-    scale = max(float(wanted.detach().abs().max()), 1e-12)
-    assert float((found - wanted).detach().abs().max()) <= tolerance * scale, (found, wanted)
-
-
 class Products(TorchDispatchMode):
     """The shapes ``(rows, inner, columns)`` of all matrix products, in whatever form they are asked for."""
 

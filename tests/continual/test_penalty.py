@@ -14,7 +14,8 @@ from laplace_kf.operators import curvature as curvature_blocks
 from laplace_kf.operators import kept
 from tests import oracles
 from tests.cases import labels, normal
-from tests.continual.problems import DENSE, LAM, N, Products, close, moved, network, task
+from tests.checks import close
+from tests.continual.problems import DENSE, LAM, N, Products, moved, network, task
 
 STRUCTURES: list[tuple[str, dict[str, Any]]] = [
     ("kron", {}),

@@ -23,7 +23,8 @@ from laplace_kf.operators import (
 from laplace_kf.operators.base import Sum
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, normal
-from tests.continual.problems import DENSE, LAM, N, close, moved, network, task
+from tests.checks import close
+from tests.continual.problems import DENSE, LAM, N, moved, network, task
 
 # ------------------------------------------------------------------------------------------------ linear regression
 

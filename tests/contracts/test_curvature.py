@@ -32,20 +32,11 @@ from tests.cases import (
     tagged,
     truth,
 )
-
-EXACT = 1e-10
+from tests.checks import close
 
 
 def by_id(case: Case) -> str:
     return case.name
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
-    """Equal relative to the largest entry of the reference."""
-    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = float((actual - expected).abs().max()) / max(float(expected.abs().max()), 1e-300)
-    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:g}"
 
 
 def estimate(problem: Problem, data: Any = None, **options: Any) -> Any:

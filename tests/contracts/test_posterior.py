@@ -31,8 +31,8 @@ from tests.cases import (
     tagged,
     truth,
 )
+from tests.checks import close
 
-EXACT = 1e-10
 DENSE = 1e-8  # through an inverse or a determinant
 
 STRUCTURES = [
@@ -48,14 +48,6 @@ STRUCTURES = [
 KINDS = [pytest.param(s, d, id=s if s != "kron" else f"kron-{d}") for s, d in STRUCTURES]
 over_kinds = pytest.mark.parametrize(("structure", "damping"), KINDS)
 over_core = pytest.mark.parametrize("case", tagged("core"), ids=lambda case: case.name)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = EXACT) -> None:
-    """Equal relative to the largest entry of the reference."""
-    assert actual.dtype == expected.dtype, f"dtype {actual.dtype}, expected {expected.dtype}"
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = float((actual - expected).abs().max()) / max(float(expected.abs().max()), 1e-300)
-    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:g}"
 
 
 def fitted(problem: Problem, data: Any = None, **options: Any) -> Any:

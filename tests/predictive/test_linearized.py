@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import laplace_kf as lk
 from laplace_kf.operators import Basis, Blockwise, LowRank, Matrix, Ridge, Spectral
@@ -17,19 +16,13 @@ from laplace_kf.predictive.ratios import Family
 from laplace_kf.tape import Block
 from tests import oracles
 from tests.cases import BY_NAME, CASES, Case, Problem, build, labels, mlp, normal, rng, tagged, truth
+from tests.checks import Largest, close
 
-TOLERANCE = 1e-8
 KINDS = [("full", "exact"), ("diag", "exact"), ("kron", "exact"), ("kron", "factored"), ("ekfac", "exact")]
 MORE_KINDS = [("kron", "balanced"), ("lowrank", "exact"), ("layer", "exact"), ("isotropic", "exact")]
 COMBINATIONS = [(case, *kind) for case in CASES for kind in KINDS]
 COMBINATIONS += [(case, *kind) for case in tagged("core") for kind in MORE_KINDS]
 over_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    error = float((actual - expected).abs().max()) / float(expected.abs().max())
-    assert error <= tolerance, f"relative error {error:.3g} > {tolerance:g}"
 
 
 def fitted(case: Case, structure: str, damping: str = "exact", **options: Any) -> tuple[Problem, Any]:
@@ -294,21 +287,6 @@ def test_examples_that_cannot_be_cut_out() -> None:
     flat = torch.cat([jacobian[..., :3].flatten(2), jacobian[..., 3]], 2)
     dense = flat @ torch.linalg.inv(posterior.precision.dense()) @ flat.transpose(1, 2)
     close(posterior.functional_covariance((x, table)), dense)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
 
 
 MODELS = {

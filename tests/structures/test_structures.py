@@ -14,14 +14,11 @@ import laplace_kf as lk
 from laplace_kf.operators import Blockwise, Isotropic, LowRank, SpectralBlock
 from laplace_kf.structures import STRUCTURES, base
 from tests import oracles
-from tests.cases import BY_NAME, Case, Problem, normal, rng, tagged, truth
+from tests.cases import BY_NAME, Case, Experts, Problem, normal, rng, tagged, truth
+from tests.checks import close
 
 MORE = ["ekfac", "layer", "lowrank"]
 TWICE = ["ekfac", "lowrank"]
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 def estimate(problem: Problem, data: Any = None, **options: Any) -> Any:
@@ -211,17 +208,6 @@ def test_augmentation_passes(structure: str) -> None:
     once = posterior.fit(problem.uneven()).precision.dense()
     close(posterior.fit(problem.uneven(), passes=3).precision.dense(), once, 1e-7)
     assert posterior.n_data == problem.n
-
-
-class Experts(nn.Module):
-    """Uses one of two layers, depending on the data."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(2, 3, dtype=torch.float64), nn.Linear(2, 3, dtype=torch.float64)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) if bool(x.sum() > 0) else self.two(x)
 
 
 @pytest.mark.parametrize("structure", MORE)

@@ -14,13 +14,9 @@ import laplace_kf as lk
 from laplace_kf import subnetwork
 from tests import oracles
 from tests.cases import BY_NAME, CASES, Case, Problem, rng, tagged, truth
+from tests.checks import close
 
 over_core = pytest.mark.parametrize("case", tagged("core"), ids=str)
-
-
-def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)}, expected {tuple(expected.shape)}"
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * float(expected.abs().max()) + 1e-300)
 
 
 def wanted(case: Case, size: int, by: str, names: list[str] | None = None) -> Tensor:
