@@ -111,20 +111,21 @@ def test_all_lists_what_is_there(name: str):
     assert not missing, f"{name}.__all__ lists {missing}"
 
 
-def test_readme_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("page", [README, README.parent / "docs" / "optimizers.md"], ids=lambda page: page.name)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All python blocks, in order and in one namespace, as a reader would paste them."""
-    text = README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     blocks = list(PYTHON_BLOCK.finditer(text))
-    assert blocks, "README.md shows no example"
+    assert blocks, f"{page.name} shows no example"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     namespace: dict[str, object] = {"__name__": "readme"}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for block in blocks:
-            # Blank lines in front make a traceback point at the line of the README.
+            # Blank lines in front make a traceback point at the line of the page.
             lines_above = text.count("\n", 0, block.start(1))
-            exec(compile("\n" * lines_above + block[1], str(README), "exec"), namespace)
+            exec(compile("\n" * lines_above + block[1], str(page), "exec"), namespace)
 
 
 def test_readme_support_table_is_the_registries_own():

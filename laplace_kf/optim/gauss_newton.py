@@ -144,7 +144,7 @@ class GaussNewton(SecondOrder):
             raise IncompatiblePair("momentum=True chooses the length of the step from the model: it needs rescale=True")
         self.rescale, self.momentum, self.zeta = rescale, momentum, zeta
         self.start = StartSearch() if search_start else None
-        self._searched = (tau is None, zeta is None)
+        self._free = (tau is None, zeta is None)
         self.adapt_tau, self.adapt_zeta = adapt_tau, adapt_zeta
         self.ema, self.refresh, self.low_rank = ema, refresh, low_rank
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
@@ -250,7 +250,7 @@ class GaussNewton(SecondOrder):
         assert self.tau is not None and self.zeta is not None
         ladder = search.ladder(self.default_damping)
         taus, zetas = (
-            ladder if free else [value] for free, value in zip(self._searched, (self.tau, self.zeta), strict=True)
+            ladder if free else [value] for free, value in zip(self._free, (self.tau, self.zeta), strict=True)
         )
         rates, here = self._rates(), self.objective.loss(self._check, {})
         decrease: dict[tuple[float, float], float] = {}
