@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from laplace_kf.registry import Registry
 __all__ = ["LIKELIHOOD", "METHODS", "Method", "Setting", "Trainer"]
 
 LIKELIHOOD = "bernoulli"
+EXTRA = 3  # values by which a grid may grow
 
 Setting = Mapping[str, Any]
 Trainer = Callable[[Tensor], float]
@@ -31,7 +33,8 @@ class Method:
         make: ``(network, l2, settings, generator) -> Trainer``.
         settings: that are the same for every point of the grid.
         batch: images per update by problem, of the first update if they grow.
-        grid: settings of which the best is chosen; one empty setting for methods that need no tuning.
+        grid: settings of which the best is chosen; one empty setting for methods that need no tuning. Three or more
+            values of one setting, in order, go on at an end where the best one is, by ``EXTRA`` values at most.
         growing: whether minibatches grow, to all images at update 500 (methods 6.3).
     """
 
@@ -46,10 +49,22 @@ class Method:
         first = min(self.batch[problem], n_data)
         return optim.batch_size(number, n_data, first) if self.growing else first
 
+    def beyond(self, tried: Sequence[Mapping[str, float]], scores: Sequence[float]) -> list[dict[str, float]]:
+        """The next value after the end of the grid that has the lowest score; nothing if it lies inside."""
+        if len(self.grid) < 3 or len(tried) >= len(self.grid) + EXTRA:
+            return []
+        (key,) = self.grid[0]
+        ordered = sorted((point[key], score) for point, score in zip(tried, scores, strict=True))
+        best = min(range(len(ordered)), key=lambda i: ordered[i][1])
+        if 0 < best < len(ordered) - 1 or not math.isfinite(ordered[best][1]):
+            return []
+        return [{key: ordered[best][0] ** 2 / ordered[1 if best == 0 else -2][0]}]
+
     def described(self) -> dict[str, Any]:
         """What decides its runs, as text: a run that was made with something else is not used again."""
         text = re.sub(" at 0x[0-9a-f]+", "", str(dict(self.settings)))  # functions print their address
-        out = {"settings": text, "batch": dict(self.batch), "grid": [dict(point) for point in self.grid]}
+        grid = {"grid": [dict(point) for point in self.grid], **({"extra": EXTRA} if len(self.grid) > 2 else {})}
+        out = {"settings": text, "batch": dict(self.batch), **grid}
         return {**out, "growing": True} if self.growing else out
 
 

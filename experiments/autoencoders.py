@@ -266,17 +266,23 @@ def _score(found: Mapping[str, Any]) -> float:
 
 def _tuned(config: Config, name: str, method: Method, images: tuple[Tensor, Tensor]) -> dict[str, Any]:
     """The run with the best setting of a method's grid, and what the others gave."""
+    if len(method.grid) == 1:
+        return {**_train(config, name, method, method.grid[0], images, 1.0), "pilots": []}
+    tried = list(method.grid)
+    scores: list[float] = []
     pilots: list[dict[str, Any]] = []
-    if len(method.grid) > 1:
-        for setting in method.grid:
-            found = _train(config, name, method, setting, images, config.pilot)
-            score = _score(found)
-            pilots.append({**setting, "loss": score if math.isfinite(score) else None, "failure": found["failure"]})
-            pilots[-1]["updates"] = len(found["loss"])
-            _say(config, f"{name}, {dict(setting)}: {score:.3f} after {pilots[-1]['updates']} updates")
-    best = min(range(len(method.grid)), key=lambda i: math.inf if not pilots or pilots[i]["loss"] is None
-               else pilots[i]["loss"])  # fmt: skip
-    return {**_train(config, name, method, method.grid[best], images, 1.0), "pilots": pilots}
+    while len(scores) < len(tried):
+        setting = tried[len(scores)]
+        found = _train(config, name, method, setting, images, config.pilot)
+        score = _score(found)
+        scores.append(score)
+        pilots.append({**setting, "loss": score if math.isfinite(score) else None, "failure": found["failure"],
+                       "updates": len(found["loss"])})  # fmt: skip
+        _say(config, f"{name}, {dict(setting)}: {score:.3f} after {pilots[-1]['updates']} updates")
+        if len(scores) == len(tried):
+            tried += method.beyond(tried, scores)
+    best = min(range(len(tried)), key=lambda i: scores[i])
+    return {**_train(config, name, method, tried[best], images, 1.0), "pilots": pilots}
 
 
 def _say(config: Config, text: str) -> None:

@@ -203,6 +203,18 @@ def test_verdicts_follow_from_the_numbers():
     assert rows[1][2:] == ["confirmed: 9 %", "not run"]
 
 
+def test_a_grid_goes_on_at_the_end_where_its_best_point_is():
+    method = replace(autoencoders.METHODS["SGD"], grid=[{"lr": 0.4}, {"lr": 0.2}, {"lr": 0.1}])
+    tried, scores = list(method.grid), [3.0, 2.0, 1.0]
+    assert method.beyond(tried, scores) == [{"lr": pytest.approx(0.05)}]
+    assert method.beyond([*tried, {"lr": 0.05}], [*scores, 1.5]) == []
+    assert method.beyond(tried, [1.0, 2.0, math.inf]) == [{"lr": pytest.approx(0.8)}]
+    assert method.beyond(tried, [3.0, 1.0, 2.0]) == [] == method.beyond(tried, [math.inf] * 3)
+    longer = [{"lr": 0.1 * 2.0**-k} for k in range(6)]
+    assert method.beyond(longer, [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]) == [], "it ends somewhere"
+    assert replace(method, grid=method.grid[:2]).beyond(tried[:2], scores[:2]) == []
+
+
 def test_after_the_same_updates():
     one, two = made(10.0, 4.0, 1.0, updates=[0, 10, 20]), made(10.0, 6.0, updates=[0, 15])
     assert autoencoders_report._ahead(one, two) == pytest.approx(2.5 - 6.0)
