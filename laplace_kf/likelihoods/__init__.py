@@ -6,20 +6,14 @@ and ``"bernoulli_mixture"``. :class:`FromDistribution` is used as an object.
 
 from __future__ import annotations
 
-from laplace_kf.likelihoods.base import (
-    LIKELIHOODS,
-    DiagonalLikelihood,
-    ElementwiseLikelihood,
-    Likelihood,
-    from_positions,
-    get_likelihood,
-    to_positions,
-)
+from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood, get_likelihood
 from laplace_kf.likelihoods.bernoulli import Bernoulli
 from laplace_kf.likelihoods.categorical import Categorical
 from laplace_kf.likelihoods.distribution import FromDistribution
+from laplace_kf.likelihoods.elementwise import DiagonalLikelihood, ElementwiseLikelihood
 from laplace_kf.likelihoods.gaussian import Gaussian
 from laplace_kf.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from laplace_kf.likelihoods.layout import from_positions, to_positions
 from laplace_kf.likelihoods.mixture import BernoulliMixture
 from laplace_kf.likelihoods.poisson import Poisson
 from laplace_kf.likelihoods.prediction import Prediction

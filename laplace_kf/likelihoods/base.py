@@ -1,4 +1,4 @@
-"""What every likelihood offers, and the layout helpers that all of them share.
+"""What every likelihood offers.
 
 A likelihood turns network outputs ``z`` into a density ``p(y | z)``. Everything the curvature code needs follows from
 ``-log p``: its Hessian in ``z``, a square root of that Hessian, samples of ``y`` and scores ``∇_z log p``.
@@ -7,8 +7,9 @@ Inside the package every output is brought to one layout, *positions*: ``(N, T, 
 the network's weights (sequence steps, pixels; T = 1 for plain outputs) and C outputs per position. Positions are
 conditionally independent given the outputs, so all curvature is block diagonal over them.
 
-A new likelihood is one file: subclass :class:`Likelihood` (or :class:`ElementwiseLikelihood`), implement the methods
-that start with ``_position_``, ``_draw`` and ``_predict``, and register it in :data:`LIKELIHOODS`.
+A new likelihood is one file: subclass :class:`Likelihood` (or a class of :mod:`laplace_kf.likelihoods.elementwise`),
+implement the methods that start with ``_position_``, ``_draw`` and ``_predict``, and register it in
+:data:`LIKELIHOODS`.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
-from laplace_kf.likelihoods.roots import DenseRoot, DiagonalRoot, Root
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.likelihoods.derivatives import autograd_hessian, usable_by_autograd
+from laplace_kf.likelihoods.layout import check_layout, from_positions, masked, to_positions
+from laplace_kf.likelihoods.roots import DenseRoot, Root
 from laplace_kf.registry import Registry
 
 if TYPE_CHECKING:
@@ -31,123 +34,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LIKELIHOODS",
-    "DiagonalLikelihood",
-    "ElementwiseLikelihood",
     "Likelihood",
-    "NonFiniteTarget",
-    "from_positions",
     "get_likelihood",
-    "masked",
-    "psd_root",
     "resolve_generator",
-    "scalar_shape",
-    "to_positions",
 ]
-
-
-class NonFiniteTarget(NonFinite, ValueError):
-    """NaN or infinity among the targets: both a :class:`~laplace_kf.errors.NonFinite` and a ``ValueError``."""
-
-
-# ---------------------------------------------------------------------------------------------------------- layout
-
-
-def _check_layout(shape: Sequence[int]) -> None:
-    if not 2 <= len(shape) <= 4:
-        hint = " Use outputs[:, None] for one output per example." if len(shape) == 1 else ""
-        raise ShapeMismatch(
-            f"Outputs of shape {tuple(shape)} fit no layout: expected (N, C), sequences (N, T, C) with the channel "
-            f"last, or images (N, C, H, W) with the channel second.{hint}"
-        )
-
-
-def to_positions(outputs: Tensor) -> Tensor:
-    """Brings network outputs to the layout ``(N, T, C)``.
-
-    Args:
-        outputs: ``(N, C)`` (T = 1), ``(N, T, C)`` (channel last) or ``(N, C, H, W)`` (channel second, T = H·W).
-
-    Returns:
-        A ``(N, T, C)`` tensor; a view where the memory layout allows one.
-
-    Raises:
-        ShapeMismatch: for fewer than 2 or more than 4 dimensions.
-    """
-    _check_layout(outputs.shape)
-    if outputs.ndim == 2:
-        return outputs.unsqueeze(1)
-    return outputs if outputs.ndim == 3 else outputs.flatten(2).transpose(1, 2)
-
-
-def from_positions(x: Tensor, like: Tensor | Sequence[int]) -> Tensor:
-    """Inverse of :func:`to_positions`, with any number of leading dimensions.
-
-    Args:
-        x: ``(..., N, T, E)``; E need not be the C of ``like``.
-        like: outputs (or their shape) whose layout the result takes.
-
-    Returns:
-        ``(..., N, E)``, ``(..., N, T, E)`` or ``(..., N, E, H, W)``; with E = C this is ``(..., *like.shape)``.
-    """
-    shape = tuple(like.shape) if isinstance(like, Tensor) else tuple(like)
-    _check_layout(shape)
-    if len(shape) == 2:
-        return x.squeeze(-2)
-    return x if len(shape) == 3 else x.transpose(-1, -2).reshape(*x.shape[:-2], x.shape[-1], *shape[2:])
-
-
-def scalar_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """Shape of a tensor with one number per position: ``(N,)``, ``(N, T)`` or ``(N, H, W)``."""
-    return {2: (shape[0],), 3: tuple(shape[:2]), 4: (shape[0], *shape[2:])}[len(shape)]
-
-
-def masked(x: Tensor, keep: Tensor | None) -> Tensor:
-    """``x`` of any shape, zero where ``keep`` (broadcastable to it; None keeps all) is False.
-
-    By ``where`` and not as a product, so that ``0 · inf`` cannot appear.
-    """
-    return x if keep is None else torch.where(keep, x, torch.zeros((), dtype=x.dtype, device=x.device))
-
-
-# ------------------------------------------------------------------------------------------------- checks and draws
-
-
-def known_true(condition: Tensor) -> bool:
-    """Truth of a 0-dim tensor; False where it cannot be known, i.e. inside ``torch.func.vmap``."""
-    try:
-        return bool(condition)
-    except RuntimeError as error:
-        if "vmap" not in str(error):
-            raise
-        return False
-
-
-def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:
-    """Raises ``ValueError`` naming the first target where ``bad`` is True and what is ``allowed``."""
-    if known_true(bad.any()):
-        index = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
-
-
-def refuse_nonfinite(who: str, targets: Tensor) -> None:
-    """Raises :class:`NonFiniteTarget` if any target is NaN or infinite."""
-    if targets.is_floating_point() and known_true((~torch.isfinite(targets)).any()):
-        bad = ~torch.isfinite(targets)
-        index = tuple(int(i) for i in bad.nonzero()[0])
-        raise NonFiniteTarget(f"{who}: target {targets[index].item()} at index {index} is not finite.")
-
-
-def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Sequence[int]) -> None:
-    """Raises :class:`ShapeMismatch` with both shapes unless the targets have one of the ``expected`` shapes."""
-    found = tuple(targets.shape)
-    if found not in {tuple(e) for e in expected}:
-        hint = ""
-        if len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1]):
-            hint = " Use targets[:, None]."
-        allowed = " or ".join(str(tuple(e)) for e in expected)
-        raise ShapeMismatch(
-            f"{who}: targets of shape {found} do not fit outputs of shape {tuple(shape)}; expected {allowed}.{hint}"
-        )
 
 
 def resolve_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
@@ -156,74 +46,6 @@ def resolve_generator(generator: torch.Generator | None, device: torch.device) -
         generator = torch.Generator(device=device)
         generator.seed()
     return generator
-
-
-def refuse_nonfinite_parameters(who: str, parameter: Tensor) -> None:
-    """Raises :class:`NonFinite` for parameters no sample can be drawn from (on a GPU they would abort the process)."""
-    if not bool(torch.isfinite(parameter).all()):
-        raise NonFinite(f"{who}: the outputs give non-finite distribution parameters; no targets can be drawn.")
-
-
-# ------------------------------------------------------------------------------------------------------- PSD roots
-
-
-def psd_root(matrix: Tensor, rectify: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
-    """Square root of the PSD part of symmetric matrices, by eigen-decomposition.
-
-    Args:
-        matrix: ``(N, T, C, C)``, symmetric up to rounding.
-        rectify: what makes the eigenvalues non-negative; ``torch.relu`` clips them, ``torch.abs`` reflects them.
-
-    Returns:
-        ``(C, N, T, C)`` columns ``√λ_k v_k`` with ``Σ_k r_k r_kᵀ`` the rectified matrix.
-
-    Raises:
-        NonFinite: if a matrix has a NaN or infinite entry.
-    """
-    if not bool(torch.isfinite(matrix).all()):
-        raise NonFinite("The output Hessian has NaN or infinite entries; check the network's outputs and the targets.")
-    values: Tensor
-    vectors: Tensor
-    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.transpose(-1, -2)))
-    return (vectors * rectify(values).sqrt().unsqueeze(-2)).movedim(-1, 0)
-
-
-def usable_by_autograd(x: Tensor) -> Tensor:
-    """``x``, or a copy if it was made in inference mode, where tensors cannot be saved for a backward pass."""
-    with torch.inference_mode(False):
-        return x.clone() if x.is_inference() else x
-
-
-def autograd_hessian(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """Hessian of every position's objective by C backward passes.
-
-    Args:
-        objective: maps ``(N, T, C)`` outputs to values that sum to the total; positions must not interact.
-        z: ``(N, T, C)`` outputs.
-
-    Returns:
-        ``(N, T, C, C)``, detached.
-
-    Raises:
-        ValueError: if the objective does not depend differentiably on the outputs.
-    """
-    # A caller's no_grad or inference_mode must not decide whether derivatives exist.
-    with torch.inference_mode(False), torch.enable_grad():
-        leaf = z.detach().clone().requires_grad_()
-        total = objective(leaf).sum()
-        if not total.requires_grad:
-            raise ValueError("log p does not depend differentiably on the outputs, so it has no curvature in them.")
-        (gradient,) = torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)
-        if not gradient.requires_grad:  # an objective that is linear in the outputs
-            return torch.zeros(*z.shape, z.shape[-1], dtype=z.dtype, device=z.device)
-        columns = [
-            torch.autograd.grad(gradient[..., c].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
-            for c in range(z.shape[-1])
-        ]
-    return torch.stack(columns, -1)
-
-
-# ------------------------------------------------------------------------------------------------------ likelihoods
 
 
 class Likelihood(abc.ABC):
@@ -337,7 +159,7 @@ class Likelihood(abc.ABC):
     from_positions = staticmethod(from_positions)
 
     def _check_outputs(self, shape: Sequence[int]) -> None:
-        _check_layout(shape)
+        check_layout(shape)
         channels = shape[-1] if len(shape) < 4 else shape[1]
         if self._channels is not None and channels != self._channels:
             raise ShapeMismatch(
@@ -759,64 +581,6 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if not isinstance(name_or_object, str):
         raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
     return LIKELIHOODS[name_or_object]()
-
-
-class DiagonalLikelihood(Likelihood):
-    """A likelihood whose PSD output curvature is diagonal and does not depend on the targets."""
-
-    @abc.abstractmethod
-    def _root_diagonal(self, z: Tensor) -> Tensor:
-        """``(N, T, C)``: square root of the curvature's diagonal."""
-
-    def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
-        return torch.diag_embed(self._root_diagonal(z)).movedim(-1, 0)
-
-    def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
-        return torch.diag_embed(self._root_diagonal(z).square())
-
-    def _position_product(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
-        return v * self._root_diagonal(z)  # never anything of size C by C
-
-    def _lazy_root(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Root:
-        return DiagonalRoot(masked(self._root_diagonal(z), keep))
-
-    def _curvature_diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
-        return self._root_diagonal(z).square()
-
-    def _curvature_rows(self, z: Tensor, y: Tensor | None, output: int) -> Tensor:
-        row = torch.zeros_like(z)
-        row[..., output] = self._root_diagonal(z)[..., output].square()
-        return row
-
-    def _position_curved(self, z: Tensor, v: Tensor, y: Tensor | None) -> Tensor:
-        return v * self._root_diagonal(z).square()
-
-    def _position_summed(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
-        return torch.diag(masked(self._root_diagonal(z).square(), keep).sum((0, 1)))
-
-
-class ElementwiseLikelihood(DiagonalLikelihood):
-    """One independent natural exponential-family variable per output; targets have the shape of the outputs.
-
-    Targets equal to ``ignore_index`` are left out one by one.
-    """
-
-    natural: ClassVar[bool] = True
-
-    @abc.abstractmethod
-    def _check_values(self, y: Tensor) -> None:
-        """Raises ``ValueError`` for values outside the support; ignored entries are already 0."""
-
-    def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        who = type(self).__name__
-        refuse_shape(who, shape, targets, shape)
-        refuse_nonfinite(who, targets)
-        y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())
-        self._check_values(y)
-        return to_positions(y), None if keep is None else to_positions(keep)
-
-    def _position_hessian(self, z: Tensor, y: Tensor | None) -> Tensor:
-        return self._position_curvature(z, y)
 
 
 LOG_2PI = math.log(2.0 * math.pi)

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from laplace_kf.likelihoods.base import (
-    LIKELIHOODS,
-    ElementwiseLikelihood,
-    from_positions,
-    refuse_nonfinite_parameters,
-    refuse_values,
-)
+from laplace_kf.likelihoods.base import LIKELIHOODS
+from laplace_kf.likelihoods.checks import refuse_nonfinite_parameters, refuse_values
+from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
+from laplace_kf.likelihoods.layout import from_positions
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, binary_mixture, without_components
 
 __all__ = ["Bernoulli"]

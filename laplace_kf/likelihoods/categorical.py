@@ -14,17 +14,9 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.likelihoods.base import (
-    LIKELIHOODS,
-    Likelihood,
-    from_positions,
-    masked,
-    refuse_nonfinite,
-    refuse_nonfinite_parameters,
-    refuse_shape,
-    refuse_values,
-    scalar_shape,
-)
+from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
+from laplace_kf.likelihoods.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
+from laplace_kf.likelihoods.layout import from_positions, masked, scalar_shape
 from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,

@@ -25,16 +25,10 @@ from torch.distributions import (
 from torch.distributions.constraints import Constraint
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
-from laplace_kf.likelihoods.base import (
-    Likelihood,
-    autograd_hessian,
-    from_positions,
-    known_true,
-    psd_root,
-    refuse_nonfinite,
-    scalar_shape,
-    usable_by_autograd,
-)
+from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.likelihoods.checks import known_true, refuse_nonfinite
+from laplace_kf.likelihoods.derivatives import autograd_hessian, psd_root, usable_by_autograd
+from laplace_kf.likelihoods.layout import from_positions, scalar_shape
 from laplace_kf.likelihoods.prediction import Prediction, by_position, gaussian_entropy, log_mean_exp
 
 __all__ = ["FromDistribution"]

@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.likelihoods.base import (
-    LIKELIHOODS,
-    LOG_2PI,
-    ElementwiseLikelihood,
-    from_positions,
-    refuse_nonfinite_parameters,
-)
+from laplace_kf.likelihoods.base import LIKELIHOODS, LOG_2PI
+from laplace_kf.likelihoods.checks import refuse_nonfinite_parameters
+from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
+from laplace_kf.likelihoods.layout import from_positions
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
 
 __all__ = ["Gaussian"]

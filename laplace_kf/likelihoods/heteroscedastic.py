@@ -10,16 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from laplace_kf.likelihoods.base import (
-    LIKELIHOODS,
-    LOG_2PI,
-    DiagonalLikelihood,
-    from_positions,
-    refuse_nonfinite,
-    refuse_nonfinite_parameters,
-    refuse_shape,
-    to_positions,
-)
+from laplace_kf.likelihoods.base import LIKELIHOODS, LOG_2PI
+from laplace_kf.likelihoods.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape
+from laplace_kf.likelihoods.elementwise import DiagonalLikelihood
+from laplace_kf.likelihoods.layout import from_positions, to_positions
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
 
 __all__ = ["HeteroscedasticGaussian"]

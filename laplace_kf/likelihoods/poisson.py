@@ -11,15 +11,10 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily
 from torch.distributions import Poisson as TorchPoisson
 
-from laplace_kf.likelihoods.base import (
-    LIKELIHOODS,
-    ElementwiseLikelihood,
-    from_positions,
-    masked,
-    refuse_nonfinite_parameters,
-    refuse_values,
-    scalar_shape,
-)
+from laplace_kf.likelihoods.base import LIKELIHOODS
+from laplace_kf.likelihoods.checks import refuse_nonfinite_parameters, refuse_values
+from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
+from laplace_kf.likelihoods.layout import from_positions, masked, scalar_shape
 from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,

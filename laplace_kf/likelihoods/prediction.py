@@ -25,7 +25,8 @@ from torch.distributions import (
     Normal,
 )
 
-from laplace_kf.likelihoods.base import LOG_2PI, from_positions, masked, scalar_shape
+from laplace_kf.likelihoods.base import LOG_2PI
+from laplace_kf.likelihoods.layout import from_positions, masked, scalar_shape
 
 __all__ = ["GaussianOutputs", "Link", "Prediction"]
 

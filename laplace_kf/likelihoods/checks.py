@@ -1,0 +1,70 @@
+"""Refusals of targets and outputs, with what was found and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import NonFinite, ShapeMismatch
+
+__all__ = [
+    "NonFiniteTarget",
+    "known_true",
+    "refuse_nonfinite",
+    "refuse_nonfinite_parameters",
+    "refuse_shape",
+    "refuse_values",
+]
+
+
+class NonFiniteTarget(NonFinite, ValueError):
+    """NaN or infinity among the targets: both a :class:`~laplace_kf.errors.NonFinite` and a ``ValueError``."""
+
+
+def known_true(condition: Tensor) -> bool:
+    """Truth of a 0-dim tensor; False where it cannot be known, i.e. inside ``torch.func.vmap``."""
+    try:
+        return bool(condition)
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        return False
+
+
+def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:
+    """Raises ``ValueError`` naming the first target where ``bad`` (of their shape) is True and what is ``allowed``."""
+    if known_true(bad.any()):
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
+
+
+def refuse_nonfinite(who: str, targets: Tensor) -> None:
+    """Raises :class:`NonFiniteTarget` if any target, of whatever shape, is NaN or infinite."""
+    if targets.is_floating_point() and known_true((~torch.isfinite(targets)).any()):
+        bad = ~torch.isfinite(targets)
+        index = tuple(int(i) for i in bad.nonzero()[0])
+        raise NonFiniteTarget(f"{who}: target {targets[index].item()} at index {index} is not finite.")
+
+
+def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Sequence[int]) -> None:
+    """Raises :class:`ShapeMismatch` with both shapes unless the targets have one of the ``expected`` shapes."""
+    found = tuple(targets.shape)
+    if found not in {tuple(e) for e in expected}:
+        hint = ""
+        if len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1]):
+            hint = " Use targets[:, None]."
+        allowed = " or ".join(str(tuple(e)) for e in expected)
+        raise ShapeMismatch(
+            f"{who}: targets of shape {found} do not fit outputs of shape {tuple(shape)}; expected {allowed}.{hint}"
+        )
+
+
+def refuse_nonfinite_parameters(who: str, parameter: Tensor) -> None:
+    """Raises :class:`NonFinite` for parameters (of any shape) no sample can be drawn from.
+
+    On a GPU they would abort the process.
+    """
+    if not bool(torch.isfinite(parameter).all()):
+        raise NonFinite(f"{who}: the outputs give non-finite distribution parameters; no targets can be drawn.")

@@ -1,0 +1,68 @@
+"""Output Hessians by automatic differentiation, and square roots of their positive part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import NonFinite
+
+__all__ = ["autograd_hessian", "psd_root", "usable_by_autograd"]
+
+
+def psd_root(matrix: Tensor, rectify: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
+    """Square root of the PSD part of symmetric matrices, by eigen-decomposition.
+
+    Args:
+        matrix: ``(N, T, C, C)``, symmetric up to rounding.
+        rectify: what makes the eigenvalues non-negative; ``torch.relu`` clips them, ``torch.abs`` reflects them.
+
+    Returns:
+        ``(C, N, T, C)`` columns ``√λ_k v_k`` with ``Σ_k r_k r_kᵀ`` the rectified matrix.
+
+    Raises:
+        NonFinite: if a matrix has a NaN or infinite entry.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NonFinite("The output Hessian has NaN or infinite entries; check the network's outputs and the targets.")
+    values: Tensor
+    vectors: Tensor
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.transpose(-1, -2)))
+    return (vectors * rectify(values).sqrt().unsqueeze(-2)).movedim(-1, 0)
+
+
+def usable_by_autograd(x: Tensor) -> Tensor:
+    """``x`` of any shape, or a copy if it was made in inference mode, whose tensors no backward pass can save."""
+    with torch.inference_mode(False):
+        return x.clone() if x.is_inference() else x
+
+
+def autograd_hessian(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """Hessian of every position's objective by C backward passes.
+
+    Args:
+        objective: maps ``(N, T, C)`` outputs to values that sum to the total; positions must not interact.
+        z: ``(N, T, C)`` outputs.
+
+    Returns:
+        ``(N, T, C, C)``, detached.
+
+    Raises:
+        ValueError: if the objective does not depend differentiably on the outputs.
+    """
+    # A caller's no_grad or inference_mode must not decide whether derivatives exist.
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = z.detach().clone().requires_grad_()
+        total = objective(leaf).sum()
+        if not total.requires_grad:
+            raise ValueError("log p does not depend differentiably on the outputs, so it has no curvature in them.")
+        (gradient,) = torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)
+        if not gradient.requires_grad:  # an objective that is linear in the outputs
+            return torch.zeros(*z.shape, z.shape[-1], dtype=z.dtype, device=z.device)
+        columns = [
+            torch.autograd.grad(gradient[..., c].sum(), leaf, retain_graph=True, materialize_grads=True)[0]
+            for c in range(z.shape[-1])
+        ]
+    return torch.stack(columns, -1)
