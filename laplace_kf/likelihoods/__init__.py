@@ -13,10 +13,10 @@ from laplace_kf.likelihoods.distribution import FromDistribution
 from laplace_kf.likelihoods.elementwise import DiagonalLikelihood, ElementwiseLikelihood
 from laplace_kf.likelihoods.gaussian import Gaussian
 from laplace_kf.likelihoods.heteroscedastic import HeteroscedasticGaussian
-from laplace_kf.likelihoods.layout import from_positions, to_positions
 from laplace_kf.likelihoods.mixture import BernoulliMixture
 from laplace_kf.likelihoods.poisson import Poisson
 from laplace_kf.likelihoods.prediction import Prediction
+from laplace_kf.outputs.layout import from_positions, to_positions
 
 __all__ = [
     "LIKELIHOODS",

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from laplace_kf.likelihoods.base import LIKELIHOODS
-from laplace_kf.likelihoods.checks import refuse_nonfinite_parameters, refuse_values
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
-from laplace_kf.likelihoods.layout import from_positions
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, binary_mixture, without_components
+from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_values
+from laplace_kf.outputs.layout import from_positions
 
 __all__ = ["Bernoulli"]
 

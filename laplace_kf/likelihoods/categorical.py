@@ -15,8 +15,6 @@ from torch.distributions import Distribution
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
-from laplace_kf.likelihoods.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
-from laplace_kf.likelihoods.layout import from_positions, masked, scalar_shape
 from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,
@@ -27,6 +25,8 @@ from laplace_kf.likelihoods.prediction import (
     without_components,
 )
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
+from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
+from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
 __all__ = ["Categorical"]
 

@@ -26,10 +26,10 @@ from torch.distributions.constraints import Constraint
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods.base import Likelihood
-from laplace_kf.likelihoods.checks import known_true, refuse_nonfinite
-from laplace_kf.likelihoods.derivatives import autograd_hessian, psd_root, usable_by_autograd
-from laplace_kf.likelihoods.layout import from_positions, scalar_shape
 from laplace_kf.likelihoods.prediction import Prediction, by_position, gaussian_entropy, log_mean_exp
+from laplace_kf.outputs.checks import known_true, refuse_nonfinite
+from laplace_kf.outputs.derivatives import autograd_hessian, psd_root, usable_by_autograd
+from laplace_kf.outputs.layout import from_positions, scalar_shape
 
 __all__ = ["FromDistribution"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from laplace_kf.likelihoods.base import Likelihood
-from laplace_kf.likelihoods.checks import refuse_nonfinite, refuse_shape
-from laplace_kf.likelihoods.layout import masked, to_positions
 from laplace_kf.likelihoods.roots import DiagonalRoot, Root
+from laplace_kf.outputs.checks import refuse_nonfinite, refuse_shape
+from laplace_kf.outputs.layout import masked, to_positions
 
 __all__ = ["DiagonalLikelihood", "ElementwiseLikelihood"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS, LOG_2PI
-from laplace_kf.likelihoods.checks import refuse_nonfinite_parameters
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
-from laplace_kf.likelihoods.layout import from_positions
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
+from laplace_kf.outputs.checks import refuse_nonfinite_parameters
+from laplace_kf.outputs.layout import from_positions
 
 __all__ = ["Gaussian"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
-from laplace_kf.likelihoods.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
-from laplace_kf.likelihoods.derivatives import psd_root
-from laplace_kf.likelihoods.layout import scalar_shape
 from laplace_kf.likelihoods.prediction import Prediction, binary_mixture
+from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
+from laplace_kf.outputs.derivatives import psd_root
+from laplace_kf.outputs.layout import scalar_shape
 from laplace_kf.registry import Registry
 
 __all__ = ["BernoulliMixture"]

@@ -12,9 +12,7 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily
 from torch.distributions import Poisson as TorchPoisson
 
 from laplace_kf.likelihoods.base import LIKELIHOODS
-from laplace_kf.likelihoods.checks import refuse_nonfinite_parameters, refuse_values
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
-from laplace_kf.likelihoods.layout import from_positions, masked, scalar_shape
 from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,
@@ -26,6 +24,8 @@ from laplace_kf.likelihoods.prediction import (
     uniform_mixture,
     with_moments,
 )
+from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_values
+from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
 __all__ = ["Poisson"]
 

@@ -26,7 +26,7 @@ from torch.distributions import (
 )
 
 from laplace_kf.likelihoods.base import LOG_2PI
-from laplace_kf.likelihoods.layout import from_positions, masked, scalar_shape
+from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
 __all__ = ["GaussianOutputs", "Link", "Prediction"]
 

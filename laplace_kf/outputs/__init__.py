@@ -1,0 +1,1 @@
+"""Outputs of networks, before any likelihood: one layout, refusals, derivatives."""
