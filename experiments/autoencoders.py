@@ -72,7 +72,7 @@ class Config:
     threads: int = 1
     problems: list[str] = field(default_factory=lambda: list(PROBLEMS))
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    budgets: dict[str, float] = field(default_factory=lambda: {"curves": 420.0, "mnist": 420.0})
+    budgets: dict[str, float] = field(default_factory=lambda: {"curves": 240.0, "mnist": 420.0})
     pilot: float = 0.2
     updates: int = 0
     l2: float = 1e-5

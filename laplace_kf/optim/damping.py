@@ -119,17 +119,20 @@ class StartSearch:
     """Start values of τ and ζ by what they do: one update with every pair of a wide ladder is tried.
 
     Far above all curvature every ζ gives the gradient's direction, and the greedy search, which looks at neighbours
-    only, learns nothing there; far below, the first updates follow the noise of the factors.
+    only, learns nothing there and drifts; it can raise a ζ that is too small. So of the values that do about as well
+    the smallest ζ is taken, and for it the largest τ that costs nothing.
 
     Attributes:
         values: on the ladder, from the default start value downwards.
         factor: between neighbours.
-        share: of the largest decrease of the loss that is enough; the most damped pair with it is taken.
+        enough: share of the largest decrease of the loss that a ζ has to reach with its best τ.
+        harmless: share of the largest decrease with that ζ that a τ has to reach.
     """
 
     values: int = 6
     factor: float = 30.0
-    share: float = 0.99
+    enough: float = 0.9
+    harmless: float = 0.99
 
     def ladder(self, start: float) -> list[float]:
         """The values to try, largest first."""
@@ -137,6 +140,9 @@ class StartSearch:
 
     def chosen(self, decrease: Mapping[tuple[float, float], float]) -> tuple[float, float] | None:
         """A pair ``(τ, ζ)`` from the decrease of the loss by pair; ``None`` if no update made it smaller."""
-        finite = {pair: value for pair, value in decrease.items() if math.isfinite(value) and value > 0}
-        enough = self.share * max(finite.values(), default=0.0)
-        return max((pair for pair, value in finite.items() if value >= enough), key=math.prod, default=None)
+        useful = {pair: value for pair, value in decrease.items() if math.isfinite(value) and value > 0}
+        if not useful:
+            return None
+        zeta = min(pair[1] for pair, value in useful.items() if value >= self.enough * max(useful.values()))
+        here = {tau: value for (tau, other), value in useful.items() if other == zeta}
+        return max(tau for tau, value in here.items() if value >= self.harmless * max(here.values())), zeta

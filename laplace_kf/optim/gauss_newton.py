@@ -55,7 +55,7 @@ class GaussNewton(SecondOrder):
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
         zeta: damping of the approximate curvature; default as ``tau``. K-FAC's γ is ``√(zeta + l2)``.
         search_start: at the first step, take the one of τ and ζ that was not given, or both, from a wide ladder, by
-            the loss after one update (:class:`laplace_kf.optim.damping.StartSearch`); costs about as much as 15 steps.
+            the loss after one update (:class:`laplace_kf.optim.damping.StartSearch`); costs about as much as 10 steps.
         adapt_tau: adapt τ, by ``tau_rule``.
         adapt_zeta: adapt ζ, by ``zeta_rule``.
         ema: limit of the moving average of the factors (:func:`laplace_kf.optim.factors.averaged`); 0: none.
