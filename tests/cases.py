@@ -239,7 +239,7 @@ class Experts(nn.Module):
         return self.one(x) if bool(x.sum() > 0) else self.two(x)
 
 
-def rng(seed: int) -> torch.Generator:
+def rng(seed: int = 0) -> torch.Generator:
     """A private generator."""
     return torch.Generator().manual_seed(seed)
 

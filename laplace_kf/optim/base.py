@@ -105,8 +105,8 @@ class SecondOrder(torch.optim.Optimizer):
         """Takes in the curvature of one minibatch; ``observation`` is its pass on the tape if one was made."""
 
     @abstractmethod
-    def _wants_tape(self) -> bool:
-        """Whether the gradient's own pass should be on the tape, for :meth:`_measure`."""
+    def _wants_tape(self, data: Any) -> bool:
+        """Whether the gradient's own pass over this minibatch should be on the tape."""
 
     @abstractmethod
     def _propose(self, batches: Sequence[Batch], loss: float, gradient: Tensor) -> Proposal:
@@ -198,7 +198,7 @@ class SecondOrder(torch.optim.Optimizer):
         data = to_device(x if y is None else (x, y), device)
         check_finite(data, self.steps, "the batch")
         batch = Batch(data, 0, self.objective.random_state())
-        outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape())
+        outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")

@@ -157,7 +157,7 @@ class GaussNewton(SecondOrder):
 
     # -- curvature -----------------------------------------------------------------------------------------------------
 
-    def _wants_tape(self) -> bool:
+    def _wants_tape(self, data: Any) -> bool:
         # along a chain the exact products too need no pass of their own
         return self.factor_part == 1 or self.tracer.may_be_chain
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Accumulator, Statistics, preserved
-from laplace_kf.errors import IncompatiblePair, UnknownName
+from laplace_kf.errors import IncompatiblePair, UnknownName, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.base import Proposal, SecondOrder
@@ -138,6 +138,7 @@ class HessianFree(SecondOrder):
         self.adapt_tau, self.part = adapt_tau, curvature_fraction
         self.termination = termination if termination is not None else Progress()
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt(1, 2 / 3, 0.25, 0.75)
+        self._is_chain: bool | None = None  # known from the first minibatch on
         self.run: Run | None = None  # the last CG run, for looking at
         self._solution: Tensor | None = None
         self._given: list[Batch] = []
@@ -164,9 +165,20 @@ class HessianFree(SecondOrder):
             self._given = [Batch(data, int(outputs.shape[0]), batch.random)]
         return super().step(x, y)
 
-    def _wants_tape(self) -> bool:
+    def _wants_tape(self, data: Any) -> bool:
         # along a chain products need no forward pass of their own; hidden activities are not on the tape
-        return self.tracer.may_be_chain and not self.structural
+        if self._is_chain is None:
+            self._is_chain = not self.structural and self._chained(data)
+        return self._is_chain
+
+    def _chained(self, data: Any) -> bool:
+        """Whether the network is a chain; asked with one pass, as other networks need no tape at all here."""
+        try:
+            with preserved(self.model):
+                self.tracer.chain_or_refusal(data)
+        except UnsupportedLayer:
+            return False
+        return True
 
     def _measure(self, batch: Batch, observation: Observation | None) -> None:
         return

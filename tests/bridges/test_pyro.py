@@ -16,6 +16,7 @@ from torch import nn
 import laplace_kf as lk
 from laplace_kf.bridges import pyro as bridge
 from tests import oracles
+from tests.cases import rng
 
 NLL = {
     "categorical": oracles.categorical_nll,
@@ -23,10 +24,6 @@ NLL = {
     "gaussian": oracles.gaussian_nll(1.0),
     "poisson": oracles.poisson_nll,
 }
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def network(seed=0, outputs=3):

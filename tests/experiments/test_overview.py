@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 import laplace_kf as lk
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+from tests.cases import rng
 
 
 def fitted(likelihood, outputs, targets, inputs=2, **options):

@@ -17,7 +17,7 @@ import laplace_kf as lk
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted, ShapeMismatch, UnknownName, UnsupportedLayer
 from laplace_kf.optim.inverse import low_rank_solve
 from tests import oracles
-from tests.cases import CASES
+from tests.cases import CASES, rng
 from tests.optim import reference as ref
 
 MAKERS: dict[str, Any] = {
@@ -33,10 +33,6 @@ MAKERS: dict[str, Any] = {
         m, "categorical", preconditioner="kronecker", ema=0.9, refresh=4, **k
     ),
 }
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def big(n: int = 200, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.optim.recipes import backtracked, falling_back, last, smallest, worse_than_before
 from laplace_kf.optim.stepsize import line_search
 from tests import oracles
+from tests.cases import rng
 from tests.optim import reference as ref
 
 NEVER = Progress(0.0)
@@ -385,3 +386,23 @@ def test_preconditioner_settings() -> None:
         lk.optim.hessian_free(
             ref.net([3, 3]), "categorical", preconditioner="kronecker", inverse="block_tridiagonal", damping="exact"
         )
+
+
+def test_products_along_the_chain_are_the_products_of_forward_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [ref.batch(8, 3, 3, seed) for seed in range(4)]
+    models = [ref.net([3, 4, 3]) for _ in range(2)]
+    ours, other = (lk.optim.hessian_free(m, "categorical", curvature_fraction=0.5, generator=rng()) for m in models)
+    monkeypatch.setattr(other, "_chained", lambda data: False)
+    monkeypatch.setattr(ours.objective, "push_all", None)  # along the chain nothing runs the model for a product
+    for x, y in batches:
+        assert float(ours.step(x, y)) == pytest.approx(float(other.step(x, y)), rel=1e-9)
+    torch.testing.assert_close(*(oracles.flat_parameters(m) for m in models), rtol=1e-7, atol=1e-9)
+
+
+def test_networks_that_are_no_chain_need_no_tape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Recurrent()
+    opt = lk.optim.hessian_free(model, "categorical", preconditioner="none")
+    monkeypatch.setattr(opt.tracer, "observe", None)
+    x, y = torch.randn(6, 5, 2, generator=rng(), dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
+    losses = [float(opt.step(x, y)) for _ in range(4)]
+    assert losses[-1] < losses[0]

@@ -12,13 +12,9 @@ import laplace_kf as lk
 from laplace_kf.optim.factors import averaged
 from laplace_kf.optim.objective import Batch
 from tests import oracles
-from tests.cases import CASES
+from tests.cases import CASES, rng
 from tests.optim import reference as ref
 from tests.optim.test_inverses import Wrapped
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_ekfac_keeps_its_bases_between_refreshes() -> None:

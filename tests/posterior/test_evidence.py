@@ -15,13 +15,10 @@ import laplace_kf as lk
 from laplace_kf.operators import KroneckerBlock
 from laplace_kf.operators.quadrature import nodes_of_products
 from tests import oracles
+from tests.cases import rng
 
 STRUCTURES = [("kron", "exact"), ("kron", "factored"), ("kron", "balanced"), ("diag", "exact"), ("full", "exact")]
 over_structures = pytest.mark.parametrize(("structure", "damping"), STRUCTURES)
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

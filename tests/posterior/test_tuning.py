@@ -16,10 +16,7 @@ import laplace_kf as lk
 from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
 from laplace_kf.posterior.search import Plane, Search, coarse_to_fine
 from laplace_kf.posterior.validation import MAP, Point, Score
-
-
-def rng(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.cases import rng
 
 
 def quiet(posterior: Any, *args: Any, **options: Any) -> Any:
