@@ -131,7 +131,7 @@ FREE: dict[str, Any] = {"recipe": optim.Recipe(limit=30), "curvature_fraction": 
 LARGE = {"curves": 2500, "mnist": 2500}
 """Half or a third of the published batches, and 30 CG steps in place of 250: the budgets here are minutes."""
 SHORT: dict[str, Any] = {"recipe": optim.Recipe(limit=8), "curvature_fraction": 0.4, "tau": 1.0}
-"""With the better preconditioner fewer steps on more images: the best of nine pairs on one minute of CURVES."""
+"""With Kronecker factors fewer steps on more images: the best of nine settings on one minute of CURVES."""
 METHODS.register("Hessian-free")(Method(_second_order(optim.hessian_free), FREE, LARGE))
 METHODS.register("Hessian-free, Kronecker")(
     Method(_second_order(optim.hessian_free), {**SHORT, "preconditioner": "kronecker", "zeta": 0.01, "ema": 0.95},
