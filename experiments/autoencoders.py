@@ -11,7 +11,8 @@ Finished runs are kept in ``parts`` of the results folder and used again by late
 the table can be made in pieces: ``python -m experiments run E14 problems=[curves] methods=[Adam]``. The report is on
 all runs that are there. E1, E2, E12 and E15 are rows of it.
 
-Sources: S2 4.12 and 6.13 (networks, data, metric), S3 4.5.1 and S0 F.1 (batch size, Adam's grid).
+Sources: Martens 2016, 4.12 and 6.13 (networks, data, metric); Botev 2020, 4.5.1, and Botev et al. 2017,
+F.1 (batch size, Adam's grid).
 """
 
 from __future__ import annotations

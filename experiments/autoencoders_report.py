@@ -27,14 +27,14 @@ Run = Mapping[str, Any]
 Runs = Mapping[str, Mapping[str, Run]]
 
 PUBLISHED = {"curves": (0.11, 0.20), "mnist": (1.64, 2.78)}
-"""Squared errors, training and test, of Hessian-free optimisation from random weights (S2 Table 4.3)."""
+"""Squared errors, training and test, of Hessian-free optimisation from random weights (Martens 2016, table 4.3)."""
 
 HEAD = ["method", "setting", "batch", "updates", "epochs", "training loss", "squared error: training", "test",
         "loss of the average", "its squared error: training", "test"]  # fmt: skip
 
 
 def lower(row: Mapping[str, float]) -> float:
-    """The smaller training loss of a checkpoint, of the iterate and of the average of the iterates (S2 6.13)."""
+    """The smaller training loss of a checkpoint, iterate and average of the iterates (Martens 2016, 6.13)."""
     found = [row["loss"], row.get("averaged_loss", math.inf)]
     return min((value for value in found if math.isfinite(value)), default=math.inf)
 

@@ -9,7 +9,7 @@ answered wrongly, and fails when its iterations or its processor time are used u
 Every finished run is kept in ``parts`` and used again by a later run with the same settings; seeds are the outer loop,
 and ``problems=``, ``lengths=`` and ``repeats=`` say which runs to make now. The report is on the runs asked for.
 
-Source: S2 4.13, figure 4.7; methods 7.3, 7.7, 7.10.
+Source: Martens 2016, 4.13, figure 4.7; methods 7.3, 7.7, 7.10.
 """
 
 from __future__ import annotations

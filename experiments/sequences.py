@@ -1,7 +1,7 @@
 """Problems with long dependencies for recurrent networks: what counts at the end was shown at the beginning.
 
-Temporal order, addition and noiseless memorisation (S2 4.13; Hochreiter & Schmidhuber 1997, tasks 4 and 6a). Inputs are
-``(N, L, I)`` float32, one row a step.
+Temporal order, addition and noiseless memorisation (Martens 2016, 4.13; Hochreiter & Schmidhuber 1997, tasks 4 and 6a).
+Inputs are ``(N, L, I)`` float32, one row a step.
 """
 
 from __future__ import annotations

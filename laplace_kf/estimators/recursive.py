@@ -1,4 +1,4 @@
-"""Recursive (KFRA): the averaged output curvature itself is passed back, layer by layer (methods 4.2; S3 4.3.2)."""
+"""Recursive (KFRA): the averaged output curvature itself is passed back, layer by layer (methods 4.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A positive definite matrix whose inverse is block-tridiagonal over consecutive layers (methods 5.5; S2 6.4.3).
+"""A positive definite matrix whose inverse is block-tridiagonal over consecutive layers (methods 5.5).
 
 It agrees with the matrix of blocks ``G_ij ⊗ A_ij`` on the three block diagonals and reads the layers as a Gaussian
 graphical model with edges from layer ``i+1`` to layer ``i``. Only solves are cheap, and they are what is needed.

@@ -64,7 +64,7 @@ class GaussNewton(SecondOrder):
             (τ₁, τ₂ of methods 4.4); 128 examples at the least.
         low_rank: in ``step(x, y)``, apply the inverses to the factors of the gradient of layers where that is cheaper
             (methods 5.6). Needs block-diagonal products, ``l2=0`` and all examples in the factors.
-        averaging: limit of the average of the iterates (0.95 in S0 B.4), ``None`` for none.
+        averaging: limit of the average of the iterates (0.95 in Botev et al. 2017, B.4), ``None`` for none.
         parameters: ``"all"`` or name patterns.
         groups: parameter groups by name pattern, some of them perhaps ``first_order``.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.

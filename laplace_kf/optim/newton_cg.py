@@ -388,7 +388,7 @@ def hessian_free(
     Args:
         model: the module that is trained.
         likelihood: registered name or object.
-        structural_damping: μ (1/30 in the seeds), ``None`` for feed-forward networks.
+        structural_damping: μ (1/30 in Martens 2016, 4.13), ``None`` for feed-forward networks.
         **settings: any other argument of :class:`HessianFree`.
     """
     row: dict[str, Any] = {} if structural_damping is None else {"recipe": "recurrent", "preconditioner": "none"}

@@ -138,7 +138,7 @@ class Objective:
         return total / count
 
     def products(self, batches: Sequence[Batch], directions: Mapping[str, Tensor]) -> Tensor:
-        """``uᵀ G v`` for all pairs of ``K`` directions, by one Jacobian product each (methods 2.7; S2 B.3).
+        """``uᵀ G v`` for all pairs of ``K`` directions, by one Jacobian product each (methods 2.7; Martens 2016, B.3).
 
         Args:
             batches: minibatches that the mean is taken over.

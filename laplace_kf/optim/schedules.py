@@ -36,7 +36,7 @@ def averaging_weight(step: int, limit: float) -> float:
 def nesterov_momentum(step: int, limit: float = 0.99) -> float:
     """Momentum of step ``step`` (0, 1, ...) of the NAG baseline: ``min(1 − 2^{−1−log₂(⌊step/250⌋+1)}, limit)``.
 
-    From outside the seeds, which only refer to it (methods 16).
+    Martens 2016 only refers to it (methods 16).
     """
     return min(1 - 2.0 ** (-1 - math.log2(step // 250 + 1)), limit)
 
@@ -45,7 +45,7 @@ def nesterov_momentum(step: int, limit: float = 0.99) -> float:
 def sparse_init_(
     model: nn.Module, nonzero: int = 15, scale: float = 1.0, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Sparse initialisation in place: every unit gets exactly ``nonzero`` incoming weights (methods 7.10; S2 4.13).
+    """Sparse initialisation in place: every unit gets exactly ``nonzero`` incoming weights (methods 7.10).
 
     Feed-forward weights, and the input weights of recurrent layers, are drawn from ``N(0, scale²)``; recurrent
     weights and the biases of recurrent layers from ``N(0, 1/nonzero)``; other biases are 0. A unit with fewer inputs

@@ -60,7 +60,7 @@ def line_search(
     shrink: float = 0.8,
     trials: int = 60,
 ) -> tuple[float, float]:
-    """Backtracking from α = 1 until ``E(α) ≤ E(0) + sufficient · α · slope`` (methods 7.7; S2 4.6.8).
+    """Backtracking from α = 1 until ``E(α) ≤ E(0) + sufficient · α · slope`` (methods 7.7; Martens 2016, 4.6.8).
 
     Args:
         objective: ``E(θ + α δ)`` as a function of α.

@@ -4,7 +4,7 @@ With ``g = ∇(loss + penalty/N)`` and ``r = lr / N``, the step ``θ − lr (I +
 plus the whole penalty plus ``‖θ' − θ‖² / (2 lr)``: a proximal gradient step. Its fixed points are those of the plain
 step.
 Plain gradient descent needs ``lr < 2 N / λ_max(Λ)``, which for a chain of tasks with a large multiplier is next to
-nothing (S3 5.4.1 decays the rate from task to task for that reason, methods 11.6); this step is stable for every Λ.
+nothing (the published runs decay the rate from task to task, methods 11.6); this step is stable for every Λ.
 """
 
 from __future__ import annotations

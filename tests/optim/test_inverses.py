@@ -49,7 +49,7 @@ def cross_factors(
 
 
 def dense_tridiagonal(a: list[list[Tensor]], g: list[list[Tensor]], k: float) -> tuple[Tensor, Tensor, list[int]]:
-    """S2 6.4.3 with dense matrices: the inverse, ``F̃`` with damped diagonal factors, and the block edges."""
+    """Methods 5.5 with dense matrices: the inverse, ``F̃`` with damped diagonal factors, and the block edges."""
     size = len(a)
     a, g = [list(row) for row in a], [list(row) for row in g]
     for i in range(size):
