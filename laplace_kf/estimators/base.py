@@ -48,6 +48,11 @@ class Estimator(ABC):
     is_ggn: ClassVar[bool] = True
     draws: ClassVar[bool] = False
 
+    @classmethod
+    def examples(cls) -> tuple[Estimator, ...]:
+        """Objects to try the estimator on (the contract tests do)."""
+        return (cls(),)
+
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values that can be saved."""
         return {}

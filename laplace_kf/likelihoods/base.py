@@ -73,6 +73,11 @@ class Likelihood(abc.ABC):
             raise ValueError(f"{type(self).__name__}: ignore_index must be an int or None, got {ignore_index!r}.")
         self.ignore_index = ignore_index
 
+    @classmethod
+    def examples(cls) -> tuple[tuple[Likelihood, int], ...]:
+        """Objects with a number of outputs C each, to try the likelihood on (the contract tests do)."""
+        return ((cls(), cls._channels or 3),)
+
     # -- what a subclass implements; z is (N, T, C), y and keep come from _position_targets
 
     @abc.abstractmethod
