@@ -1,4 +1,4 @@
-"""A learner as a callback: of Lightning's trainers where it is installed, and of loops that call the hooks themselves."""
+"""A learner as a callback: of Lightning's trainers where it is installed, and of loops that call its hooks."""
 
 from __future__ import annotations
 

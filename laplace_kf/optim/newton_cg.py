@@ -17,6 +17,7 @@ from laplace_kf.engine import Accumulator, Statistics, preserved
 from laplace_kf.errors import IncompatiblePair, UnknownName, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
+from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
@@ -56,7 +57,7 @@ class HessianFree(SecondOrder):
         adapt_zeta: a given ``zeta`` moves with λ.
         curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
         termination: of CG, by relative progress.
-        averaging, parameters, groups, forward, generator: as :class:`laplace_kf.optim.GaussNewton`.
+        averaging, max_rise, parameters, groups, forward, generator: as :class:`laplace_kf.optim.GaussNewton`.
         tau_rule: thresholds and factor; the ratio ρ uses the undamped model.
         **options: of the preconditioner's structure and estimator (``samples=``).
 
@@ -91,6 +92,7 @@ class HessianFree(SecondOrder):
         curvature_fraction: float = 1.0,
         termination: Progress | None = None,
         averaging: float | None = None,
+        max_rise: float = 0.5,
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
@@ -108,10 +110,11 @@ class HessianFree(SecondOrder):
             lr=lr,
             tau=tau,
             averaging=averaging,
+            max_rise=max_rise,
             generator=generator,
         )
-        if not 0 < curvature_fraction <= 1:
-            raise ValueError(f"curvature_fraction must be in (0, 1], got {curvature_fraction}")
+        check_arguments({"zeta": zeta, "ema": ema, "refresh": refresh, "curvature_fraction": curvature_fraction})
+        check_arguments({"trust_radius": trust_radius, "structural_damping": structural_damping, **options})
         self.recipe = recipe if isinstance(recipe, Recipe) else RECIPES[recipe]
         row = PRECONDITIONERS[preconditioner] if isinstance(preconditioner, str) else preconditioner
         asked = options or damping is not None or zeta is not None or ema or refresh > 1
@@ -293,18 +296,24 @@ class HessianFree(SecondOrder):
         slope = float(gradient.double() @ delta.double())
         change = slope + 0.5 * float(delta.double() @ curved.double())
         seen: list[float] = []
+        bare: list[float] = []  # without the L2 term
 
         def objective(alpha: float) -> float:
-            seen.append(self._value(batches, theta + alpha * delta))
+            weights = self._weights(theta + alpha * delta)
+            bare.append(self.objective.loss(batches, weights))
+            seen.append(bare[-1] + self._l2_value(weights))
             return seen[-1]
 
         alpha, _ = line_search(objective, loss, slope)
         rho = ratio(loss, seen[0], change, self.dtype)
-        final = self._rates() * alpha * delta
+        rates = self._rates()
+        final = rates * alpha * delta
         # a step of length 0 is the line search's refusal, but with more damping there may be another direction
         if alpha == 0.0 and not math.isfinite(seen[0]):
             final = torch.full_like(delta, math.nan)
-        return Proposal(final, change, alpha, self.recipe.decay, batches, rho=rho)
+        same = alpha > 0 and isinstance(rates, float) and rates == 1.0  # the search ended at the new weights
+        after = bare[-1] if same else None
+        return Proposal(final, change, alpha, self.recipe.decay, batches, rho=rho, after=after)
 
     def _least(self, statistics: Statistics) -> float:
         """A small part of the mean curvature: a preconditioner must be positive without λ too (κ of methods 7.6)."""
@@ -314,11 +323,13 @@ class HessianFree(SecondOrder):
     def _value(self, batches: Sequence[Batch], flat: Tensor) -> float:
         """The regularised loss at flat weights; parameters outside the layout add a constant that is left in."""
         weights = self._weights(flat)
-        value = self.objective.loss(batches, weights)
-        if self.l2:
-            now = {name: weights.get(name, self.named[name]) for name in self.names}
-            value += self.l2 / 2 * float(sum(part.double().square().sum() for part in now.values()))
-        return value
+        return self.objective.loss(batches, weights) + self._l2_value(weights)
+
+    def _l2_value(self, weights: Mapping[str, Tensor]) -> float:
+        if not self.l2:
+            return 0.0
+        now = {name: weights.get(name, self.named[name]) for name in self.names}
+        return self.l2 / 2 * float(sum(part.double().square().sum() for part in now.values()))
 
     def _more_damping(self, factor: float) -> None:
         assert self.tau is not None
@@ -348,6 +359,9 @@ class HessianFree(SecondOrder):
     def _damping(self) -> dict[str, float]:
         assert self.tau is not None
         return {"tau": self.tau, "zeta": self.tau if self.zeta is None else self.zeta}
+
+    def _mutable(self) -> list[Any]:
+        return []
 
     def _export(self) -> dict[str, Any]:
         return {
