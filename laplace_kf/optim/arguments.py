@@ -10,10 +10,10 @@ from laplace_kf.errors import IncompatiblePair
 
 __all__ = ["check_arguments"]
 
-NOT_NEGATIVE = {"l2", "lr", "tau", "zeta", "structural_damping", "kappa", "tolerance"}
+NOT_NEGATIVE = {"l2", "lr", "tau", "zeta", "structural_damping", "kappa", "tolerance", "scale"}
 POSITIVE = {"trust_radius", "power"}
 SHARES = {"ema": (True, False), "averaging": (True, True), "curvature_fraction": (False, True)}  # is 0, is 1 allowed
-COUNTS = {"refresh", "samples", "columns", "steps"}
+COUNTS = {"refresh", "nonzero", "samples", "columns", "steps"}
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ def unless_it_fails(optimizer: SecondOrder, drop: bool = False) -> Iterator[None
             optimizer._clear()
         if isinstance(error, NotPositiveDefinite) and KNOBS not in str(error):
             raise NotPositiveDefinite(error.block, error.smallest, KNOBS) from error
-        if isinstance(error, torch._C._LinAlgError):
+        if isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             what = f"A factorisation failed: {error} {KNOBS}"
             raise NotPositiveDefinite("of this step", float("nan"), what) from error
         raise

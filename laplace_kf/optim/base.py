@@ -312,12 +312,12 @@ class SecondOrder(torch.optim.Optimizer):
                 if after is not None:
                     if rejected:
                         what = "update(s) with a loss that rose too much or was not finite were refused"
-                        self._say(f"{rejected} {what}; the damping is now", 8)
+                        self._say(f"{rejected} {what}; the damping is now", 7)
                     return proposal, moved, after, rejected
             self._more_damping(BOOST)
         # says nothing about the damping: the next minibatch starts with a little more than before
         self._more_damping(BOOST**-RETRIES)
-        self._say("no update had a loss to accept and the weights are unchanged; the damping is now", 8)
+        self._say("no update had a loss to accept and the weights are unchanged; the damping is now", 7)
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
 
     def _checked(self, batches: Sequence[Batch], proposal: Proposal, moved: Mapping[str, Tensor]) -> float | None:
