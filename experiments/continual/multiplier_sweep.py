@@ -1,6 +1,6 @@
 """E26: accuracy on the first task, on the latest, and on average, against the multiplier.
 
-The stream and the training are those of :mod:`experiments.continual`; here no multiplier is chosen, all are shown.
+The stream and the training are those of :mod:`experiments.continual.run`; here no multiplier is chosen, all are shown.
 
 Source: the thesis on Gauss-Newton matrices, section 5.4.1, figure 5.8.
 """
@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from experiments import continual
-from experiments import continual_report as report
-from experiments.claims import Claim, verdict_table
-from experiments.streams import STREAMS
+from experiments.common.checks import require
+from experiments.common.claims import Claim, verdict_table
+from experiments.continual import report, settings
+from experiments.continual import run as continual
+from experiments.continual.methods import METHODS
+from experiments.continual.streams import STREAMS
 from laplace_kf.reports.html import Picture, Report, Table
 
 __all__ = ["Config", "run"]
@@ -25,21 +27,27 @@ SHOWN = {"first": "first task", "latest": "latest task", "average": "average"}
 
 
 @dataclass
-class Config(continual.Config):
+class Config(settings.Config):
     """Settings of E26: those of E25; the methods are those that have a multiplier, and all multipliers are shown."""
 
     methods: list[str] = field(default_factory=lambda: [KRON, DIAG])
     multipliers: list[float] = field(default_factory=lambda: [1.0, 3.0, 10.0, 30.0, 100.0])
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in self.methods:
-            if not continual.METHODS[name].grid:
-                raise ValueError(f"methods={self.methods} is not allowed: {name!r} has no strength to sweep")
-
 
 def run(config: Config, folder: Path) -> Report:
-    """Every method at every strength and seed; finished sequences in ``folder`` are used again."""
+    """Every method at every strength and seed; finished sequences in ``folder`` are used again.
+
+    Raises:
+        BadSetting: for a method without a strength.
+    """
+    continual.check_names(config)
+    for name in config.methods:
+        require(
+            "methods",
+            config.methods,
+            METHODS[name].grid,
+            f"names of methods with a strength to sweep ({name!r} has no strength)",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     stream = STREAMS[config.stream]
     runs: list[dict[str, dict[str, float]]] = []
@@ -101,7 +109,7 @@ def _picture(config: Config, runs: Sequence[Mapping[str, Mapping[str, float]]], 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in zip(config.methods, ("tab:blue", "tab:orange", "tab:green", "tab:red") * 3, strict=False):
-        grid = continual.METHODS[name].strengths(config)
+        grid = METHODS[name].strengths(config)
         for (key, text), style in zip(SHOWN.items(), ("--", ":", "-"), strict=True):
             values = [
                 measure.scale * _mean(runs, f"{name}, {s:g}", key) if f"{name}, {s:g}" in labels else math.nan

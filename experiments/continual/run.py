@@ -1,7 +1,7 @@
 """E25, E27, E28, E35: many tasks, one network, no earlier data. What keeps it from forgetting?
 
-The tasks are one of :mod:`experiments.streams`. The network learns them one after another with the penalty of each
-method of :mod:`experiments.continual_methods`: online Laplace approximations (Kronecker with terms kept, projected and
+The tasks are one of ``streams.py``. The network learns them one after another with the penalty of each
+method of ``methods.py``: online Laplace approximations (Kronecker with terms kept, projected and
 summed; diagonal), Kronecker and diagonal EWC, Synaptic Intelligence, no protection, and joint training on all data.
 
 The strength of each method (λ_c, or c times the number of examples of a task for Synaptic Intelligence) is the one with
@@ -16,122 +16,26 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from experiments import continual_report as report
-from experiments import training
-from experiments.claims import verdict_table
-from experiments.continual_methods import METHODS, STANDARD, Method
-from experiments.streams import STREAMS
-from experiments.tasks import Stream, Task, joined
+from experiments.common import training
+from experiments.common.claims import verdict_table
+from experiments.continual import report
+from experiments.continual.methods import METHODS, Method
+from experiments.continual.settings import Config
+from experiments.continual.streams import STREAMS
+from experiments.continual.tasks import Stream, Task, joined
 from laplace_kf import continual
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.registry import Registry
 from laplace_kf.reports.html import Report
 
-__all__ = ["METHODS", "STANDARD", "Config", "run", "sequence"]
-
-
-@dataclass
-class Config:
-    """Settings of E25 and E27; the defaults are those of ``configs/continual_permuted.yaml``.
-
-    Args:
-        seed: first seed; repetition ``i`` uses ``seed + i`` for weights, order and permutations.
-        repeats: number of seeds.
-        device: ``cpu`` or ``cuda``.
-        threads: processor threads, 0 for torch's default.
-        stream: the tasks, a registered stream.
-        tasks: how many permuted tasks; disjoint MNIST has two.
-        methods: which to run, from the registered ones.
-        hidden: width of the two hidden layers.
-        epochs: passes over each task.
-        batch: examples per minibatch.
-        curvature_batch: examples per minibatch of curvature passes.
-        lr: step size of SGD with Nesterov momentum, a cosine to zero within each task.
-        momentum: its momentum.
-        optimizer: ``sgd`` or ``adam``, for all methods but Synaptic Intelligence.
-        si_optimizer: that of Synaptic Intelligence.
-        adam_lr: step size of Adam.
-        implicit: whether SGD steps the penalty implicitly, which needs no smaller steps for stiff penalties.
-        decay: the step size of task t (from 0) is divided by ``1 + decay · t``.
-        decay_kron: where it is not, the step size of task t is divided by ``1 + decay_kron · λ_c · t`` as well
-            (Kronecker structures).
-        decay_diag: likewise for diagonal ones.
-        prior_precision: ``λ``.
-        multipliers: grid for ``λ_c``.
-        multipliers_diag: that of diagonal structures; empty for the same.
-        strengths: grid for ``c``.
-        train_size: training images of a task.
-        val_size: validation images of a task, the last of the training file.
-        test_size: test images of a task.
-        estimator: of the curvature, a registered one; empty for the default.
-        degrees: rotated MNIST: the angle of the last task.
-        table: streaming regression: a UCI set.
-        sort_by: the feature whose slices are the tasks; −1 for random slices.
-        noise: standard deviation of the observation noise, in those of the target.
-        progress: whether to show progress bars.
-    """
-
-    seed: int = 0
-    repeats: int = 1
-    device: str = "cpu"
-    threads: int = 0
-    stream: str = "permuted"
-    tasks: int = 10
-    methods: list[str] = field(default_factory=lambda: list(STANDARD))
-    hidden: int = 100
-    epochs: int = 5
-    batch: int = 250
-    curvature_batch: int = 1000
-    lr: float = 0.1
-    momentum: float = 0.9
-    optimizer: str = "sgd"
-    si_optimizer: str = "adam"
-    adam_lr: float = 1e-3
-    implicit: bool = True
-    decay: float = 0.0
-    decay_kron: float = 0.0
-    decay_diag: float = 0.0
-    prior_precision: float = 1.0
-    multipliers: list[float] = field(default_factory=lambda: [1.0, 3.0, 10.0])
-    multipliers_diag: list[float] = field(default_factory=list)
-    strengths: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
-    train_size: int = 55_000
-    val_size: int = 5_000
-    test_size: int = 10_000
-    estimator: str = ""
-    degrees: float = 90.0
-    table: str = "power-plant"
-    sort_by: int = 0
-    noise: float = 0.25
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("repeats", "tasks", "hidden", "epochs", "batch", "curvature_batch", "train_size", "val_size",
-                     "test_size"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1")
-        for name in ("lr", "adam_lr", "prior_precision", "noise"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be above 0")
-        for name in ("multipliers", "strengths"):
-            if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a list of numbers above 0")
-        if self.multipliers_diag and min(self.multipliers_diag) <= 0:
-            raise ValueError(f"multipliers_diag={self.multipliers_diag} is not allowed; they must be above 0")
-        if self.train_size + self.val_size > 60_000:
-            raise ValueError(f"train_size + val_size = {self.train_size + self.val_size}; MNIST has 60000 images")
-        if not self.methods:
-            raise ValueError("methods is empty; leave it out for all of them")
-        for name in self.methods:
-            _ = METHODS[name]
-        _ = STREAMS[self.stream], OPTIMIZERS[self.optimizer], OPTIMIZERS[self.si_optimizer]
+__all__ = ["Config", "check_names", "run", "searched", "sequence"]
 
 
 OPTIMIZERS: Registry[Callable[[Config, list[nn.Parameter], float], torch.optim.Optimizer]] = Registry("optimiser")
@@ -145,6 +49,13 @@ def _sgd(config: Config, weights: list[nn.Parameter], factor: float) -> torch.op
 @OPTIMIZERS.register("adam")
 def _adam(config: Config, weights: list[nn.Parameter], factor: float) -> torch.optim.Optimizer:
     return torch.optim.Adam(weights, factor * config.adam_lr)
+
+
+def check_names(config: Config) -> None:
+    """Refuses names that are not registered (:class:`laplace_kf.errors.UnknownName`), before anything is run."""
+    for name in config.methods:
+        _ = METHODS[name]
+    _ = STREAMS[config.stream], OPTIMIZERS[config.optimizer], OPTIMIZERS[config.si_optimizer]
 
 
 def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
@@ -250,6 +161,7 @@ _NEUTRAL = (
 
 def run(config: Config, folder: Path) -> Report:
     """All methods, strengths and seeds; every finished sequence is kept in ``folder`` and used again."""
+    check_names(config)
     folder.mkdir(parents=True, exist_ok=True)
     stream = STREAMS[config.stream]
     best: dict[str, list[dict[str, Any]]] = {name: [] for name in config.methods}

@@ -1,4 +1,4 @@
-"""Data sets by name: where their files are, and what they must contain. :mod:`experiments.data` reads them.
+"""Data sets by name: where their files are, and what they must contain. :mod:`experiments.common.data` reads them.
 
 A file is looked for in the folder that ``$LAPLACE_KF_DATA`` names, then in the user cache. Nothing is downloaded
 unless asked for (``python -m experiments data fetch NAME``).

@@ -1,7 +1,7 @@
 """Reading data sets: images, regression tables and text.
 
 Images come as float32 in [0, 1], shaped ``(N, 1, 28, 28)`` or ``(N, 3, 32, 32)``; labels as int64. Where the files
-are looked for is said in :mod:`experiments.files`.
+are looked for is said in :mod:`experiments.common.files`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.io.matlab import MatReadError, loadmat
 from torch import Tensor
 
-from experiments.files import DATA_SETS, MissingData, fetch, folders, locate
+from experiments.common.files import DATA_SETS, MissingData, fetch, folders, locate
 from laplace_kf.errors import CorruptFile, UnknownName
 from laplace_kf.registry import Registry
 from laplace_kf.reports import missing_extra

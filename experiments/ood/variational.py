@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from experiments.training import generator, mlp
+from experiments.common.training import generator, mlp
 
 __all__ = ["MeanFieldLinear", "kl", "mean_field_mlp", "predict"]
 
@@ -55,7 +55,7 @@ class MeanFieldLinear(nn.Module):
 def mean_field_mlp(
     widths: Sequence[int], *, sigma: float, seed: int, device: torch.device | str = "cpu"
 ) -> nn.Sequential:
-    """The network of :func:`experiments.training.mlp` with mean-field layers, on ``device``."""
+    """The network of :func:`experiments.common.training.mlp` with mean-field layers, on ``device``."""
     rng = generator(seed, device)
     plain = mlp(widths, seed=seed).to(device)
     return nn.Sequential(*(MeanFieldLinear(m, sigma, rng) if isinstance(m, nn.Linear) else m for m in plain))

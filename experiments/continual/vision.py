@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from experiments import data
-from experiments.claims import Claim
-from experiments.tasks import ABOVE, KRON, Pair, Stream, Task, Tasks
+from experiments.common import data
+from experiments.common.claims import Claim
+from experiments.continual.settings import Config
+from experiments.continual.tasks import ABOVE, KRON, Pair, Stream, Task, Tasks
 from laplace_kf.batches import Forward
 from laplace_kf.demo import private_rng
-
-if TYPE_CHECKING:
-    from experiments.continual import Config
 
 __all__ = ["HeadTask", "LeNet", "Vision"]
 

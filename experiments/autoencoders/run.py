@@ -1,6 +1,6 @@
 """E1, E2, E12, E14, E15: deep autoencoders from one sparse initialisation, trained by every optimiser in one budget.
 
-CURVES (784-400-200-100-50-25-6, :mod:`experiments.curves`) and MNIST (784-1000-500-250-30), decoders mirrored, sigmoid
+CURVES (784-400-200-100-50-25-6, ``curves.py``) and MNIST (784-1000-500-250-30), decoders mirrored, sigmoid
 hidden units, a linear code, sigmoid outputs; the loss is the binary cross-entropy summed over pixels, averaged over
 cases, plus ``l2/2 ‖θ‖²``. Every method gets the same seconds of processor time on one thread, so that other load on the
 machine does not matter; the clock stands still while training and test data are evaluated. A method with a grid first
@@ -33,10 +33,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from experiments import autoencoders_report as report
-from experiments import data, training
-from experiments.autoencoder_methods import METHODS, Method, Setting
-from experiments.curves import REMARK, curves
+from experiments.autoencoders import report
+from experiments.autoencoders.curves import REMARK, curves
+from experiments.autoencoders.methods import METHODS, Method, Setting
+from experiments.common import data, training
+from experiments.common.checks import require
 from laplace_kf.errors import LaplaceKFError
 from laplace_kf.optim import sparse_init_
 from laplace_kf.optim.schedules import averaging_weight
@@ -87,23 +88,18 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("watched", "train_most", "test_most", "shrink"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("updates", "threads", "l2"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        _require("pilot", self.pilot, 0 < self.pilot <= 1, "above 0 and at most 1")
-        _require("averaging", self.averaging, 0 <= self.averaging < 1, "at least 0 and below 1")
-        _require("spacing", self.spacing, self.spacing > 1, "above 1")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        require("pilot", self.pilot, 0 < self.pilot <= 1, "above 0 and at most 1")
+        require("averaging", self.averaging, 0 <= self.averaging < 1, "at least 0 and below 1")
+        require("spacing", self.spacing, self.spacing > 1, "above 1")
         for name in ("problems", "methods"):
-            _require(name, getattr(self, name), bool(getattr(self, name)), "a list of one name or more")
+            require(name, getattr(self, name), bool(getattr(self, name)), "a list of one name or more")
         for name in self.problems:
-            _require("budgets", self.budgets, PROBLEMS[name] and self.budgets.get(name, 0) > 0, f"above 0 for {name}")
+            require("budgets", self.budgets, PROBLEMS[name] and self.budgets.get(name, 0) > 0, f"above 0 for {name}")
         for name in self.methods:
             _ = METHODS[name]
-
-
-def _require(name: str, value: object, holds: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value} is not allowed; it must be {allowed}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from laplace_kf import continual
 from laplace_kf.reports.html import Picture, Table
 
 if TYPE_CHECKING:
-    from experiments.tasks import Measure, Stream, Task
+    from experiments.continual.tasks import Measure, Stream, Task
 
 __all__ = [
     "batch_table", "curve", "described", "heat_map", "methods_table", "numbers", "progress_picture", "quoted",

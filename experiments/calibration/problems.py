@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from experiments import data, training
+from experiments.common import data, training
 from laplace_kf.errors import UnknownName
 from laplace_kf.likelihoods import Categorical, Gaussian, Prediction
 from laplace_kf.reports import metrics

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from experiments import data, training, variational
-from experiments.claims import verdict_table
-from experiments.ood_report import CLAIMS, PUBLISHED, Outcome, measure, methods_table, pictures, tuning_table
+from experiments.common import data, training
+from experiments.common.checks import require
+from experiments.common.claims import verdict_table
+from experiments.ood import variational
+from experiments.ood.report import CLAIMS, PUBLISHED, Outcome, measure, methods_table, pictures, tuning_table
 from laplace_kf.demo import mc_dropout
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports import metrics
@@ -118,23 +120,18 @@ class Config:
             "tune_samples",
             "tune_size",
         ):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "prior_precision", "mean_field_sigma"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         for name in ("n_data_factors", "prior_precisions"):
-            _require(name, grid := getattr(self, name), bool(grid) and min(grid) > 0, "a list of numbers above 0")
-        _require("dropout", self.dropout, 0 < self.dropout < 1, "between 0 and 1")
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 up to below 1")
-        _require("val_size", self.val_size, self.tune_size <= self.val_size <= 10_000, "from tune_size to 10000")
+            require(name, grid := getattr(self, name), bool(grid) and min(grid) > 0, "a list of numbers above 0")
+        require("dropout", self.dropout, 0 < self.dropout < 1, "between 0 and 1")
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "from 0 up to below 1")
+        require("val_size", self.val_size, self.tune_size <= self.val_size <= 10_000, "from tune_size to 10000")
         for name, most in (("train_size", 60_000 - self.val_size), ("test_size", 10_000), ("ood_size", 10_000)):
-            _require(name, getattr(self, name), 1 <= getattr(self, name) <= most, f"from 1 to {most}")
+            require(name, getattr(self, name), 1 <= getattr(self, name) <= most, f"from 1 to {most}")
         allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-        _require("device", self.device, self.device.split(":")[0] in allowed, f"here {' or '.join(allowed)}")
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value} is not allowed; it must be {allowed}")
+        require("device", self.device, self.device.split(":")[0] in allowed, f"here {' or '.join(allowed)}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What does a language model not know? A tutorial on the uncertainty of a transformer, in four steps.
 
-A small character-level transformer, written in plain PyTorch (:mod:`experiments.transformer`: ``nn.Embedding``,
+A small character-level transformer, written in plain PyTorch (``transformer.py``: ``nn.Embedding``,
 ``nn.MultiheadAttention``, ``nn.LayerNorm``, ``nn.Linear``), learns to predict the next character of Shakespeare's
 plays. It then reads three texts: plays it has not seen, the same characters shuffled, and Latin, German and French.
 All that a network by itself offers is the entropy of its prediction. A posterior over the weights splits it: the mutual
@@ -46,9 +46,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from experiments import data, foreign, training
-from experiments.claims import verdict_table
-from experiments.shakespeare_report import (
+from experiments.common import data, training
+from experiments.common.checks import require
+from experiments.common.claims import verdict_table
+from experiments.shakespeare import foreign
+from experiments.shakespeare.report import (
     CLAIMS,
     Reading,
     measure,
@@ -57,7 +59,7 @@ from experiments.shakespeare_report import (
     texts_table,
     tuning_table,
 )
-from experiments.transformer import Transformer, encode, windows
+from experiments.shakespeare.transformer import Transformer, encode, windows
 from laplace_kf.demo import private_rng
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports import metrics
@@ -130,20 +132,15 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("repeats", "width", "heads", "layers", "epochs", "batch", "fit_windows", "tune_windows",
                      "tune_samples", "test_windows", "samples"):  # fmt: skip
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _require("threads", self.threads, self.threads >= 0, "at least 0")
-        _require("lr", self.lr, self.lr > 0, "above 0")
-        _require("width", self.width, self.width % self.heads == 0, f"a multiple of heads={self.heads}")
-        _require("burn_in", self.burn_in, 0 <= self.burn_in < self.context, f"from 0 to below context={self.context}")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("threads", self.threads, self.threads >= 0, "at least 0")
+        require("lr", self.lr, self.lr > 0, "above 0")
+        require("width", self.width, self.width % self.heads == 0, f"a multiple of heads={self.heads}")
+        require("burn_in", self.burn_in, 0 <= self.burn_in < self.context, f"from 0 to below context={self.context}")
         for name in ("n_data_factors", "prior_precisions"):
-            _require(name, grid := getattr(self, name), bool(grid) and min(grid) > 0, "a list of numbers above 0")
+            require(name, grid := getattr(self, name), bool(grid) and min(grid) > 0, "a list of numbers above 0")
         known = set(self.selections) <= set(SELECTIONS)
-        _require("selections", self.selections, bool(self.selections) and known, f"some of {list(SELECTIONS)}")
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value} is not allowed; it must be {allowed}")
+        require("selections", self.selections, bool(self.selections) and known, f"some of {list(SELECTIONS)}")
 
 
 @dataclass(frozen=True)

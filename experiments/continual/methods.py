@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from experiments.continual.settings import Config
 from laplace_kf import continual
 from laplace_kf.registry import Registry
 
-if TYPE_CHECKING:
-    from experiments.continual import Config
-
-__all__ = ["METHODS", "STANDARD", "Averaged", "Method"]
+__all__ = ["METHODS", "Averaged", "Method"]
 
 
 Make = Callable[..., continual.Learner]
@@ -108,9 +106,6 @@ _add(
     decay="",
     revisits=True,
 )
-
-STANDARD = tuple(METHODS)
-"""What is run unless a configuration says otherwise."""
 
 _add(
     "single-task networks",

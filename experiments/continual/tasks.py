@@ -1,24 +1,22 @@
-"""What a stream of tasks for continual learning consists of; the streams are in :mod:`experiments.streams`."""
+"""What a stream of tasks for continual learning consists of; the streams are in ``streams.py``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments import training
-from experiments.claims import Claim
+from experiments.common import training
+from experiments.common.claims import Claim
+from experiments.continual.settings import Config
 from laplace_kf import continual
 from laplace_kf.batches import Forward
 from laplace_kf.errors import LaplaceKFError
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-
-if TYPE_CHECKING:
-    from experiments.continual import Config
 
 __all__ = ["ABOVE", "KRON", "BadStream", "Derived", "Measure", "Pair", "Stream", "Task", "Tasks", "joined"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from experiments.claims import Claim
+from experiments.common.claims import Claim
 from laplace_kf.reports import metrics, plots
 from laplace_kf.reports.html import Picture, Table
 

@@ -24,8 +24,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from experiments.claims import Claim, verdict_table
-from experiments.training import generator
+from experiments.common.checks import require
+from experiments.common.claims import Claim, verdict_table
+from experiments.common.training import generator
 from laplace_kf.demo import private_rng
 from laplace_kf.likelihoods import Gaussian, Prediction
 from laplace_kf.posterior import LaplacePosterior
@@ -90,17 +91,12 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("repeats", "points", "width", "restarts", "samples", "tune_samples", "hmc_samples", "hmc_warmup",
                      "hmc_steps"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1")
-        if not self.prior_precision > 0:
-            raise ValueError(f"prior_precision={self.prior_precision} is not allowed; it must be above 0")
-        if self.grid < 13:
-            raise ValueError(f"grid={self.grid} is not allowed; it must be at least 13")
-        if self.vi_steps < 0:
-            raise ValueError(f"vi_steps={self.vi_steps} is not allowed; it must not be negative")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("prior_precision", self.prior_precision, self.prior_precision > 0, "above 0")
+        require("grid", self.grid, self.grid >= 13, "at least 13")
+        require("vi_steps", self.vi_steps, self.vi_steps >= 0, "at least 0")
         for name in ("n_data_factors", "prior_precisions"):
-            if not getattr(self, name) or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be a list of numbers above 0")
+            require(name, grid := getattr(self, name), grid and min(grid) > 0, "a list of numbers above 0")
 
 
 Pair = tuple[Tensor, Tensor]

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import training
-from experiments.claims import Claim, verdict_table
-from experiments.continual_report import quoted
+from experiments.common import training
+from experiments.common.claims import Claim, verdict_table
+from experiments.continual.report import quoted
 from laplace_kf import continual
 from laplace_kf.likelihoods import Gaussian
 from laplace_kf.reports.html import Picture, Report, Table

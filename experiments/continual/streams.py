@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiments import data, training
-from experiments.claims import Claim
-from experiments.tasks import ABOVE, KRON, BadStream, Derived, Measure, Pair, Stream, Task, Tasks, joined
-from experiments.vision import Vision
+from experiments.common import data, training
+from experiments.common.claims import Claim
+from experiments.continual.settings import Config
+from experiments.continual.tasks import ABOVE, KRON, BadStream, Derived, Measure, Pair, Stream, Task, Tasks, joined
+from experiments.continual.vision import Vision
 from laplace_kf import continual
 from laplace_kf.likelihoods import Gaussian, Likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.registry import Registry
-
-if TYPE_CHECKING:
-    from experiments.continual import Config
 
 __all__ = ["STREAMS", "rotated"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from experiments.claims import Claim, verdict_table
+from experiments.common.claims import Claim, verdict_table
 from laplace_kf.reports.html import Picture, Table
 
 __all__ = ["cell", "claims", "metrics", "outcome_rows", "picture", "short", "tables"]

@@ -6,7 +6,7 @@ images. A part of the training split is held out; every method may use it to cho
 * ``MAP``: the network itself. For regression its noise is the one that suits the held-out part best.
 * ``laplace_kf``: ``LaplacePosterior(model, likelihood).fit(train)``, ``tune(val)``, ``predict(test)``, nothing else.
 * ``laplace_kf, linearized``: the same with ``method="linearized"`` in both calls.
-* ``laplace-torch, marglik`` and ``laplace-torch, gridsearch``: Kronecker, all weights (:mod:`experiments.peers`).
+* ``laplace-torch, marglik`` and ``laplace-torch, gridsearch``: Kronecker, all weights (``peers.py``).
 
 All of them share the network. What counts is the difference to MAP in test NLL, split by split: with its mean ``d`` and
 standard error ``e`` (0.001 nats at least) a method is *better* if ``d < -e``, *worse* if ``d > e``, else *not worse*.
@@ -32,9 +32,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from experiments import peers, training
-from experiments.calibration_data import SETS, Forecast, Problem, problem
-from experiments.calibration_report import (
+from experiments.calibration import peers
+from experiments.calibration.problems import SETS, Forecast, Problem, problem
+from experiments.calibration.report import (
     NAMES,
     claims,
     claims_table,
@@ -44,6 +44,8 @@ from experiments.calibration_report import (
     picture,
     summarise,
 )
+from experiments.common import training
+from experiments.common.checks import require
 from laplace_kf.errors import IncompatiblePair, UnknownName
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports import machine, versions
@@ -96,17 +98,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("splits", "hidden", "steps", "batch", "val_most", "train_most", "test_most", "peer_grid"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _require("threads", self.threads, self.threads >= 0, "at least 0")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("threads", self.threads, self.threads >= 0, "at least 0")
         for name in ("lr", "prior_precision"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        _require("val_share", self.val_share, 0 < self.val_share < 1, "between 0 and 1")
-        _require("sets", self.sets, bool(self.sets) and set(self.sets) <= set(SETS), f"some of {list(SETS)}")
-
-
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name}={value} is not allowed; it must be {allowed}")
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        require("val_share", self.val_share, 0 < self.val_share < 1, "between 0 and 1")
+        require("sets", self.sets, bool(self.sets) and set(self.sets) <= set(SETS), f"some of {list(SETS)}")
 
 
 Settings = dict[str, Any]

@@ -1,7 +1,7 @@
 """E4: Hessian-free optimisation of recurrent networks on problems with long dependencies.
 
 A tanh network with one recurrent layer learns temporal order, addition and noiseless memorisation of five bits
-(:mod:`experiments.sequences`) at several lengths T, from the sparse initialisation, with fresh sequences at every
+(``sequences.py``) at several lengths T, from the sparse initialisation, with fresh sequences at every
 iteration; with Tikhonov damping alone, and with structural damping μ = 1/30 as well. CG stops once the reduction of the
 objective falls below 90 % of the largest one of its run. A run succeeds when less than 1 % of the test sequences are
 answered wrongly, and fails when its iterations or its processor time are used up.
@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments import recurrent_report, training
-from experiments.sequences import PROBLEMS, Problem
+from experiments.common import training
+from experiments.common.checks import require
+from experiments.recurrent import report as recurrent_report
+from experiments.recurrent.sequences import PROBLEMS, Problem
 from laplace_kf.optim import HessianFree, sparse_init_
 from laplace_kf.optim.recipes import RECIPES
 from laplace_kf.registry import Registry
@@ -88,18 +90,14 @@ class Config:
     def __post_init__(self) -> None:
         for name in ("repeats", "hidden", "nonzero", "gradient_size", "curvature_size", "cg_steps", "test_size",
                      "iterations"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be at least 1")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("input_scale", "structural", "tau_structural", "tau_tikhonov", "target", "seconds_per_step"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed; it must be above 0")
-        if self.curvature_size > self.gradient_size:
-            raise ValueError(f"curvature_size={self.curvature_size} is above gradient_size={self.gradient_size}")
-        if not self.lengths or min(self.lengths) < 10:
-            raise ValueError(f"lengths={self.lengths} is not allowed; it must be a list of numbers of at least 10")
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        most = self.gradient_size
+        require("curvature_size", self.curvature_size, self.curvature_size <= most, f"at most gradient_size={most}")
+        require("lengths", self.lengths, self.lengths and min(self.lengths) >= 10, "a list of numbers of at least 10")
         for key, known in (("problems", PROBLEMS), ("dampings", DAMPINGS)):
-            if not getattr(self, key):
-                raise ValueError(f"{key} is empty; leave it out for all of them")
+            require(key, getattr(self, key), getattr(self, key), "one name or more; leave it out for all of them")
             for name in getattr(self, key):
                 _ = known[name]
         for name in self.double:

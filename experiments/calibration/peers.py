@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.calibration_data import Forecast, Problem
+from experiments.calibration.problems import Forecast, Problem
 from laplace_kf.demo import private_rng
 
 __all__ = ["laplace_torch"]
