@@ -48,13 +48,13 @@ class TaskGradients:
         return TaskGradients({name: memo.get(id(weight), weight) for name, weight in self.weights.items()})
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
-        """Starts anew at the present weights."""
+        """Starts anew at the present weights ``(*shape)`` by name."""
         self.before = {}
         self.follow(weights)
         self.forget()
 
     def follow(self, weights: Mapping[str, Tensor]) -> None:
-        """Follows these parameters from here on: other ones than before if some were replaced, frozen or added."""
+        """Follows these parameters ``(*shape)`` from here on: others than before if some were replaced or frozen."""
         self.weights = dict(weights)
         for name, weight in weights.items():
             if name not in self.before:
@@ -81,7 +81,7 @@ class TaskGradients:
     # -- what is seen --------------------------------------------------------------------------------------------------
 
     def views(self) -> dict[str, Tensor]:
-        """The weights by name behind a view each, whose gradient is the penalty's alone, with whatever factor."""
+        """The weights ``(*shape)`` behind a view each, whose gradient is the penalty's alone, with whatever factor."""
         found = {}
         for name, weight in self.weights.items():
             view = weight.view_as(weight)
@@ -120,12 +120,12 @@ class TaskGradients:
         self._arriving_penalty[name] = (number, held[1] + value if held is not None and held[0] == number else value)
 
     def arrives(self, name: str, gradient: Tensor) -> None:
-        """A gradient on its way to a parameter, before hooks of others change it."""
+        """A gradient ``(*shape)`` on its way to a parameter, before hooks of others change it."""
         self._arriving[name] = gradient.detach()
 
     @torch.no_grad()
     def accumulated(self, name: str, weight: Tensor) -> None:
-        """It has come into ``.grad``; passes of ``torch.autograd.grad`` do not get here."""
+        """It has come into ``.grad (*shape)``; passes of ``torch.autograd.grad`` do not get here."""
         new = self._arriving.pop(name, None)
         if new is None or weight.grad is None:
             return
@@ -160,7 +160,7 @@ class TaskGradients:
 
     @torch.no_grad()
     def task(self) -> dict[str, Tensor]:
-        """The gradient of the task's loss by parameter name, of the parameters that have one.
+        """The gradient ``(*shape)`` of the task's loss by parameter name, of the parameters that have one.
 
         Raises:
             IncompatiblePair: if it cannot be told from what happened; says what to do.
@@ -230,7 +230,7 @@ class TaskGradients:
 
     @torch.no_grad()
     def along(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``−∇L · Δθ`` by name, for ``∇L`` by name; parameters that did not move give 0 whatever their gradient.
+        """``−∇L · Δθ (*shape)`` for ``∇L`` by name; parameters that did not move give 0 whatever their gradient.
 
         Raises:
             NonFinite: for a gradient that is not finite of a weight that moved.
