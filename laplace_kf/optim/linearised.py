@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_kf.errors import IncompatiblePair
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.registry import Registry
 
@@ -26,7 +27,16 @@ def _squared(activity: Tensor) -> Tensor:
 
 @DISTANCES.register("cross_entropy")
 def _cross_entropy(activity: Tensor) -> Tensor:
-    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself."""
+    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself.
+
+    Raises:
+        IncompatiblePair: for activities outside [0, 1].
+    """
+    if not bool(((activity >= 0) & (activity <= 1)).all()):
+        raise IncompatiblePair(
+            'distance="cross_entropy" is of logistic units, whose activities are in [0, 1]; the hidden activities go '
+            f'from {float(activity.min()):.3g} to {float(activity.max()):.3g}. Use distance="squared"'
+        )
     return 1 / (activity * (1 - activity)).clamp_min(1e-4)
 
 

@@ -35,12 +35,14 @@ class Batch:
         count: number of examples.
         random: state of the random generators (by device) before its first pass.
         seen: its pass on the tape, if the model's own was one.
+        losses: ``−log p (N,)`` of the gradient's pass, where there was one.
     """
 
     data: Any
     count: int
     random: Mapping[str, Tensor]
     seen: Observation | None = None
+    losses: Tensor | None = None
 
     def part(self, fraction: float, least: int, generator: torch.Generator) -> Batch:
         """A random part of the examples, ``least`` of them at the least (methods 4.4)."""
@@ -55,11 +57,12 @@ class Batch:
         return self._take(order[:size]), self._take(order[size:])
 
     def _take(self, chosen: Tensor) -> Batch:
+        losses = None if self.losses is None else self.losses[chosen.to(self.losses.device)]
         if self.seen is not None and self.seen.chain is not None:
             seen = self.seen.part(chosen.to(self.seen.outputs.device))
-            return Batch(seen.batch, len(chosen), self.random, seen)
+            return Batch(seen.batch, len(chosen), self.random, seen, losses)
         data = map_examples(self.data, self.count, lambda t: t[chosen.to(t.device)])
-        return Batch(data, len(chosen), self.random)
+        return Batch(data, len(chosen), self.random, None, losses)
 
 
 class _Runner(nn.Module):
