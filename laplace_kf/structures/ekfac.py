@@ -19,7 +19,7 @@ from torch import Tensor
 
 from laplace_kf.engine import Statistics
 from laplace_kf.operators import Basis, Blockwise, Matrix, SpectralBlock
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, zeros
+from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, pairs, zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
 
 
@@ -36,6 +36,7 @@ class EigenvalueCorrected(Structure):
 
     name = "ekfac"
     several_passes = True
+    counts_positions = True
 
     def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
         kron: Callable[..., Structure] = STRUCTURES["kron"]
@@ -177,8 +178,8 @@ def _vectors(blocks: Mapping[str, Block]) -> dict[str, Block]:
 
 def _bases(name: str, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Bases from the factors ``A, G`` of a weight and those of its uses as a transpose, if there are any."""
-    terms = [(factors[1], factors[0])] if len(factors) == 2 else [(factors[1], factors[0]), (factors[2], factors[3])]
-    block = SpectralBlock.of_sum(terms, name)
+    (inputs, outputs), *turned = pairs(factors)
+    block = SpectralBlock.of_sum([(outputs, inputs), *turned], name)
     sides = (block.inputs.matrix, block.outputs.matrix)
     empty = block.grid.new_zeros(0)
     return tuple(empty if side is None else side.contiguous() for side in sides)  # type: ignore[return-value]
