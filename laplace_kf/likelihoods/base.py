@@ -241,6 +241,11 @@ class Likelihood(abc.ABC):
         kept = self.counted(outputs, targets)
         return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept)[..., 0]
 
+    def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
+        """How many examples have a position that counts; arguments and errors as :meth:`counted`."""
+        kept = self.counted(outputs, targets)
+        return len(outputs) if kept is None else int(kept.flatten(1).any(1).sum())
+
     def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient ``∇_z log p(y | z)`` at targets drawn from the model, of the outputs' shape; zero where ignored.
 

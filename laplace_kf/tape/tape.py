@@ -308,10 +308,28 @@ class Tape(TorchFunctionMode):
         return call
 
 
-_IN_PLACE = (
-    "relu relu6 tanh sigmoid gelu silu elu selu celu leaky_relu hardtanh hardswish hardsigmoid threshold clamp clamp_min "
-    "clamp_max abs mish rrelu"
-).split()
+_IN_PLACE = [
+    "relu",
+    "relu6",
+    "tanh",
+    "sigmoid",
+    "gelu",
+    "silu",
+    "elu",
+    "selu",
+    "celu",
+    "leaky_relu",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "threshold",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "abs",
+    "mish",
+    "rrelu",
+]
 
 
 def _activates(func: Callable[..., Any]) -> bool:
