@@ -31,7 +31,7 @@ from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
-from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.tape import FlatLayout, Observation, Tracer
@@ -217,11 +217,12 @@ class SecondOrder(torch.optim.Optimizer):
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
-        batch = Batch(data, int(outputs.shape[0]), batch.random, observation, losses.detach())
+        made = Batch(data, 0, batch.random, observation, losses.detach())
+        batch = counting(made, self.likelihood, outputs, targets)
         if self.steps == 0:
             self.default_damping = start_value(self.likelihood, targets, batch.count)
             self.tau = self.default_damping if self.tau is None else self.tau
-        loss = losses.mean()
+        loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
         weights = [self.named[name] for name in self.names]

@@ -190,7 +190,8 @@ class GaussNewton(SecondOrder):
         """``g (N, R, O)`` and ``a (N, R, I)`` of the layers whose gradient is cheaper to solve in factors."""
         score = self.likelihood.score(observation.outputs.detach(), observation.targets)
         found = {}
-        for name, signal in observation.ruled_signals(-score[None] / observation.count).items():
+        count = self.likelihood.counted_examples(observation.outputs.detach(), observation.targets)
+        for name, signal in observation.ruled_signals(-score[None] / count).items():
             _, out, inp = signal.block.shape
             cheaper = observation.count * (out**2 + inp**2) < out * inp * (out + inp)
             if isinstance(signal, OuterSignals) and signal.a.shape[1] == 1 and cheaper:

@@ -24,7 +24,7 @@ from laplace_kf.optim.damping import LevenbergMarquardt, ratio
 from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.linearised import DISTANCES, Linearised
-from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.objective import Batch, counting
 from laplace_kf.optim.penalties import PENALTIES, Curvature
 from laplace_kf.optim.preconditioner import PRECONDITIONERS, Preconditioner
 from laplace_kf.optim.recipes import RECIPES, Recipe
@@ -203,7 +203,7 @@ class HessianFree(SecondOrder):
             with torch.no_grad():
                 outputs, targets = self.objective.outputs(batch)
             self.likelihood.check(outputs, targets)
-            self._given = [Batch(data, int(outputs.shape[0]), batch.random)]
+            self._given = [counting(batch, self.likelihood, outputs, targets)]
         return super().step(x, y)
 
     def _wants_tape(self, data: Any) -> bool:

@@ -151,12 +151,12 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             self.rows.locate(tape.calls, outputs, tape.picked)
-        observation = Observation(self, batch, outputs, targets, tape.calls, chain)
+        observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
         self._plan(tape)
         if self._verify(observation):
             return observation
         self._plan(tape)
-        return Observation(self, batch, outputs, targets, tape.calls, None)
+        return Observation(self, batch, outputs, targets, tape.calls, None, flat=tape.flat)
 
     def _chain(self, tape: Tape, outputs: Tensor) -> Chain | None:
         """The chain of this forward pass, if the network is one; asked once, then remembered."""
