@@ -196,7 +196,7 @@ class _Recorder(TorchFunctionMode):
             return result
         self._check(name, args, outside, made)
         if self.refused is None:
-            self.steps.append(_Step(func, *template, tuple(self._slot(t) for t in made)))
+            self.steps.append(_Step(func, template[0], template[1], tuple(self._slot(t) for t in made)))
         return result
 
     def _depends(self, tensor: Tensor) -> bool:
@@ -381,7 +381,8 @@ def _cut(
         raise _NoCut("a tensor that the suffix reads is changed in place afterwards")
     count = outputs.shape[0]
     own = {id(value) for value in replaced.values()} | {id(b) for b in model.buffers()}
-    features, fixed = {}, {}
+    features: dict[int, Tensor] = {}
+    fixed: dict[int, Tensor] = {}
     for number, (tensor, _) in enumerate(recorder.features):
         rows = id(tensor) not in own and tensor.dim() > 0 and tensor.shape[0] == count
         (features if rows else fixed)[number] = tensor.detach()
@@ -397,10 +398,11 @@ def _cut(
     if again.shape != outputs.shape or not _same(again, outputs.detach()):
         raise _NoCut("the suffix alone does not give the network's outputs")
     suffix.origin = (model, forward, inputs)
-    suffix.divisible = False
+    divisible = False
     with suppress(RuntimeError, TypeError, ValueError, IndexError), preserved(suffix), torch.no_grad():
         first = predicted(suffix, tuple(t[:1] for t in features.values()), None)
-        suffix.divisible = first.shape == outputs[:1].shape and _same(first, outputs[:1].detach())
+        divisible = first.shape == outputs[:1].shape and _same(first, outputs[:1].detach())
+    suffix.divisible = divisible  # not inside: attributes are put back there
     return site
 
 
