@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, map_examples, model_outputs, run, tensors_of, to_device
+from laplace_kf.batches import Forward, as_tensor, check_rows, map_examples, model_outputs, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.likelihoods import to_positions
@@ -103,6 +103,7 @@ class Linearization:
         self.model, self.keep = model, keep
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
+            self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
             self.forward = _Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
             with torch.no_grad():
@@ -116,7 +117,10 @@ class Linearization:
         self._pieces: dict[bytes, list[Piece]] = {}
 
     def _run(self, x: Any) -> Tensor:
-        return run(self.model, x, self.forward)[0]
+        outputs = run(self.model, x, self.forward)[0]
+        if self._batches:
+            check_rows(x, outputs)
+        return outputs
 
     # -- what is asked for -------------------------------------------------------------------------------------------
 
