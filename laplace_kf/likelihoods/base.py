@@ -17,7 +17,6 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -641,6 +640,3 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if not isinstance(name_or_object, str):
         raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
     return LIKELIHOODS[name_or_object]()
-
-
-LOG_2PI = math.log(2.0 * math.pi)
