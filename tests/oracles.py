@@ -316,6 +316,7 @@ class Block:
     A: Tensor | None = None
     G: Tensor | None = None
     values: Tensor | None = None
+    positions: float = 1.0  # how many rows of a Kronecker block count
 
     def dense(self) -> Tensor:
         """The block in its own order."""
@@ -528,7 +529,7 @@ def kron_blocks(
 ) -> list[Block]:
     """Kronecker factors of every Linear, convolution and Embedding, the exact diagonal of everything else.
 
-    A = mean_n Σ_t â âᵀ and G = mean_nt Σ_v g gᵀ over all positions of all examples, where t runs over the positions of all calls of the block
+    A = mean_n Σ_t â âᵀ and G = mean_nt Σ_v g gᵀ, where t runs over the positions of all calls of the block
     (calls of a re-used module or of tied modules are further positions) that reach an output with curvature (a target
     that is not ignored), and Σ_v g gᵀ = (∂z/∂h_t)ᵀ H (∂z/∂h_t). An example without such an output is left out.
     """
@@ -554,6 +555,8 @@ def kron_blocks(
             module.register_forward_hook(listen(key))
 
     n = count(y)
+    # A unit that is off has no gradient although its position reaches the outputs; no such case hides positions.
+    switched = any(isinstance(module, nn.ReLU) for module in model.modules())
     sums: dict[tuple[tuple[str, ...], int], list[Tensor]] = {}
     for i in range(n):
         calls.clear()
@@ -575,7 +578,9 @@ def kron_blocks(
                 layer_inputs(module, argument, out.detach(), has_bias), layer_outputs(module, grad, 1), strict=True
             )
             for group, (a, g) in enumerate(pairs):
-                reaching = [t for t in range(a.shape[0]) if bool(g[heard, t].any())] or range(a.shape[0])
+                reaching = [t for t in range(a.shape[0]) if switched or bool(g[heard, t].any())]
+                if isinstance(module, nn.Embedding):  # the padding row takes no gradient: its tokens are no positions
+                    reaching = [t for t in reaching if bool(a[t].any())]
                 for t in reaching:
                     inputs.setdefault((key, group), []).append(torch.outer(a[t], a[t]))
                     gradients.setdefault((key, group), []).append(g[:, t].T @ h @ g[:, t])
@@ -593,7 +598,7 @@ def kron_blocks(
         bias = index[key[1]] if len(key) == 2 else None
         for group, part in enumerate(canonical(members[0], weight, bias)):
             a_sum, g_sum, positions = sums[key, group]
-            blocks.append(Block(key, part, A=a_sum / n, G=g_sum / positions))
+            blocks.append(Block(key, part, A=a_sum / n, G=g_sum / positions, positions=float(positions)))
         covered.update(key)
     for name in index:
         if name not in covered and name in parameters:

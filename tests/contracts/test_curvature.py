@@ -266,11 +266,16 @@ def test_addition_scaling_and_totals(case: Case, structure: str) -> None:
     if structure == "kron":
         pairs = [oracles.kron_blocks(p.model, p.x, p.y, p.likelihood.curvature) for p in parts]
 
-        def average(one: Tensor | None, two: Tensor | None) -> Tensor | None:
-            return None if one is None or two is None else (weights[0] * one + weights[1] * two) / weights.sum()
+        def average(one: Tensor | None, two: Tensor | None, by: Tensor = weights) -> Tensor | None:
+            return None if one is None or two is None else (by[0] * one + by[1] * two) / by.sum()
+
+        def rows(a: oracles.Block, b: oracles.Block) -> Tensor:
+            return torch.tensor([0.9 * a.positions, 0.3 * b.positions], dtype=torch.float64)
 
         blocks = [
-            oracles.Block(a.names, a.index, average(a.A, b.A), average(a.G, b.G), average(a.values, b.values))
+            oracles.Block(
+                a.names, a.index, average(a.A, b.A), average(a.G, b.G, rows(a, b)), average(a.values, b.values)
+            )
             for a, b in zip(*pairs, strict=True)
         ]
         close(blend, oracles.assemble(blocks, problem.size))
