@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, as_batches, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.graphs import of_role
 
 __all__ = ["accuracy", "average_accuracy", "forgetting", "forward_transfer"]
 
@@ -25,7 +26,7 @@ def accuracy(model: nn.Module, loader: Iterable[Any] | tuple[Any, Tensor], *, fo
     right = count = 0
     with preserved(model), torch.no_grad():
         for batch in as_batches(loader):
-            outputs, targets = run(model, to_device(batch, device), forward)
+            outputs, targets = run(model, of_role(to_device(batch, device), "test_mask"), forward)
             right += int((outputs.argmax(-1) == targets.to(outputs.device)).sum())
             count += targets.numel()
     if not count:
