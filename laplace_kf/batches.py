@@ -2,9 +2,10 @@
 
 A batch is ``(x, y)``, ``((x1, x2, ...), y)``, or a mapping whose targets stand under ``"labels"`` and whose other
 entries are keyword arguments of the model; entries that the model's ``forward`` does not name (``"idx"``, ``"text"``)
-are left out, unless it takes ``**kwargs``. Or it is a graph (:mod:`laplace_kf.graphs`), as a batch or as ``x``. ``x`` may itself be a tuple (positional arguments) or a mapping (keyword
-arguments) of anything. Anything else goes through ``forward(model, batch) -> (outputs, targets)``, which may take named
-tuples, dataclasses and nests of all these: the package moves and cuts the tensors inside them.
+are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping (keyword
+arguments) of anything. A batch, or ``x``, may be a graph (:mod:`laplace_kf.graphs`). Anything else goes through
+``forward(model, batch) -> (outputs, targets)``, which may take named tuples, dataclasses and nests of all these: the
+package moves and cuts the tensors inside them.
 """
 
 from __future__ import annotations

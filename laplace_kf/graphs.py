@@ -1,8 +1,8 @@
 """Graphs in torch-geometric's form: a graph is an example, its nodes (edges, labelled pairs) are positions.
 
 ``Data`` and ``Batch`` are known by what they offer, so torch-geometric need not be installed: attributes by name
-(``keys()``, ``graph["x"]``), ``num_nodes``, and of several graphs in one (``Batch``) ``num_graphs``, ``batch`` (the graph
-of every node) and ``get_example(n)``.
+(``keys()``, ``graph["x"]``), ``num_nodes``, and of several graphs in one (``Batch``) ``num_graphs``, ``batch`` (the
+graph of every node) and ``get_example(n)``.
 
 What the model's outputs are is read from their number of rows:
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.conventions import IGNORED
-from laplace_kf.errors import ShapeMismatch, UnsupportedLayer
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
 from laplace_kf.ragged import Ragged
 
 __all__ = ["call", "is_graph", "masked", "padded", "unpadded"]
@@ -116,11 +116,12 @@ def cut(graph: Any, examples: int, change: Callable[[Tensor], Tensor]) -> Any:
         if change(torch.arange(1)).tolist() == [0]:
             return graph
         raise UnsupportedLayer("a graph that is the only example of its minibatch cannot be cut into others")
+    what = f"a batch of {graphs} graphs" if graphs > 1 else "one graph"
     raise UnsupportedLayer(
-        f"forward= gives outputs with {examples} rows for {f'a batch of {graphs} graphs' if graphs > 1 else 'one graph'}, "
-        "and some parameters need the outputs of one example alone. A node's output depends on its neighbours, so nodes "
-        "are no examples: make the graph the example and its nodes positions, by leaving forward= out, or with forward="
-        "lambda model, batch: (model(batch.x, batch.edge_index)[None], batch.y[None])"
+        f"forward= gives outputs with {examples} rows for {what}, and some parameters need the outputs of one example "
+        "alone. A node's output depends on its neighbours, so nodes are no examples: make the graph the example and its "
+        "nodes positions, by leaving forward= out, or with "
+        "forward=lambda model, batch: (model(batch.x, batch.edge_index)[None], batch.y[None])"
     )
 
 
@@ -156,8 +157,8 @@ def take(graph: Any, chosen: Tensor) -> Any:
 def call(model: nn.Module, graph: Any) -> Any:
     """What the model returns for a graph: called with its entries by name, or with the graph as a whole.
 
-    A model whose ``forward`` names its arguments as torch-geometric does (``x, edge_index, edge_attr, batch, ...``) gets
-    those; one whose first argument has no such name (``data``) gets the graph.
+    A model whose ``forward`` names its arguments as torch-geometric does (``x, edge_index, edge_attr, batch, ...``)
+    gets those; one whose only required argument has no such name (``data``) gets the graph.
 
     Raises:
         ShapeMismatch: if a required argument is not in the graph; names it, and the line to paste. For heterogeneous
@@ -214,9 +215,9 @@ def _device(graph: Any) -> torch.device | None:
 def _uncallable(model: nn.Module, graph: Any, takes: str) -> ShapeMismatch:
     return ShapeMismatch(
         f"{type(model).__name__}.forward {takes}, and the graph has {_keys(graph)}: arguments get the entries of the "
-        "same name, a first argument of another name the whole graph; rename them, or pass forward=lambda model, batch: "
-        "(model(batch.x, batch.edge_index)[None], batch.y[None]) where the nodes have targets, and without [None] "
-        "where the graphs have"
+        "same name, an only one of another name the whole graph; rename them, or pass "
+        "forward=lambda model, batch: (model(batch.x, batch.edge_index)[None], batch.y[None]) where the nodes have "
+        "targets, and without [None] where the graphs have"
     )
 
 
@@ -261,8 +262,8 @@ def _rows(graph: Any, rows: int) -> _Rows:
         return _Rows("graph", graphs, graphs)
     if pairs is not None and pairs in (nodes, edges) and rows == pairs:
         raise ShapeMismatch(
-            f"the model gives {rows} rows, and the graph has as many labelled pairs (edge_label) as nodes or edges: say "
-            "which are meant with forward=lambda model, batch: (model(...)[None], batch.edge_label[None])"
+            f"the model gives {rows} rows, and the graph has as many labelled pairs (edge_label) as nodes or edges: "
+            "say which are meant with forward=lambda model, batch: (model(...)[None], batch.edge_label[None])"
         )
     found = "pair" if rows == pairs else "node" if rows == nodes else "edge" if rows == edges else None
     if found is None:
@@ -347,6 +348,30 @@ def targets(graph: Any, raw: Tensor, given: Any = None) -> Any:
     return y[: found.counted][None] if found.ragged is None else found.ragged.padded(y, fill=IGNORED)
 
 
+def check_ignored(batch: Any, targets: Any, likelihood: Any, forward: Any) -> None:
+    """Raises where a likelihood would take the ignored targets of a graph ``(N, ...)`` for real ones.
+
+    With a user's ``forward``, which marks targets by itself, nothing is looked at.
+
+    Raises:
+        IncompatiblePair: says which ``ignore_index`` to give to it.
+    """
+    found = is_graph(batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2 and is_graph(batch[0]))
+    if (
+        forward is not None
+        or not found
+        or not isinstance(targets, Tensor)
+        or getattr(likelihood, "ignore_index", IGNORED) == IGNORED
+    ):
+        return
+    if bool((targets == IGNORED).any()):
+        raise IncompatiblePair(
+            f"targets of nodes that do not count (train_mask, or the padding of smaller graphs) are {IGNORED}, and "
+            f"{likelihood!r} would take them for real ones; use lk.likelihoods.{type(likelihood).__name__}"
+            f"(ignore_index={IGNORED})"
+        )
+
+
 def _kept_only(y: Tensor, mask: Tensor | None) -> Tensor:
     """Targets ``(rows, ...)`` that are ignored outside of ``mask (rows,)``."""
     y = y.long() if y.dtype == torch.bool else y
@@ -392,8 +417,8 @@ def _checked(mask: Tensor, total: int) -> Tensor:
 def masked(graph: Any, mask: Tensor | str) -> Any:
     """A copy of a graph in which only some targets count, whatever it is given to.
 
-    ``fit``, chaining and optimisers look at ``train_mask``, ``tune`` at ``val_mask``; for anything else, say which nodes
-    count: ``lk.graphs.masked(data, "test_mask")``.
+    ``fit``, chaining and optimisers look at ``train_mask``, ``tune`` at ``val_mask``; for anything else, say which
+    nodes count: ``lk.graphs.masked(data, "test_mask")``.
 
     Args:
         graph: with targets ``y``, one row for each entry of the mask.
@@ -427,7 +452,7 @@ def of_role(batch: Any, role: str) -> Any:
         ShapeMismatch: if a graph has a ``train_mask``, but not that one.
     """
     if isinstance(batch, (tuple, list)) and len(batch) == 2 and is_graph(batch[0]):
-        return type(batch)([of_role(batch[0], role), batch[1]])
+        return of_role(batch[0], role), batch[1]
     if not is_graph(batch) or is_heterogeneous(batch):
         return batch
     keys = _keys(batch)

@@ -258,8 +258,8 @@ def activation_outputs(
     """
     if next(graphs_of(inputs), None) is not None:
         raise IncompatiblePair(
-            'space="activations" cannot be used here: the nodes of a graph share the weights, so that their outputs are '
-            f"correlated; {ADVICE}"
+            'space="activations" cannot be used here: the nodes of a graph share the weights, so that their outputs '
+            f"are correlated; {ADVICE}"
         )
     sampler = _Sampler(model, forward, mean, precision)
     number = examples(inputs)

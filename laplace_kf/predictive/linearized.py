@@ -285,7 +285,7 @@ class Linearization:
         whole = part.start == 0 and part.stop == count
         try:
             observation = self.tracer.observe(self.x if whole else map_examples(self.x, count, lambda t: t[part]))
-        except (RuntimeError, ValueError, IndexError, UnsupportedLayer):  # it cannot be cut (a mask as long as there are examples)
+        except (RuntimeError, ValueError, IndexError, UnsupportedLayer):  # it cannot be cut (a mask as long as it)
             if whole:
                 raise
             return None

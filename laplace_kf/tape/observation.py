@@ -263,9 +263,9 @@ class Observation:
             parts = []
             for call in members:
                 if block.view is None:  # a bias on its own: its input is the constant 1 alone
-                    rows, features = math.prod(call.shape[: call.leading]), math.prod(block.shape[:2])
-                    positions = math.prod(call.shape[call.leading :]) // features
-                    empty = self.outputs.new_zeros(rows, positions, block.shape[0], 0)
+                    number = math.prod(call.shape[: call.leading])
+                    positions = math.prod(call.shape[call.leading :]) // math.prod(block.shape[:2])
+                    empty = self.outputs.new_zeros(number, positions, block.shape[0], 0)
                     parts.append(self._arrange(empty, call, 0))
                     continue
                 rule, bound = call.rule, call.bound
