@@ -119,8 +119,8 @@ def cut(graph: Any, examples: int, change: Callable[[Tensor], Tensor]) -> Any:
     what = f"a batch of {graphs} graphs" if graphs > 1 else "one graph"
     raise UnsupportedLayer(
         f"forward= gives outputs with {examples} rows for {what}, and some parameters need the outputs of one example "
-        "alone. A node's output depends on its neighbours, so nodes are no examples: make the graph the example and its "
-        "nodes positions, by leaving forward= out, or with "
+        "alone. A node's output depends on its neighbours, so nodes are no examples: make the graph the example and "
+        "its nodes positions, by leaving forward= out, or with "
         "forward=lambda model, batch: (model(batch.x, batch.edge_index)[None], batch.y[None])"
     )
 
@@ -356,15 +356,11 @@ def check_ignored(batch: Any, targets: Any, likelihood: Any, forward: Any) -> No
     Raises:
         IncompatiblePair: says which ``ignore_index`` to give to it.
     """
-    found = is_graph(batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2 and is_graph(batch[0]))
-    if (
-        forward is not None
-        or not found
-        or not isinstance(targets, Tensor)
-        or getattr(likelihood, "ignore_index", IGNORED) == IGNORED
-    ):
+    ignores = getattr(likelihood, "ignore_index", IGNORED) == IGNORED
+    if forward is not None or ignores or not isinstance(targets, Tensor):
         return
-    if bool((targets == IGNORED).any()):
+    graph = is_graph(batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2 and is_graph(batch[0]))
+    if graph and bool((targets == IGNORED).any()):
         raise IncompatiblePair(
             f"targets of nodes that do not count (train_mask, or the padding of smaller graphs) are {IGNORED}, and "
             f"{likelihood!r} would take them for real ones; use lk.likelihoods.{type(likelihood).__name__}"

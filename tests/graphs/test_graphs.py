@@ -572,3 +572,26 @@ def test_parts_of_a_graph() -> None:
     nest = {"first": [graph], "second": (1, randn(2))}
     assert list(batches.graphs_of(nest)) == [graph]
     assert len(list(batches.tensors_of(nest))) == 4
+
+
+@pytest.mark.parametrize("level", ["graph", "node"])
+def test_what_no_draw_changes_is_computed_once(level: str) -> None:
+    """The last layer's posterior runs the rest of the network once, also where its rows are nodes, not graphs."""
+    kind = Library("double")
+    runs = [0]
+
+    class Counted(Pooled if level == "graph" else Nodes):  # type: ignore[misc]
+        def messages(self, h: Tensor, edge_index: Tensor) -> Tensor:
+            runs[0] += 1
+            return super().messages(h, edge_index)
+
+    graphs, model = several(kind, level), net(Counted)
+    batch = kind.batch.from_data_list(graphs)
+    posterior = lk.LaplacePosterior(model, "categorical", parameters="last_layer").fit([batch])
+    runs[0] = 0
+    found = posterior.predict(batch, method="mc", space="weights", samples=30, generator=rng(1))
+    assert runs[0] <= 2
+    draws = posterior.sample(1, rng(1))
+    assert found.probs.shape[0] == len(draws["second.weight"]) * len(SIZES)
+    weights = posterior.predictor(30, rng(1))(batch)
+    close(found.probs, weights.probs)
