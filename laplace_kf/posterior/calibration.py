@@ -1,0 +1,120 @@
+"""What a posterior keeps of in-distribution data: conformal scores, and references of out-of-distribution scores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
+from laplace_kf.engine import preserved
+from laplace_kf.errors import LaplaceKFError, ShapeMismatch
+from laplace_kf.graphs import check_ignored, of_role
+from laplace_kf.likelihoods import conformal
+from laplace_kf.likelihoods.conformal import Conformal
+from laplace_kf.ood.references import References
+from laplace_kf.ood.scores import reference_scores
+from laplace_kf.predictive import draw_seeds
+
+if TYPE_CHECKING:
+    from laplace_kf.posterior.laplace import LaplacePosterior
+
+__all__ = ["Calibration", "Seen", "calibrate", "references_of"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """See the module's text.
+
+    Attributes:
+        conformal: scores of the calibration data, from ``calibrate``.
+        references: of the calibration data, or of those of ``tune``.
+        reason: why there are no references.
+    """
+
+    conformal: Conformal | None = None
+    references: References | None = None
+    reason: str = ""
+
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors ``(n, ...)`` by name and JSON-able values to save."""
+        tensors, header = conformal.packed(self.conformal)
+        known = self.references.scores if self.references is not None else {}
+        tensors.update({f"reference/{name}": value for name, value in known.items()})
+        return tensors, {"conformal": header, "references": list(known), "reason": self.reason}
+
+    @classmethod
+    def unpacked(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any] | None) -> Calibration | None:
+        """The inverse of :meth:`packed` (tensors of any shapes); ``None`` for a file that holds none."""
+        if header is None:
+            return None
+        known = {name: tensors[f"reference/{name}"] for name in header["references"]}
+        found = conformal.unpacked(tensors, header["conformal"])
+        return cls(found, References(known) if known else None, header.get("reason", ""))
+
+
+class Seen:
+    """An iterable of batches that remembers those that were taken, so that a generator can be gone through again."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.taken = batches, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.taken = []
+        for batch in self.batches:
+            self.taken.append(batch)
+            yield batch
+
+
+def calibrate(
+    posterior: LaplacePosterior, data: Any, method: str, samples: int, generator: torch.Generator | None
+) -> Calibration:
+    """Conformal scores and references of data, batch by batch; the posterior is read, never changed.
+
+    Args:
+        posterior: fitted.
+        data: loader, iterable of batches, or a pair ``(x (n, ...), y (n, ...))``.
+        method: how to predict, a name.
+        samples: of methods that draw.
+        generator: of their random numbers; every batch sees the same draws.
+
+    Raises:
+        ShapeMismatch: if the data are empty or do not fit.
+        IncompatiblePair: for several positions an example, or predictions with neither a variance nor classes.
+        NonFinite: for NaN or infinity.
+    """
+    seed = draw_seeds(1, generator)[0]
+    scores: list[Tensor] = []
+    taken: list[Any] = []
+    device = next(iter(posterior.mean.values())).device
+    with preserved(posterior.model):
+        for index, batch in enumerate(as_batches(data)):
+            check_finite(batch, index, "the calibration batch")
+            batch = of_role(to_device(batch, device), "val_mask")
+            with torch.no_grad():
+                outputs, targets = run(posterior.model, batch, posterior.forward)
+            check_ignored(batch, targets, posterior.likelihood, posterior.forward)
+            posterior.likelihood.check(outputs, targets)
+            inputs = inputs_of(batch, posterior.forward)
+            found = posterior.predict(inputs, method, samples, generator=torch.Generator().manual_seed(seed))
+            scores.append(conformal.scores(found, targets).detach())
+            taken.append(inputs)
+    if not sum(len(part) for part in scores):
+        raise ShapeMismatch("the calibration data are empty: no batch was yielded")
+    references, reason = references_of(posterior, taken)
+    return Calibration(Conformal.of(torch.cat(scores), method), references, reason)
+
+
+def references_of(posterior: LaplacePosterior, inputs: Iterable[Any]) -> tuple[References | None, str]:
+    """References from batches of inputs ``(N, ...)``; or ``None`` and why this posterior cannot have any."""
+    parts: dict[str, list[Tensor]] = {}
+    try:
+        for x in inputs:
+            for name, value in reference_scores(posterior, x).items():
+                parts.setdefault(name, []).append(value.detach().double().cpu())
+    except LaplaceKFError as error:
+        return None, str(error)
+    return (References.of({name: torch.cat(found) for name, found in parts.items()}), "") if parts else (None, "")
