@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
+from laplace_kf.batches import Forward, as_batches, check_finite, inputs_of, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.graphs import check_ignored, of_role
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Calibration", "Seen", "calibrate", "references_of"]
 
+KEPT_BYTES = 256 * 2**20  # inputs of tune's data that may be kept for references
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -33,11 +35,20 @@ class Calibration:
         conformal: scores of the calibration data, from ``calibrate``.
         references: of the calibration data, or of those of ``tune``.
         reason: why there are no references.
+        pending: batches of inputs of which the references are still to be made, at the first need of them.
     """
 
     conformal: Conformal | None = None
     references: References | None = None
     reason: str = ""
+    pending: tuple[Any, ...] = ()
+
+    def with_references(self, posterior: LaplacePosterior) -> Calibration:
+        """The same with references made."""
+        if not self.pending:
+            return self
+        references, reason = references_of(posterior, self.pending)
+        return Calibration(self.conformal, references, reason)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors ``(n, ...)`` by name and JSON-able values to save."""
@@ -57,15 +68,19 @@ class Calibration:
 
 
 class Seen:
-    """An iterable of batches that remembers those that were taken, so that a generator can be gone through again."""
+    """An iterable of batches that remembers the inputs of those that were taken, up to ``KEPT_BYTES``."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
-        self.batches, self.taken = batches, list[Any]()
+    def __init__(self, batches: Iterable[Any], forward: Forward | None) -> None:
+        self.batches, self.forward = batches, forward
+        self.taken: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
-        self.taken = []
+        self.taken, room = [], KEPT_BYTES
         for batch in self.batches:
-            self.taken.append(batch)
+            inputs = inputs_of(batch, self.forward)
+            room -= sum(t.numel() * t.element_size() for t in tensors_of(inputs))
+            if room >= 0 or not self.taken:
+                self.taken.append(inputs)
             yield batch
 
 

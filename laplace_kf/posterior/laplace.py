@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_batches, check_finite, inputs_of
+from laplace_kf.batches import Forward, as_batches, check_finite
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Statistics, collect, lasting
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
@@ -27,7 +27,7 @@ from laplace_kf.models import usable
 from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
-from laplace_kf.posterior.calibration import Calibration, Seen, calibrate, references_of
+from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.implicit import ImplicitPenalty
@@ -733,8 +733,14 @@ class LaplacePosterior:
 
     @property
     def references(self) -> References | None:
-        """Scores of the in-distribution data of ``tune`` or :meth:`calibrate`, if there are any."""
-        return None if self._calibration is None else self._calibration.references
+        """Scores of the in-distribution data of ``tune`` or :meth:`calibrate`, if there are any.
+
+        Those of ``tune`` are made at the first need of them, from at most 256 MB of its inputs.
+        """
+        if self._calibration is None:
+            return None
+        self._calibration = self._calibration.with_references(self)
+        return self._calibration.references
 
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
@@ -843,18 +849,15 @@ class LaplacePosterior:
         """
         self._fitted("tune")
         options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
-        seen = None if val is None else Seen(as_batches(val))
+        seen = None if val is None else Seen(as_batches(val), self.forward)
         with lasting():
             found, settings = tune(self, seen, n_data, prior_precision, options)
         found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)
-        self._calibration = None if seen is None else Calibration(None, *references_of(self, self._inputs_of(seen)))
+        self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
-
-    def _inputs_of(self, seen: Seen) -> list[Any]:
-        return [inputs_of(batch, self.forward) for batch in seen.taken]
 
     # -- looking at it, keeping it -------------------------------------------------------------------------------------
 
@@ -913,6 +916,7 @@ class LaplacePosterior:
             tensors.update(chained)
             header["n_newest"] = state.newest
         if self._calibration is not None:
+            self._calibration = self._calibration.with_references(self)
             kept, header["calibration"] = self._calibration.packed()
             tensors.update(kept)
         return {**tensors, "mean": state.mean}, {**header, "statistics": described}
