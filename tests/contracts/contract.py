@@ -209,7 +209,7 @@ def _curvature(made: Combination, statistics: Any, mean: Any) -> None:
         return
     layout = statistics.layout
     wanted = truth(made.ggn, [layout.positions(block) for block in statistics.blocks.values()])
-    if made.estimator.name == "exact":
+    if not made.estimator.draws and not made.estimator.averages:
         close(dense, wanted, 1e-9)
     elif made.estimator.draws and made.likelihood.natural:  # else drawn targets estimate the Fisher, another matrix
         several = made.estimate(repeats=DRAWS).mean().dense()
@@ -235,6 +235,7 @@ def _posterior(made: Combination, statistics: Any, mean: Tensor, folder: Path) -
     for method in ("map", "mc", "linearized"):
         prediction = posterior.predict(made.x, method=method, samples=8, generator=torch.Generator().manual_seed(0))
         assert bool(torch.isfinite(prediction.log_prob(made.y)).all()), method
+    _probit(made, posterior)
     try:
         chained = posterior.update([(made.x, made.y)], generator=torch.Generator().manual_seed(5))
     except IncompatiblePair as error:
@@ -247,6 +248,19 @@ def _posterior(made: Combination, statistics: Any, mean: Tensor, folder: Path) -
         close(chained.functional_covariance(made.x), made.jacobian @ torch.linalg.inv(again) @ made.jacobian.mT, 1e-6)
     for kept in filter(None, (posterior, chained)):
         _saved(made, kept, folder)
+
+
+def _probit(made: Combination, posterior: Any) -> None:
+    """The probit approximation, or a refusal that names the likelihood where it has none."""
+    if "probit" in made.likelihood.links():
+        assert bool(torch.isfinite(posterior.predict(made.x, method="probit").log_prob(made.y)).all())
+        return
+    try:
+        posterior.predict(made.x, method="probit")
+    except IncompatiblePair as error:
+        assert type(made.likelihood).__name__ in str(error)
+    else:
+        raise AssertionError(f"{made.likelihood!r} has no probit link and is not refused")
 
 
 def _matrix(matrix: Any, wanted: Tensor) -> None:
