@@ -26,7 +26,7 @@ NAMES = {factor: list(found) for factor, found in FACTORS.items()}
 
 
 def rows(triples: bool) -> list[Row]:
-    """Every toy with everything that is registered (with ``--triples``: with every pair of it), and all four at once."""
+    """Every toy with all that is registered (``--triples``: with every pair of that), and all four at once."""
     found = []
     for kind, name in TOYS.items():
         found += covering({**NAMES, kind: [name]}, 2) if triples else meeting(NAMES, {kind: name})
