@@ -25,7 +25,7 @@ from torch.distributions import (
     Normal,
 )
 
-from laplace_kf.likelihoods.conformal import Conformal, interval, prediction_set
+from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
 __all__ = ["GaussianOutputs", "Link", "Prediction"]
@@ -157,7 +157,7 @@ class Prediction:
             Lower and upper ends, each in the layout of :attr:`mean`, ``(N, C)``. Of a normal distribution with the
             prediction's mean and variance; after ``posterior.calibrate(data)`` those of an observation are calibrated:
             each output's interval holds at least ``level`` of new examples that are exchangeable with the data
-            (:mod:`laplace_kf.likelihoods.conformal`).
+            (:mod:`laplace_kf.outputs.conformal`).
 
         Raises:
             ValueError: for a level outside (0, 1), or another ``of``.

@@ -23,7 +23,7 @@ class References:
 
     @classmethod
     def of(cls, scores: Mapping[str, Tensor]) -> References:
-        """From scores in any order; the same examples under every name."""
+        """From scores ``(n,)`` in any order; the same examples under every name."""
         return cls({name: value.detach().double().cpu().sort().values for name, value in scores.items()})
 
     @property

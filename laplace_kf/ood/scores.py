@@ -33,7 +33,7 @@ class Subject(Protocol):
         """Predictive distribution at inputs."""
 
     def functional_covariance(self, x: Any, diagonal_only: bool = False) -> Tensor:
-        """Variances of the outputs."""
+        """Variances of the outputs, in their layout ``(N, ...)``."""
 
     def leverage(self) -> Leverage:
         """Leverages of the layers."""
@@ -91,6 +91,8 @@ def _max_prob(request: Request) -> Tensor:
     if "probit" not in likelihood.links():
         raise IncompatiblePair(f'kind="max_prob" needs class probabilities, which {likelihood!r} does not have')
     found = request.subject.predict(request.x, "probit", generator=request.generator)
+    if "probs" not in found.values:
+        raise IncompatiblePair(f'kind="max_prob" needs class probabilities, which {likelihood!r} does not have')
     probs = to_positions(found.probs)
     if not bool((probs.sum(-1) - 1).abs().max() < 1e-3):  # independent binary outputs
         return torch.minimum(probs, 1 - probs).sum((1, 2))

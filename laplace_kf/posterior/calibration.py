@@ -4,27 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, check_finite, inputs_of, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.graphs import check_ignored, of_role
-from laplace_kf.likelihoods import conformal
-from laplace_kf.likelihoods.conformal import Conformal
 from laplace_kf.ood.references import References
-from laplace_kf.ood.scores import reference_scores
+from laplace_kf.ood.scores import Subject, reference_scores
+from laplace_kf.outputs import conformal
+from laplace_kf.outputs.conformal import Conformal
 from laplace_kf.predictive import draw_seeds
-
-if TYPE_CHECKING:
-    from laplace_kf.posterior.laplace import LaplacePosterior
 
 __all__ = ["Calibration", "Seen", "calibrate", "references_of"]
 
 KEPT_BYTES = 256 * 2**20  # inputs of tune's data that may be kept for references
+
+
+class Fitted(Subject, Protocol):
+    """What calibration needs of a posterior."""
+
+    model: nn.Module
+    forward: Forward | None
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """Posterior mean by parameter name, each of its parameter's shape."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class Calibration:
     reason: str = ""
     pending: tuple[Any, ...] = ()
 
-    def with_references(self, posterior: LaplacePosterior) -> Calibration:
+    def with_references(self, posterior: Fitted) -> Calibration:
         """The same with references made."""
         if not self.pending:
             return self
@@ -85,7 +93,7 @@ class Seen:
 
 
 def calibrate(
-    posterior: LaplacePosterior, data: Any, method: str, samples: int, generator: torch.Generator | None
+    posterior: Fitted, data: Any, method: str, samples: int, generator: torch.Generator | None
 ) -> Calibration:
     """Conformal scores and references of data, batch by batch; the posterior is read, never changed.
 
@@ -123,7 +131,7 @@ def calibrate(
     return Calibration(Conformal.of(torch.cat(scores), method), references, reason)
 
 
-def references_of(posterior: LaplacePosterior, inputs: Iterable[Any]) -> tuple[References | None, str]:
+def references_of(posterior: Fitted, inputs: Iterable[Any]) -> tuple[References | None, str]:
     """References from batches of inputs ``(N, ...)``; or ``None`` and why this posterior cannot have any."""
     parts: dict[str, list[Tensor]] = {}
     try:

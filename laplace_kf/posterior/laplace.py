@@ -654,7 +654,7 @@ class LaplacePosterior:
         """Split-conformal calibration on data that were not trained on; saved with the posterior.
 
         From then on ``interval`` and ``prediction_set`` of predictions by the same method cover new examples that are
-        exchangeable with these with the probability asked for (:mod:`laplace_kf.likelihoods.conformal`), and
+        exchangeable with these with the probability asked for (:mod:`laplace_kf.outputs.conformal`), and
         :meth:`ood_score` has its references. Setting N or λ, ``fit`` and ``tune`` drop it: tune first, on other data.
         The guarantee is exact for the methods in closed form; with drawn weights it holds up to their noise.
 
@@ -673,13 +673,9 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
-        chosen = self._method_named(method)
+        chosen = {"auto": str(getattr(self, "method", "mc"))}.get(method, method)
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self
-
-    def _method_named(self, method: str) -> str:
-        """The method that a name stands for."""
-        return str(getattr(self, "method", "mc")) if method == "auto" else method
 
     # -- how strange an input is ---------------------------------------------------------------------------------------
 

@@ -33,7 +33,13 @@ RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
 
 
 class Stand:
-    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already."""
+    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already.
+
+    Args:
+        model: the module.
+        forward: the user's, or ``None``.
+        weights: by parameter name, each of its parameter's shape.
+    """
 
     def __init__(self, model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor]) -> None:
         self.own = dict(model.named_parameters())

@@ -74,7 +74,7 @@ def test_sets_without_calibration() -> None:
 
 
 def test_equally_probable_classes_stand_together() -> None:
-    from laplace_kf.likelihoods.conformal import _more_probable
+    from laplace_kf.outputs.conformal import _more_probable
 
     probs = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.1, 0.4], [0.7, 0.1, 0.1, 0.1]], dtype=torch.float64)
     wanted = torch.tensor([[0, 0, 0, 0], [0.8, 0, 0.8, 0], [0, 0.7, 0.7, 0.7]], dtype=torch.float64)

@@ -14,19 +14,31 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 
-if TYPE_CHECKING:
-    from laplace_kf.likelihoods.prediction import Prediction
-
-__all__ = ["Conformal", "interval", "prediction_set", "scores"]
+__all__ = ["Conformal", "Predictive", "interval", "prediction_set", "scores"]
 
 OF = ("observation", "mean")
+
+
+class Predictive(Protocol):
+    """What is needed of a prediction (:class:`laplace_kf.Prediction`)."""
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Tensors ``(N, C)`` by attribute name."""
+
+    @property
+    def calibration(self) -> Conformal | None:
+        """Scores of calibration data for this way to predict."""
+
+    def kept(self, y: Tensor) -> Tensor:
+        """Which targets count, of the shape of ``y``."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,8 @@ def checked(level: float) -> float:
     return float(level)
 
 
-def interval(prediction: Prediction, level: float, of: str) -> tuple[Tensor, Tensor]:
-    """See :meth:`laplace_kf.likelihoods.Prediction.interval`."""
+def interval(prediction: Predictive, level: float, of: str) -> tuple[Tensor, Tensor]:
+    """Both ends, each ``(N, C)``; see :meth:`laplace_kf.likelihoods.Prediction.interval`."""
     checked(level)
     if of not in OF:
         raise ValueError(f"an interval is of one of {', '.join(map(repr, OF))}, got {of!r}")
@@ -79,19 +91,19 @@ def interval(prediction: Prediction, level: float, of: str) -> tuple[Tensor, Ten
         raise IncompatiblePair(
             "intervals are of real targets and counts; for classes there is prediction.prediction_set(level)"
         )
-    mean = prediction.mean
+    mean = prediction.values["mean"]
     if of == "mean":
-        spread, calibration = prediction.epistemic_variance, None
+        spread, calibration = prediction.values["epistemic_variance"], None
     else:
-        spread, calibration = prediction.variance, prediction.calibration
+        spread, calibration = prediction.values["variance"], prediction.calibration
     normal = torch.special.ndtri(torch.tensor((1.0 + level) / 2.0, dtype=torch.float64))
     width = normal if calibration is None else calibration.quantile(level)
     half = width.to(mean) * spread.clamp_min(0.0).sqrt()
     return mean - half, mean + half
 
 
-def prediction_set(prediction: Prediction, level: float) -> Tensor:
-    """See :meth:`laplace_kf.likelihoods.Prediction.prediction_set`."""
+def prediction_set(prediction: Predictive, level: float) -> Tensor:
+    """Bool ``(N, C)``; see :meth:`laplace_kf.likelihoods.Prediction.prediction_set`."""
     checked(level)
     probs = _class_probs(prediction)
     above = _more_probable(probs)
@@ -100,7 +112,7 @@ def prediction_set(prediction: Prediction, level: float) -> Tensor:
     return above <= prediction.calibration.quantile(level).to(above)
 
 
-def scores(prediction: Prediction, targets: Any) -> Tensor:
+def scores(prediction: Predictive, targets: Any) -> Tensor:
     """Scores of targets: ``(N, C)`` of real targets ``(N, C)``, ``(N, 1)`` of classes ``(N,)``; NaN where ignored.
 
     Raises:
@@ -109,10 +121,11 @@ def scores(prediction: Prediction, targets: Any) -> Tensor:
     """
     values = prediction.values
     if "variance" in values and "mean" in values:
-        _single(prediction.mean)
-        if not isinstance(targets, Tensor) or targets.shape != prediction.mean.shape:
-            raise ShapeMismatch(f"expected targets {tuple(prediction.mean.shape)}, got {_shape(targets)}")
-        found = (targets.to(prediction.mean) - prediction.mean).abs() / prediction.variance.sqrt()
+        mean = values["mean"]
+        _single(mean)
+        if not isinstance(targets, Tensor) or targets.shape != mean.shape:
+            raise ShapeMismatch(f"expected targets {tuple(mean.shape)}, got {_shape(targets)}")
+        found = (targets.to(mean) - mean).abs() / values["variance"].sqrt()
         return torch.where(prediction.kept(targets), found, torch.nan)
     probs = _class_probs(prediction)
     if not isinstance(targets, Tensor) or targets.shape != probs.shape[:1] or targets.is_floating_point():
@@ -126,7 +139,7 @@ def _shape(targets: Any) -> Any:
     return tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
 
 
-def _class_probs(prediction: Prediction) -> Tensor:
+def _class_probs(prediction: Predictive) -> Tensor:
     """Class probabilities ``(N, C)`` that add up to 1."""
     probs = prediction.values.get("probs")
     if probs is not None:
