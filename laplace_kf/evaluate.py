@@ -32,9 +32,7 @@ __all__ = ["arguments", "main", "read_file"]
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("posterior", type=Path, help="file written by posterior.save")
-    parser.add_argument(
-        "--model", required=True, metavar="MODULE:FUNCTION", help="makes the network, without arguments"
-    )
+    parser.add_argument("--model", required=True, metavar="MODULE:FUNCTION", help="makes the network")
     parser.add_argument("--inside", required=True, type=Path, metavar="FILE", help="in-distribution inputs x, labels y")
     parser.add_argument(
         "--outside", action="append", default=[], metavar="NAME=FILE", help="out-of-distribution inputs; several times"
@@ -104,7 +102,11 @@ def _network(name: str) -> nn.Module:
         raise ShapeMismatch(f"--model takes MODULE:FUNCTION, for example my_networks:resnet, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    made = getattr(importlib.import_module(module), function)()
+    found = importlib.import_module(module)
+    if not hasattr(found, function):
+        names = [known for known, value in vars(found).items() if callable(value)]
+        raise UnknownName(f"function of {module}", function, names)
+    made = getattr(found, function)()
     if not isinstance(made, nn.Module):
         raise ShapeMismatch(f"--model {name} made a {type(made).__name__}, not a torch.nn.Module")
     return made

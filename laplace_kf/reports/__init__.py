@@ -1,7 +1,8 @@
 """What experiments and the demo report: metrics, pictures, one self-contained page, and what the run ran on.
 
-``report(posterior, test_loader, ood_loader, out=folder)`` is the one call that makes the page for a fitted posterior, and
-``evaluate(posterior, inside, {name: outside}, out=folder)`` the one for out-of-distribution scores. They, ``metrics`` and ``plots`` need the ``experiments`` extra; asking for them without it says so.
+``report(posterior, test_loader, ood_loader, out=folder)`` is the one call that makes the page for a fitted posterior,
+and ``evaluate(posterior, inside, {name: outside}, out=folder)`` the one for out-of-distribution scores. They,
+``metrics`` and ``plots`` need the ``experiments`` extra; asking for them without it says so.
 """
 
 from __future__ import annotations

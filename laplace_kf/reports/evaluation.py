@@ -1,8 +1,8 @@
 """How well a posterior knows what it does not know: out-of-distribution detection and selective prediction, as a page.
 
 The numbers are OpenOOD's (Yang et al. 2022): AUROC, AUPR-in and AUPR-out (average precision with the in-distribution or
-the out-of-distribution inputs as the positive class), and FPR95, the share of in-distribution inputs that are flagged at
-the strictest threshold that flags 95 % of the others.
+the out-of-distribution inputs as the positive class), and FPR95, the share of in-distribution inputs that are flagged
+at the strictest threshold that flags 95 % of the others.
 """
 
 from __future__ import annotations
@@ -240,5 +240,5 @@ def _selective_table(rows: Mapping[str, Mapping[str, float]]) -> Table:
             ]
             for kind, numbers in rows.items()
         ],
-        note="AUROC wrong: how well the score tells wrong predictions from right ones. AURC: mean error over coverages.",
+        note="AUROC wrong: how well the score tells wrong predictions from right ones. AURC: mean error by coverage.",
     )

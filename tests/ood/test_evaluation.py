@@ -134,7 +134,7 @@ def test_command_line(files: dict[str, str], tmp_path: Path, capsys: Any) -> Non
     text = capsys.readouterr().out
     assert "In-distribution against far (%)" in text and "AUPR-in" in text and "auto" in text and "Selective" in text
     found = json.loads((out / "result.json").read_text())["metrics"]["ood"]
-    assert found["far"]["auto"]["auroc"] > 0.8 and set(found) == {"far", "near"}
+    assert found["far"]["auto"]["auroc"] > 0.7 and set(found) == {"far", "near"}
 
 
 @pytest.mark.parametrize(
