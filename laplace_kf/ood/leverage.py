@@ -1,12 +1,13 @@
 """Leverage: how far an input of a layer lies from the inputs that the layer was trained on.
 
-For a layer with a Kronecker pair it is ``aᵀ (A + δ I)⁻¹ a`` with the input a (with its constant 1), the layer's own
-input factor A (methods 4.1) and ``δ = √(λ/N)``, the damping of the input factor in ``(√N A + √λ I) ⊗ (√N G + √λ I)``
-(methods 5.2). It is the statistical leverage of linear regression on the layer's inputs, and takes one forward pass: no
-output is looked at. Where a structure has no input factor (diagonal, dense, low rank, eigenvalue-corrected), it is what
-the posterior itself says of that input: N times the summed variances of the layer's outputs, ``N Σ_o Var(w_oᵀ a)``.
-Positions (pixels, steps, nodes) are summed over, as A sums over them; an example's score is the sum of logarithms over
-layers.
+For a layer with a Kronecker pair it is ``aᵀ (A + δ I)⁻¹ a`` with the input a (with its constant 1) and the layer's own
+input factor A (methods 4.1): the statistical leverage of linear regression on the layer's inputs. It takes one forward
+pass; no output is looked at. ``δ`` is a thousandth of A's mean eigenvalue: it only keeps directions that the data never
+showed finite, and does not depend on N or λ, because a damping as large as that of the posterior's factors hides
+exactly those directions. Where a structure has no input factor (diagonal, dense, low rank, eigenvalue-corrected), it is
+what the posterior itself says of that input: N times the summed variances of the layer's outputs,
+``N Σ_o Var(w_oᵀ a)``. Positions (pixels, steps, nodes) are summed over, as A sums over them; an example's score is the
+sum of logarithms over layers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from laplace_kf.tape import Block, EntryLayout, LookupSignals, MatrixSignals, Ou
 __all__ = ["Leverage"]
 
 Form = Callable[["OuterSignals | LookupSignals"], Tensor]
+RIDGE = 1e-3  # damping of an input factor, in units of its mean eigenvalue
 LARGEST = 6000  # parameters of a layer whose dense covariance is made
 
 
@@ -130,16 +132,11 @@ class Leverage:
         if name not in self._forms:
             block = self._tracer.blocks[name]
             fitted = {known.name: matrix for known, matrix in self.curvature.entries}.get(name)
-            prior = self._prior_of(block)
             if isinstance(fitted, KroneckerBlock) and fitted.inputs.shape[1] == block.shape[2]:
-                self._forms[name] = _of_factor(fitted.inputs, float(torch.sqrt(prior / self.n_data)))
+                self._forms[name] = _of_factor(fitted.inputs)
             else:
                 self._forms[name] = self._of_posterior(block)
         return self._forms[name]
-
-    def _prior_of(self, block: Block) -> Tensor:
-        """λ of a block's weight, 0-dim."""
-        return self.prior[block.parameters[0]] if isinstance(self.prior, Mapping) else self.prior
 
     def _of_posterior(self, block: Block) -> Form:
         if self._precision is None:
@@ -211,12 +208,14 @@ def _chosen(layers: str | Sequence[str], last: str, blocks: Mapping[str, Block])
     return found
 
 
-def _of_factor(factor: Tensor, damping: float) -> Form:
+def _of_factor(factor: Tensor) -> Form:
     """``Σ_t aᵀ (A + δ I)⁻¹ a`` for an input factor ``(R, I, I)``, or its diagonal ``(R, I)``."""
+    diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1)
+    damping = (RIDGE * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(factor.dtype).tiny ** 0.5)  # (R, 1)
     if factor.dim() == 2:
         return _weighted(1.0 / (factor + damping))
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-    lower = torch.linalg.cholesky(factor + damping * eye)
+    lower = torch.linalg.cholesky(factor + damping[..., None] * eye)
     root = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False).transpose(-1, -2)  # (R, I, I)
     return _quadratic(root, torch.ones_like(factor[:, 0]), 1.0)
 
