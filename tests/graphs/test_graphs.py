@@ -231,6 +231,29 @@ def test_parameters_without_a_rule_take_single_graphs(kind: Library) -> None:
     close(kron.total().dense(), estimate(model, kind.loader(graphs, 1), "kron").total().dense())
 
 
+def test_gradients_of_single_graphs_by_node(kind: Library) -> None:
+    """A graph alone has fewer rows than in a batch, where it is padded to the largest."""
+
+    class Scaled(Nodes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.points = nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return super().forward(torch.cat([x[:, :2], torch.cdist(x, self.points).tanh()], 1), edge_index)
+
+    graphs, model = several(kind, "node"), net(Scaled)
+    wanted = ggn(model, graphs)
+    for structure in ("full", "diag"):
+        close(estimate(model, kind.loader(graphs, 5), structure).total().diag(), wanted.diagonal())
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit(kind.loader(graphs, 2))
+    inverse = torch.linalg.inv(posterior.precision.dense())
+    found = posterior.functional_covariance(kind.batch.from_data_list(graphs))
+    for k, graph in enumerate(graphs):
+        j = jacobian(model, graph)[1].flatten(0, 1)
+        close(found[k, : len(j), : len(j)], j @ inverse @ j.T, 1e-10)
+
+
 def test_batch_that_cannot_be_cut_says_so() -> None:
     kind = Library("double")
     graphs = several(kind)
