@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from docs.ranks import PICTURE, drawn, ranks
+from docs.ranks import PICTURE, drawn, ranks, with_table
 from experiments.registry import EXPERIMENTS
 from tests.contracts.toys import FOLDER, unregistered
 from tests.test_architecture import ROOT, python_files
@@ -52,8 +52,9 @@ def test_the_picture_of_the_ranks_is_up_to_date() -> None:
 
 
 def test_every_rank_is_described() -> None:
-    told = {name for row in rows("Ranks") for name in re.findall(r"`(\w+)`", row[0])}
-    assert told == {name for rank in ranks() for name in rank}
+    assert with_table(PAGE, ranks()) == PAGE, "run python docs/ranks.py"
+    assert [row[1].strip("`") for row in rows("Ranks")] == [name for rank in ranks() for name in rank]
+    assert all(row[2] for row in rows("Ranks"))
 
 
 @pytest.mark.parametrize("trail", ["fit", "predict", "tune", "update", "step"])

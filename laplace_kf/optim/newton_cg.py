@@ -21,9 +21,9 @@ from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
+from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
 from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import INVERSES
-from laplace_kf.optim.linearised import DISTANCES, Linearised
 from laplace_kf.optim.objective import Batch, counting
 from laplace_kf.optim.penalties import PENALTIES, Curvature
 from laplace_kf.optim.preconditioner import PRECONDITIONERS
@@ -214,7 +214,7 @@ class HessianFree(SecondOrder):
         self._choose_data(batches)
         tau = self.tau if self.radius is None else 0.0
         weights = {name: self.named[name] for name in self.layout.names}
-        matrix = Linearised(self.objective, self._curved, weights, self.structural, self.distance)
+        matrix = ExactCurvature(self.objective, self._curved, weights, self.structural, self.distance)
 
         def undamped(v: Tensor) -> Tensor:
             parts = matrix.product(self.split(v))
@@ -264,7 +264,7 @@ class HessianFree(SecondOrder):
 
         return applied
 
-    def _preconditioner(self, scale: float, matrix: Linearised) -> Matrix | None:
+    def _preconditioner(self, scale: float, matrix: ExactCurvature) -> Matrix | None:
         """The preconditioner at this step's damping; between refreshes the one of before."""
         if self.preconditioner is None:
             return None
@@ -277,7 +277,7 @@ class HessianFree(SecondOrder):
             self._metric = self.preconditioner.build(running, k)
         return self._metric
 
-    def _updated(self, matrix: Linearised) -> Statistics:
+    def _updated(self, matrix: ExactCurvature) -> Statistics:
         """The curvature of the preconditioner: with this step's in it where a step refreshes it, once."""
         due = self._running is None or not self.steps % self.refresh
         if due and "preconditioner" not in self._structures:
@@ -286,7 +286,7 @@ class HessianFree(SecondOrder):
         assert self._running is not None
         return self._running
 
-    def _with_structural(self, statistics: Statistics, matrix: Linearised) -> Statistics:
+    def _with_structural(self, statistics: Statistics, matrix: ExactCurvature) -> Statistics:
         """The curvature of the preconditioner with ``μ diag(D)`` in it: P is for the damped matrix (methods 7.6)."""
         if not self.structural or self.pair is None:
             return statistics
