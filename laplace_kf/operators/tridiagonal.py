@@ -40,7 +40,9 @@ class CrossFactors:
 
 
 class BlockTridiagonal(Matrix):
-    """See the module's text; blocks without a link stand alone. Shapes of factors as in :class:`CrossFactors`.
+    """Solves with a matrix whose inverse links every block to its neighbours; blocks without a link stand alone.
+
+    Shapes of factors as in :class:`CrossFactors`.
 
     Args:
         layout: the flat order.
