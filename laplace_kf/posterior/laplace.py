@@ -869,6 +869,8 @@ class LaplacePosterior:
             f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, "
             f"λ = {plain(self._prior)}"
         )
+        failed = sorted({block.failed for block in state.statistics.blocks.values() if block.failed})
+        title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
         return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
 
