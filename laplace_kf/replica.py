@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Shared", "original", "replica", "stage"]
+__all__ = ["Shared", "current", "original", "replica", "stage", "standing"]
 
 _ORIGINS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
@@ -99,6 +99,29 @@ def stage(model: nn.Module, forward: Any) -> Iterator[tuple[nn.Module, Any]]:
             yield model, forward
         return
     yield pair
+
+
+def standing(model: nn.Module, forward: Any) -> tuple[nn.Module, Any]:
+    """As :func:`stage` for an object that is kept: a double, or the model itself; run it inside :func:`current`."""
+    try:
+        with in_place(model):
+            return replica(model, forward)
+    except _Unfaithful:
+        return model, forward
+
+
+@contextmanager
+def current(model: nn.Module) -> Iterator[None]:
+    """Inside, a module from :func:`standing` has the buffers that the user's has now; one caller at a time."""
+    user = original(model)
+    if user is model:
+        with in_place(model):
+            yield
+        return
+    with in_place(user), torch.no_grad():
+        for mine, theirs in zip(model.buffers(), user.buffers(), strict=True):
+            mine.copy_(theirs)
+    yield
 
 
 def replica(model: nn.Module, forward: Any) -> tuple[nn.Module, Any]:
