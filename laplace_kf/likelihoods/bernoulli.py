@@ -58,4 +58,4 @@ class Bernoulli(ElementwiseLikelihood):
     def _probit(self, outputs: GaussianOutputs) -> Prediction:
         """``sigmoid(f / √(1 + π/8 · var))`` (MacKay 1992, "The evidence framework applied to classification")."""
         z = outputs.mean / (1.0 + math.pi / 8.0 * outputs.variance).sqrt()
-        return without_components(self._predict(z[None], outputs.shape))
+        return without_components(self._predict(z[None], outputs.shape), outputs, self._predict)

@@ -174,7 +174,7 @@ class Categorical(Likelihood):
     def _probit(self, outputs: GaussianOutputs) -> Prediction:
         """``softmax(f / √(1 + π/8 · var))``, the multi-class form of MacKay (1992), with each logit's own variance."""
         z = outputs.mean / (1.0 + math.pi / 8.0 * outputs.variance).sqrt()
-        return without_components(self._predict(z[None], outputs.shape))
+        return without_components(self._predict(z[None], outputs.shape), outputs, self._predict)
 
     def _bridge(self, outputs: GaussianOutputs) -> Prediction:
         """Laplace bridge: the Dirichlet whose density over logits has the given mode and curvature.

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ __all__ = ["GaussianOutputs", "Link", "Prediction"]
 LOG_2PI = math.log(2.0 * math.pi)
 PositionDensity = Callable[[Tensor, "Tensor | None"], Tensor]
 Density = Callable[[PositionDensity, Tensor], Tensor]
+PredictDraws = Callable[[Tensor, torch.Size], "Prediction"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,6 +62,9 @@ class Prediction:
         entropies: () → entropy by position and mean entropy of the components by position (None if unknown).
         build: () → the ``torch.distributions`` object.
         ignore_index: the likelihood's; see :meth:`kept`.
+        information: () → mutual information by position, where the components of the mixture are not known.
+        independent_samples: whether :attr:`samples` are drawn anew for every example (``space="activations"``). By
+            default a sample is one function over all examples.
         calibration: conformal scores of this way to predict, see :meth:`interval`.
     """
 
@@ -69,6 +74,8 @@ class Prediction:
     build: Callable[[], Distribution]
     ignore_index: int | None = None
     calibration: Conformal | None = None
+    information: Callable[[], Tensor] | None = None
+    independent_samples: bool = False
 
     def _value(self, name: str) -> Tensor:
         if name not in self.values:
@@ -123,7 +130,9 @@ class Prediction:
         """``(N,)`` mutual information of target and weights in nats; see the class."""
         total, conditional = self._position_entropies
         if conditional is None:
-            raise AttributeError("This prediction has no samples to take a mutual information over.")
+            if self.information is None:
+                raise AttributeError("This prediction has no samples to take a mutual information over.")
+            return self.information().flatten(1).sum(1).clamp_min(0.0)
         # Jensen makes it non-negative; only rounding could not.
         return (total - conditional).flatten(1).sum(1).clamp_min(0.0)
 
@@ -364,10 +373,27 @@ def covariance_root(covariance: Tensor) -> Tensor:
     return lower.index_put((singular,), vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2))
 
 
-def without_components(prediction: Prediction) -> Prediction:
-    """The prediction of one set of probabilities that stands for a mixture whose components are not known."""
-    total = prediction.position_entropy
-    return replace(prediction, entropies=partial(given_total, total))
+def without_components(prediction: Prediction, outputs: GaussianOutputs, predict: PredictDraws) -> Prediction:
+    """The prediction of one set of probabilities that stands for a mixture whose components are not known.
+
+    Its mutual information is that of draws of the outputs (with what is known of their covariance), made on demand.
+
+    Args:
+        prediction: by a closed form.
+        outputs: the normal outputs behind it.
+        predict: draws ``(S, N, T, C)`` and the shape of one set of outputs → the mixture's prediction.
+    """
+    seed = int(torch.randint(2**62, (), generator=outputs.generator, device=outputs.generator.device))
+    spread = (outputs.mean, outputs.variance, outputs.covariance, tuple(outputs.shape), outputs.samples)
+    information = partial(_drawn_information, predict, spread, seed)
+    return replace(prediction, entropies=partial(given_total, prediction.position_entropy), information=information)
+
+
+def _drawn_information(predict: PredictDraws, spread: tuple[Any, ...], seed: int) -> Tensor:
+    outputs = GaussianOutputs(*spread, torch.Generator().manual_seed(seed))
+    total, conditional = predict(outputs.draws, torch.Size(outputs.shape)).entropies()
+    assert conditional is not None
+    return total - conditional
 
 
 def given_total(total: Tensor) -> tuple[Tensor, None]:

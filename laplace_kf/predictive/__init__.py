@@ -2,6 +2,7 @@
 
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.draws import DRAWS, draw_seeds
+from laplace_kf.predictive.dropout import MCDropout, mc_dropout
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.methods import METHODS, Request
 from laplace_kf.predictive.montecarlo import SPACES, Predictor, monte_carlo, sampled_outputs, shifted, weight_noise
@@ -11,9 +12,11 @@ __all__ = [
     "METHODS",
     "SPACES",
     "Linearization",
+    "MCDropout",
     "Predictor",
     "Request",
     "draw_seeds",
+    "mc_dropout",
     "monte_carlo",
     "outputs_at",
     "sampled_outputs",

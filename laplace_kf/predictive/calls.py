@@ -21,7 +21,7 @@ from laplace_kf.replica import Shared, original
 __all__ = ["Uses", "outputs_at", "over_draws"]
 
 Handler = Callable[[LayerRule, BoundCall, Mapping[str, str], Callable[[], Tensor]], Tensor]
-_VECTORISES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_VECTORISES: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -121,7 +121,9 @@ def _refusal(used: Mapping[int, str], function: str) -> str:
     )
 
 
-def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], stacked: Mapping[str, Tensor]) -> Tensor:
+def over_draws(
+    model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], stacked: Mapping[str, Tensor], kind: str = "outputs"
+) -> Tensor:
     """Outputs ``(K, N, ...)`` of K draws, vectorised over them where the model allows it.
 
     What does not depend on a draw is computed once. The first time a model is vectorised, one draw is checked by hand;
@@ -131,14 +133,15 @@ def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], sta
         model: whose forward pass ``run`` makes; remembered with the answer.
         run: outputs ``(N, ...)`` of one draw.
         stacked: what a draw consists of, every tensor with a leading axis of K draws.
+        kind: what ``run`` does with the model; the answer is remembered for each.
     """
 
     def one(k: int) -> Tensor:
         return run({name: value[k] for name, value in stacked.items()})
 
-    model = original(model)
+    known = _VECTORISES.setdefault(original(model), {})
     count = next(iter(stacked.values())).shape[0]
-    if count > 1 and not autocasting() and _VECTORISES.get(model, True):  # autocast does not reach into vmap
+    if count > 1 and not autocasting() and known.get(kind, True):  # autocast does not reach into vmap
         try:
             with QUIET():
                 together: Tensor | None = torch.func.vmap(run, randomness="different")(dict(stacked))
@@ -146,13 +149,13 @@ def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], sta
             raise
         except (LaplaceKFError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError):
             together = None
-        if together is not None and model in _VECTORISES:
+        if together is not None and kind in known:
             return together
         first = one(0)
         if together is not None and _agree(together[0].detach(), first.detach()):
-            _VECTORISES[model] = True
+            known[kind] = True
             return together
-        _VECTORISES[model] = False
+        known[kind] = False
         return torch.stack([first, *(one(k) for k in range(1, count))])
     return torch.stack([one(k) for k in range(count)])
 

@@ -16,6 +16,7 @@ from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.draws import draw_seeds
+from laplace_kf.predictive.functions import function_draws
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import monte_carlo
 from laplace_kf.registry import Registry
@@ -71,11 +72,15 @@ METHODS: Registry[PredictionMethod] = Registry("prediction method")
 def _monte_carlo(request: Request) -> Prediction:
     """Average over draws of weights or pre-activations (methods 10.1)."""
     request.without_link("mc")
+    space = request.space
+    if space == "auto" and request.keep_samples:
+        space = "weights"  # a sample that is kept is one function
     drawn = monte_carlo(
         request.model, request.forward, request.mean, request.precision(), request.inputs, request.samples,
-        request.space, request.draws, request.generator,
+        space, request.draws, request.generator,
     )  # fmt: skip
-    return request.likelihood.predict(drawn, keep_samples=request.keep_samples)
+    found = request.likelihood.predict(drawn, keep_samples=request.keep_samples)
+    return replace(found, independent_samples=space == "activations")
 
 
 @METHODS.register("map")
@@ -128,15 +133,17 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
     if not bool(torch.isfinite(variances.detach()).all()):
         raise NonFinite("variances of the outputs have NaN or infinite entries; increase prior_precision or n_data")
     seed = draw_seeds(1, request.generator)[0]
-    return [
+    made = [
         request.likelihood.predict_gaussian(
-            network.outputs,
-            variance,
-            covariance,
-            request.link,
-            request.samples,
-            torch.Generator().manual_seed(seed),
-            request.keep_samples,
+            network.outputs, variance, covariance, request.link, request.samples, torch.Generator().manual_seed(seed)
         )
         for variance, covariance in zip(variances, covariances, strict=True)
     ]
+    if not request.keep_samples:
+        return made
+    # the link's own draws share their noise over inputs, so that a prediction does not depend on the batch around it
+    functions = [
+        function_draws(network, precision, request.samples, torch.Generator().manual_seed(seed))
+        for precision in precisions
+    ]
+    return [replace(p, values={**p.values, "samples": f}) for p, f in zip(made, functions, strict=True)]

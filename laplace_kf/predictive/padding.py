@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,7 +31,14 @@ def without_padding(prediction: Prediction, inputs: Any, forward: Forward | None
     kept = None if forward is not None or first is None else padding(inputs, first.shape)
     if kept is None:
         return prediction
-    return replace(prediction, entropies=partial(_entropies, prediction, kept))
+    known = prediction.information
+    information = None if known is None else partial(_information, known, kept)
+    return replace(prediction, entropies=partial(_entropies, prediction, kept), information=information)
+
+
+def _information(known: Callable[[], Tensor], kept: Tensor) -> Tensor:
+    found = known()
+    return torch.where(kept.to(found.device), found, torch.zeros((), dtype=found.dtype, device=found.device))
 
 
 def _entropies(prediction: Prediction, kept: Tensor) -> Entropies:
