@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
-from laplace_kf.demo import private_rng
-from laplace_kf.reports import plots
+from laplace_kf.reports import plots, private_rng
 from laplace_kf.reports.style import colour
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ Run it with ``python -m laplace_kf demo [--out DIR]``. Needs the ``experiments``
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.reports import missing_extra, processor_threads
+from laplace_kf.predictive import mc_dropout
+from laplace_kf.reports import missing_extra, private_rng, processor_threads
 
 if TYPE_CHECKING:
     from laplace_kf.reports.html import Report
 
-__all__ = ["Config", "main", "mc_dropout", "private_rng", "run"]
+__all__ = ["Config", "main", "run"]
 
 KNOWN = 5
 """Digits below this are learned, the others are out of distribution."""
@@ -62,54 +62,6 @@ class Config:
     samples: int = 100
     tune_samples: int = 30
     threads: int = 1
-
-
-@contextlib.contextmanager
-def private_rng(seed: int) -> Iterator[None]:
-    """Seed torch's global generators inside the ``with`` block and put them back to where they were at its end."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-def mc_dropout(
-    model: nn.Module, inputs: Tensor, samples: int, generator: torch.Generator, *, size: int = 5000
-) -> Tensor:
-    """Class probabilities averaged over random dropout masks (methods 10.4).
-
-    A sample is one thinned network: its mask is the same for all inputs of a forward pass, as a weight draw is. (Every
-    input's average has the distribution that masks of its own would give it, for a fraction of the random numbers.)
-    The model runs in eval mode, so BatchNorm and the like stay put; only the ``nn.Dropout`` modules drop, with masks
-    from ``generator``. Modes and the global generator are left as they were.
-
-    Args:
-        model: a classifier with ``nn.Dropout`` modules.
-        inputs: ``(N, ...)``.
-        samples: number of masks ``S``.
-        generator: draws the masks; on the device of ``inputs``.
-        size: examples per forward pass.
-
-    Returns:
-        ``(N, C)`` probabilities.
-    """
-
-    def drop(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        keep = 1.0 - float(module.p)  # type: ignore[arg-type]
-        mask = torch.empty_like(output[:1]).bernoulli_(keep, generator=generator)
-        return output * mask / keep if keep else torch.zeros_like(output)
-
-    modes = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(drop) for module in modes if isinstance(module, nn.Dropout)]
-    model.eval()
-    try:
-        with torch.no_grad():
-            parts = [sum(model(part).softmax(-1) for _ in range(samples)) / samples for part in inputs.split(size)]
-            return torch.cat(parts)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _digits(seed: int, noise: float) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
@@ -161,7 +113,7 @@ def _predictions(config: Config) -> tuple[dict[str, Tensor], dict[str, dict[str,
     with torch.no_grad():
         probs = {"MAP": model(inputs).softmax(-1)}
     noisy = _network(config, config.dropout, parts["train"])
-    probs["MC dropout"] = mc_dropout(noisy, inputs, config.samples, generator)
+    probs["MC dropout"] = mc_dropout(noisy, "categorical", config.samples, generator)(inputs).probs
     settings: dict[str, dict[str, float]] = {}
     for name, (structure, parameters) in POSTERIORS.items():
         posterior = LaplacePosterior(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from experiments.calibration.problems import Forecast, Problem
-from laplace_kf.demo import private_rng
+from laplace_kf.reports import private_rng
 
 __all__ = ["laplace_torch"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.demo import private_rng
+from laplace_kf.reports import private_rng
 
 __all__ = ["Batches", "binarise", "generator", "mlp", "outputs", "train"]
 

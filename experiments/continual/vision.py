@@ -13,7 +13,7 @@ from experiments.common.claims import Claim
 from experiments.continual.settings import Config
 from experiments.continual.tasks import ABOVE, KRON, Pair, Stream, Task, Tasks
 from laplace_kf.batches import Forward
-from laplace_kf.demo import private_rng
+from laplace_kf.reports import private_rng
 
 __all__ = ["HeadTask", "LeNet", "Vision"]
 

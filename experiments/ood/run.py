@@ -31,8 +31,8 @@ from experiments.common.checks import require
 from experiments.common.claims import verdict_table
 from experiments.ood import variational
 from experiments.ood.report import CLAIMS, PUBLISHED, Outcome, measure, methods_table, pictures, tuning_table
-from laplace_kf.demo import mc_dropout
 from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import metrics
 from laplace_kf.reports.html import Report
 
@@ -216,7 +216,9 @@ def _repetition(config: Config, seed: int) -> Outcome:
     rng = training.generator(seed, config.device)
     probs["MAP"] = training.outputs(model, inputs).softmax(-1)
     with stage("MC dropout: prediction"):
-        probs["MC dropout"] = mc_dropout(noisy, inputs, config.samples, rng)
+        dropped = mc_dropout(noisy, "categorical", config.samples, rng)
+        with torch.no_grad():
+            probs["MC dropout"] = torch.cat([dropped(part).probs for part in inputs.split(5000)])
     for name, structure in STRUCTURES.items():
         posterior = LaplacePosterior(
             model, "categorical", structure=structure, estimator="exact", damping=config.damping,

@@ -60,9 +60,8 @@ from experiments.shakespeare.report import (
     tuning_table,
 )
 from experiments.shakespeare.transformer import Transformer, encode, windows
-from laplace_kf.demo import private_rng
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.reports import metrics
+from laplace_kf.reports import metrics, private_rng
 from laplace_kf.reports.html import Report
 
 __all__ = ["Config", "by_character", "run"]

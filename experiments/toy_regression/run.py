@@ -27,10 +27,9 @@ from torch import Tensor, nn
 from experiments.common.checks import require
 from experiments.common.claims import Claim, verdict_table
 from experiments.common.training import generator
-from laplace_kf.demo import private_rng
 from laplace_kf.likelihoods import Gaussian, Prediction
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.reports import metrics, plots
+from laplace_kf.reports import metrics, plots, private_rng
 from laplace_kf.reports.html import Picture, Report, Table
 
 __all__ = ["Config", "run"]

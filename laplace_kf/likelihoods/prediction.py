@@ -390,7 +390,9 @@ def without_components(prediction: Prediction, outputs: GaussianOutputs, predict
 
 
 def _drawn_information(predict: PredictDraws, spread: tuple[Any, ...], seed: int) -> Tensor:
-    outputs = GaussianOutputs(*spread, torch.Generator().manual_seed(seed))
+    mean, variance, covariance, shape, samples = spread
+    rng = torch.Generator().manual_seed(seed)
+    outputs = GaussianOutputs(mean, variance, covariance, shape, samples, rng)
     total, conditional = predict(outputs.draws, torch.Size(outputs.shape)).entropies()
     assert conditional is not None
     return total - conditional

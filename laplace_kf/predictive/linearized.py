@@ -112,7 +112,10 @@ class Linearization:
             self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
             self.forward = Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
-            with torch.no_grad():
+            self._leaves = leaves
+            inputs = (t for t in tensors_of(self.x) if t.requires_grad)
+            self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
+            with torch.set_grad_enabled(self.differentiable):
                 self.outputs = self._run(self.x)
         if self.outputs.dim() < 2:
             raise ShapeMismatch(
@@ -182,6 +185,9 @@ class Linearization:
         shape = (len(precisions), len(wanted.order) // width, count, width, width)
         self._check_size(shape, like)
         self._check_positive(precisions)
+        if self.differentiable:
+            rows = self._jacobian(precisions[0])[:, wanted.order.to(like.device)].unflatten(1, (-1, width))
+            return torch.stack([self._between(rows, precision) for precision in precisions]).transpose(1, 2)
         out = torch.zeros(shape, dtype=like.dtype, device=like.device)
         shares = shares_of(precisions)
 
@@ -203,10 +209,31 @@ class Linearization:
         self._check_positive([precision])
         if not size:
             return torch.zeros(0, 0, dtype=like.dtype, device=like.device)
+        if self.differentiable:
+            return self._between(self._jacobian(precision).flatten(0, 1)[None, None], precision)[0, 0]
         with preserved(self.model), torch.no_grad():
             observation = self.tracer.observe(self.x)
             piece = self._piece(observation, slice(0, observation.count), torch.arange(self._flat))
         return joint_of(piece, precision)
+
+    def _jacobian(self, precision: Blockwise) -> Tensor:
+        """``J (N, C', P)`` with a graph to the inputs, one backward pass a row."""
+        like, flat = like_of(precision), self.outputs.flatten(1)
+        rows = []
+        for output in flat.reshape(-1):
+            found = torch.autograd.grad(output, list(self._leaves.values()), create_graph=True, allow_unused=True)
+            parts = {
+                name: (torch.zeros_like(leaf) if part is None else part).to(like.dtype)[None]
+                for (name, leaf), part in zip(self._leaves.items(), found, strict=True)
+            }
+            rows.append(precision.layout.join(parts)[0])
+        return torch.stack(rows).reshape(*flat.shape, -1)
+
+    @staticmethod
+    def _between(rows: Tensor, precision: Blockwise) -> Tensor:
+        """``rows Λ⁻¹ rowsᵀ`` of ``(N, G, W, P)``, as ``(N, G, W, W)``."""
+        solved = precision.solve(rows.flatten(0, 2).T).T.reshape(rows.shape)
+        return torch.matmul(rows, solved.transpose(-1, -2))
 
     def _check_size(self, shape: Sequence[int], like: Tensor) -> None:
         needed = torch.Size(shape).numel() * like.element_size()

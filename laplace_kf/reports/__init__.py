@@ -10,9 +10,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from laplace_kf.reports.environment import machine, missing_extra, processor_threads, versions
+from laplace_kf.reports.environment import machine, missing_extra, private_rng, processor_threads, versions
 
-__all__ = ["evaluate", "machine", "metrics", "missing_extra", "plots", "processor_threads", "report", "versions"]
+__all__ = [
+    "evaluate",
+    "machine",
+    "metrics",
+    "missing_extra",
+    "plots",
+    "private_rng",
+    "processor_threads",
+    "report",
+    "versions",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 
 from laplace_kf.version import __version__
 
-__all__ = ["machine", "missing_extra", "processor_threads", "versions"]
+__all__ = ["machine", "missing_extra", "private_rng", "processor_threads", "versions"]
 
 
 def missing_extra(package: str | None) -> ImportError:
@@ -24,6 +24,14 @@ def missing_extra(package: str | None) -> ImportError:
         "It comes with the 'experiments' extra: pip install 'laplace_kf[experiments]'",
         name=package,
     )
+
+
+@contextlib.contextmanager
+def private_rng(seed: int) -> Iterator[None]:
+    """Seed torch's global generators inside the ``with`` block and put them back to where they were at its end."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextlib.contextmanager

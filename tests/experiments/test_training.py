@@ -6,7 +6,7 @@ from torch import nn
 
 from experiments.common import training
 from experiments.ood import variational
-from laplace_kf.demo import mc_dropout
+from laplace_kf.predictive import mc_dropout
 
 
 def problem(seed=0, count=60):
@@ -77,7 +77,8 @@ def test_mc_dropout_without_dropping_is_the_network_itself():
     model = training.mlp([6, 8, 3], dropout=0.5, seed=0).train()
     model[3].p = 0.0
     inputs = problem()[0]
-    probs = mc_dropout(model, inputs, 4, training.generator(0))
+    with pytest.warns(UserWarning, match="nothing to drop"):
+        probs = mc_dropout(model, "categorical", 4, training.generator(0))(inputs).probs
     torch.testing.assert_close(probs, model.eval()(inputs).softmax(-1))
 
 
@@ -99,8 +100,8 @@ def test_mc_dropout_averages_the_masked_network():
     model = nn.Sequential(nn.Dropout(0.25), nn.Linear(1, 2)).eval()
     inputs = torch.tensor([[1.0]])
     kept, gone = (model[1](inputs * scale).softmax(-1) for scale in (1 / 0.75, 0.0))
-    probs = mc_dropout(model, inputs, 20000, training.generator(0))
-    torch.testing.assert_close(probs, 0.75 * kept + 0.25 * gone, atol=0.01, rtol=0)
+    probs = mc_dropout(model, "categorical", 2000, training.generator(0))(inputs).probs
+    torch.testing.assert_close(probs, 0.75 * kept + 0.25 * gone, atol=0.03, rtol=0)
 
 
 def test_mc_dropout_leaves_no_trace():
@@ -109,11 +110,11 @@ def test_mc_dropout_leaves_no_trace():
     modes = [module.training for module in model.modules()]
     before = torch.get_rng_state()
     inputs = problem()[0]
-    first = mc_dropout(model, inputs, 5, training.generator(1))
-    assert torch.equal(first, mc_dropout(model, inputs, 5, training.generator(1)))
-    assert not torch.equal(first, mc_dropout(model, inputs, 5, training.generator(2)))
+    first = mc_dropout(model, "categorical", 5, training.generator(1))(inputs).probs
+    assert torch.equal(first, mc_dropout(model, "categorical", 5, training.generator(1))(inputs).probs)
+    assert not torch.equal(first, mc_dropout(model, "categorical", 5, training.generator(2))(inputs).probs)
     with pytest.raises(RuntimeError):
-        mc_dropout(model, torch.zeros(2, 7), 5, training.generator(1))
+        mc_dropout(model, "categorical", 5, training.generator(1))(torch.zeros(2, 7))
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())

@@ -61,8 +61,7 @@ def test_categorical_probit_is_its_formula() -> None:
     found = predict(lk.likelihoods.Categorical(), mean, covariance, "probit")
     variance = torch.stack([v.diagonal() for v in covariance])
     close(found.probs, (mean / (1 + math.pi / 8 * variance).sqrt()).softmax(-1), 1e-14)
-    with pytest.raises(AttributeError, match="mutual information"):
-        _ = found.mutual_information
+    assert (found.mutual_information > 0).all()  # from draws, see test_functions
     y = torch.tensor([0, 1, 2, -100])
     close(found.log_prob(y)[:3], found.probs[:3].gather(1, y[:3, None]).log()[:, 0], 1e-12)
 
