@@ -396,7 +396,9 @@ def test_auto_does_what_the_cost_model_says(monkeypatch: pytest.MonkeyPatch) -> 
     x = normal(4, 3, seed=50)
     for cheaper, space in ((True, "activations"), (False, "weights")):
         monkeypatch.setattr(montecarlo, "activations_are_cheaper", lambda *_, answer=cheaper: answer)
-        assert torch.equal(outputs(post, x, "auto", 5), outputs(post, x, space, 5))
+        found, wanted = (post.predict(x, samples=5, space=s, generator=rng(1)).probs for s in ("auto", space))
+        assert torch.equal(found, wanted)
+        assert torch.equal(outputs(post, x, "auto", 5), outputs(post, x, "weights", 5))  # kept samples are functions
 
 
 # ------------------------------------------------------------------------------------------------ kinds of draws
@@ -489,7 +491,7 @@ def test_a_predictor_draws_once(keep: int, monkeypatch: pytest.MonkeyPatch) -> N
     x = normal(10, 3, seed=50)
     made: list[int] = []
     original = weights.WeightDraws.make
-    monkeypatch.setattr(weights.WeightDraws, "make", lambda self, k: (made.extend(k), original(self, k))[1])
+    monkeypatch.setattr(weights.WeightDraws, "make", lambda self, k, *more: (made.extend(k), original(self, k, *more))[1])
     predictor = post.predictor(samples=5, generator=rng(1))
     parts = [predictor(part, keep_samples=True) for part in x.split(4)]
     assert len(made) == (5 if keep else 15)
@@ -514,7 +516,7 @@ def test_a_model_without_batching_rules_is_asked_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outputs(post, normal(4, 3, seed=50), "weights", 3)
-    assert calls._VECTORISES[post.model] is False
+    assert calls._VECTORISES[post.model] == {"outputs": False}
     assert torch.equal(outputs(post, normal(4, 3), "weights", 3), outputs(post, normal(4, 3), "weights", 3))
 
 
