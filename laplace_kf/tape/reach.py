@@ -1,7 +1,7 @@
 """Which positions of a layer count: those from which a counted output can be reached.
 
 A target that is not ignored makes its output position count. Going back from there, an input position (a row) of a
-layer counts if a counted output of the network is a function of it. One backward pass with random numbers at the counted
+layer counts if a counted output of the network is a function of it. One backward pass with random numbers at counted
 outputs tells: a row's gradient is zero exactly where every path to a counted output is cut, by an index, by a mask, by
 an attention weight of 0, by the end of a recurrence. Which rows count must not depend on where the weights happen to
 have switched a unit off, nor on the estimator. So paths that are only *flat* at the present weights are kept open in
@@ -18,9 +18,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["reached"]
+__all__ = ["has_own_functions", "reached"]
 
 Gradients = Sequence["Tensor | None"]
 Patch = Callable[[Any, Gradients, Gradients], "list[Tensor | None]"]
@@ -46,6 +47,20 @@ def reached(
         seed = torch.where(counted, seed, torch.zeros((), dtype=seed.dtype, device=seed.device))
     with _opened(outputs, flat):
         return list(torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True))
+
+
+def has_own_functions(outputs: Tensor) -> bool:
+    """Whether a ``torch.autograd.Function`` of the user's stands behind the outputs: nobody knows what it looks at."""
+    stack, seen = [outputs.grad_fn], {outputs.grad_fn}
+    while stack:
+        node = stack.pop()
+        if isinstance(node, BackwardCFunction):
+            return True
+        for following, _ in node.next_functions if node is not None else ():
+            if following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ it does not matter by which calls they were made. Functions that are fused for s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,8 +66,8 @@ class Call:
         rule: the layer rule.
         bound: the call's arguments by name.
         portions: role (``"weight"``, ``"bias"``) to what was read, tracked parameters only.
-        edge: where the output stands in the autograd graph. Where it is a view of all of another tensor (a linear map of
-            sequences), that tensor: an activation in place takes the view, not the tensor, out of the graph.
+        edge: where the output stands in the autograd graph. Where it is a view of all of another tensor (linear
+            map of sequences), that tensor: an activation in place takes the view, not the tensor, out of the graph.
         shape: shape of the output.
         leading: how many leading output axes enumerate rows.
         version: version counter of the input when it was consumed.
@@ -143,10 +143,12 @@ class Tape(TorchFunctionMode):
         tracked: ``id(parameter)`` to parameter name.
         on_step: called before every function with (function, args, kwargs); its return value is kept in the step.
         record_steps: also keep every call on tensors (:attr:`steps`).
+        constants: ids of the model's parameters and buffers.
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
     anything else (with the name of the function); :attr:`order` all uses in order; :attr:`picked` whether rows were
-    picked or ordered by the data; :attr:`flat` the autograd nodes of activations that changed a view in place.
+    picked or ordered by the data; :attr:`flat` the autograd nodes of activations that changed a view in place;
+    :attr:`signature` what the pass did, unless it combined hidden activities with other data (then ``None``).
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Tape(TorchFunctionMode):
         tracked: Mapping[int, str],
         record_steps: bool = False,
         on_step: Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Tensor | None] | None = None,
+        constants: Collection[int] = (),
     ) -> None:
         super().__init__()
         self.tracked = tracked
@@ -165,6 +168,8 @@ class Tape(TorchFunctionMode):
         self.steps: list[Step] = []
         self.picked = False
         self.flat: list[Any] = []
+        self.constants = constants
+        self.signature: list[Any] | None = []
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
 
@@ -182,6 +187,7 @@ class Tape(TorchFunctionMode):
             if replacement is not None:
                 with self:
                     return replacement(*args, **kwargs)
+        self._sign(func, args, kwargs)
         if not self.picked and picks_rows(func, args):
             hidden = [t for t in _tensors((args, kwargs)) if t.requires_grad and self._root(t) is None]
             self.picked = bool(hidden) or func in NUMBERS
@@ -215,6 +221,24 @@ class Tape(TorchFunctionMode):
             key = (id(output), _version(output))
             self.steps.append(Step(func, args, kwargs, source, source_key, output, key, call, before))
         return output
+
+    def _sign(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Adds one call to the signature: two passes with one signature connect their tensors in the same way.
+
+        A tensor of data beside hidden activities (a mask, an index) may connect them otherwise in every minibatch.
+        """
+        if self.signature is None:
+            return
+        foreign = hidden = False
+        for tensor in _tensors((args, kwargs)):
+            if id(tensor) in self.constants or (tensor._base is not None and id(tensor._base) in self.constants):
+                continue
+            hidden = hidden or tensor.requires_grad
+            foreign = foreign or (not tensor.requires_grad and tensor.numel() > 1)
+        if (hidden and foreign) or func in NUMBERS:
+            self.signature = None
+        elif hidden:
+            self.signature.append((func, _static(args), _static(kwargs)))
 
     def _root(self, tensor: Tensor) -> tuple[Tensor, str] | None:
         """The tracked parameter that a tensor is, or is a view of, with its name."""
@@ -308,28 +332,21 @@ class Tape(TorchFunctionMode):
         return call
 
 
-_IN_PLACE = [
-    "relu",
-    "relu6",
-    "tanh",
-    "sigmoid",
-    "gelu",
-    "silu",
-    "elu",
-    "selu",
-    "celu",
-    "leaky_relu",
-    "hardtanh",
-    "hardswish",
-    "hardsigmoid",
-    "threshold",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "abs",
-    "mish",
-    "rrelu",
-]
+def _static(structure: Any) -> Any:
+    """The arguments of a call without their data, hashable."""
+    if isinstance(structure, Tensor):
+        return structure.shape
+    if isinstance(structure, (tuple, list)):
+        return tuple(map(_static, structure))
+    if isinstance(structure, Mapping):
+        return tuple((key, _static(value)) for key, value in structure.items())
+    return repr(structure)
+
+
+_IN_PLACE = {
+    "relu", "relu6", "tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardswish",
+    "hardsigmoid", "threshold", "clamp", "clamp_min", "clamp_max", "abs", "mish", "rrelu",
+}  # fmt: skip
 
 
 def _activates(func: Callable[..., Any]) -> bool:

@@ -40,6 +40,7 @@ class Tracer:
         example_wise: names of the vector blocks that need per-example gradients (no rule for their use).
         rows: which rows belong to which example.
         gradients: per-example gradients.
+        patterns: which positions count, by the signature of a pass (:meth:`Observation.input_signals`).
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Tracer:
         self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
         self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
+        self.patterns: dict[Any, dict[str, list[Tensor | None]]] = {}
         self.gradients = ExampleGradients(model, forward, self.named)
         self._may_be_chain = True
         if self._selected is not None:
@@ -120,9 +122,15 @@ class Tracer:
         # to find the last layer, frozen parameters have to be seen as well
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
-        tape = Tape(tracked, record_steps=self._may_be_chain, on_step=derivative if self._may_be_chain else None)
+        fixed = [*self.named.values(), *self.model.buffers()]
+        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in fixed)
+        constants = {id(tensor) for tensor in fixed}
+        on_step = derivative if self._may_be_chain else None
+        tape = Tape(tracked, record_steps=self._may_be_chain, on_step=on_step, constants=constants)
         with torch.enable_grad(), tape:
             outputs, targets = run(self.model, batch, self.forward)
+        if tape.signature is not None:
+            tape.signature.append(versions)  # a buffer that was written to may hold a mask
         _check_outputs(outputs, index)
         if self._selected is None:
             self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
@@ -151,12 +159,12 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             self.rows.locate(tape.calls, outputs, tape.picked)
-        observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
+        observation = Observation(self, batch, outputs, targets, tape.calls, chain, made=tape)
         self._plan(tape)
         if self._verify(observation):
             return observation
         self._plan(tape)
-        return Observation(self, batch, outputs, targets, tape.calls, None, flat=tape.flat)
+        return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
 
     def _chain(self, tape: Tape, outputs: Tensor) -> Chain | None:
         """The chain of this forward pass, if the network is one; asked once, then remembered."""
