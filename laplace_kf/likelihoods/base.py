@@ -17,7 +17,6 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -73,6 +72,11 @@ class Likelihood(abc.ABC):
         if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
             raise ValueError(f"{type(self).__name__}: ignore_index must be an int or None, got {ignore_index!r}.")
         self.ignore_index = ignore_index
+
+    @classmethod
+    def examples(cls) -> tuple[tuple[Likelihood, int], ...]:
+        """Objects with a number of outputs C each, to try the likelihood on (the contract tests do)."""
+        return ((cls(), cls._channels or 3),)
 
     # -- what a subclass implements; z is (N, T, C), y and keep come from _position_targets
 
@@ -242,7 +246,7 @@ class Likelihood(abc.ABC):
         return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept)[..., 0]
 
     def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
-        """How many examples have a position that counts; arguments and errors as :meth:`counted`."""
+        """How many of the examples of outputs ``(N, ...)`` have a position that counts; errors as :meth:`counted`."""
         kept = self.counted(outputs, targets)
         return len(outputs) if kept is None else int(kept.flatten(1).any(1).sum())
 
@@ -636,6 +640,3 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if not isinstance(name_or_object, str):
         raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
     return LIKELIHOODS[name_or_object]()
-
-
-LOG_2PI = math.log(2.0 * math.pi)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_kf.errors import IncompatiblePair
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.outputs.layout import masked
 from laplace_kf.registry import Registry
@@ -29,7 +30,16 @@ def _squared(activity: Tensor) -> Tensor:
 
 @DISTANCES.register("cross_entropy")
 def _cross_entropy(activity: Tensor) -> Tensor:
-    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself."""
+    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself.
+
+    Raises:
+        IncompatiblePair: for activities outside [0, 1].
+    """
+    if not bool(((activity >= 0) & (activity <= 1)).all()):
+        raise IncompatiblePair(
+            'distance="cross_entropy" is of logistic units, whose activities are in [0, 1]; the hidden activities go '
+            f'from {float(activity.min()):.3g} to {float(activity.max()):.3g}. Use distance="squared"'
+        )
     return 1 / (activity * (1 - activity)).clamp_min(1e-4)
 
 
@@ -129,13 +139,13 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 def _reaching(values: Sequence[Tensor], counted: Tensor | None, modules: Sequence[nn.Module]) -> list[Tensor | None]:
     """Which hidden activities ``values[1:]`` (any shapes) reach a counted one of the outputs ``values[0]``.
 
-    ``None`` for all of them. A recurrent module (one of ``modules``, which gave the activities) hands its steps on
-    inside: a step is reached where a later one is.
+    ``None`` for all of them, as always where no target is ignored. A recurrent module (one of ``modules``, which gave
+    the activities) hands its steps on inside: a step is reached where a later one is.
     """
     outputs, *hidden = values
     found: list[Tensor | None] = [None] * len(hidden)
     places = [k for k, value in enumerate(hidden) if value.requires_grad]
-    if not places or not outputs.requires_grad:
+    if counted is None or not places or not outputs.requires_grad:
         return found
     grads = reached(outputs, [get_gradient_edge(hidden[k]) for k in places], counted)
     for k, grad in zip(places, grads, strict=True):

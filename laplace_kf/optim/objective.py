@@ -36,6 +36,7 @@ class Batch:
         count: number of examples that count: those with a target that is not ignored.
         random: state of the random generators (by device) before its first pass.
         seen: its pass on the tape, if the model's own was one.
+        losses: ``−log p (N,)`` of the gradient's pass, where there was one.
         counted: which of the examples count, ``(N,)``; ``None`` for all.
     """
 
@@ -43,6 +44,7 @@ class Batch:
     count: int
     random: Mapping[str, Tensor]
     seen: Observation | None = None
+    losses: Tensor | None = None
     counted: Tensor | None = None
 
     def part(self, fraction: float, least: int, generator: torch.Generator) -> Batch:
@@ -60,12 +62,13 @@ class Batch:
         return self._take(order[:size]), self._take(order[size:])
 
     def _take(self, chosen: Tensor) -> Batch:
+        losses = None if self.losses is None else self.losses[chosen.to(self.losses.device)]
         if self.seen is not None and self.seen.chain is not None:
             seen = self.seen.part(chosen.to(self.seen.outputs.device))
-            return Batch(seen.batch, len(chosen), self.random, seen)
+            return Batch(seen.batch, len(chosen), self.random, seen, losses)
         rows = self.count if self.counted is None else len(self.counted)
         data = map_examples(self.data, rows, lambda t: t[chosen.to(t.device)])
-        return Batch(data, len(chosen), self.random)
+        return Batch(data, len(chosen), self.random, None, losses)
 
 
 def counting(batch: Batch, likelihood: Likelihood, outputs: Tensor, targets: Any) -> Batch:

@@ -39,6 +39,11 @@ class Structure(ABC):
     several_passes: bool = False  # whether the data have to be gone through more than once
     reason: str = ""
 
+    @classmethod
+    def examples(cls) -> tuple[Structure, ...]:
+        """Objects to try the structure on (the contract tests do)."""
+        return (cls(),)
+
     @property
     def fixed(self) -> Sums:
         """What earlier passes found and the sums refer to (bases): tensors by block name, kept with the sums."""
