@@ -21,12 +21,13 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def appended(x: Tensor, more: Tensor | float) -> Tensor:
-    """Positions appended along axis 1: a tensor, or (value, number)."""
-    return torch.cat([x, more.to(x.dtype)], 1) if isinstance(more, Tensor) else x
+def appended(x: Tensor, more: Tensor) -> Tensor:
+    """Positions ``more (N, E, ...)`` appended to ``x (N, T, ...)``."""
+    return torch.cat([x, more.to(x.dtype)], 1)
 
 
 def filled(x: Tensor, extra: int, value: float) -> Tensor:
+    """``extra`` positions of one value appended to ``x (N, T, ...)``."""
     return torch.cat([x, x.new_full((x.shape[0], extra, *x.shape[2:]), value)], 1)
 
 
