@@ -555,8 +555,9 @@ def kron_blocks(
             module.register_forward_hook(listen(key))
 
     n = count(y)
-    # A unit that is off has no gradient although its position reaches the outputs; no such case hides positions.
-    switched = any(isinstance(module, nn.ReLU) for module in model.modules())
+    # A unit that is off has no gradient although its position reaches the outputs. Positions are hidden by ignored
+    # targets or by a mask among keyword inputs; no case with those has units that can be off.
+    switched = not (isinstance(x, Mapping) or bool((y == IGNORE).any()))
     sums: dict[tuple[tuple[str, ...], int], list[Tensor]] = {}
     for i in range(n):
         calls.clear()
