@@ -6,7 +6,6 @@ accumulation, moving averages, merging workers and discounting old data are all 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,11 +24,13 @@ from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
+from laplace_kf.warned import warn_user
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
+MANY_BLOCKS = 5  # named in one warning
 MANY_COLUMNS = 2000  # backward passes per minibatch from which a fit is announced as slow
 INSTEAD = (
     'Use structure="diag" or "kron", fewer parameters (parameters="last_layer" or patterns), estimator="sampled", '
@@ -80,6 +81,9 @@ class StructureRule(Protocol):
 
     def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
         """Whether the closed forms of the layer at the output are taken."""
+
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        """Blocks that are kept as less than the structure's own form, and why."""
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes per column of ``count`` examples."""
@@ -275,11 +279,10 @@ class Accumulator:
         """Warns, once, before very many columns are sent back (called by the estimator)."""
         if count > MANY_COLUMNS and not self._announced:
             self._announced = True
-            warnings.warn(
+            warn_user(
                 f"estimator {self.estimator.name!r} sends {count} columns back through the network for every minibatch "
                 f"(outputs {tuple(observation.outputs.shape)}), which takes about {count} backward passes each. "
-                'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.',
-                stacklevel=2,
+                'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.'
             )
 
     def add_columns(self, signals: Mapping[str, Signals]) -> None:
@@ -306,6 +309,19 @@ class Accumulator:
         require_memory(each, observation.outputs.device, what, INSTEAD)
         return max(1, MEMORY_BYTES // max(1, each))
 
+    def _warn_of_poorer(self, blocks: Mapping[str, Block]) -> None:
+        """Warns, once a block, where less is kept than the structure promises."""
+        found = {n: why for n, why in self.structure.poorer(blocks).items() if n not in self.tracer.warned}
+        self.tracer.warned.update(found)
+        if found:
+            listed = "; ".join(f"{name!r}: {why}" for name, why in list(found.items())[:MANY_BLOCKS])
+            more = f"; and {len(found) - MANY_BLOCKS} more" if len(found) > MANY_BLOCKS else ""
+            warn_user(
+                f"structure {self.structure.name!r} keeps less than a pair of factors for {len(found)} block(s): {listed}"
+                f'{more}. It is in summary(), too; vector_blocks="full" keeps dense blocks, max_side= allows wider '
+                "factors, parameters=[patterns] leaves parameters out."
+            )
+
     def freeze(self) -> Statistics:
         """The statistics of everything taken in.
 
@@ -323,6 +339,7 @@ class Accumulator:
             raise ShapeMismatch("the data are empty: no batch was yielded, so there is nothing to fit")
         self.tracer.require_all_seen()
         blocks = dict(self.tracer.blocks)
+        self._warn_of_poorer(blocks)
         sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
         for name, parts in sums.items():
             for part in parts:

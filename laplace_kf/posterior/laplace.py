@@ -757,7 +757,10 @@ class LaplacePosterior:
             f"λ = {plain(self._prior)}"
         )
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
-        return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
+        blocks = state.statistics.blocks
+        notes = {name: f"by gradients of single examples: {block.note}" for name, block in blocks.items() if block.note}
+        notes |= state.statistics.structure.poorer(blocks)
+        return summarise(state.curvature.scaled(factor), self.n_data, prior, title, notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class BlockRow:
         condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
         size: number of parameters.
+        note: why it is kept as less than the structure promises, or by gradients of single examples; mostly empty.
     """
 
     name: str
@@ -35,6 +36,7 @@ class BlockRow:
     condition: tuple[float, ...]
     effective: float
     size: int
+    note: str = ""
 
 
 class Summary(Sequence[BlockRow]):
@@ -68,15 +70,31 @@ class Summary(Sequence[BlockRow]):
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in
                  (head, *body)]  # fmt: skip
         rule = "-" * max(map(len, lines))
-        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        notes = [f"{row.name}: {row.note}" for row in self.rows if row.note]
+        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
     __repr__ = __str__
 
 
-def summarise(curvature: Blockwise, n: float, prior: Tensor | Mapping[str, Tensor], title: str) -> Summary:
-    """The rows of a curvature with data count ``n`` and prior precision (0-dim, or one per parameter name)."""
+def summarise(
+    curvature: Blockwise,
+    n: float,
+    prior: Tensor | Mapping[str, Tensor],
+    title: str,
+    notes: Mapping[str, str] | None = None,
+) -> Summary:
+    """The rows of a curvature.
+
+    Args:
+        curvature: mean curvature.
+        n: data count.
+        prior: prior precision, 0-dim or one per parameter name.
+        title: first line.
+        notes: why blocks are kept as something else than the structure's own form, by block name.
+    """
     prior = prior if isinstance(prior, Tensor) else dict(prior)
-    return Summary([_row(block, matrix, n, prior) for block, matrix in curvature.entries], title)  # type: ignore[arg-type]
+    rows = [_row(block, matrix, n, prior) for block, matrix in curvature.entries]  # type: ignore[arg-type]
+    return Summary([replace(row, note=(notes or {}).get(row.name, "")) for row in rows], title)
 
 
 def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:

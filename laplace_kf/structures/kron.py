@@ -167,6 +167,25 @@ class Kronecker(Structure):
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(b.size for b in blocks.values() if not b.factorises) * count * itemsize
 
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        found = {}
+        for name, block in blocks.items():
+            if not block.factorises:
+                matrices = [shape for shape in block.shapes if sum(size > 1 for size in shape) > 1]
+                if block.note and matrices and self.vector_blocks == "diag":
+                    found[name] = f"its diagonal only, by gradients of single examples: {block.note}"
+                continue
+            _, out, inp = block.shape
+            sides = [("input", inp, block.one_hot), ("output", out, False)]
+            if block.turned is not None:
+                sides += [("output", out, block.turned), ("input", inp, False)]
+            wide = dict.fromkeys(
+                f"{side} factor of {n} rows" for side, n, hot in sides if not hot and n > self.max_side
+            )
+            if wide:
+                found[name] = f"diagonal of the {' and the '.join(wide)}, more than max_side={self.max_side}"
+        return found
+
     def _side(self, like: Tensor, groups: int, width: int, diagonal: bool) -> Tensor:
         wide = diagonal or width > self.max_side
         return zeros(like, groups, width) if wide else zeros(like, groups, width, width)

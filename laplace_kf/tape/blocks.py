@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ class Block:
         pieces: for each parameter the range of entries that belong to the block, ``None`` for all of them.
         turned: the weight is also used as its transpose (tied embedding and output matrix, tied autoencoder); says
             whether the inputs there are tokens.
+        note: why the parameters have no matrix form, where a rule could not be taken; says nothing about equality.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Block:
     one_hot: bool = False
     pieces: tuple[tuple[int, int] | None, ...] = ()
     turned: bool | None = None
+    note: str = field(default="", compare=False)
 
     @property
     def size(self) -> int:
@@ -133,6 +135,7 @@ class Block:
             "one_hot": self.one_hot,
             "pieces": [None if piece is None else list(piece) for piece in self.pieces],
             "turned": self.turned,
+            "note": self.note,
         }
 
     @classmethod
@@ -149,6 +152,7 @@ class Block:
             one_hot=data["one_hot"],
             pieces=tuple(None if piece is None else (piece[0], piece[1]) for piece in data.get("pieces", ())),
             turned=data.get("turned"),
+            note=data.get("note", ""),
         )
 
 

@@ -40,6 +40,7 @@ class Tracer:
         example_wise: names of the vector blocks that need per-example gradients (no rule for their use).
         rows: which rows belong to which example.
         gradients: per-example gradients.
+        warned: names of blocks whose poorer form was warned of.
         patterns: which positions count, by the signature of a pass (:meth:`Observation.input_signals`).
     """
 
@@ -69,6 +70,7 @@ class Tracer:
         self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
         self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
+        self.warned: set[str] = set()
         self.patterns: dict[Any, dict[str, list[Tensor | None]]] = {}
         self.gradients = ExampleGradients(model, forward, self.named)
         self._may_be_chain = True
@@ -197,7 +199,13 @@ class Tracer:
 
     def _plan(self, tape: Tape) -> None:
         """Blocks of parameters met for the first time; those known already must be used as before."""
-        unruled = set(tape.opaque) | self.rows.shared | self._hidden
+        unruled = {
+            **dict.fromkeys(
+                self._hidden, "also used where its calls do not tell its gradient (an own autograd function?)"
+            ),
+            **dict.fromkeys(self.rows.shared, "rows that belong to several examples, or to examples in no order"),
+            **{name: f"no rule for: {why}" for name, why in tape.opaque.items()},
+        }
         planned, example_wise = plan(tape.calls, unruled, self.layout, self.named)
         parameters = {name for block in planned for name in block.parameters}
         known = {name for found in map(self._blocks_of.get, parameters) for name in found or ()}
