@@ -23,7 +23,7 @@ from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
-from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
+from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
 from laplace_kf.warned import warn_user
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
@@ -220,6 +220,7 @@ class Accumulator:
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
         self._announced = False
         self._met = False  # whether a minibatch came
+        self._patterns: Patterns = {}  # kept no longer than the weights
 
     def add(self, batch: Any, index: int) -> None:
         """Takes in one minibatch.
@@ -256,7 +257,7 @@ class Accumulator:
             return
         with torch.no_grad():
             if self.structure.counts_positions:
-                self.structure.add_inputs(self.sums, observation.input_signals(counted))
+                self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
             self.estimator.measure(observation, self.likelihood, self, self.generator)
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()

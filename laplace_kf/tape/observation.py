@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +18,16 @@ from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.plan import view_of
-from laplace_kf.tape.reach import has_own_functions, reached
+from laplace_kf.tape.reach import reached
 from laplace_kf.tape.rows import Rows, occurrences
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.tape import Call, Portion, Tape
 
-__all__ = ["Observation", "Source"]
+__all__ = ["Observation", "Patterns", "Source"]
+
+#: Which positions ``(N, T)`` of every use of a block are reached (``None`` for all), by the wiring of a pass.
+Patterns = dict[Hashable, dict[str, list["Tensor | None"]]]
+MANY_PATTERNS = 64  # kept at a time; data of more different sizes are asked about
 
 
 class Source(Protocol):
@@ -33,7 +37,6 @@ class Source(Protocol):
     example_wise: set[str]
     rows: Rows
     gradients: ExampleGradients
-    patterns: dict[Any, dict[str, list[Tensor | None]]]
 
     def block_of(self, portion: Portion) -> Block:
         """The block a portion of a parameter belongs to."""
@@ -54,7 +57,7 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
-        flat, signature: of the tape that recorded the pass.
+        flat, wiring: of the tape that recorded the pass.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Observation:
         self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
         self.flat = [] if made is None else made.flat
-        self.signature = None if made is None or made.signature is None else (outputs.shape, *made.signature)
+        self.wiring = None if made is None or made.wiring is None else made.wiring.key(outputs)
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
@@ -93,11 +96,14 @@ class Observation:
         vectors = sum(b.size for b in self.tracer.blocks.values() if not b.factorises) * self.count
         return (rows + vectors) * self.outputs.element_size()
 
-    def input_signals(self, counted: Tensor | None = None) -> dict[str, MatrixSignals]:
+    def input_signals(
+        self, counted: Tensor | None = None, patterns: Patterns | None = None
+    ) -> dict[str, MatrixSignals]:
         """Signals of the matrix blocks with inputs only (no columns), and which of their positions count.
 
         Args:
             counted: which outputs count, bool of the shape of the outputs; ``None`` for all of them.
+            patterns: what was found with the same weights, to be used and filled; ``None`` to ask.
         """
         members = {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
         found = {name: self._matrix_signals(self.tracer.blocks[name], calls, None) for name, calls in members.items()}
@@ -108,24 +114,28 @@ class Observation:
         if examples is not None and bool(examples.all()):
             examples = None
         several = several and self.outputs.requires_grad
-        reach = self._pattern(found, members, counted) if several else {}
+        reach = self._pattern(found, members, counted, patterns) if several else {}
         return {name: _marked(signal, reach.get(name), examples) for name, signal in found.items()}
 
     def _pattern(
-        self, found: Mapping[str, MatrixSignals], members: Mapping[str, Sequence[Call]], counted: Tensor | None
+        self,
+        found: Mapping[str, MatrixSignals],
+        members: Mapping[str, Sequence[Call]],
+        counted: Tensor | None,
+        patterns: Patterns | None,
     ) -> dict[str, list[Tensor | None]]:
         """Which positions ``(N, T)`` of every use of a block are reached, ``None`` for all.
 
-        Without ignored targets and other data beside the activities, equal passes have equal answers: then it is asked
-        once.
+        Without ignored targets, passes that are wired in the same way have the same answer: then it is asked once.
         """
-        lasting = counted is None and self.signature is not None
-        if lasting and self.signature in self.tracer.patterns:
-            return self.tracer.patterns[self.signature]
+        key = (self.wiring, tuple(found))
+        lasting = patterns is not None and counted is None and self.wiring is not None
+        if patterns is not None and lasting and key in patterns:
+            return patterns[key]
         reach = self._reach(counted)
         masks = {n: _reached_positions(self._matrix_signals(self.tracer.blocks[n], members[n], reach)) for n in found}
-        if lasting and not has_own_functions(self.outputs):
-            self.tracer.patterns[self.signature] = masks
+        if patterns is not None and lasting and len(patterns) < MANY_PATTERNS:
+            patterns[key] = masks
         return masks
 
     def _reach(self, counted: Tensor | None) -> list[Tensor]:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["has_own_functions", "reached"]
+__all__ = ["reached"]
 
 Gradients = Sequence["Tensor | None"]
 Patch = Callable[[Any, Gradients, Gradients], "list[Tensor | None]"]
@@ -47,20 +46,6 @@ def reached(
         seed = torch.where(counted, seed, torch.zeros((), dtype=seed.dtype, device=seed.device))
     with _opened(outputs, flat):
         return list(torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True))
-
-
-def has_own_functions(outputs: Tensor) -> bool:
-    """Whether a ``torch.autograd.Function`` of the user's stands behind the outputs: nobody knows what it looks at."""
-    stack, seen = [outputs.grad_fn], {outputs.grad_fn}
-    while stack:
-        node = stack.pop()
-        if isinstance(node, BackwardCFunction):
-            return True
-        for following, _ in node.next_functions if node is not None else ():
-            if following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ it does not matter by which calls they were made. Functions that are fused for s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
 from laplace_kf.tape.choices import NUMBERS, picks_rows
+from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["Call", "Portion", "Step", "Tape"]
 
@@ -143,12 +144,11 @@ class Tape(TorchFunctionMode):
         tracked: ``id(parameter)`` to parameter name.
         on_step: called before every function with (function, args, kwargs); its return value is kept in the step.
         record_steps: also keep every call on tensors (:attr:`steps`).
-        constants: ids of the model's parameters and buffers.
+        wiring: follows the pass.
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
     anything else (with the name of the function); :attr:`order` all uses in order; :attr:`picked` whether rows were
-    picked or ordered by the data; :attr:`flat` the autograd nodes of activations that changed a view in place;
-    :attr:`signature` what the pass did, unless it combined hidden activities with other data (then ``None``).
+    picked or ordered by the data; :attr:`flat` the autograd nodes of activations that changed a view in place.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class Tape(TorchFunctionMode):
         tracked: Mapping[int, str],
         record_steps: bool = False,
         on_step: Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Tensor | None] | None = None,
-        constants: Collection[int] = (),
+        wiring: Wiring | None = None,
     ) -> None:
         super().__init__()
         self.tracked = tracked
@@ -168,8 +168,7 @@ class Tape(TorchFunctionMode):
         self.steps: list[Step] = []
         self.picked = False
         self.flat: list[Any] = []
-        self.constants = constants
-        self.signature: list[Any] | None = []
+        self.wiring = wiring
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
 
@@ -187,7 +186,6 @@ class Tape(TorchFunctionMode):
             if replacement is not None:
                 with self:
                     return replacement(*args, **kwargs)
-        self._sign(func, args, kwargs)
         if not self.picked and picks_rows(func, args):
             hidden = [t for t in _tensors((args, kwargs)) if t.requires_grad and self._root(t) is None]
             self.picked = bool(hidden) or func in NUMBERS
@@ -204,7 +202,10 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(func) if used else None
         bound = rule.bind(args, kwargs, used) if rule is not None else None
         version = _version(bound["input"]) if bound is not None and bound["input"] is not None else 0
+        wired = self.wiring.before(func, args, kwargs) if self.wiring is not None else None
         output = func(*args, **kwargs)
+        if self.wiring is not None:
+            self.wiring.after(wired, output)
         if (
             isinstance(output, Tensor)
             and output is _first(args, kwargs)
@@ -221,24 +222,6 @@ class Tape(TorchFunctionMode):
             key = (id(output), _version(output))
             self.steps.append(Step(func, args, kwargs, source, source_key, output, key, call, before))
         return output
-
-    def _sign(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Adds one call to the signature: two passes with one signature connect their tensors in the same way.
-
-        A tensor of data beside hidden activities (a mask, an index) may connect them otherwise in every minibatch.
-        """
-        if self.signature is None:
-            return
-        foreign = hidden = False
-        for tensor in _tensors((args, kwargs)):
-            if id(tensor) in self.constants or (tensor._base is not None and id(tensor._base) in self.constants):
-                continue
-            hidden = hidden or tensor.requires_grad
-            foreign = foreign or (not tensor.requires_grad and tensor.numel() > 1)
-        if (hidden and foreign) or func in NUMBERS:
-            self.signature = None
-        elif hidden:
-            self.signature.append((func, _static(args), _static(kwargs)))
 
     def _root(self, tensor: Tensor) -> tuple[Tensor, str] | None:
         """The tracked parameter that a tensor is, or is a view of, with its name."""
@@ -330,17 +313,6 @@ class Tape(TorchFunctionMode):
         if rule.one_hot:
             self._lookups[id(output)] = (output, call)  # kept alive so that the id stays its own
         return call
-
-
-def _static(structure: Any) -> Any:
-    """The arguments of a call without their data, hashable."""
-    if isinstance(structure, Tensor):
-        return structure.shape
-    if isinstance(structure, (tuple, list)):
-        return tuple(map(_static, structure))
-    if isinstance(structure, Mapping):
-        return tuple((key, _static(value)) for key, value in structure.items())
-    return repr(structure)
 
 
 _IN_PLACE = {

@@ -20,6 +20,7 @@ from laplace_kf.tape.plan import plan
 from laplace_kf.tape.rows import Rows
 from laplace_kf.tape.select import owner, select
 from laplace_kf.tape.tape import Portion, Tape
+from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["Tracer"]
 
@@ -41,7 +42,6 @@ class Tracer:
         rows: which rows belong to which example.
         gradients: per-example gradients.
         warned: names of blocks whose poorer form was warned of.
-        patterns: which positions count, by the signature of a pass (:meth:`Observation.input_signals`).
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class Tracer:
         self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
         self.warned: set[str] = set()
-        self.patterns: dict[Any, dict[str, list[Tensor | None]]] = {}
         self.gradients = ExampleGradients(model, forward, self.named)
         self._may_be_chain = True
         if self._selected is not None:
@@ -124,15 +123,11 @@ class Tracer:
         # to find the last layer, frozen parameters have to be seen as well
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
-        fixed = [*self.named.values(), *self.model.buffers()]
-        versions = tuple(0 if tensor.is_inference() else tensor._version for tensor in fixed)
-        constants = {id(tensor) for tensor in fixed}
+        wiring = Wiring(self.named.values(), self.model.buffers())
         on_step = derivative if self._may_be_chain else None
-        tape = Tape(tracked, record_steps=self._may_be_chain, on_step=on_step, constants=constants)
+        tape = Tape(tracked, record_steps=self._may_be_chain, on_step=on_step, wiring=wiring)
         with torch.enable_grad(), tape:
             outputs, targets = run(self.model, batch, self.forward)
-        if tape.signature is not None:
-            tape.signature.append(versions)  # a buffer that was written to may hold a mask
         _check_outputs(outputs, index)
         if self._selected is None:
             self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
