@@ -318,9 +318,9 @@ class Accumulator:
             listed = "; ".join(f"{name!r}: {why}" for name, why in list(found.items())[:MANY_BLOCKS])
             more = f"; and {len(found) - MANY_BLOCKS} more" if len(found) > MANY_BLOCKS else ""
             warn_user(
-                f"structure {self.structure.name!r} keeps less than a pair of factors for {len(found)} block(s): {listed}"
-                f'{more}. It is in summary(), too; vector_blocks="full" keeps dense blocks, max_side= allows wider '
-                "factors, parameters=[patterns] leaves parameters out."
+                f"structure {self.structure.name!r} keeps less than a pair of factors for {len(found)} block(s): "
+                f'{listed}{more}. It is in summary(), too; vector_blocks="full" keeps dense blocks, max_side= allows '
+                "wider factors, parameters=[patterns] leaves parameters out."
             )
 
     def freeze(self) -> Statistics:

@@ -110,7 +110,7 @@ class Wiring:
         self._calls.append(call)
 
     def key(self, outputs: Tensor) -> Hashable | None:
-        """What a pass with these outputs ``(N, ...)`` did; ``None`` if that does not tell which positions are reached."""
+        """What a pass with these outputs ``(N, ...)`` did; ``None`` if that does not tell what is reached."""
         if self._lost:
             return None
         try:

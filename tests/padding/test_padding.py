@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.structures.base import pairs
 from laplace_kf.tape import observation as passes
 from tests.padding.networks import (
     CLASSES,
@@ -229,73 +230,10 @@ def test_networks_without_positions_are_not_asked(asked: list[int]) -> None:
     assert not asked
 
 
-def test_networks_without_masks_are_asked_once(asked: list[int]) -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
-    x, y = torch.randn(8, 1, 4, 4), torch.arange(8) % 3
-    lk.curvature.estimate(model, "categorical", [(x, y)] * 4, "kron")
-    assert len(asked) == 1
-    lk.curvature.estimate(model, "categorical", [(x, y)] * 4, "diag")  # no counts, no question
-    assert len(asked) == 1
-
-
 def test_masks_are_asked_about_every_time(asked: list[int]) -> None:
     case = SMALL["first token"]()
     lk.curvature.estimate(case.model, "categorical", [case.batch(0), case.batch(2), case.batch(2)], "kron")
     assert len(asked) == 3
-
-
-class Halves(nn.Module):
-    """Reads as many steps as a plain number of the batch says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(2, 3), nn.Linear(3, CLASSES)
-
-    def forward(self, x: Tensor, length: int) -> Tensor:
-        return self.head(self.body(x)[:, :length].mean(1))
-
-
-def test_a_number_of_the_batch_can_cut_positions_off(asked: list[int]) -> None:
-    model, x, y = Halves(), torch.randn(4, 5, 2), torch.arange(4) % 3
-    batches = [((x, 5), y), ((x, 2), y), ((x, 5), y)]
-    stats = lk.curvature.estimate(model, "categorical", batches, "kron")
-    assert float(stats.sums["body"][2]) == 4 * (5 + 2 + 5)
-    assert len(asked) == 2
-
-
-class Gate(torch.autograd.Function):
-    """Hands on where a mask that torch does not see lets it."""
-
-    keep = 5
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x * (torch.arange(x.shape[1]) < Gate.keep).to(x)[:, None]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad * (torch.arange(grad.shape[1]) < Gate.keep).to(grad)[:, None]
-
-
-class Gated(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(2, 3), nn.Linear(3, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(Gate.apply(self.body(x)).mean(1))
-
-
-def test_functions_of_the_users_own_are_asked_about_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, y = Gated(), torch.randn(4, 5, 2), torch.arange(4) % 3
-
-    def batches() -> Any:
-        for keep in (5, 2):
-            monkeypatch.setattr(Gate, "keep", keep)
-            yield x, y
-
-    stats = lk.curvature.estimate(model, "categorical", batches(), "kron")
-    assert float(stats.sums["body"][2]) == 4 * (5 + 2)
 
 
 # ------------------------------------------------------------------------------- posteriors, chains, optimisers, files
@@ -389,6 +327,38 @@ def test_activations_in_place_keep_the_pair(activation: Callable[..., nn.Module]
         found.append(lk.curvature.estimate(model, "categorical", [(x, y)], "kron", forward=forward))
     assert [matrix.kind for _, matrix in found[1].mean().entries] == ["kron", "kron"]
     same(found[0].mean().dense(), found[1].mean().dense(), tolerance=1e-13)
+
+
+class Writing(nn.Module):
+    """Activations as tensors' own methods, in place or not."""
+
+    def __init__(self, name: str, write: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.name = nn.Linear(3, 5), nn.Linear(5, CLASSES), name + "_" * write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(getattr(self.one(x), self.name)())
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "sigmoid"])
+def test_methods_in_place_keep_the_pair(name: str) -> None:
+    x, y = torch.randn(5, 4, 3, generator=rng(0)).double(), torch.randint(0, CLASSES, (5, 4), generator=rng(0))
+    found = [
+        lk.curvature.estimate(seeded(lambda w=w: Writing(name, w)).double(), "categorical", [(x, y)], "kron").mean()
+        for w in (False, True)
+    ]
+    assert [matrix.kind for _, matrix in found[1].entries] == ["kron", "kron"]
+    same(found[0].dense(), found[1].dense(), tolerance=1e-13)
+
+
+def test_factors_of_older_files_are_means_already() -> None:
+    a, g = torch.randn(1, 3, 3), torch.randn(1, 2, 2)
+    assert pairs((a, g)) == [(a, g)]
+    ((inputs, outputs),) = pairs((a, 8 * g, torch.tensor(8.0)))
+    assert inputs is a
+    same(outputs, g, tolerance=1e-6)
+    ((_, nothing),) = pairs((a, 0 * g, torch.tensor(0.0)))
+    assert not bool(nothing.any())
 
 
 # ------------------------------------------------------------------------------------------------ random networks
