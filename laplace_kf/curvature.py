@@ -20,6 +20,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.likelihoods.arranged import decided
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import Registry
@@ -42,6 +43,7 @@ def estimate(
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    layout: str | None = None,
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -58,6 +60,8 @@ def estimate(
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
+        layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
+            ``"channels_last"``; default: as the targets show.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -70,7 +74,8 @@ def estimate(
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
     settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
-    job = (model, as_batches(data), get_likelihood(likelihood), estimator)
+    rule = get_likelihood(likelihood)
+    job = (model, as_batches(data), rule if layout is None else rule.with_layout(layout), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
 
@@ -135,9 +140,10 @@ def ggn_vector_product(
     Raises:
         ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
     """
-    rule = get_likelihood(likelihood)
 
-    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    def product(
+        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
+    ) -> list[Tensor]:
         seed = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, weights, seed, create_graph=True, allow_unused=True)
         used = [(p, d) for p, d in zip(pulled, direction, strict=True) if p is not None]
@@ -147,7 +153,7 @@ def ggn_vector_product(
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, forward, product)
 
 
 def hessian_vector_product(
@@ -164,9 +170,10 @@ def hessian_vector_product(
     Raises:
         ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
     """
-    rule = get_likelihood(likelihood)
 
-    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    def product(
+        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
+    ) -> list[Tensor]:
         loss = -rule.log_prob(outputs, targets).sum()
         grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         used = [(g, d) for g, d in zip(grads, direction, strict=True) if g is not None and g.requires_grad]
@@ -176,7 +183,7 @@ def hessian_vector_product(
         second = torch.autograd.grad(along, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, forward, product)
 
 
 def _products(
@@ -186,7 +193,7 @@ def _products(
     v: Tensor,
     parameters: str | Sequence[str],
     forward: Forward | None,
-    product: Callable[[Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
+    product: Callable[[Likelihood, Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Tensor:
     model = usable(model)
     named = dict(model.named_parameters())
@@ -204,8 +211,9 @@ def _products(
             check_finite(batch, index, "the batch")
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             check_ignored(batch, targets, likelihood, forward)
+            likelihood = decided(likelihood, outputs, targets)
             likelihood.check(outputs.detach(), targets)
-            parts = product(outputs, targets, weights, direction)
+            parts = product(likelihood, outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])
             count += likelihood.counted_examples(outputs.detach(), targets)
     if count == 0:

@@ -21,6 +21,7 @@ from laplace_kf.batches import Forward, check_finite
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.graphs import check_ignored
+from laplace_kf.likelihoods.arranged import decided
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
@@ -120,6 +121,7 @@ class Statistics:
         count: number of examples behind the sums (a float once scaled); one whose targets are all ignored is none.
         log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
         terms: number of scalar densities in that sum.
+        outputs: layout of the outputs that the targets showed (``likelihood.with_layout``), or ``None``.
     """
 
     structure: StructureRule
@@ -129,6 +131,7 @@ class Statistics:
     count: float
     log_likelihood: Tensor
     terms: float
+    outputs: str | None = None
 
     @property
     def n_data(self) -> float:
@@ -162,6 +165,7 @@ class Statistics:
             self.count + other.count,
             self.log_likelihood + other.log_likelihood,
             self.terms + other.terms,
+            self.outputs or other.outputs,
         )
 
     def scale(self, factor: float) -> Statistics:
@@ -239,6 +243,7 @@ class Accumulator:
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         check_ignored(observation.batch, observation.targets, self.likelihood, self.tracer.forward)
+        self.likelihood = decided(self.likelihood, observation.outputs, observation.targets)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -352,7 +357,9 @@ class Accumulator:
                         "weights or activations are too large for this floating-point type"
                     )
         layout = self.structure.kept_layout(self.tracer.layout)
-        return Statistics(self.structure, layout, blocks, sums, float(self.count), self.log_likelihood, self.terms)
+        shown = getattr(self.likelihood, "layout", None)
+        log_likelihood, terms = self.log_likelihood, self.terms
+        return Statistics(self.structure, layout, blocks, sums, float(self.count), log_likelihood, terms, shown)
 
 
 def collect(
@@ -400,7 +407,7 @@ def collect(
                     index += 1
                 if (number or stage > 1) and accumulator.count == seen:
                     raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
-            statistics = accumulator.freeze()
+            statistics, likelihood = accumulator.freeze(), accumulator.likelihood
             following = statistics.structure.refined(statistics)
         return statistics
 

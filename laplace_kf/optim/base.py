@@ -25,6 +25,7 @@ from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.likelihoods.arranged import decided
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
@@ -217,6 +218,7 @@ class SecondOrder(torch.optim.Optimizer):
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
         check_ignored(data, targets, self.likelihood, self.user_forward)
+        self.likelihood = self.objective.likelihood = decided(self.likelihood, outputs, targets)
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())

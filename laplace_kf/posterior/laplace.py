@@ -96,6 +96,8 @@ class LaplacePosterior:
         forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
             ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
+        layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
+            ``"channels_last"``; default: as the targets show at ``fit``.
         prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
             what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
         multiplier, terms, forgetting: with ``prior``, as in :meth:`update`.
@@ -119,6 +121,7 @@ class LaplacePosterior:
         forward: Forward | None = None,
         *,
         dtype: torch.dtype | None = None,
+        layout: str | None = None,
         prior: LaplacePosterior | None = None,
         multiplier: float = 1.0,
         terms: str = "keep",
@@ -127,6 +130,8 @@ class LaplacePosterior:
     ) -> None:
         self.model = model = usable(model)
         self.likelihood = get_likelihood(likelihood)
+        if layout is not None:
+            self.likelihood = self.likelihood.with_layout(layout)
         self.structure, self.estimator = make_pair(structure, estimator, dict(options))
         self._asked = self.structure
         self.parameters = parameters if isinstance(parameters, (str, Subnetwork)) else tuple(parameters)
@@ -236,6 +241,8 @@ class LaplacePosterior:
             rest = {name: named[name].detach() - part[0].to(named[name]) for name, part in parts.items()}
         state = _Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters(), rest)
         self._accept(self._chained(state, n_data), n_data)
+        if statistics.outputs is not None:
+            self.likelihood = self.likelihood.with_layout(statistics.outputs)
         return self
 
     def _chained(self, state: _Fitted, n_data: float | None) -> _Fitted:

@@ -179,8 +179,8 @@ class Linearised(Predictor):
         """Variances in the layout of the outputs, and covariances of a position (unless only variances count)."""
         if self.marginal:
             return network.variances(precisions), torch.empty(0)
-        found = network.position_covariances(precisions)
         like, likelihood = network.outputs, self.posterior.likelihood
+        found = network.position_covariances(precisions, likelihood.to_positions)
         return torch.stack([likelihood.from_positions(part.diagonal(dim1=-2, dim2=-1), like) for part in found]), found
 
     def _joined(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

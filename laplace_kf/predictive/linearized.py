@@ -161,8 +161,15 @@ class Linearization:
         """Variances of all outputs in the layout of :attr:`outputs`, such as ``(N, C)``."""
         return self.variances([precision])[0]
 
-    def position_covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
-        """Covariances of the outputs of one position (sequence step, pixel), ``(K, N, T, C, C)``."""
+    def position_covariances(
+        self, precisions: Sequence[Blockwise], to_positions: Callable[[Tensor], Tensor] = to_positions
+    ) -> Tensor:
+        """Covariances of the outputs of one position (sequence step, pixel), ``(K, N, T, C, C)``.
+
+        Args:
+            precisions: K of them.
+            to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
+        """
         index = torch.arange(self._flat).reshape(1, *self.outputs.shape[1:])
         index = to_positions(index)[0]  # (T, C)
         return self._grouped(precisions, _Wanted(index.reshape(-1), index.shape[1])).transpose(1, 2)

@@ -121,7 +121,7 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
     if rule.marginal:
         variances = network.variances(precisions)
     else:
-        found = network.position_covariances(precisions)  # (K, N, T, C, C)
+        found = network.position_covariances(precisions, request.likelihood.to_positions)  # (K, N, T, C, C)
         covariances = list(found)
         diagonal = found.diagonal(dim1=-2, dim2=-1)
         variances = torch.stack([request.likelihood.from_positions(part, network.outputs) for part in diagonal])

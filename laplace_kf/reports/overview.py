@@ -167,9 +167,9 @@ def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int
 def _labelled(scored: _Scored) -> tuple[Tensor, Tensor]:
     """Class probabilities ``(M, C)`` and labels ``(M,)`` of every prediction that has a target."""
     probs, targets = scored.values["probs"], scored.targets
-    if probs.dim() == 4:  # images: the channel is second
+    if probs.dim() > 3:  # images, volumes: the channel is second
         probs = probs.movedim(1, -1)
-        targets = targets.movedim(1, -1) if targets.dim() == 4 else targets
+        targets = targets.movedim(1, -1) if targets.dim() == probs.dim() else targets
     if targets.shape == probs.shape:  # independent binary outputs
         flat = probs.reshape(-1)
         probs, targets = torch.stack([1 - flat, flat], 1), targets.reshape(-1)
