@@ -85,7 +85,7 @@ def test_an_ambiguous_batch_is_refused_with_the_line_to_paste() -> None:
         lambda: lk.LaplacePosterior(model, "categorical").fit((x, y)),
         lambda: lk.curvature.estimate(model, "categorical", (x, y)),
         lambda: lk.optim.kfac(model, "categorical").step(x, y),
-        lambda: lk.curvature.ggn_vector_product(model, "categorical", (x, y), torch.ones(41).double()),
+        lambda: lk.curvature.ggn_vector_product(model, "categorical", (x, y), torch.ones(43).double()),
     ):
         with pytest.raises(lk.errors.ShapeMismatch, match=r'Categorical\(ignore_index=-100\)\.with_layout\("channels'):
             attempt()
@@ -123,7 +123,7 @@ def test_both_layouts_give_the_same(structure: str, estimator: str) -> None:
         lk.curvature.estimate(m, "categorical", (x, y), structure, estimator, generator=rng(3))
         for m in (model, Moved(model))
     )
-    close(one.mean().dense(), two.mean().dense())
+    close(one.mean().dense(), two.mean().dense(), 1e-6 if structure == "lowrank" else 1e-11)  # that one iterates
     assert one.terms == two.terms == 17
     close(one.log_likelihood, two.log_likelihood)
 
@@ -151,11 +151,11 @@ def test_a_fitted_posterior_knows_its_layout(tmp_path: Path) -> None:
     model, (x, y) = conv(1), data(5)
     posterior = lk.LaplacePosterior(model, "categorical").fit((x, y))
     square, targets = data(C)
-    probs = posterior.predict(square).probs
+    probs = posterior.predict(square, generator=rng(3)).probs
     close(probs.sum(1), torch.ones(4, C).double())
     posterior.save(tmp_path / "p.safetensors")
     again = lk.LaplacePosterior.load(tmp_path / "p.safetensors", model)
-    close(again.predict(square).probs, probs)
+    close(again.predict(square, generator=rng(3)).probs, probs)
     result = posterior.tune((square, targets), n_data=[1.0, 4.0], prior_precision=[1.0, 10.0], method="probit")
     assert result.best["objective"] > 0
     chained = posterior.update((square, targets))
@@ -221,7 +221,7 @@ def test_likelihoods_of_single_outputs(name: str, steps: int, structure: str) ->
     close(unsaid.mean().dense(), one.mean().dense())
     assert one.terms == two.terms == unsaid.terms
     first, last = (
-        lk.LaplacePosterior(m, r, structure="diag").fit((x, t)).predict(x, method="linearized")
+        lk.LaplacePosterior(m, r, structure="diag").fit((x, t)).predict(x, method="linearized", generator=rng(3))
         for m, r, t in ((model, said, y), (Moved(model), rule.with_layout(LAST), y.movedim(1, -1)))
     )
     close(first.log_prob(y), last.log_prob(y.movedim(1, -1)), 1e-9)
