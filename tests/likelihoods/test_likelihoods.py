@@ -32,7 +32,7 @@ from laplace_kf.likelihoods import (
 )
 
 F64 = torch.float64
-SHAPES = [(4, 3), (3, 5, 3), (2, 3, 2, 3)]
+SHAPES = [(4, 3), (3, 5, 3), (2, 3, 2, 3), (2, 3, 2, 1, 2)]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -120,7 +120,7 @@ def test_positions_round_trip(shape: tuple[int, ...]) -> None:
         assert torch.equal(positions[1, 4], x[1, :, 1, 1])
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5, 6), ()])
+@pytest.mark.parametrize("shape", [(3,), ()])
 def test_other_layouts_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeMismatch, match="channel"):
         to_positions(torch.zeros(shape))
