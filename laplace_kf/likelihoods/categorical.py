@@ -70,6 +70,7 @@ class Categorical(Likelihood):
     """
 
     natural: ClassVar[bool] = True
+    has_logits: ClassVar[bool] = True
 
     def _check_outputs(self, shape: Sequence[int]) -> None:
         super()._check_outputs(shape)
