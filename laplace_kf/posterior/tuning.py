@@ -312,6 +312,8 @@ def _contest(
         positive("budget", options.budget)
     contest = Contest(posterior, validation, name, options.budget, options.progress)
     offered, asked = contest.offered(), options.method
+    if asked == "probit" and asked in posterior.likelihood.links():  # for others the same as "linearized"
+        offered = [*offered, asked]
     if asked != "auto" and asked not in offered:
         raise IncompatiblePair(
             f"{posterior.likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"

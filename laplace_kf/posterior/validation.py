@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from laplace_kf.batches import BATCH_SIZE, as_batches, check_finite, inputs_of, map_examples, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnknownName
+from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
 from laplace_kf.posterior.prior import positive
@@ -193,9 +194,10 @@ class Validation:
         with preserved(model), torch.no_grad():
             for index, batch in enumerate(as_batches(val)):
                 check_finite(batch, index, "the validation batch")
-                batch = to_device(batch, self.device)
+                batch = of_role(to_device(batch, self.device), "val_mask")
                 with multiply_adds(not batches) as work:
                     found, wanted = run(model, batch, forward)
+                check_ignored(batch, wanted, self.posterior.likelihood, forward)
                 self.posterior.likelihood.check(found, wanted)
                 site = self._site(inputs_of(batch, forward))
                 at_mean = found if self._trained else outputs_at(site[0], site[1], self.mean, site[2])

@@ -164,7 +164,7 @@ def test_default_search(make: Any, structure: str) -> None:
         assert result.gain > 0 < result.gain_error
     if make is classification:
         assert not result.map_wins
-        drawn = -posterior.predict(val[0], samples=400, generator=rng(5)).log_prob(val[1]).mean()
+        drawn = -posterior.predict(val[0], method="mc", samples=400, generator=rng(5)).log_prob(val[1]).mean()
         assert float(drawn) < result.map_objective - 0.01
     assert "MAP" in str(result) and result.objective in repr(result)
 
@@ -193,7 +193,7 @@ def test_map_wins_where_nothing_helps() -> None:
             result = posterior.tune((x[50:], y[50:]), generator=rng(seed))
         assert result.map_wins and not result.at_edge and "MAP" in str(result)
         assert math.isfinite(posterior.n_data) and math.isfinite(float(posterior.prior_precision))
-        nll = -posterior.predict(x[50:], samples=50, generator=rng(1)).log_prob(y[50:]).mean()
+        nll = -posterior.predict(x[50:], method="mc", samples=50, generator=rng(1)).log_prob(y[50:]).mean()
         assert float(nll) == pytest.approx(result.map_objective, abs=5e-3)
         assert result.best["objective"] <= result.map_objective + 1e-4 * (1 + result.map_objective)
 
@@ -217,9 +217,9 @@ def test_points_of_one_ratio_share_draws() -> None:
     model, train, val = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
     points = [(40.0, 4.0), (400.0, 40.0), (40.0, 40.0), MAP]
-    together = Validation(posterior, val, OBJECTIVES["nll"], "mc", 7, rng(0))(points)
+    together = Validation(posterior, val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")(points)
     for point in points:
-        alone = Validation(posterior, val, OBJECTIVES["nll"], "mc", 7, rng(0))([point])
+        alone = Validation(posterior, val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")([point])
         assert alone[point].value == pytest.approx(together[point].value, rel=1e-5)
 
 
@@ -229,8 +229,8 @@ def test_draws_come_in_pairs() -> None:
 
     model, train, (x, y) = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
-    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], "mc", 6, rng(0), pairs=True)
-    found = validation([(400.0, 40.0)])[400.0, 40.0].value
+    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], 6, rng(0), pairs=True)
+    found = validation.scorer("mc")([(400.0, 40.0)])[400.0, 40.0].value
     total = torch.zeros(len(x), 2)
     for seed in validation.seeds[::2]:
         noise = posterior.precision_at(400.0, 40.0).draw(1, torch.Generator().manual_seed(seed))
@@ -292,11 +292,11 @@ def test_noise_is_tuned_with_the_rest() -> None:
     sigma = result.best["noise"]
     assert likelihood.scale == 1.0 and posterior.likelihood.scale == sigma
     assert 0.5 * rms < sigma < 1.01 * rms
-    again = -posterior.predict(val[0], samples=2000, generator=rng(0)).log_prob(val[1]).mean()
+    again = -posterior.predict(val[0], method="mc", samples=2000, generator=rng(0)).log_prob(val[1]).mean()
     assert float(again) == pytest.approx(result.best["objective"], abs=0.05)
     for factor in (0.7, 1.4):  # the best noise at this spread
         other = lk.likelihoods.Gaussian(scale=sigma * factor)
-        drawn = posterior.predict(val[0], samples=2000, generator=rng(0), keep_samples=True).samples
+        drawn = posterior.predict(val[0], method="mc", samples=2000, generator=rng(0), keep_samples=True).samples
         assert float(-other.predict(drawn).log_prob(val[1]).mean()) > float(again) - 0.005
     refit = lk.LaplacePosterior(model, lk.likelihoods.Gaussian(scale=sigma)).fit(train)
     refit.n_data, refit.prior_precision = posterior.n_data, posterior.prior_precision
@@ -320,7 +320,7 @@ def test_a_noise_scale_that_was_chosen_is_kept() -> None:
     rms = float((model(val[0]) - val[1]).square().mean().sqrt())
     assert found.best["noise"] == pytest.approx(rms, rel=2e-3)
     assert found.best["n_data"] in grids["n_data"] and default.likelihood.scale == found.best["noise"]
-    again = -default.predict(val[0], samples=2000, generator=rng(0)).log_prob(val[1]).mean()
+    again = -default.predict(val[0], method="mc", samples=2000, generator=rng(0)).log_prob(val[1]).mean()
     assert float(again) == pytest.approx(found.best["objective"], abs=0.05)
 
 
@@ -427,12 +427,12 @@ def test_out_of_distribution_contrast() -> None:
     missing = math.log(2) + (probs * probs.log()).nansum(1).mean()
     nll = nn.functional.cross_entropy(model(val[0]), val[1])
     assert result.map_objective == pytest.approx(float(nll + 0.5 * missing), rel=1e-4)
-    entropy = float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean())
+    entropy = float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean())
     quiet(posterior, val, generator=rng(0))
-    assert entropy > float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean())
+    assert entropy > float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean())
     strong = quiet(posterior, val, objective=OODContrast(far, weight=5.0), generator=rng(0))
     assert strong.objective == "OODContrast"
-    assert float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean()) > entropy - 0.02
+    assert float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean()) > entropy - 0.02
 
 
 def test_map_method_has_nothing_to_tune() -> None:
@@ -532,7 +532,9 @@ def test_a_warning_that_is_an_error_leaves_the_posterior_as_it_was() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="edge"):
-            posterior.tune(val, n_data=[40.0], prior_precision=[1e-6, 1e6, 1e7], samples=3, generator=rng(0))
+            posterior.tune(
+                val, n_data=[40.0], prior_precision=[1e-6, 1e6, 1e7], method="mc", samples=3, generator=rng(0)
+            )
     assert (posterior.n_data, posterior.prior_precision) == before
 
 
