@@ -227,7 +227,7 @@ class Contest:
                 predictor.shared(first)
         start: Point | None = None
         for method, scorer in scorers.items():
-            search = Search(self._paid(scorer, draws[method]), self.name, afford=self._prepared(scorer, costs))
+            search = Search(self._paid(scorer, draws[method]), self.name, afford=self._prepared(scorer))
             search.look([MAP])
             if start is None or draws[method] == 1:
                 best, edge = coarse_to_fine(search, self.plane, finest)
@@ -249,21 +249,12 @@ class Contest:
 
         return measure
 
-    def _prepared(self, scorer: Scorer, costs: Costs) -> Callable[[Sequence[Point]], bool]:
+    @staticmethod
+    def _prepared(scorer: Scorer) -> Callable[[Sequence[Point]], bool]:
+        """Whether points need no further pass over the data."""
         predictor = scorer.predictor
         assert isinstance(predictor, Linearised)
-
-        def afford(points: Sequence[Point]) -> bool:
-            new = {rounded(p / n) for n, p in points if (n, p) != MAP} - set(predictor.ratios)
-            if not new:
-                return True
-            work = scorer.part.count * costs.linearised(len(new))
-            if work > self.budget.left:
-                return False
-            self.budget.pay(work)
-            return True
-
-        return afford
+        return lambda points: not {rounded(p / n) for n, p in points if (n, p) != MAP} - predictor.ratios
 
     # -- Monte Carlo ---------------------------------------------------------------------------------------------------
 
@@ -276,7 +267,8 @@ class Contest:
         each = costs.sampled(draws)
         for settings in SETTINGS:
             ratios = -(-settings // 2) if start is None or settings == SETTINGS[0] else -(-settings // 4)
-            examples = self._affordable(self.budget.left - ratios * drawing, settings * each)
+            # one more than it looks at, for a setting that is MAP in effect
+            examples = self._affordable(self.budget.left - (ratios + 1) * drawing, (settings + 1) * each)
             if examples >= min(validation.count, ENOUGH):
                 break
         if not examples:
