@@ -37,7 +37,7 @@ class Fitted(Subject, Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """See the module's text.
+    """What in-distribution data said: conformal scores, and references of out-of-distribution scores.
 
     Attributes:
         conformal: scores of the calibration data, from ``calibrate``.

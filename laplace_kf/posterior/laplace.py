@@ -153,6 +153,8 @@ class LaplacePosterior:
         self.damping = damping
         self.forward = forward
         self.dtype = dtype
+        self._method: str | None = None
+        self._temperature: float | None = None
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
@@ -312,6 +314,29 @@ class LaplacePosterior:
     def n_data(self, value: float) -> None:
         self._fitted("n_data")
         self._n_data, self._calibration = positive("n_data", value), None
+
+    @property
+    def method(self) -> str:
+        """What ``"auto"`` stands for in :meth:`predict`: what :meth:`tune` chose, or what was set here.
+
+        Before that ``"probit"`` for likelihoods with logits (categorical, Bernoulli) and ``"linearized"`` for others.
+        """
+        return self._method or ("probit" if self.likelihood.has_logits else "linearized")
+
+    @method.setter
+    def method(self, value: str) -> None:
+        if value != "auto":
+            _ = METHODS[value]
+        self._method, self._calibration = None if value == "auto" else value, None
+
+    @property
+    def temperature(self) -> float | None:
+        """What ``method="temperature"`` divides the logits of the mean weights by; ``None`` until :meth:`tune`."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | None) -> None:
+        self._temperature, self._calibration = None if value is None else positive("temperature", value), None
 
     @property
     def fitted_noise(self) -> dict[str, float]:
@@ -591,7 +616,7 @@ class LaplacePosterior:
     def predict(
         self,
         x: Any,
-        method: str = "mc",
+        method: str = "auto",
         samples: int = 100,
         space: str = "auto",
         generator: torch.Generator | None = None,
@@ -604,9 +629,12 @@ class LaplacePosterior:
 
         Args:
             x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
-            method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights;
-                ``"linearized"`` takes the network as linear in its weights around their mean, so that its outputs are
-                normal, ``N(f, J Λ⁻¹ Jᵀ)``; ``"probit"`` is that with the probit approximation of the link.
+            method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights, and
+                ``"temperature"`` with logits divided by :attr:`temperature`; ``"linearized"`` takes the network as
+                linear in its weights around their mean, so that its outputs are normal, ``N(f, J Λ⁻¹ Jᵀ)``;
+                ``"probit"`` is that with the probit approximation of the link. ``"auto"`` is :attr:`method`, what
+                :meth:`tune` chose; but ``"linearized"`` where a ``link`` is given, and ``"mc"`` where ``space`` or
+                ``draws`` are.
             samples: number of draws S (of weights, or of outputs).
             space: of ``"mc"``. ``"weights"``: one set of weight draws for the whole batch; ``"activations"``: exact
                 draws of every example's pre-activations, independent between examples, with no weight drawn;
@@ -628,6 +656,9 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("predict")
+        if method == "auto":
+            drawn = space != "auto" or draws != "independent"
+            method = "linearized" if link is not None else "mc" if drawn else self.method
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         check_finite(x, 0, "the input")
@@ -635,6 +666,7 @@ class LaplacePosterior:
             Request(
                 self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
                 generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
+                temperature=self._temperature,
             )
         )  # fmt: skip
         found = without_padding(found, x, self.forward)
@@ -680,7 +712,7 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
-        chosen = {"auto": str(getattr(self, "method", "mc"))}.get(method, method)
+        chosen = self.method if method == "auto" else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self
 
@@ -799,12 +831,13 @@ class LaplacePosterior:
         self,
         val: Iterable[Any] | tuple[Any, Tensor] | None = None,
         objective: str | Objective = "nll",
-        method: str = "mc",
+        method: str = "auto",
         n_data: Sequence[float] | None = None,
         prior_precision: Sequence[float] | None = None,
         samples: int = 20,
         generator: torch.Generator | None = None,
         *,
+        budget: float | None = 10.0,
         extend: int = 0,
         progress: bool = False,
         noise: bool | None = None,
@@ -812,24 +845,32 @@ class LaplacePosterior:
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
     ) -> TuningResult:
-        """Finds (N, λ), and the noise scale of a regression, on validation data or by the evidence; sets them.
+        """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
-        Without grids the search goes from coarse to fine in coordinates that do not trade off, some 30 points (see
-        :mod:`laplace_kf.posterior.search`), and the result is never worse than MAP on the validation data: if no
-        point beats the trained weights by more than one standard error of the paired difference, (N, λ) is set to a
-        finite point that is MAP in effect, and the result says so (``map_wins``). With a grid for N or λ every pair is
-        measured and the smallest objective wins (methods 9.3).
+        Without grids the predictives compete: the trained weights alone (MAP), those with a temperature on their
+        logits, the linearised network through the probit approximation or in full, and Monte Carlo, each at its own
+        best setting and within a ``budget`` (:mod:`laplace_kf.posterior.candidates`). The winner, which has to beat the
+        others beyond the noise of the validation data, becomes :attr:`method`. Settings are searched from coarse to
+        fine in coordinates that do not trade off (:mod:`laplace_kf.posterior.search`), and the result is never worse
+        than MAP on the validation data: if no posterior beats the trained weights by more than one standard error of
+        the paired difference, (N, λ) is set to a finite point that is MAP in effect, and the result says so
+        (``map_wins``). With a grid for N or λ every pair is measured with one method and the smallest objective wins
+        (methods 9.3).
 
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; ``objective="evidence"`` needs
                 none.
             objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``
                 or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
-            method: how to predict, ``"mc"`` by default; ``"map"`` ignores (N, λ).
+            method: ``"auto"`` for a competition; a name of :meth:`predict`'s methods to tune that one alone (beside
+                MAP and the temperature, as references) and to set :attr:`method` to it. With grids ``"auto"`` is the
+                method that the posterior has.
             n_data: grid for N; if only the other is given ``N · 10^{-1 … 4}`` in half decades.
             prior_precision: grid for λ; if only the other is given ``10^{-4 … 4}`` in half decades.
             samples: weight draws per point, the same for all of them.
             generator: random numbers; with one, the search is reproducible.
+            budget: training epochs of the validation examples that the search may take, all work included, by count of
+                multiply-adds; None for no limit. A grid is measured in full whatever it takes.
             extend: how often to extend the grid where the best value lies on its edge.
             progress: show a bar.
             noise: whether to tune the noise scale σ of a Gaussian likelihood too, by the same objective. Default: if
@@ -841,17 +882,20 @@ class LaplacePosterior:
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
 
         Returns:
-            Everything measured, the best, how MAP compares, and whether the best lies on the edge (which is also
-            warned about, as is a win of MAP). Prints as a few lines.
+            Everything measured, every candidate with its gain over MAP and standard error, the best, what the search
+            cost, and whether the best lies on the edge (which is also warned about, as is a win of MAP). Prints as a
+            few lines.
 
         Raises:
             NotFitted: before ``fit``.
             UnknownName: for an unknown objective or method.
-            IncompatiblePair: for options that do not go together.
+            IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
         """
         self._fitted("tune")
-        options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
+        options = Options(
+            objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
+        )
         seen = None if val is None else Seen(as_batches(val), self.forward)
         with lasting():
             found, settings = tune(self, seen, n_data, prior_precision, options)
@@ -859,6 +903,10 @@ class LaplacePosterior:
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)
+        if settings.method is not None:
+            self._method = settings.method
+        if settings.temperature is not None:
+            self._temperature = settings.temperature
         self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
@@ -914,6 +962,8 @@ class LaplacePosterior:
             "damping": self.damping,
             "prior_precision": plain(self._prior),
             "n_data": self._n_data,
+            "method": self._method,
+            "temperature": self._temperature,
             "noise": state.noise,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
@@ -1002,6 +1052,7 @@ class LaplacePosterior:
             posterior._chain = Chain.unpacked(tensors, header["chain"], layout, first.device)
         posterior._accept(posterior._chained(state, header.get("n_newest")), header["n_data"])
         posterior._n_data = header["n_data"]
+        posterior._method, posterior._temperature = header.get("method"), header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))
         posterior.structure.reason = header.get("reason", "")
         return posterior

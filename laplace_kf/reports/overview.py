@@ -237,7 +237,7 @@ def _drawn(posterior: LaplacePosterior, scored: _Scored, samples: int, seed: int
 
     def predict(inputs: Tensor) -> Prediction:
         generator = torch.Generator().manual_seed(seed)
-        return posterior.predict(inputs.to(device.device, x.dtype), samples=samples, generator=generator)
+        return posterior.predict(inputs.to(device.device, x.dtype), method="mc", samples=samples, generator=generator)
 
     margin = 0.25 * (x.amax(0) - x.amin(0))
     low, high = x.amin(0) - margin, x.amax(0) + margin

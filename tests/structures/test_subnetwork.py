@@ -157,12 +157,14 @@ def test_predictions_tuning_and_summary() -> None:
     with torch.no_grad():
         outputs = torch.vmap(lambda w: functional_call(problem.model, w, (problem.x,)))(draws)
     probs = outputs.softmax(-1)
-    prediction = posterior.predict(problem.x, samples=3000, generator=rng(6))
+    prediction = posterior.predict(problem.x, method="mc", samples=3000, generator=rng(6))
     error = (2 * probs.var(0) / 3000).sqrt()
     assert float(((prediction.probs - probs.mean(0)) / error).abs().max()) < 5
     with torch.no_grad():
         close(posterior.predict(problem.x, method="map").probs, problem.model(problem.x).softmax(-1))
-    posterior.tune((problem.x, problem.y), n_data=[2.0, 5.0, 9.0], prior_precision=[0.1, 1.0, 3.0], samples=3)
+    posterior.tune(
+        (problem.x, problem.y), n_data=[2.0, 5.0, 9.0], prior_precision=[0.1, 1.0, 3.0], method="mc", samples=3
+    )
     posterior.tune(objective="evidence", n_data=[5.0], prior_precision=[0.1, 1.0, 30.0])
     (row,) = posterior.summary().rows
     assert row.size == 7 and "7" in str(posterior.summary())
