@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
+from laplace_kf.replica import Shared
 
 __all__ = [
     "as_called",
@@ -120,6 +121,8 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- settings
 
 
+# for the whole process, whatever thread asks for it
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 _AUTOCAST: ContextVar[tuple[tuple[str, torch.dtype], ...]] = ContextVar("autocast", default=())
 
 
@@ -134,7 +137,7 @@ def undisturbed() -> Iterator[None]:
         for kind, _ in active:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_EAGER())
         yield
 
 

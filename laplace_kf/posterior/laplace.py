@@ -6,6 +6,7 @@ negative log-likelihood at the trained weights ``θ*`` (methods 9.1).
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -45,6 +46,7 @@ from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
 from laplace_kf.predictive.padding import without_padding
+from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
@@ -662,13 +664,14 @@ class LaplacePosterior:
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         check_finite(x, 0, "the input")
-        found = rule(
-            Request(
-                self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
-                generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
-                temperature=self._temperature,
-            )
-        )  # fmt: skip
+        with stage(self.model, self.forward) as (model, forward):
+            found = rule(
+                Request(
+                    model, forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
+                    generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
+                    temperature=self._temperature,
+                )
+            )  # fmt: skip
         found = without_padding(found, x, self.forward)
         kept = None if self._calibration is None else self._calibration.conformal
         return replace(found, calibration=kept) if kept is not None and kept.method == method else found
@@ -801,10 +804,11 @@ class LaplacePosterior:
         if diagonal_only and joint:
             raise ValueError("diagonal_only and joint exclude each other")
         check_finite(x, 0, "the input")
-        network = Linearization(self.model, self.forward, self.mean, x, keep=False)
-        if diagonal_only:
-            return network.variance(self.precision)
-        return network.covariance(self.precision, joint=joint)
+        with stage(self.model, self.forward) as (model, forward):
+            network = Linearization(model, forward, self.mean, x, keep=False)
+            if diagonal_only:
+                return network.variance(self.precision)
+            return network.covariance(self.precision, joint=joint)
 
     @lasting()
     def predictor(
@@ -897,8 +901,10 @@ class LaplacePosterior:
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
         seen = None if val is None else Seen(as_batches(val), self.forward)
-        with lasting():
-            found, settings = tune(self, seen, n_data, prior_precision, options)
+        with lasting(), stage(self.model, self.forward) as (model, forward):
+            working = copy.copy(self)
+            working.model, working.forward = model, forward
+            found, settings = tune(working, seen, n_data, prior_precision, options)
         found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:

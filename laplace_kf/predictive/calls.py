@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,11 +16,23 @@ from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.models import autocasting
+from laplace_kf.replica import Shared, original
 
 __all__ = ["Uses", "outputs_at", "over_draws"]
 
 Handler = Callable[[LayerRule, BoundCall, Mapping[str, str], Callable[[], Tensor]], Tensor]
 _VECTORISES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
+        warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+        yield
+
+
+QUIET = Shared(_without_advice)
+"""No advice about batching rules, for the whole process: the filters of warnings are."""
 
 
 class _Caller(nn.Module):
@@ -123,11 +136,11 @@ def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], sta
     def one(k: int) -> Tensor:
         return run({name: value[k] for name, value in stacked.items()})
 
+    model = original(model)
     count = next(iter(stacked.values())).shape[0]
     if count > 1 and not autocasting() and _VECTORISES.get(model, True):  # autocast does not reach into vmap
         try:
-            with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
-                warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+            with QUIET():
                 together: Tensor | None = torch.func.vmap(run, randomness="different")(dict(stacked))
         except IncompatiblePair:
             raise

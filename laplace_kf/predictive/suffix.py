@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.engine import preserved
+from laplace_kf.replica import original
 
 __all__ = ["FEATURE_BYTES", "Site", "Suffix", "cut", "feature_bytes", "verdicts"]
 
@@ -318,7 +319,7 @@ class _Whole(nn.Module):
 def verdicts(model: nn.Module) -> dict[tuple[str, ...], str]:
     """For each set of parameter names that was tried: ``"cut"``, or why the whole network is run."""
     with _LOCK:
-        return dict(_VERDICTS.get(model, {}))
+        return dict(_VERDICTS.get(original(model), {}))
 
 
 def feature_bytes(inputs: Any) -> int:
@@ -355,7 +356,7 @@ def cut(model: nn.Module, forward: Forward | None, names: Collection[str], input
     except _NoCut as reason:
         found, verdict = plain, str(reason)
     with _LOCK:
-        _VERDICTS.setdefault(model, {})[key] = verdict
+        _VERDICTS.setdefault(original(model), {})[key] = verdict
     return found
 
 
