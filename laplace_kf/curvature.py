@@ -21,6 +21,7 @@ from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
+from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
@@ -39,6 +40,8 @@ def estimate(
     parameters: Selection = "all",
     *,
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
@@ -54,7 +57,8 @@ def estimate(
         estimator: ``"exact"``, ``"sampled"`` (``samples=``), ``"projection"`` (``samples=``, ``noise=``),
             ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
         parameters: ``"all"``, ``"last_layer"``, a list of name patterns, or a :class:`Subnetwork` of single weights.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
         **options: options of the estimator or the structure.
@@ -68,8 +72,8 @@ def estimate(
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
-    settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
-    job = (model, as_batches(data), get_likelihood(likelihood), estimator)
+    settings: dict[str, Any] = {"forward": reading(forward, inputs, targets), "generator": generator, "dtype": dtype}
+    job = (model, as_batches(data, model), get_likelihood(likelihood), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
 
@@ -128,6 +132,8 @@ def ggn_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
 ) -> Tensor:
     """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
@@ -146,7 +152,7 @@ def ggn_vector_product(
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, rule, data, v, parameters, reading(forward, inputs, targets), product)
 
 
 def hessian_vector_product(
@@ -157,6 +163,8 @@ def hessian_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
 ) -> Tensor:
     """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
@@ -175,7 +183,7 @@ def hessian_vector_product(
         second = torch.autograd.grad(along, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, rule, data, v, parameters, reading(forward, inputs, targets), product)
 
 
 def _products(
@@ -199,7 +207,7 @@ def _products(
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(as_batches(data)):
+        for index, batch in enumerate(as_batches(data, model)):
             check_finite(batch, index, "the batch")
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             likelihood.check(outputs.detach(), targets)

@@ -11,23 +11,32 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, as_batches, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.reading import Part, reading
 
 __all__ = ["accuracy", "average_accuracy", "forgetting", "forward_transfer"]
 
 
-def accuracy(model: nn.Module, loader: Iterable[Any] | tuple[Any, Tensor], *, forward: Forward | None = None) -> float:
+def accuracy(
+    model: nn.Module,
+    loader: Iterable[Any] | tuple[Any, Tensor],
+    *,
+    forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
+) -> float:
     """Share of examples whose largest output ``(N, C)`` is the target ``(N,)``, in eval mode; the model stays as it is.
 
     Raises:
         ShapeMismatch: if there are no examples.
     """
+    read = reading(forward, inputs, targets)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = count = 0
     with preserved(model), torch.no_grad():
-        for batch in as_batches(loader):
-            outputs, targets = run(model, to_device(batch, device), forward)
-            right += int((outputs.argmax(-1) == targets.to(outputs.device)).sum())
-            count += targets.numel()
+        for batch in as_batches(loader, model):
+            outputs, wanted = run(model, to_device(batch, device), read)
+            right += int((outputs.argmax(-1) == wanted.to(outputs.device)).sum())
+            count += wanted.numel()
     if not count:
         raise ShapeMismatch("accuracy needs at least one example")
     return right / count

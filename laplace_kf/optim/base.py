@@ -34,6 +34,7 @@ from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
+from laplace_kf.reading import Part, reading
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
@@ -51,7 +52,8 @@ class SecondOrder(torch.optim.Optimizer):
         likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
         parameters: ``"all"`` trainable parameters or name patterns.
         groups: see :func:`laplace_kf.optim.groups.make_groups`.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         l2: coefficient η, in gradient and curvature.
         lr: factor on the final update.
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
@@ -77,6 +79,8 @@ class SecondOrder(torch.optim.Optimizer):
         parameters: str | Sequence[str],
         groups: Sequence[Mapping[str, Any]],
         forward: Forward | None,
+        inputs: Part | None,
+        targets: Part | None,
         l2: float,
         lr: float,
         tau: float | None,
@@ -85,6 +89,7 @@ class SecondOrder(torch.optim.Optimizer):
         generator: torch.Generator | None,
     ) -> None:
         check_arguments({"l2": l2, "lr": lr, "tau": tau, "averaging": averaging, "max_rise": max_rise})
+        forward = reading(forward, inputs, targets)
         model = usable(model)
         self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
         self.l2, self.tau = float(l2), tau

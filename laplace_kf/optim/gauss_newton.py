@@ -29,6 +29,7 @@ from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.running import Running
 from laplace_kf.optim.stepsize import model_change, optimal_coefficients
 from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
 from laplace_kf.tape import Observation, OuterSignals
 
@@ -70,7 +71,8 @@ class GaussNewton(SecondOrder):
             tried again with more damping (:class:`laplace_kf.optim.base.SecondOrder`).
         parameters: ``"all"`` or name patterns.
         groups: parameter groups by name pattern, some of them perhaps ``first_order``.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         generator: random numbers; with one, training is reproducible.
         tau_rule: period, factor and thresholds for τ.
         zeta_rule: period, factor and scale for ζ.
@@ -109,6 +111,8 @@ class GaussNewton(SecondOrder):
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         generator: torch.Generator | None = None,
         tau_rule: LevenbergMarquardt | None = None,
         zeta_rule: GreedySearch | None = None,
@@ -120,6 +124,8 @@ class GaussNewton(SecondOrder):
             parameters=parameters,
             groups=groups,
             forward=forward,
+            inputs=inputs,
+            targets=targets,
             l2=l2,
             lr=lr,
             tau=tau,

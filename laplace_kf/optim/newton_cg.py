@@ -29,6 +29,7 @@ from laplace_kf.optim.penalties import PENALTIES, Curvature
 from laplace_kf.optim.preconditioner import PRECONDITIONERS, Preconditioner
 from laplace_kf.optim.recipes import RECIPES, Recipe
 from laplace_kf.optim.stepsize import line_search
+from laplace_kf.reading import Part
 from laplace_kf.tape import Observation
 
 __all__ = ["HessianFree", "hessian_free"]
@@ -68,7 +69,8 @@ class HessianFree(SecondOrder):
         adapt_zeta: a given ``zeta`` moves with λ.
         curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
         termination: of CG, by relative progress.
-        averaging, max_rise, parameters, groups, forward, generator: as :class:`laplace_kf.optim.GaussNewton`.
+        averaging, max_rise, parameters, groups, forward, inputs, targets, generator: as
+            :class:`laplace_kf.optim.GaussNewton`.
         tau_rule: thresholds and factor.
         **options: of the preconditioner's structure and estimator (``samples=``).
 
@@ -111,6 +113,8 @@ class HessianFree(SecondOrder):
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         generator: torch.Generator | None = None,
         tau_rule: LevenbergMarquardt | None = None,
         **options: Any,
@@ -121,6 +125,8 @@ class HessianFree(SecondOrder):
             parameters=parameters,
             groups=groups,
             forward=forward,
+            inputs=inputs,
+            targets=targets,
             l2=l2,
             lr=lr,
             tau=tau,

@@ -41,7 +41,8 @@ from laplace_kf.posterior.prior import (
 )
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
+from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked
+from laplace_kf.reading import Part, reading
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
@@ -92,8 +93,11 @@ class LaplacePosterior:
         prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).
         damping: how Kronecker blocks take λ: ``"exact"`` (eigenbasis), ``"factored"`` or ``"balanced"``
             (methods 5.2, 5.3, 9.2).
-        forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
-            ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
+        inputs, targets: for batches that are neither ``(x, y)`` nor a mapping with ``"labels"``: two functions of a
+            batch, with ``outputs = model(*inputs(batch))`` (``inputs=lambda batch: batch[0], targets=lambda batch:
+            batch[1]`` for batches of three); ``predict`` takes what the model takes, or a whole batch.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``, for outputs that have to be picked or put
+            together; ``predict`` calls it with what it was given, a whole batch, and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
         prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
             what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
@@ -117,6 +121,8 @@ class LaplacePosterior:
         damping: str = "exact",
         forward: Forward | None = None,
         *,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         dtype: torch.dtype | None = None,
         prior: LaplacePosterior | None = None,
         multiplier: float = 1.0,
@@ -143,7 +149,7 @@ class LaplacePosterior:
                 'use structure="kron" over whole parameters'
             )
         self.damping = damping
-        self.forward = forward
+        self.forward = reading(forward, inputs, targets)
         self.dtype = dtype
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
@@ -198,7 +204,7 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        job = (self.model, as_batches(train_loader), self.likelihood, self.estimator)
+        job = (self.model, as_batches(train_loader, self.model), self.likelihood, self.estimator)
         settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
         names, structure = (
             covered(
@@ -524,6 +530,8 @@ class LaplacePosterior:
         *,
         forgetting: float = 1.0,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
@@ -547,7 +555,7 @@ class LaplacePosterior:
                 all but ``"keep"``.
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
-            forward: as in the constructor, if the task needs another one (its own head, for instance).
+            forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
             n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
 
         Raises:
@@ -558,6 +566,7 @@ class LaplacePosterior:
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
         self._fitted("update")
+        own = reading(forward, inputs, targets)
         following = LaplacePosterior(
             self.model,
             self.likelihood,
@@ -565,7 +574,7 @@ class LaplacePosterior:
             self.estimator,
             self.parameters,
             damping=self.damping,
-            forward=forward if forward is not None else self.forward,
+            forward=own if own is not None else self.forward,
             dtype=self.dtype,
             prior=self,
             multiplier=multiplier,
@@ -619,6 +628,7 @@ class LaplacePosterior:
         self._fitted("predict")
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
+        x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
         return rule(
             Request(
@@ -650,6 +660,7 @@ class LaplacePosterior:
         self._fitted("functional_covariance")
         if diagonal_only and joint:
             raise ValueError("diagonal_only and joint exclude each other")
+        x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
         network = Linearization(self.model, self.forward, self.mean, x, keep=False)
         if diagonal_only:
@@ -808,6 +819,8 @@ class LaplacePosterior:
         *,
         likelihood: str | Likelihood | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
     ) -> LaplacePosterior:
         """Reads a posterior for a model of the same architecture; its mean is the file's, not the model's weights.
 
@@ -815,7 +828,7 @@ class LaplacePosterior:
             path: file written by :meth:`save`.
             model: module whose parameters have the file's names and shapes.
             likelihood: needed only if the file's one was an object that cannot be written down (``FromDistribution``).
-            forward: as in the constructor (functions are not saved).
+            forward, inputs, targets: as in the constructor (functions are not saved).
 
         Raises:
             CorruptFile: if the file is truncated, altered or not one of ours.
@@ -823,7 +836,8 @@ class LaplacePosterior:
                 others in this model.
             IncompatiblePair: if the likelihood is needed and missing.
         """
-        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=forward)
+        own = reading(forward, inputs, targets)
+        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own)
 
     @classmethod
     def unpacked(
@@ -834,6 +848,8 @@ class LaplacePosterior:
         *,
         likelihood: str | Likelihood | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
     ) -> LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
@@ -860,7 +876,7 @@ class LaplacePosterior:
             parameters=Subnetwork(**chosen) if single else chosen,
             prior_precision=header["prior_precision"],
             damping=header["damping"],
-            forward=forward,
+            forward=reading(forward, inputs, targets),
             dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
             **header["options"],
         )

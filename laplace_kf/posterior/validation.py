@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
+from laplace_kf.batches import as_batches, check_finite, inputs_of, is_array, run, to_device, to_tensors
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch, UnknownName
 from laplace_kf.posterior.objectives import Objective, OODContrast
@@ -120,7 +120,7 @@ class Validation:
         model, forward = self.posterior.model, self.posterior.forward
         inputs, outputs, targets, seen = [], [], [], 0
         with preserved(model):
-            for index, batch in enumerate(as_batches(val)):
+            for index, batch in enumerate(as_batches(val, model)):
                 check_finite(batch, index, "the validation batch")
                 batch = to_device(batch, self.device)
                 with torch.no_grad():
@@ -137,7 +137,8 @@ class Validation:
         return inputs, outputs, targets
 
     def _read_inputs(self, data: Any) -> tuple[list[Site], list[Tensor]]:
-        batches = [data] if isinstance(data, Tensor) else as_batches(data) if isinstance(data, tuple) else data
+        data = to_tensors(data, self.posterior.model) if is_array(data) else data
+        batches = [data] if isinstance(data, Tensor) else as_batches(data, self.posterior.model)
         inputs, outputs = [], []
         with preserved(self.posterior.model):
             for index, batch in enumerate(batches):

@@ -13,6 +13,7 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.activations import activation_outputs, examples
+from laplace_kf.predictive.asked import asked
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
@@ -164,6 +165,7 @@ class Predictor:
         Raises:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
+        x = asked(self._draws.model, self._draws.forward, x)
         check_finite(x, 0, "the input")
         with preserved(self._draws.model):
             return _finite(self._draws.outputs(to_device(x, self._device)))

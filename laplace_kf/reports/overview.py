@@ -125,7 +125,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
     device = next(iter(posterior.mean.values())).device
     parts: dict[str, list[Tensor]] = {}
     targets, log_prob, entropy, inputs = [], [], [], []
-    for batch in as_batches(loader):
+    for batch in as_batches(loader, posterior.model):
         batch = to_device(batch, device)
         with preserved(posterior.model), torch.no_grad():
             wanted = run(posterior.model, batch, posterior.forward)[1]
@@ -154,7 +154,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
 def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int, seed: int) -> Tensor:
     """Entropy ``(N,)`` of predictions at inputs whose targets, if there are any, may be of other classes."""
     found = []
-    for batch in as_batches(loader):
+    for batch in as_batches(loader, posterior.model):
         generator = torch.Generator().manual_seed(seed)
         inputs = inputs_of(batch, posterior.forward)
         found.append(posterior.predict(inputs, method=method, samples=samples, generator=generator).entropy)
