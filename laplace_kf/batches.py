@@ -42,6 +42,7 @@ __all__ = [
     "predicted",
     "run",
     "to_tensors",
+    "with_labels",
 ]
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -68,6 +69,13 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
     else:
         outputs = model(inputs)
     return as_tensor(outputs)
+
+
+def with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What the model returns for a mapping batch, labels included; ``None`` if it does not take them by name."""
+    if "labels" not in batch or not conventions.takes_labels(model):
+        return None
+    return model(**_arguments(model, batch), labels=batch["labels"])
 
 
 def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,7 +219,7 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
 
 
 def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
-    """As :func:`predicted`, on the inputs themselves, which the model may then change."""
+    """As :func:`predicted`, outputs ``(N, ...)``, on the inputs themselves, which the model may then change."""
     at_inputs = getattr(forward, "outputs_at", None)  # of laplace_kf.reading.Reading
     if at_inputs is not None:
         return as_tensor(at_inputs(model, inputs))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "arguments", "decoder_inputs_from_labels", "is_causal", "target_key", "targets"]
+__all__ = ["IGNORED", "arguments", "decoder_inputs_from_labels", "is_causal", "takes_labels", "target_key", "targets"]
 
 IGNORED = -100  # what transformers and torch.nn.CrossEntropyLoss leave out
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -39,6 +39,17 @@ def arguments(model: nn.Module) -> list[inspect.Parameter] | None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the ``forward`` of the model, or of the one inside an adapter's wrapper, names ``labels``."""
+    for module in (model, _wrapped(model)):
+        try:
+            if "labels" in inspect.signature(module.forward).parameters:
+                return True
+        except (TypeError, ValueError):
+            continue
+    return False
 
 
 def target_key(model: nn.Module, batch: Mapping[Any, Any]) -> str | None:

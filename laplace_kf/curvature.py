@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_kf.agreement import require_same_loss
 from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
@@ -209,6 +210,8 @@ def _products(
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for index, batch in enumerate(as_batches(data, model)):
             check_finite(batch, index, "the batch")
+            if index == 0:
+                require_same_loss(model, to_device(batch, weights[0].device), forward, likelihood)
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.batches import Forward, check_finite, to_device, to_tensors
+from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
@@ -212,8 +214,11 @@ class SecondOrder(torch.optim.Optimizer):
     @torch.enable_grad()
     def _take_in(self, x: Any, y: Any) -> None:
         device = self.tracer.device
-        data = to_device(x if y is None else (x, y), device)
+        data = to_device(to_tensors(x if y is None else (x, y), self.model), device)
         check_finite(data, self.steps, "the batch")
+        if self.steps == 0 and not self.pending.batches:
+            with preserved(self.model):
+                require_same_loss(self.model, data, self.user_forward, self.likelihood)
         batch = Batch(data, 0, self.objective.random_state())
         outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:

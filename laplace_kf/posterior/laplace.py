@@ -41,7 +41,7 @@ from laplace_kf.posterior.prior import (
 )
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked
+from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
 from laplace_kf.reading import Part, reading
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -630,12 +630,11 @@ class LaplacePosterior:
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
-        return rule(
-            Request(
-                self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
-                generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
-            )
+        request = Request(
+            self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
+            generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
         )  # fmt: skip
+        return labelled(self.model, self.forward, x, rule(request))
 
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:

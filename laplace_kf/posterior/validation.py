@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace_kf.agreement import require_same_loss
 from laplace_kf.batches import as_batches, check_finite, inputs_of, is_array, run, to_device, to_tensors
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch, UnknownName
@@ -123,6 +124,8 @@ class Validation:
             for index, batch in enumerate(as_batches(val, model)):
                 check_finite(batch, index, "the validation batch")
                 batch = to_device(batch, self.device)
+                if index == 0:
+                    require_same_loss(model, batch, forward, self.posterior.likelihood)
                 with torch.no_grad():
                     found, wanted = run(model, batch, forward)
                 self.posterior.likelihood.check(found, wanted)

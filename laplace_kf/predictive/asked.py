@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from laplace_kf import conventions
 from laplace_kf.batches import Forward, leaves_of, predicted, to_tensors
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.likelihoods import Prediction
 
-__all__ = ["asked"]
+__all__ = ["asked", "labelled"]
 
 
 def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
@@ -45,3 +50,18 @@ def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
         with preserved(model), torch.no_grad():
             predicted(model, x.detach()[rows], forward)  # checks its rows
     return x
+
+
+def labelled(model: nn.Module, forward: Forward | None, x: Any, prediction: Prediction) -> Prediction:
+    """The prediction, whose ``log_prob`` takes labels as a batch of the form of ``x`` has them.
+
+    For a mapping given to a causal language model of transformers these are the batch's ``labels (N, T)``, of which
+    label t + 1 belongs to position t; for everything else they stand beside the outputs.
+    """
+    if forward is not None or not isinstance(x, Mapping) or not conventions.is_causal(model):
+        return prediction
+    return replace(prediction, density=partial(_density_of_labels, model, prediction.density))
+
+
+def _density_of_labels(model: nn.Module, density: Callable[[Tensor], Tensor], labels: Tensor) -> Tensor:
+    return density(conventions.targets(model, labels))

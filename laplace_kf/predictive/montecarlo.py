@@ -13,7 +13,7 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.activations import activation_outputs, examples
-from laplace_kf.predictive.asked import asked
+from laplace_kf.predictive.asked import asked, labelled
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
@@ -172,4 +172,5 @@ class Predictor:
 
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
-        return self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
+        found = self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
+        return labelled(self._draws.model, self._draws.forward, x, found)

@@ -139,7 +139,12 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
             inputs.append(batch[0].cpu())  # few enough to draw
         for name, value in prediction.values.items():
             parts.setdefault(name, []).append(value.detach().cpu())
-        log_prob.append(prediction.log_prob(wanted).detach().cpu())
+        raw = (
+            batch["labels"]
+            if posterior.forward is None and isinstance(batch, Mapping) and "labels" in batch
+            else wanted
+        )
+        log_prob.append(prediction.log_prob(raw).detach().cpu())  # in the batch's own convention
         if "probs" in prediction.values:  # what is ignored has no label, whichever number stands for it
             wanted = wanted.where(prediction.kept(wanted), -1)
         targets.append(wanted.cpu())
