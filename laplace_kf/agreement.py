@@ -59,9 +59,10 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
         difference = _difference(own, losses, logits, count, type(likelihood).__name__ in EXACT)
     if difference is not None:
         reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference)
+        theirs, ours = float(own.detach()), float(losses.detach().sum()) / count
         raise ShapeMismatch(
-            f"the model's own loss of the first minibatch is {float(own.detach()):.6g}, and the likelihood {likelihood!r} gives "
-            f"{float(losses.detach().sum()) / count:.6g} by target, which is not the same function of the outputs: {reasons}. "
+            f"the model's own loss of the first minibatch is {theirs:.6g}, and the likelihood {likelihood!r} gives "
+            f"{ours:.6g} by target, which is not the same function of the outputs: {reasons}. "
             f"To have the likelihood see other targets, say which (the model's own loss is then left out): "
             f"{_paste(batch)}"
         )
@@ -146,9 +147,9 @@ def _reasons(
     for path, module in model.named_modules():
         smoothing, weight = getattr(module, "label_smoothing", 0.0), getattr(module, "weight", None)
         if isinstance(module, nn.modules.loss._WeightedLoss) and (smoothing or weight is not None):
-            what = [f"label_smoothing={smoothing}"] * bool(smoothing) + ["class weights"] * (weight is not None)
+            settings = [f"label_smoothing={smoothing}"] * bool(smoothing) + ["class weights"] * (weight is not None)
             found.append(
-                f"module {path!r} has {' and '.join(what)}: Categorical(label_smoothing=, class_weights=) is that loss"
+                f"module {path!r} has {' and '.join(settings)}: Categorical(label_smoothing=, class_weights=) is that loss"
             )
     return "; ".join(found) or "label smoothing, class weights, another kind of loss, or labels in another order"
 
