@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf import conventions
-from laplace_kf.batches import Forward, as_tensor, own_loss, private, run, with_labels
+from laplace_kf.batches import Forward, private, run, with_labels
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import as_called
+from laplace_kf.returned import as_tensor, own_loss
 
 __all__ = ["require_same_loss"]
 
@@ -130,7 +131,7 @@ def _reasons(
         )
     found = []
     if isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] > 1 and not targets.is_floating_point():
-        for what, moved in (
+        for where, moved in (
             ("one position later: it shifts the labels itself", _shifted(targets, 1)),
             ("one position earlier: they are shifted already, and inside the model once more", _shifted(targets, -1)),
         ):
@@ -138,7 +139,7 @@ def _reasons(
                 loss = float(-likelihood.log_prob(outputs, moved).sum())
                 values = [loss / max(1.0, likelihood.terms(moved)), loss / len(outputs), loss]
                 if any(abs(float(own) - v) <= 1e-3 * abs(v) + 1e-5 for v in values):
-                    found.append(f"the model compares with the label {what}")
+                    found.append(f"the model compares with the label {where}")
     kind = getattr(getattr(model, "config", None), "problem_type", None)
     name = {"regression": "gaussian", "multi_label_classification": "bernoulli",
             "single_label_classification": "categorical"}.get(str(kind))  # fmt: skip
@@ -148,9 +149,8 @@ def _reasons(
         smoothing, weight = getattr(module, "label_smoothing", 0.0), getattr(module, "weight", None)
         if isinstance(module, nn.modules.loss._WeightedLoss) and (smoothing or weight is not None):
             settings = [f"label_smoothing={smoothing}"] * bool(smoothing) + ["class weights"] * (weight is not None)
-            found.append(
-                f"module {path!r} has {' and '.join(settings)}: Categorical(label_smoothing=, class_weights=) is that loss"
-            )
+            what = " and ".join(settings)
+            found.append(f"module {path!r} has {what}: Categorical(label_smoothing=, class_weights=) is that loss")
     return "; ".join(found) or "label smoothing, class weights, another kind of loss, or labels in another order"
 
 

@@ -3,9 +3,10 @@
 A batch is ``(x, y)``, ``((x1, x2, ...), y)``, or a mapping whose targets stand under ``"labels"`` (or ``"label"``) and
 whose other entries are keyword arguments of the model; entries that the model's ``forward`` does not name (``"idx"``,
 ``"text"``) are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping
-(keyword arguments) of anything. Anything else is said by ``inputs=`` and ``targets=``, or ``forward=``
-(:mod:`laplace_kf.reading`), which may take named tuples, dataclasses and nests of all these: the package moves and cuts
-the tensors inside them. numpy arrays, and whatever else has ``__array__``, become tensors.
+(keyword arguments) of anything. A batch, or ``x``, may be a graph (:mod:`laplace_kf.graphs`). Anything else is said by
+``inputs=`` and ``targets=``, or ``forward=`` (:mod:`laplace_kf.reading`), which may take named tuples, dataclasses and
+nests of all these: the package moves and cuts the tensors inside them. numpy arrays, and whatever else has
+``__array__``, become tensors.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from laplace_kf import conventions
+from laplace_kf import conventions, graphs
+from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.models import as_called
+from laplace_kf.returned import as_tensor
 
 __all__ = [
     "Forward",
@@ -34,11 +36,9 @@ __all__ = [
     "check_rows",
     "default_forward",
     "inputs_of",
-    "is_array",
     "leaves_of",
     "map_examples",
     "model_outputs",
-    "own_loss",
     "predicted",
     "run",
     "to_tensors",
@@ -59,6 +59,8 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
         ShapeMismatch: if a mapping has none of the model's arguments, or lacks one; or if the model returns neither a
             tensor nor something with ``logits``.
     """
+    if graphs.is_graph(inputs):
+        return graphs.outputs(inputs, as_tensor(graphs.call(model, inputs)))
     if isinstance(inputs, Mapping):
         arguments = _arguments(model, inputs)
         if conventions.decoder_inputs_from_labels(model, inputs):
@@ -93,7 +95,7 @@ def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         key = _target_like(inputs)
         raise ShapeMismatch(
             f"a mapping is given to {type(model).__name__}.forward by keyword: its entries {_keys(given)} lack "
-            f"{missing or [p.name for p in named]}; rename them, or pass {_parts(inputs, key)}"
+            f"{missing or [p.name for p in named]}; rename them, or pass {_line(inputs, key)}"
         )
     return {p.name: given[p.name] for p in named if p.name in given}
 
@@ -107,64 +109,12 @@ def _target_like(mapping: Mapping[Any, Any]) -> str:
     return next((key for key in ("labels", "label", "targets", "target", "y") if key in mapping), "...")
 
 
-def _parts(mapping: Mapping[Any, Any], target: str) -> str:
+def _line(mapping: Mapping[Any, Any], target: str) -> str:
     """The line that says which entries are inputs and targets, to be pasted."""
     tensors = [key for key, value in mapping.items() if isinstance(value, Tensor) and key != target]
     floats = [key for key in tensors if mapping[key].is_floating_point()]
     first = str((floats or tensors or ["..."])[0])
     return f'inputs=lambda batch: batch["{first}"], targets=lambda batch: batch["{target}"]'
-
-
-def as_tensor(outputs: Any) -> Tensor:
-    """The output tensor ``(N, ...)`` of a model call.
-
-    Of a structured output that is its ``logits`` or ``out`` (entry or attribute), the only tensor beside a ``loss``, or
-    what follows the loss in a tuple ``(loss, logits, ...)``.
-
-    Raises:
-        ShapeMismatch: if it is not clear which one; says what there is.
-    """
-    if isinstance(outputs, Tensor):
-        return outputs
-    entries: Mapping[Any, Any] = outputs if isinstance(outputs, Mapping) else {}
-    for name in ("logits", "out"):
-        found = entries.get(name) if entries else getattr(outputs, name, None)
-        if isinstance(found, Tensor):
-            return found
-    tensors = [key for key, value in entries.items() if isinstance(value, Tensor) and value.dim() and key != "loss"]
-    if len(tensors) == 1:
-        only: Tensor = entries[tensors[0]]
-        return only
-    what, part = type(outputs).__name__, "[0]"
-    if isinstance(outputs, Mapping):
-        what += f" with {_keys(outputs)}"
-        part = f'["{(tensors or list(entries) or ["..."])[0]}"]'
-    elif isinstance(outputs, (tuple, list)):
-        if len(outputs) == 1 and isinstance(outputs[0], Tensor):
-            return outputs[0]
-        if len(outputs) > 1 and isinstance(outputs[1], Tensor) and outputs[1].dim() and _is_loss(outputs[0]):
-            return outputs[1]
-        what += f" of {len(outputs)}"
-    raise ShapeMismatch(
-        f"the model returned {what}, but one tensor of outputs is needed; pick it, or put several together, with "
-        f"forward=lambda model, batch: (model(batch[0]){part}, batch[1]), and give predict a whole batch then: "
-        "posterior.predict((x, None))"
-    )
-
-
-def _is_loss(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
-
-
-def own_loss(outputs: Any) -> Tensor | None:
-    """The loss, 0-dim, that a model returned of itself: ``.loss``, ``["loss"]`` or the first of ``(loss, ...)``."""
-    if isinstance(outputs, Tensor):
-        return None
-    if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "loss"):
-        found = outputs[0] if len(outputs) > 1 else None
-    else:
-        found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    return found if _is_loss(found) else None
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -173,12 +123,17 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
     Raises:
         ShapeMismatch: for any other kind of batch, naming its type and the way out.
     """
+    paired = isinstance(batch, (tuple, list)) and len(batch) == 2 and graphs.is_graph(batch[0])
+    if paired or graphs.is_graph(batch):
+        graph, given = batch if paired else (batch, None)
+        raw = as_tensor(graphs.call(model, graph))
+        return graphs.outputs(graph, raw), graphs.targets(graph, raw, given)
     if isinstance(batch, Mapping):
         key = conventions.target_key(model, batch)
         if key is None:
             raise ShapeMismatch(
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
-                f"{_parts(batch, _target_like(batch))}"
+                f"{_line(batch, _target_like(batch))}"
             )
         return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
@@ -286,6 +241,8 @@ def as_batches(data: Any, model: nn.Module | None = None) -> Iterable[Any]:
         ShapeMismatch: for anything else; names its type and the way out.
     """
     targets = None
+    if graphs.is_graph(data):  # which would be iterated over entry by entry
+        return [data]
     pair = isinstance(data, (tuple, list)) and len(data) == 2
     if isinstance(data, Mapping) or (pair and (isinstance(data, tuple) or is_array(data[1]))):
         data = to_tensors(data, model)
@@ -354,18 +311,32 @@ def _take(tensor: Tensor, part: slice) -> Tensor:
 
 
 def tensors_of(structure: Any) -> Iterator[Tensor]:
-    """The tensors of a nest of tuples, lists, mappings and dataclasses, in order."""
+    """The tensors of a nest of tuples, lists, mappings, dataclasses and graphs, in order."""
     if isinstance(structure, Tensor):
         yield structure
-    elif isinstance(structure, Mapping):
-        for value in structure.values():
+    else:
+        for value in _parts(structure):
             yield from tensors_of(value)
-    elif isinstance(structure, Sequence) and not isinstance(structure, (str, bytes)):
-        for value in structure:
-            yield from tensors_of(value)
-    elif _is_dataclass(structure):
-        for field in dataclasses.fields(structure):
-            yield from tensors_of(getattr(structure, field.name, None))
+
+
+def graphs_of(structure: Any) -> Iterator[Any]:
+    """The graphs (:mod:`laplace_kf.graphs`) of a nest, in order."""
+    if graphs.is_graph(structure):
+        yield structure
+    elif not isinstance(structure, Tensor):
+        for value in _parts(structure):
+            yield from graphs_of(value)
+
+
+def _parts(structure: Any) -> Iterable[Any]:
+    """What a container holds; nothing of anything else."""
+    if isinstance(structure, Mapping):
+        return structure.values()
+    if isinstance(structure, Sequence) and not isinstance(structure, (str, bytes)):
+        return structure
+    if _is_dataclass(structure):
+        return [getattr(structure, field.name, None) for field in dataclasses.fields(structure)]
+    return graphs.values(structure) if graphs.is_graph(structure) else ()
 
 
 def _is_dataclass(structure: Any) -> bool:
@@ -378,17 +349,14 @@ def private(structure: Any) -> Any:
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``change`` to every tensor of shape ``(count, ...)`` and keeps the rest.
+    """Applies ``change`` (which picks or repeats rows) to every tensor of shape ``(count, ...)`` and keeps the rest.
+
+    A batch of ``count`` graphs becomes the batch of those that ``change`` picks.
 
     Raises:
-        UnsupportedLayer: for packed sequences, whose examples are interleaved.
+        UnsupportedLayer: for packed sequences, whose examples are interleaved; for graphs that cannot be cut out.
     """
-    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t, cuts=True)
-
-
-def is_array(value: Any) -> bool:
-    """Whether something is an array of numbers that is no tensor (numpy, pandas, jax, ...)."""
-    return not isinstance(value, Tensor) and hasattr(value, "__array__") and not isinstance(value, type)
+    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t, count)
 
 
 def to_tensors(structure: Any, model: nn.Module | None = None) -> Any:
@@ -398,34 +366,14 @@ def to_tensors(structure: Any, model: nn.Module | None = None) -> Any:
     integers keep theirs; text stays as it is. Tensors of a subclass that only carries notes along (MONAI's) are taken
     as plain ones.
     """
-    if not any(is_array(leaf) or _annotated(leaf) for leaf in leaves_of(structure)):
+    if not any(is_array(leaf) or is_annotated(leaf) for leaf in leaves_of(structure)):
         return structure
     kinds = (p.dtype for p in model.parameters() if p.is_floating_point()) if model is not None else iter(())
     return _map(
-        structure, lambda t: t.as_subclass(Tensor) if _annotated(t) else t, other=partial(_tensor, next(kinds, None))
+        structure,
+        lambda t: t.as_subclass(Tensor) if is_annotated(t) else t,
+        other=partial(tensor_of, next(kinds, None)),
     )
-
-
-def _annotated(leaf: Any) -> bool:
-    plain = type(leaf) in (Tensor, nn.Parameter) or not isinstance(leaf, Tensor)
-    return not plain and type(leaf).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def _tensor(dtype: torch.dtype | None, leaf: Any) -> Any:
-    if not is_array(leaf):
-        return leaf
-    array = np.asarray(leaf)
-    if array.dtype.kind not in "biufc":
-        return leaf
-    if array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = array.astype(np.int64)
-    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
-        array = array.astype(np.float64)
-    array = array.astype(
-        array.dtype.newbyteorder("="), copy=not array.flags.writeable or min(array.strides, default=0) < 0
-    )
-    tensor = torch.from_numpy(array)
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def leaves_of(structure: Any) -> Iterator[Any]:
@@ -449,20 +397,23 @@ def to_device(structure: Any, device: torch.device) -> Any:
 
 
 def _map(
-    structure: Any, change: Callable[[Tensor], Tensor], cuts: bool = False, other: Callable[[Any], Any] | None = None
+    structure: Any,
+    change: Callable[[Tensor], Tensor],
+    cuts: int | None = None,
+    other: Callable[[Any], Any] | None = None,
 ) -> Any:
     """A new structure of the same types with its tensors changed.
 
     Args:
         structure: nested tensors (of any shape).
         change: of a tensor.
-        cuts: whether single examples are taken out.
+        cuts: of so many examples, some are taken out.
         other: what becomes of anything that is neither tensor nor container.
     """
     if isinstance(structure, Tensor):
         return change(structure)
     if isinstance(structure, PackedSequence):
-        if cuts:
+        if cuts is not None:
             raise UnsupportedLayer(
                 "a batch holds a PackedSequence, in which examples are interleaved, and some parameters need single "
                 "examples; put the padded tensor and the lengths into the batch and pack them inside the model"
@@ -482,6 +433,10 @@ def _map(
             if hasattr(structure, field.name):
                 object.__setattr__(copied, field.name, _map(getattr(structure, field.name), change, cuts, other))
         return copied
+    if graphs.is_graph(structure):
+        if cuts is not None:
+            return graphs.cut(structure, cuts, change)
+        return graphs.mapped(structure, lambda value: _map(value, change, None, other))
     return structure if other is None else other(structure)
 
 

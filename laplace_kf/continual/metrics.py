@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, run, to_device
+from laplace_kf.conventions import IGNORED
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.graphs import of_role
 from laplace_kf.reading import Part, reading
 
 __all__ = ["accuracy", "average_accuracy", "forgetting", "forward_transfer"]
@@ -26,6 +28,8 @@ def accuracy(
 ) -> float:
     """Share of examples whose largest output ``(N, C)`` is the target ``(N,)``, in eval mode; the model stays as it is.
 
+    Targets of -100 are left out; of a graph, those outside ``test_mask``.
+
     Raises:
         ShapeMismatch: if there are no examples.
     """
@@ -34,9 +38,9 @@ def accuracy(
     right = count = 0
     with preserved(model), torch.no_grad():
         for batch in as_batches(loader, model):
-            outputs, wanted = run(model, to_device(batch, device), read)
+            outputs, wanted = run(model, of_role(to_device(batch, device), "test_mask"), read)
             right += int((outputs.argmax(-1) == wanted.to(outputs.device)).sum())
-            count += wanted.numel()
+            count += int((wanted != IGNORED).sum())
     if not count:
         raise ShapeMismatch("accuracy needs at least one example")
     return right / count

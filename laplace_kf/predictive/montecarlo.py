@@ -17,6 +17,7 @@ from laplace_kf.predictive.asked import asked, labelled
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
+from laplace_kf.predictive.padding import without_padding
 from laplace_kf.predictive.suffix import cut
 from laplace_kf.predictive.weights import WeightDraws
 from laplace_kf.registry import Registry
@@ -173,4 +174,5 @@ class Predictor:
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
         found = self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
-        return labelled(self._draws.model, self._draws.forward, x, found)
+        found = labelled(self._draws.model, self._draws.forward, x, found)
+        return without_padding(found, x, self._draws.forward)
