@@ -464,7 +464,11 @@ def check_finite(structure: Any, index: int, what: str) -> None:
     for tensor in tensors_of(structure):
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
+            mask = bool((torch.isfinite(tensor) | (tensor == -torch.inf)).all())
+            instead = " In place of a mask of 0 and -inf give a boolean mask, or torch.finfo(mask.dtype).min for -inf."
             raise NonFinite(
                 f"batch {index}: {what} of shape {tuple(tensor.shape)} has {bad} NaN or infinite "
                 f"{'entry' if bad == 1 else 'entries'}; nothing was changed. Clean the data (or the model's outputs)."
+                + instead
+                * mask
             )

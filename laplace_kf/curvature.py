@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laplace_kf.agreement import require_same_loss
 from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
@@ -90,6 +90,19 @@ def make_estimator(estimator: str | Estimator, **options: Any) -> Estimator:
     return estimator if isinstance(estimator, Estimator) else ESTIMATORS[estimator](**options)
 
 
+SETTINGS = (
+    "structure",
+    "estimator",
+    "parameters",
+    "prior_precision",
+    "damping",
+    "forward",
+    "inputs",
+    "targets",
+    "dtype",
+)
+
+
 def make_pair(
     structure: str | Structure, estimator: str | Estimator, options: dict[str, Any]
 ) -> tuple[Structure, Estimator]:
@@ -99,7 +112,7 @@ def make_pair(
 
     Raises:
         UnknownName: for unregistered names.
-        TypeError: for an option that would have no effect; names what is allowed.
+        UnknownOption: for an option that would have no effect; names what is allowed.
     """
     mine, theirs = _accepted(structure, STRUCTURES), _accepted(estimator, ESTIMATORS)
     neutral = {name: value for entry in ESTIMATORS for name, value in _accepted(entry, ESTIMATORS).items()}
@@ -109,10 +122,11 @@ def make_pair(
         if name not in mine and name not in theirs and (name not in neutral or value != neutral[name])
     ]
     if stray:
-        raise TypeError(
-            f"option {stray[0]!r} is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor "
-            f"by estimator {estimator!r} (options: {sorted(theirs) or 'none'})"
+        taken = (
+            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
+            f"(options: {sorted(theirs) or 'none'})"
         )
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),

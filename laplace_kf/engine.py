@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from laplace_kf.agreement import require_same_loss
 from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.graphs import check_ignored
@@ -282,7 +283,7 @@ class Accumulator:
                 f"estimator {self.estimator.name!r} sends {count} columns back through the network for every minibatch "
                 f"(outputs {tuple(observation.outputs.shape)}), which takes about {count} backward passes each. "
                 'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.',
-                stacklevel=2,
+                stacklevel=users_line(),
             )
 
     def add_columns(self, signals: Mapping[str, Signals]) -> None:

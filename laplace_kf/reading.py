@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from laplace_kf.arrays import is_array
 from laplace_kf.batches import Forward, model_outputs, to_tensors
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 
-__all__ = ["Part", "Reading", "reading"]
+__all__ = ["Part", "Reading", "one_argument", "paired", "reading"]
 
 Part = Callable[[Any], Any]
 """A function of a batch."""
@@ -141,3 +142,30 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return all(left is right for left, right in zip(a, b, strict=True))
     return a is b
+
+
+def paired(data: Any, y: Any) -> Any:
+    """``(x, y)`` where ``fit`` was given them one by one; the data, where there is no ``y (N, ...)``.
+
+    Raises:
+        ShapeMismatch: if the data are a loader, which brings the targets by itself.
+    """
+    if y is None:
+        return data
+    whole = isinstance(data, (Tensor, Mapping, tuple, list)) or is_array(data)
+    if not whole or not (isinstance(y, (Tensor, Mapping, tuple)) or is_array(y)):
+        raise ShapeMismatch(
+            f"fit was given {type(data).__name__} and {type(y).__name__}; it takes a loader alone, fit(loader), or "
+            "inputs and targets as tensors or arrays, fit(x, y)"
+        )
+    return data, y
+
+
+def one_argument(what: str, second: Any) -> None:
+    """Refuses data that were given as two arguments to a method whose second one is another thing.
+
+    Raises:
+        ShapeMismatch: if ``second`` is an array or a tensor ``(N, ...)``; says how to call it.
+    """
+    if (isinstance(second, Tensor) and second.dim()) or (is_array(second) and getattr(second, "ndim", 0)):
+        raise ShapeMismatch(f"{what} takes its data as one argument, a loader or a pair: {what}((x, y))")

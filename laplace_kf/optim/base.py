@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from laplace_kf.agreement import require_same_loss
 from laplace_kf.batches import check_finite, to_device, to_tensors
+from laplace_kf.callers import users_line
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.graphs import check_ignored
@@ -310,12 +311,12 @@ class SecondOrder(torch.optim.Optimizer):
                 if after is not None:
                     if rejected:
                         what = "update(s) with a loss that rose too much or was not finite were refused"
-                        self._say(f"{rejected} {what}; the damping is now", 7)
+                        self._say(f"{rejected} {what}; the damping is now")
                     return proposal, moved, after, rejected
             self._more_damping(BOOST)
         # says nothing about the damping: the next minibatch starts with a little more than before
         self._more_damping(BOOST**-RETRIES)
-        self._say("no update had a loss to accept and the weights are unchanged; the damping is now", 7)
+        self._say("no update had a loss to accept and the weights are unchanged; the damping is now")
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
 
     def _checked(self, batches: Sequence[Batch], proposal: Proposal, moved: Mapping[str, Tensor]) -> float | None:
@@ -338,9 +339,9 @@ class SecondOrder(torch.optim.Optimizer):
         rise, size = after - float(before.sum()) / count + change, float(before.abs().sum()) / count
         return rise / max(size, torch.finfo(torch.float32).tiny) if rise else 0.0
 
-    def _say(self, what: str, level: int) -> None:
+    def _say(self, what: str) -> None:
         damping = ", ".join(f"{key} = {value:.3g}" for key, value in self._damping().items())
-        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=level)
+        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=users_line())
 
     def _moved(self, delta: Tensor) -> dict[str, Tensor]:
         """The weights by name, parameter-shaped, after an update ``(P,)``."""

@@ -10,7 +10,7 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -44,8 +44,9 @@ from laplace_kf.posterior.prior import (
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
+from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
-from laplace_kf.reading import Part, reading
+from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
@@ -180,6 +181,7 @@ class LaplacePosterior:
     def fit(
         self,
         train_loader: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
         *,
         progress: bool = False,
         n_data: float | None = None,
@@ -189,7 +191,8 @@ class LaplacePosterior:
         """Estimates the curvature at the model's current weights.
 
         Args:
-            train_loader: loader, iterable of batches, or a pair of tensors ``(x (N, ...), y (N, ...))``.
+            train_loader: loader, iterable of batches, or a pair of tensors or arrays ``(x (N, ...), y (N, ...))``.
+            y: targets ``(N, ...)``, where the first argument is the inputs alone.
             progress: show a bar.
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
@@ -208,7 +211,8 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        job = (self.model, as_batches(train_loader, self.model), self.likelihood, self.estimator)
+        data = paired(train_loader, y)
+        job = (self.model, as_batches(data, self.model), self.likelihood, self.estimator)
         settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
         names, structure = (
             covered(
@@ -298,6 +302,27 @@ class LaplacePosterior:
             raise NotFitted(f"{what} needs a fitted posterior: call posterior.fit(train_loader) first")
         return self._state
 
+    def _in_model(self, what: str) -> _Fitted:
+        """The fitted state, for what needs the model's own parameters.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: if the model no longer has the posterior's parameters: a layer was replaced or removed.
+        """
+        state = self._fitted(what)
+        named = dict(self.model.named_parameters())
+        layout = state.statistics.layout
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            found = tuple(named[name].shape) if name in named else None
+            if found != tuple(shape):
+                there = "no such parameter" if found is None else f"{found}"
+                raise ShapeMismatch(
+                    f"{what}: the posterior has parameter {name!r} of shape {tuple(shape)}, the model has {there}; a "
+                    f"layer was replaced or removed after the fit (module {name.rpartition('.')[0]!r}). Put the old "
+                    "one back, or fit a new posterior: LaplacePosterior(model, ...).fit(train_loader)"
+                )
+        return state
+
     # -- settings ----------------------------------------------------------------------------------------------------
 
     @property
@@ -349,7 +374,7 @@ class LaplacePosterior:
     @property
     def mean(self) -> dict[str, Tensor]:
         """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
-        state = self._fitted("mean")
+        state = self._in_model("mean")
         parts = state.statistics.layout.split(state.mean[None])
         whole = {
             name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
@@ -482,7 +507,7 @@ class LaplacePosterior:
         Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
         term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
         """
-        state = self._fitted("penalty")
+        state = self._in_model("penalty")
         centre = state.statistics.layout.split(state.mean[None])
         settings = (self._rescaled()[0], *_values(self._prior))
         constant = not any(isinstance(value, Tensor) and value.requires_grad for value in settings)
@@ -510,6 +535,7 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
             ValueError: for another rate.
         """
+        self._in_model("precondition_gradients")
         key = (self.n_data, self.precision_factor, plain(self._prior))
         if self._implicit is None or self._implicit[0] != key:
             self._implicit = key, ImplicitPenalty([self.summed_curvature()])
@@ -569,7 +595,8 @@ class LaplacePosterior:
                 structure whose blocks cannot be chained in that way.
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
-        self._fitted("update")
+        self._in_model("update")
+        one_argument("update", multiplier)
         own = reading(forward, inputs, targets)
         following = LaplacePosterior(
             self.model,
@@ -601,11 +628,13 @@ class LaplacePosterior:
         link: str | None = None,
         draws: str = "independent",
         keep_samples: bool = False,
+        progress: bool = False,
     ) -> Prediction:
         """Predictive distribution at inputs.
 
         Args:
-            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
+            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments; or a
+                loader of batches as in :meth:`fit` (or of inputs alone), for one prediction over all its examples.
             method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights;
                 ``"linearized"`` takes the network as linear in its weights around their mean, so that its outputs are
                 normal, ``N(f, J Λ⁻¹ Jᵀ)``; ``"probit"`` is that with the probit approximation of the link.
@@ -621,6 +650,7 @@ class LaplacePosterior:
             draws: of ``"mc"``. ``"independent"``, ``"antithetic"`` (pairs ``±ε``) or ``"sobol"`` (quasi-random, at
                 most 21,201 directions).
             keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
+            progress: of a loader: show a bar.
 
         Raises:
             NotFitted: before ``fit``.
@@ -632,6 +662,11 @@ class LaplacePosterior:
         self._fitted("predict")
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
+        if is_loader(x):
+            one = partial(
+                self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
+            )
+            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
         x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
         found = rule(
@@ -856,11 +891,12 @@ class LaplacePosterior:
             NonFinite: if the objective is finite at no point, or the data are not finite.
         """
         self._fitted("tune")
+        one_argument("tune", objective)
         options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
         seen = None if val is None else Seen(as_batches(val, self.model), self.forward)
         with lasting():
             found, settings = tune(self, seen, n_data, prior_precision, options)
-        found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
+        found.warn()  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)

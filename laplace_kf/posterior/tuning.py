@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.operators import CurvatureBlock
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
@@ -108,19 +109,19 @@ class TuningResult:
             lines.append("  The best point lies at the edge of the search.")
         return "\n".join(lines)
 
-    def warn(self, stacklevel: int) -> None:
-        """Warns of a best point on the edge and of a win of MAP, as from the caller ``stacklevel`` frames up."""
+    def warn(self) -> None:
+        """Warns of a best point on the edge and of a win of MAP, at the user's line."""
         if self.at_edge:
             warnings.warn(
                 f"the best {self.objective} lies on the edge of the grid ({_shown(self.best)}); widen the grid, or "
                 "pass extend=k to extend it up to k times",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
         elif self.map_wins and self.searched:
             warnings.warn(
                 f"no posterior tried beats the trained weights alone (MAP, {self.objective} {self.map_objective:.4f}) "
                 f"beyond the noise of the validation data; set to {_shown(self.best)}, which is MAP in effect",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
 
 
