@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import Forward, check_finite
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.graphs import check_ignored
@@ -26,7 +28,6 @@ from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
-from laplace_kf.warned import warn_user
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
 
@@ -404,6 +405,8 @@ def collect(
                 label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                 for batch in tqdm(batches, desc=label, disable=not progress):
                     accumulator.add(batch, index)
+                    if index == 0 and stage == 1:
+                        require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)
                     index += 1
                 if (number or stage > 1) and accumulator.count == seen:
                     raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))

@@ -80,7 +80,7 @@ def original(model: nn.Module) -> nn.Module:
 def in_place(model: nn.Module) -> AbstractContextManager[Any]:
     """The lock under which a model without a double is used as it is."""
     with _GUARD:
-        return _LOCKS.setdefault(original(model), threading.RLock())  # type: ignore[no-any-return]
+        return _LOCKS.setdefault(original(model), threading.RLock())
 
 
 @contextmanager
@@ -218,7 +218,7 @@ class _Doubles:
             parts = [self.image(v, depth) for v in list(value)]
             if all(a is b for a, b in zip(parts, value, strict=True)):
                 return value
-            return value._make(parts) if hasattr(value, "_make") else type(value)(parts)  # type: ignore[call-arg]
+            return value._make(parts) if hasattr(value, "_make") else type(value)(parts)
         if isinstance(value, types.MethodType):
             owner = self.image(value.__self__, depth)
             function = self.image(value.__func__, depth)

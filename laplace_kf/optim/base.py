@@ -21,7 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import check_finite, to_device
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.batches import check_finite, to_device, to_tensors
+from laplace_kf.callers import users_line
+from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
@@ -36,6 +39,7 @@ from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
+from laplace_kf.reading import reading
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
@@ -75,11 +79,12 @@ class SecondOrder(torch.optim.Optimizer):
         tau: float | None,
     ) -> None:
         model = usable(model)
-        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), scope.forward
+        forward = reading(scope.forward, scope.inputs, scope.targets)
+        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
         self.l2, self.tau = float(step.l2), tau
         self.averaging, self.max_rise = step.averaging, float(step.max_rise)
         self.generator = scope.generator if scope.generator is not None else fresh_generator()
-        parameters, groups, forward, lr = scope.parameters, scope.groups, scope.forward, step.lr
+        parameters, groups, lr = scope.parameters, scope.groups, step.lr
         super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         second = {n for group in self.param_groups if not group["first_order"] for n in group["param_names"]}
@@ -197,8 +202,11 @@ class SecondOrder(torch.optim.Optimizer):
     @torch.enable_grad()
     def _take_in(self, x: Any, y: Any) -> None:
         device = self.tracer.device
-        data = to_device(x if y is None else (x, y), device)
+        data = to_device(to_tensors(x if y is None else (x, y), self.model), device)
         check_finite(data, self.steps, "the batch")
+        if self.steps == 0 and not self.pending.batches:
+            with preserved(self.model):
+                require_same_loss(self.model, data, self.user_forward, self.likelihood)
         batch = Batch(data, 0, self.objective.random_state())
         outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:
@@ -305,12 +313,12 @@ class SecondOrder(torch.optim.Optimizer):
                 if after is not None:
                     if rejected:
                         what = "update(s) with a loss that rose too much or was not finite were refused"
-                        self._say(f"{rejected} {what}; the damping is now", 7)
+                        self._say(f"{rejected} {what}; the damping is now")
                     return proposal, moved, after, rejected
             self._more_damping(BOOST)
         # says nothing about the damping: the next minibatch starts with a little more than before
         self._more_damping(BOOST**-RETRIES)
-        self._say("no update had a loss to accept and the weights are unchanged; the damping is now", 7)
+        self._say("no update had a loss to accept and the weights are unchanged; the damping is now")
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
 
     def _checked(self, batches: Sequence[Batch], proposal: Proposal, moved: Mapping[str, Tensor]) -> float | None:
@@ -333,9 +341,9 @@ class SecondOrder(torch.optim.Optimizer):
         rise, size = after - float(before.sum()) / count + change, float(before.abs().sum()) / count
         return rise / max(size, torch.finfo(torch.float32).tiny) if rise else 0.0
 
-    def _say(self, what: str, level: int) -> None:
+    def _say(self, what: str) -> None:
         damping = ", ".join(f"{key} = {value:.3g}" for key, value in self._damping().items())
-        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=level)
+        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=users_line())
 
     def _moved(self, delta: Tensor) -> dict[str, Tensor]:
         """The weights by name, parameter-shaped, after an update ``(P,)``."""

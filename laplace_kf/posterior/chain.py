@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import (
@@ -313,7 +314,7 @@ def _known(term: CurvatureBlock) -> CurvatureBlock:
             f"block {term.label!r} is a {type(term).__name__}, a kind that chains do not know: it is kept as a dense "
             f"matrix over {term.size} parameters. Register it in laplace_kf.posterior.chain.STORED to keep its form",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=users_line(),
         )
     return DenseBlock(term.dense(), term.label)
 

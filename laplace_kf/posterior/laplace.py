@@ -11,7 +11,7 @@ import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -44,8 +44,10 @@ from laplace_kf.posterior.prior import (
 )
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
+from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
+from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
+from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -97,8 +99,11 @@ class LaplacePosterior:
         prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).
         damping: how Kronecker blocks take λ: ``"exact"`` (eigenbasis), ``"factored"`` or ``"balanced"``
             (methods 5.2, 5.3, 9.2).
-        forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
-            ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
+        inputs, targets: for batches that are neither ``(x, y)`` nor a mapping with ``"labels"``: two functions of a
+            batch, with ``outputs = model(*inputs(batch))`` (``inputs=lambda batch: batch[0], targets=lambda batch:
+            batch[1]`` for batches of three); ``predict`` takes what the model takes, or a whole batch.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``, for outputs that have to be picked or put
+            together; ``predict`` calls it with what it was given, a whole batch, and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
         layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
             ``"channels_last"``; default: as the targets show at ``fit``.
@@ -124,6 +129,8 @@ class LaplacePosterior:
         damping: str = "exact",
         forward: Forward | None = None,
         *,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         dtype: torch.dtype | None = None,
         layout: str | None = None,
         prior: LaplacePosterior | None = None,
@@ -153,7 +160,7 @@ class LaplacePosterior:
                 'use structure="kron" over whole parameters'
             )
         self.damping = damping
-        self.forward = forward
+        self.forward = reading(forward, inputs, targets)
         self.dtype = dtype
         self._method: str | None = None
         self._temperature: float | None = None
@@ -183,6 +190,7 @@ class LaplacePosterior:
     def fit(
         self,
         train_loader: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
         *,
         progress: bool = False,
         n_data: float | None = None,
@@ -192,7 +200,8 @@ class LaplacePosterior:
         """Estimates the curvature at the model's current weights.
 
         Args:
-            train_loader: loader, iterable of batches, or a pair of tensors ``(x (N, ...), y (N, ...))``.
+            train_loader: loader, iterable of batches, or a pair of tensors or arrays ``(x (N, ...), y (N, ...))``.
+            y: targets ``(N, ...)``, where the first argument is the inputs alone.
             progress: show a bar.
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
@@ -211,7 +220,8 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        job = (self.model, as_batches(train_loader), self.likelihood, self.estimator)
+        data = paired(train_loader, y)
+        job = (self.model, as_batches(data, self.model), self.likelihood, self.estimator)
         settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
         names, structure = (
             covered(
@@ -303,6 +313,27 @@ class LaplacePosterior:
             raise NotFitted(f"{what} needs a fitted posterior: call posterior.fit(train_loader) first")
         return self._state
 
+    def _in_model(self, what: str) -> _Fitted:
+        """The fitted state, for what needs the model's own parameters.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: if the model no longer has the posterior's parameters: a layer was replaced or removed.
+        """
+        state = self._fitted(what)
+        named = dict(self.model.named_parameters())
+        layout = state.statistics.layout
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            found = tuple(named[name].shape) if name in named else None
+            if found != tuple(shape):
+                there = "no such parameter" if found is None else f"{found}"
+                raise ShapeMismatch(
+                    f"{what}: the posterior has parameter {name!r} of shape {tuple(shape)}, the model has {there}; a "
+                    f"layer was replaced or removed after the fit (module {name.rpartition('.')[0]!r}). Put the old "
+                    "one back, or fit a new posterior: LaplacePosterior(model, ...).fit(train_loader)"
+                )
+        return state
+
     # -- settings ----------------------------------------------------------------------------------------------------
 
     @property
@@ -377,7 +408,7 @@ class LaplacePosterior:
     @property
     def mean(self) -> dict[str, Tensor]:
         """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
-        state = self._fitted("mean")
+        state = self._in_model("mean")
         parts = state.statistics.layout.split(state.mean[None])
         whole = {
             name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
@@ -510,7 +541,7 @@ class LaplacePosterior:
         Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
         term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
         """
-        state = self._fitted("penalty")
+        state = self._in_model("penalty")
         centre = state.statistics.layout.split(state.mean[None])
         settings = (self._rescaled()[0], *_values(self._prior))
         constant = not any(isinstance(value, Tensor) and value.requires_grad for value in settings)
@@ -538,6 +569,7 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
             ValueError: for another rate.
         """
+        self._in_model("precondition_gradients")
         key = (self.n_data, self.precision_factor, plain(self._prior))
         if self._implicit is None or self._implicit[0] != key:
             self._implicit = key, ImplicitPenalty([self.summed_curvature()])
@@ -562,6 +594,8 @@ class LaplacePosterior:
         *,
         forgetting: float = 1.0,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
@@ -585,7 +619,7 @@ class LaplacePosterior:
                 all but ``"keep"``.
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
-            forward: as in the constructor, if the task needs another one (its own head, for instance).
+            forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
             n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
 
         Raises:
@@ -595,7 +629,9 @@ class LaplacePosterior:
                 structure whose blocks cannot be chained in that way.
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
-        self._fitted("update")
+        self._in_model("update")
+        one_argument("update", multiplier)
+        own = reading(forward, inputs, targets)
         following = LaplacePosterior(
             self.model,
             self.likelihood,
@@ -603,7 +639,7 @@ class LaplacePosterior:
             self.estimator,
             self.parameters,
             damping=self.damping,
-            forward=forward if forward is not None else self.forward,
+            forward=own if own is not None else self.forward,
             dtype=self.dtype,
             prior=self,
             multiplier=multiplier,
@@ -626,11 +662,13 @@ class LaplacePosterior:
         link: str | None = None,
         draws: str = "independent",
         keep_samples: bool = False,
+        progress: bool = False,
     ) -> Prediction:
         """Predictive distribution at inputs.
 
         Args:
-            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
+            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments; or a
+                loader of batches as in :meth:`fit` (or of inputs alone), for one prediction over all its examples.
             method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights, and
                 ``"temperature"`` with logits divided by :attr:`temperature`; ``"linearized"`` takes the network as
                 linear in its weights around their mean, so that its outputs are normal, ``N(f, J Λ⁻¹ Jᵀ)``;
@@ -649,6 +687,7 @@ class LaplacePosterior:
             draws: of ``"mc"``. ``"independent"``, ``"antithetic"`` (pairs ``±ε``) or ``"sobol"`` (quasi-random, at
                 most 21,201 directions).
             keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
+            progress: of a loader: show a bar.
 
         Raises:
             NotFitted: before ``fit``.
@@ -663,6 +702,12 @@ class LaplacePosterior:
             method = "linearized" if link is not None else "mc" if drawn else self.method
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
+        if is_loader(x):
+            one = partial(
+                self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
+            )
+            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
+        x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
         with stage(self.model, self.forward) as (model, forward):
             found = rule(
@@ -672,7 +717,7 @@ class LaplacePosterior:
                     temperature=self._temperature,
                 )
             )  # fmt: skip
-        found = without_padding(found, x, self.forward)
+        found = without_padding(labelled(self.model, self.forward, x, found), x, self.forward)
         kept = None if self._calibration is None else self._calibration.conformal
         return replace(found, calibration=kept) if kept is not None and kept.method == method else found
 
@@ -751,6 +796,7 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("ood_score")
+        x = asked(self.model, self.forward, x)
         return score(self, x, kind, layers, samples, generator)
 
     def leverage(self) -> Leverage:
@@ -803,6 +849,7 @@ class LaplacePosterior:
         self._fitted("functional_covariance")
         if diagonal_only and joint:
             raise ValueError("diagonal_only and joint exclude each other")
+        x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
         with stage(self.model, self.forward) as (model, forward):
             network = Linearization(model, forward, self.mean, x, keep=False)
@@ -897,15 +944,16 @@ class LaplacePosterior:
             NonFinite: if the objective is finite at no point, or the data are not finite.
         """
         self._fitted("tune")
+        one_argument("tune", objective)
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
-        seen = None if val is None else Seen(as_batches(val), self.forward)
+        seen = None if val is None else Seen(as_batches(val, self.model), self.forward)
         with lasting(), stage(self.model, self.forward) as (model, forward):
             working = copy.copy(self)
             working.model, working.forward = model, forward
             found, settings = tune(working, seen, n_data, prior_precision, options)
-        found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
+        found.warn()  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)
@@ -993,6 +1041,8 @@ class LaplacePosterior:
         *,
         likelihood: str | Likelihood | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
     ) -> LaplacePosterior:
         """Reads a posterior for a model of the same architecture; its mean is the file's, not the model's weights.
 
@@ -1000,7 +1050,7 @@ class LaplacePosterior:
             path: file written by :meth:`save`.
             model: module whose parameters have the file's names and shapes.
             likelihood: needed only if the file's one was an object that cannot be written down (``FromDistribution``).
-            forward: as in the constructor (functions are not saved).
+            forward, inputs, targets: as in the constructor (functions are not saved).
 
         Raises:
             CorruptFile: if the file is truncated, altered or not one of ours.
@@ -1008,7 +1058,8 @@ class LaplacePosterior:
                 others in this model.
             IncompatiblePair: if the likelihood is needed and missing.
         """
-        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=forward)
+        own = reading(forward, inputs, targets)
+        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own)
 
     @classmethod
     def unpacked(
@@ -1019,6 +1070,8 @@ class LaplacePosterior:
         *,
         likelihood: str | Likelihood | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
     ) -> LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
@@ -1045,7 +1098,7 @@ class LaplacePosterior:
             parameters=Subnetwork(**chosen) if single else chosen,
             prior_precision=header["prior_precision"],
             damping=header["damping"],
-            forward=forward,
+            forward=reading(forward, inputs, targets),
             dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
             **header["options"],
         )

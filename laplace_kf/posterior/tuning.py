@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.posterior.candidates import METHODS, Candidate, Contest, described, setting
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
@@ -123,19 +124,19 @@ class TuningResult:
             lines.append(f"  cost  {self.cost:.2g} training epochs of the validation examples")
         return "\n".join(lines)
 
-    def warn(self, stacklevel: int) -> None:
-        """Warns of a best point on the edge and of a win of MAP, as from the caller ``stacklevel`` frames up."""
+    def warn(self) -> None:
+        """Warns of a best point on the edge and of a win of MAP, at the user's line."""
         if self.at_edge:
             warnings.warn(
                 f"the best {self.objective} lies on the edge of the grid ({_shown(self.best)}); widen the grid, or "
                 "pass extend=k to extend it up to k times",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
         elif self.map_wins and self.searched:
             warnings.warn(
                 f"no posterior tried beats the trained weights alone (MAP, {self.objective} {self.map_objective:.4f}) "
                 f"beyond the noise of the validation data; set to {_shown(self.best)}, which is MAP in effect",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
 
 

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import BATCH_SIZE, as_batches, check_finite, inputs_of, map_examples, run, to_device
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.arrays import is_array
+from laplace_kf.batches import (
+    BATCH_SIZE,
+    as_batches,
+    check_finite,
+    inputs_of,
+    map_examples,
+    run,
+    to_device,
+    to_tensors,
+)
 from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnknownName
 from laplace_kf.graphs import check_ignored, of_role
@@ -192,9 +203,11 @@ class Validation:
         batches: list[Batch] = []
         seen = 0
         with preserved(model), torch.no_grad():
-            for index, batch in enumerate(as_batches(val)):
+            for index, batch in enumerate(as_batches(val, model)):
                 check_finite(batch, index, "the validation batch")
                 batch = of_role(to_device(batch, self.device), "val_mask")
+                if index == 0:
+                    require_same_loss(model, batch, forward, self.posterior.likelihood)
                 with multiply_adds(not batches) as work:
                     found, wanted = run(model, batch, forward)
                 check_ignored(batch, wanted, self.posterior.likelihood, forward)
@@ -243,7 +256,8 @@ class Validation:
         ]
 
     def _read_inputs(self, data: Any) -> tuple[list[Site], list[Tensor]]:
-        batches = [data] if isinstance(data, Tensor) else as_batches(data) if isinstance(data, tuple) else data
+        data = to_tensors(data, self.posterior.model) if is_array(data) else data
+        batches = [data] if isinstance(data, Tensor) else as_batches(data, self.posterior.model)
         inputs, outputs = [], []
         with preserved(self.posterior.model), torch.no_grad():
             for index, batch in enumerate(batches):

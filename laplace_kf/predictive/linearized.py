@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, check_rows, map_examples, model_outputs, run, tensors_of, to_device
+from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
@@ -60,9 +60,7 @@ class _Caller(nn.Module):
         self._forward = forward
 
     def forward(self, inputs: Any) -> Tensor:
-        if self._forward is not None:
-            return as_tensor(self._forward(self.model, inputs)[0])
-        return model_outputs(self.model, inputs)
+        return called(self.model, inputs, self._forward)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,6 @@ class Linearization:
         self.model, self.keep = model, keep
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
-            self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
             self.forward = Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
             with torch.no_grad():
@@ -123,10 +120,7 @@ class Linearization:
         self._pieces: dict[bytes, list[Piece]] = {}
 
     def _run(self, x: Any) -> Tensor:
-        outputs = run(self.model, x, self.forward)[0]
-        if self._batches:
-            check_rows(x, outputs)
-        return outputs
+        return run(self.model, x, self.forward)[0]
 
     # -- what is asked for -------------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, graphs_of, map_examples, run, tensors_of
+from laplace_kf.batches import Forward, graphs_of, map_examples, run, tensors_of
 from laplace_kf.errors import UnsupportedLayer
+from laplace_kf.returned import as_tensor
 
 __all__ = ["ExampleGradients"]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, run, to_device
+from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import coarsest
@@ -299,7 +300,7 @@ class Tracer:
             "right, but slower, and without Kronecker factors. If the rule is yours, mend it; if it is not, the "
             "parameters act where no rule sees them (a gradient taken in the forward pass, an own autograd function)",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=users_line(),
         )
 
 
