@@ -21,9 +21,9 @@ from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.likelihoods.arranged import decided
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
+from laplace_kf.outputs.arranged import decided
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure

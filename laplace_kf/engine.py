@@ -23,10 +23,10 @@ from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.graphs import check_ignored
-from laplace_kf.likelihoods.arranged import decided
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
+from laplace_kf.outputs.arranged import decided
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]

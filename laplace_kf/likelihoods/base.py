@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
-from laplace_kf.likelihoods.arranged import arranged
 from laplace_kf.likelihoods.roots import DenseRoot, Root
+from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import check_layout, from_positions, masked, to_positions
 from laplace_kf.registry import Registry

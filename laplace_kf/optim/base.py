@@ -28,7 +28,6 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.likelihoods.arranged import decided
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
@@ -39,6 +38,7 @@ from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
+from laplace_kf.outputs.arranged import decided
 from laplace_kf.reading import reading
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout

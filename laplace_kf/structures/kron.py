@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -36,6 +36,9 @@ __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
 
 class VectorForm(ABC):
     """What a block that does not factorise is kept as: one tensor of sums."""
+
+    #: Whether nothing of the block is left out.
+    dense: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, block: Block, like: Tensor) -> Tensor:
@@ -79,6 +82,8 @@ class _DiagonalForm(VectorForm):
 
 
 class _DenseForm(VectorForm):
+    dense = True
+
     def start(self, block: Block, like: Tensor) -> Tensor:
         return zeros(like, block.size, block.size)
 
@@ -172,7 +177,7 @@ class Kronecker(Structure):
         for name, block in blocks.items():
             if not block.factorises:
                 matrices = [shape for shape in block.shapes if sum(size > 1 for size in shape) > 1]
-                if block.note and matrices and self.vector_blocks == "diag":
+                if block.note and matrices and not self.vector_form.dense:
                     found[name] = f"its diagonal only, by gradients of single examples: {block.note}"
                 continue
             _, out, inp = block.shape

@@ -168,7 +168,7 @@ def test_an_output_in_another_order_takes_the_columns() -> None:
             return self.conv(x)  # (N, 4, 4), read as 4 positions with 4 classes
 
     model, x, y = build(Turned), normal(3, 2, 4), labels(4, 3, 4)
-    found = lk.curvature.estimate(model, "categorical", [(x, y)], "full").mean().dense()
+    found = lk.curvature.estimate(model, "categorical", [(x, y)], "full", layout="channels_last").mean().dense()
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
     def outputs(flat: Tensor) -> Tensor:

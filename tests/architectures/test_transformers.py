@@ -71,8 +71,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids).transpose(0, 1)
-        mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype)
-        return self.head(self.decoder(x[:3], x, tgt_mask=mask).transpose(0, 1))
+        mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=x.dtype)
+        return self.head(self.decoder(x[:4], x, tgt_mask=mask).transpose(0, 1))
 
 
 class Separate(nn.Module):
@@ -168,7 +168,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, Tensor]] = {
     ),
     "encoder": (Encoder, TEXT, labels(3, 3)),
     "encoder-time-first": (lambda: Encoder(False, True), TEXT, labels(3, 3)),
-    "decoder": (Decoder, IDS, labels(3, 3, 3)),
+    "decoder": (Decoder, IDS, labels(3, 3, 4)),
     "separate-projections": (
         Separate, (normal(3, 2, 4), normal(3, 4, 3, seed=1), normal(3, 4, 5, seed=2)), labels(3, 3)
     ),

@@ -10,16 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch, UnknownName
-
-if TYPE_CHECKING:
-    from laplace_kf.likelihoods.base import Likelihood
-    from laplace_kf.likelihoods.prediction import Prediction
 
 __all__ = ["CHANNELS_FIRST", "CHANNELS_LAST", "arranged", "decided"]
 
@@ -133,15 +129,15 @@ class _Arranged:
         drawn: Tensor = super().sample(inside, generator)  # type: ignore[misc]
         return self._back(outputs, drawn, scalar=drawn.ndim == inside.ndim - 1)
 
-    def predict(self, outputs: Tensor, keep_samples: bool = False) -> Prediction:
+    def predict(self, outputs: Tensor, keep_samples: bool = False) -> Any:
         found = super().predict(_inward(self.layout, outputs, 1), keep_samples)  # type: ignore[misc]
         return self._prediction(outputs.shape[1:], found)
 
-    def predict_gaussian(self, outputs: Tensor, variance: Tensor, *args: Any, **kwargs: Any) -> Prediction:
+    def predict_gaussian(self, outputs: Tensor, variance: Tensor, *args: Any, **kwargs: Any) -> Any:
         inside, spread = _inward(self.layout, outputs), _inward(self.layout, variance)
         return self._prediction(outputs.shape, super().predict_gaussian(inside, spread, *args, **kwargs))  # type: ignore[misc]
 
-    def _prediction(self, shape: Sequence[int], found: Prediction) -> Prediction:
+    def _prediction(self, shape: Sequence[int], found: Any) -> Any:
         if not _other(self.layout, len(shape)):
             return found
         return dataclasses.replace(
@@ -193,7 +189,7 @@ def _plain(likelihood: Any) -> Any:
     return plain
 
 
-def arranged(likelihood: Likelihood, layout: str) -> Likelihood:
+def arranged(likelihood: Any, layout: str) -> Any:
     """A copy of the likelihood that reads all outputs in one layout.
 
     Args:
@@ -217,7 +213,7 @@ def arranged(likelihood: Likelihood, layout: str) -> Likelihood:
     return made
 
 
-def _fits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> bool:
+def _fits(likelihood: Any, outputs: Tensor, targets: Any) -> bool:
     """Whether the shapes fit; what the numbers are is not asked."""
     try:
         likelihood.check(outputs, targets)
@@ -228,7 +224,7 @@ def _fits(likelihood: Likelihood, outputs: Tensor, targets: Any) -> bool:
     return True
 
 
-def decided(likelihood: Likelihood, outputs: Tensor, targets: Any) -> Likelihood:
+def decided(likelihood: Any, outputs: Tensor, targets: Any) -> Any:
     """The likelihood with the layout that the targets of outputs ``(N, A, B)`` show; others as they are.
 
     Targets in the shape of the outputs themselves show nothing, and every output is a variable of its own then: they
