@@ -17,7 +17,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.layers.base import flatten_rows
 from laplace_kf.tape.tape import Call
 
-__all__ = ["Rows", "occurrences"]
+__all__ = ["Rows", "number", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
@@ -39,7 +39,7 @@ class Rows:
         self._now: dict[Key, int] = {}
         self._checks = 0
 
-    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> None:
+    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> list[Call]:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
         Examples are told apart by the binary digits of their number: one backward pass with the examples whose digit
@@ -49,6 +49,9 @@ class Rows:
             calls: the recorded uses.
             outputs: the network outputs.
             picked: whether rows were picked or ordered by the data: then what is known is checked in every minibatch.
+
+        Returns:
+            The calls with rows that belong to several examples, or to examples in no regular order.
         """
         count = outputs.shape[0]
         self._now = {}
@@ -65,7 +68,7 @@ class Rows:
         if picked and known_calls and not self._still(known_calls, outputs):
             unknown += known_calls
         if count < 2 or not unknown or not outputs.requires_grad:
-            return
+            return []
         number = torch.arange(count, device=outputs.device)
         digits = max(1, (count - 1).bit_length())
         example = [torch.zeros(total, dtype=torch.long, device=outputs.device) for _, _, total in unknown]
@@ -88,14 +91,20 @@ class Rows:
                 several[k] = several[k] or bool((one & zero).any())
                 example[k] += one.long() << digit
                 known[k] |= one | zero
+        failed = []
         for k, (call, key, total) in enumerate(unknown):
             readings = [] if several[k] else _readings(call.shape[: call.leading], count, example[k], known[k])
             if not readings:
-                self.shared.update(call.names)
+                failed.append(call)
                 continue
             self._now[key] = readings[0]
             if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
                 self._modes[key, total // count] = readings[0]
+        return failed
+
+    def outer(self, call: Call, key: Key, count: int) -> int:
+        """How many entries of a call's rows stand before the axis of the ``count`` examples."""
+        return _outer(self._now.get(key, FIRST), call, math.prod(call.shape[: call.leading]) // count)
 
     def _still(self, calls: Sequence[tuple[Call, Key, int]], outputs: Tensor) -> bool:
         """Whether the rows lie as known, by one backward pass from a random half of the examples ``(N, ...)``."""
@@ -143,13 +152,18 @@ class Rows:
 
 
 def occurrences(calls: Sequence[Call]) -> list[Key]:
-    """A key for every call that stays the same from batch to batch: parameter names and how often seen before."""
+    """A key for every call that stays the same from batch to batch: what was read, and how often before."""
+    return [call.place for call in calls]
+
+
+def number(calls: Sequence[Call]) -> None:
+    """Numbers the calls of one forward pass that read the same."""
     seen: dict[tuple[str, ...], int] = {}
-    keys = []
     for call in calls:
-        keys.append((call.key, seen.get(call.key, 0)))
-        seen[call.key] = seen.get(call.key, 0) + 1
-    return keys
+        call.occurrence = 0
+        what = call.place[0]
+        call.occurrence = seen.get(what, 0)
+        seen[what] = call.occurrence + 1
 
 
 def _outer(mode: int, call: Call, positions: int) -> int:
