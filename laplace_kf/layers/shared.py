@@ -11,7 +11,6 @@ copy is ``d`` expanded to the common shape), and products (the copy gets the sub
 
 from __future__ import annotations
 
-import math
 import string
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -267,7 +266,8 @@ def reduced(gradients: Tensor, aligned: Sequence[int], outer: int, count: int) -
     Args:
         gradients: ``(V, *shape)``.
         aligned: the shape of the source among ``shape``: 1 where copies differ.
-        outer: entries of ``shape`` before the axis of the examples (:mod:`laplace_kf.tape.rows`).
+        outer: entries of the axes along which copies differ that stand before the examples
+            (:mod:`laplace_kf.tape.rows`).
         count: number of examples ``N``.
 
     Returns:
@@ -288,7 +288,11 @@ def reduced(gradients: Tensor, aligned: Sequence[int], outer: int, count: int) -
 
 def example_axis(shape: Sequence[int], aligned: Sequence[int], outer: int, count: int) -> int | None:
     """The axis of ``count > 1`` examples in the shape of copies, see :func:`reduced`; ``None`` if none can be split."""
+    before = 1
     for axis, (size, own) in enumerate(zip(shape, aligned, strict=True)):
-        if own == 1 and size % count == 0 and math.prod(shape[:axis]) == outer:
+        if own != 1:
+            continue
+        if size % count == 0 and before == outer:
             return axis
+        before *= size
     return None

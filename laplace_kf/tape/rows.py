@@ -42,8 +42,9 @@ class Rows:
     def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> list[Call]:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
-        Examples are told apart by the binary digits of their number: one backward pass with the examples whose digit
-        is 1, one with those whose digit is 0, for every digit. A row that answers to both belongs to several.
+        Examples are told apart by the binary digits of their number: one backward pass for every digit, with the
+        examples whose digit is 1, and one with all examples. A row belongs to examples whose digit is 1 if both give it
+        the same gradient, and to several if it has another one from those whose digit is 0, which is then asked for.
 
         Args:
             calls: the recorded uses.
@@ -58,7 +59,7 @@ class Rows:
         unknown: list[tuple[Call, Key, int]] = []
         known_calls: list[tuple[Call, Key, int]] = []
         for call, key in zip(calls, occurrences(calls), strict=True):
-            total = math.prod(call.shape[: call.leading])
+            total = math.prod(_lead(call))
             mode = self._modes.get((key, total // count)) if total % count == 0 else None
             if mode is None:
                 unknown.append((call, key, total))
@@ -76,24 +77,32 @@ class Rows:
         several = [False] * len(unknown)
         noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         edges = [call.edge for call, _, _ in unknown]
+
+        def passed_back(part: Tensor) -> list[Tensor | None]:
+            seed = torch.zeros_like(outputs)
+            seed[part] = noise.to(outputs)
+            found = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
+            pairs = zip(found, unknown, strict=True)
+            return [None if grad is None else _sizes(grad, call, outputs.device) for grad, (call, _, _) in pairs]
+
+        every = passed_back(number >= 0)
         for digit in range(digits):
             ones = (number >> digit) % 2 == 1
-            hits = []
-            for part in (ones, ~ones):
-                seed = torch.zeros_like(outputs)
-                seed[part] = noise.to(outputs)
-                grads = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
-                pairs = zip(grads, unknown, strict=True)
-                hits.append([_touched(grad, call, outputs.device) for grad, (call, _, _) in pairs])
-            for k, (one, zero) in enumerate(zip(*hits, strict=True)):
-                if one is None or zero is None:
+            mine = passed_back(ones)
+            others: list[Tensor | None] | None = None
+            for k, (rows, whole) in enumerate(zip(mine, every, strict=True)):
+                if rows is None or whole is None:
                     continue
-                several[k] = several[k] or bool((one & zero).any())
+                one = rows != 0
+                if bool((one & (rows != whole)).any()):
+                    others = passed_back(~ones) if others is None else others
+                    zero = others[k]
+                    several[k] = several[k] or zero is None or bool((one & (zero != 0)).any())
                 example[k] += one.long() << digit
-                known[k] |= one | zero
+                known[k] |= one | (whole != 0)
         failed = []
         for k, (call, key, total) in enumerate(unknown):
-            readings = [] if several[k] else _readings(call.shape[: call.leading], count, example[k], known[k])
+            readings = [] if several[k] else _readings(_lead(call), count, example[k], known[k])
             if not readings:
                 failed.append(call)
                 continue
@@ -104,7 +113,7 @@ class Rows:
 
     def outer(self, call: Call, key: Key, count: int) -> int:
         """How many entries of a call's rows stand before the axis of the ``count`` examples."""
-        return _outer(self._now.get(key, FIRST), call, math.prod(call.shape[: call.leading]) // count)
+        return _outer(self._now.get(key, FIRST), call, math.prod(_lead(call)) // count)
 
     def _still(self, calls: Sequence[tuple[Call, Key, int]], outputs: Tensor) -> bool:
         """Whether the rows lie as known, by one backward pass from a random half of the examples ``(N, ...)``."""
@@ -119,9 +128,9 @@ class Rows:
             outputs, [call.edge for call, _, _ in calls], seed, retain_graph=True, allow_unused=True
         )
         for grad, (call, key, total) in zip(grads, calls, strict=True):
-            touched = _touched(grad, call, outputs.device)
-            if touched is None:
+            if grad is None:
                 continue
+            touched = _sizes(grad, call, outputs.device) != 0
             outer = _outer(self._now[key], call, total // count)
             example = torch.arange(total, device=outputs.device) // (total // count // outer) % count
             if bool((touched & ~half[example]).any()):
@@ -168,15 +177,28 @@ def number(calls: Sequence[Call]) -> None:
 
 def _outer(mode: int, call: Call, positions: int) -> int:
     """How many rows there are for every example before its axis."""
-    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(call.shape[:mode])
+    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(_lead(call)[:mode])
 
 
-def _touched(grad: Tensor | None, call: Call, device: torch.device) -> Tensor | None:
-    """Which rows ``(B,)`` a gradient reached; the layer may lie on another device than the outputs."""
-    if grad is None:
-        return None
-    rows = flatten_rows(grad, call.leading)
-    return ((rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0).to(device)
+def _lead(call: Call) -> tuple[int, ...]:
+    """The axes of a call's output that enumerate rows; of copies those along which they can differ."""
+    if call.source is None:
+        return tuple(call.shape[: call.leading])
+    return tuple(size for size, own in zip(call.shape, call.aligned, strict=True) if own == 1)
+
+
+def _sizes(grad: Tensor, call: Call, device: torch.device) -> Tensor:
+    """Sum of the absolute entries of every row ``(B,)`` of a gradient in the shape of a call's output.
+
+    Zero exactly where no entry is touched. The layer may lie on another device than the outputs.
+    """
+    grad = grad.reshape(call.shape)
+    if call.source is None:
+        rows = flatten_rows(grad, call.leading)
+    else:
+        own = [k for k, size in enumerate(call.aligned) if size != 1]
+        rows = grad.movedim(own, list(range(-len(own), 0))).flatten(0, -len(own) - 1) if own else grad.flatten()
+    return (rows.flatten(1).abs().sum(1) if rows.dim() > 1 else rows.abs()).to(device)
 
 
 def _readings(lead: Sequence[int], count: int, example: Tensor, known: Tensor) -> list[int]:
