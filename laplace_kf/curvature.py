@@ -205,7 +205,7 @@ def _products(
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])
-            count += outputs.shape[0]
+            count += likelihood.counted_examples(outputs.detach(), targets)
     if count == 0:
-        raise ShapeMismatch("the data are empty: no batch was yielded")
+        raise ShapeMismatch("the data are empty: no batch was yielded, or all targets are ignored")
     return total / count

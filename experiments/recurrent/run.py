@@ -143,16 +143,9 @@ def network(problem: Problem, hidden: int, nonzero: int, input_scale: float, rng
     """A network from the sparse initialisation of methods 7.10.
 
     Input weights come from ``N(0, input_scale²)``, all others and the biases from ``N(0, 1/nonzero)``.
-
-    torch's recurrent layer has two biases that act as their sum; the second one starts at 0.
     """
     model = Network(problem, hidden)
-    spread = nonzero**-0.5
-    sparse_init_(model.rnn, nonzero, input_scale, generator=rng)
-    sparse_init_(model.out, nonzero, spread, generator=rng)
-    with torch.no_grad():
-        nn.init.zeros_(model.rnn.bias_hh_l0)  # type: ignore[arg-type]
-        model.out.bias.copy_(spread * torch.randn(problem.outputs, generator=rng))
+    sparse_init_(model, nonzero, input_scale, generator=rng)
     return model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, register
 
@@ -53,5 +53,6 @@ EMBEDDING = register(
             "input": None, "weight": None, "padding_idx": None, "max_norm": None, "norm_type": 2.0,
             "scale_grad_by_freq": False, "sparse": False,
         },
+        (lambda: (nn.Embedding(6, 3), torch.randint(6, (5, 2))),),
     )
 )  # fmt: skip

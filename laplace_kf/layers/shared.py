@@ -22,11 +22,21 @@ from torch import Tensor
 
 from laplace_kf.layers.base import BoundCall, LayerRule, functions_of
 
-__all__ = ["EXPANSIONS", "SHARED", "Copy", "Meeting", "SharedRule", "example_axis", "is_broadcast", "meeting", "reduced"]
+__all__ = [
+    "EXPANSIONS",
+    "SHARED",
+    "Copy",
+    "Meeting",
+    "SharedRule",
+    "example_axis",
+    "is_broadcast",
+    "meeting",
+    "reduced",
+]
 
 _BOTH = (
-    "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum fmax fmin where addcmul addcdiv lerp "
-    "atan2 hypot logaddexp logaddexp2 xlogy copysign"
+    "add sub subtract rsub mul multiply div divide true_divide pow maximum minimum fmax fmin where addcmul addcdiv "
+    "lerp atan2 hypot logaddexp logaddexp2 xlogy copysign"
 )
 _METHODS = (
     "add_ sub_ subtract_ mul_ multiply_ div_ divide_ true_divide_ pow_ addcmul_ addcdiv_ lerp_ "
@@ -161,7 +171,8 @@ def _attention(
     """A bias on the scores of attention, ``attn_mask (..., L, S)``."""
     call = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
     bias = call.get("attn_mask")
-    if not isinstance(bias, Tensor) or {id(t) for t in call.values() if isinstance(t, Tensor)} & set(mine) != {id(bias)}:
+    read = {id(t) for t in call.values() if isinstance(t, Tensor)} & set(mine)
+    if not isinstance(bias, Tensor) or read != {id(bias)}:
         return None
     shape = torch.Size((*call["query"].shape[:-1], call["key"].shape[-2]))
     return _with(function, args, kwargs, {id(bias): _expanded(bias, shape)})
@@ -241,7 +252,8 @@ def _product(subscripts: list[str], result: str, operands: list[Tensor], mine: C
     data = set().union(*(set(subscripts[k]) for k in range(len(operands)) if k not in params))
     own = set().union(*(real[k] & ({c for c in real[k] if sizes[c] > 1} | (set(subscripts[k]) - data)) for k in params))
     free = [c for c in result if c in data and c not in own]
-    free = [c for c in free if all(c not in subscripts[k] or _squeezable(operands[k], subscripts[k], c) for k in params)]
+    mine_too = [(operands[k], subscripts[k]) for k in params]
+    free = [c for c in free if all(c not in letters or _squeezable(t, letters, c) for t, letters in mine_too)]
     if not params or not free:
         return None
     letter = min(free, key=lambda c: any(c in subscripts[k] for k in params))  # one that no parameter has, if any

@@ -1,7 +1,7 @@
 """Tensors of a forward pass that are made of tracked parameters alone, and those that are constants.
 
-Constants are buffers, parameters that are not tracked, what factory functions (``torch.arange``) return, and all that is
-computed from constants; a constant into which data are written is none any more.
+Constants are buffers, parameters that are not tracked, what factory functions (``torch.arange``) return, and all that
+is computed from constants; a constant into which data are written is none any more.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def writes(function: Callable[..., Any]) -> bool:
     """Whether a function changes its first argument."""
     name = str(getattr(function, "__name__", ""))
     if name.startswith("__"):
-        return name == "__setitem__" or name.startswith("__i") and name not in ("__invert__", "__int__", "__index__")
+        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__int__", "__index__"))
     return name.endswith("_")
 
 

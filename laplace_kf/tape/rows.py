@@ -196,8 +196,8 @@ def _sizes(grad: Tensor, call: Call, device: torch.device) -> Tensor:
     if call.source is None:
         rows = flatten_rows(grad, call.leading)
     else:
-        own = [k for k, size in enumerate(call.aligned) if size != 1]
-        rows = grad.movedim(own, list(range(-len(own), 0))).flatten(0, -len(own) - 1) if own else grad.flatten()
+        apart = [k for k, own in enumerate(call.aligned) if own == 1]  # none: all copies are one row
+        rows = grad.movedim(apart, list(range(len(apart)))).reshape(math.prod(_lead(call)), -1)
     return (rows.flatten(1).abs().sum(1) if rows.dim() > 1 else rows.abs()).to(device)
 
 

@@ -1,7 +1,7 @@
 """Copies of tensors made of parameters: whose gradient they carry, and which of two readings of a use holds.
 
-Where a tensor that is made of parameters alone (:mod:`laplace_kf.tape.made`) meets data, every example gets a copy of its
-own (:mod:`laplace_kf.layers.shared`), whose gradients are pulled back to the parameters here.
+Where a tensor that is made of parameters alone (:mod:`laplace_kf.tape.made`) meets data, every example gets a copy of
+its own (:mod:`laplace_kf.layers.shared`), whose gradients are pulled back to the parameters here.
 
 On the way a layer with a rule may have read the parameters already: a relative position bias is looked up in an
 embedding, a continuous one runs through two linear layers. If what it made is the same for all examples, the layer's
@@ -59,9 +59,9 @@ class Readings:
         """
         bad = {id(call) for call in failed}
         for call in calls:
-            if call.source is not None and id(call) not in bad and count > 1:
-                if example_axis(call.shape, call.aligned, outer(call), count) is None:
-                    bad.add(id(call))
+            open_ = call.source is not None and id(call) not in bad and count > 1
+            if open_ and example_axis(call.shape, call.aligned, outer(call), count) is None:
+                bad.add(id(call))
         gone: set[int] = set()
         for copies, layers in _groups(calls):
             if not layers:
@@ -143,13 +143,13 @@ def _vjp(source: Tensor, weights: Mapping[str, Tensor], rows: Tensor) -> list[Te
     if len(named) == 1 and source is named[0]:
         return [rows]
     seeds = rows.to(source.dtype).reshape(-1, *source.shape)
+    found: Sequence[Tensor | None]
     try:
         found = torch.autograd.grad(source, named, seeds, retain_graph=True, allow_unused=True, is_grads_batched=True)
     except RuntimeError:  # an operation on the way that cannot be vectorised
         each = [torch.autograd.grad(source, named, one, retain_graph=True, allow_unused=True) for one in seeds]
-        found = tuple(
-            None if column[0] is None else torch.stack([g.to_dense() for g in column]) for column in zip(*each, strict=True)
-        )
+        columns = ([g.to_dense() for g in column if g is not None] for column in zip(*each, strict=True))
+        found = [torch.stack(column) if column else None for column in columns]
     return [
         rows.new_zeros(len(rows), w.numel()) if g is None else g.to_dense().reshape(len(rows), -1)
         for g, w in zip(found, named, strict=True)

@@ -28,6 +28,7 @@ from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
 from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, meeting
 from laplace_kf.tape.choices import NUMBERS, picks_rows
+from laplace_kf.tape.edges import activates_view, edge_of
 from laplace_kf.tape.made import Made, MadeTensors, writes
 
 __all__ = ["Call", "Portion", "Step", "Tape"]
@@ -68,7 +69,8 @@ class Call:
         rule: the layer rule.
         bound: the call's arguments by name.
         portions: role (``"weight"``, ``"bias"``) to what was read, tracked parameters only.
-        edge: where the output stands in the autograd graph.
+        edge: where the output stands in the autograd graph. Where it is a view of all of another tensor (a linear map
+            of sequences), that tensor: an activation in place takes the view, not the tensor, out of the graph.
         shape: shape of the output.
         leading: how many leading output axes enumerate rows.
         version: version counter of the input when it was consumed.
@@ -97,6 +99,10 @@ class Call:
     covered: bool = False
     kept: bool = False
     derivative: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def gradient(self, found: Tensor | None) -> Tensor | None:
+        """What autograd found at :attr:`edge`, in the shape of the output."""
+        return None if found is None else found.reshape(self.shape)
 
     def part(self, rows: Tensor) -> Call:
         """The call as the rows ``(M,)`` of its input ``(N, I)`` alone would have made it."""
@@ -163,7 +169,7 @@ class Tape(TorchFunctionMode):
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
     anything else (with the name of the function); :attr:`order` all uses in order; :attr:`picked` whether rows were
-    picked or ordered by the data.
+    picked or ordered by the data; :attr:`flat` the autograd nodes of activations that changed a view in place.
     """
 
     def __init__(
@@ -182,6 +188,7 @@ class Tape(TorchFunctionMode):
         self.order: list[str] = []
         self.steps: list[Step] = []
         self.picked = False
+        self.flat: list[Any] = []
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
         self._made = MadeTensors(constants)
@@ -201,7 +208,9 @@ class Tape(TorchFunctionMode):
                 with self:
                     return replacement(*args, **kwargs)
         if not self.picked and picks_rows(func, args):
-            hidden = [t for t in _tensors((args, kwargs)) if t.requires_grad and not (self._root(t) or self._made.get(t))]
+            hidden = [
+                t for t in _tensors((args, kwargs)) if t.requires_grad and not (self._root(t) or self._made.get(t))
+            ]
             self.picked = bool(hidden) or func in NUMBERS
         direct: set[int] = set()
         if func in ADDITIONS and self._lookups:
@@ -209,9 +218,11 @@ class Tape(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         used = {id(t): self._root(t) for t in tensors}
         used = {key: root for key, root in used.items() if root is not None}
-        made = {id(t): self._made.get(t) for t in tensors if id(t) not in used}
-        made = {key: found for key, found in made.items() if found is not None}
-        data = any(id(t) in direct or not (id(t) in used or id(t) in made or self._made.is_constant(t)) for t in tensors)
+        known = ((id(t), self._made.get(t)) for t in tensors if id(t) not in used)
+        made = {key: found for key, found in known if found is not None}
+        data = any(
+            id(t) in direct or not (id(t) in used or id(t) in made or self._made.is_constant(t)) for t in tensors
+        )
         source, source_key, before = None, (0, 0), None
         if self.record_steps:
             source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
@@ -230,6 +241,8 @@ class Tape(TorchFunctionMode):
         done = set() if met is None else {id(copy.source) for copy in met.copies}
         if data and writes(func) and isinstance(args[0], Tensor):
             self._made.wrote(args[0])
+        if activates_view(func, args, kwargs, output):
+            self.flat.append(output._base.grad_fn)
         call = None
         if used and self._consumed(output, rule):
             self.order.extend(root[1] for root in used.values() if root is not None)
@@ -425,9 +438,7 @@ class Tape(TorchFunctionMode):
                 self.opaque.setdefault(root[1], reason)
         if not portions or rule is None or bound is None:
             return None
-        call = Call(
-            rule, bound, portions, get_gradient_edge(output), output.shape, rule.leading(bound, output), version
-        )
+        call = Call(rule, bound, portions, edge_of(output, func), output.shape, rule.leading(bound, output), version)
         self.calls.append(call)
         if rule.keeps_memory:
             self._results[id(output)] = output

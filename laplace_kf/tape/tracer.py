@@ -165,12 +165,12 @@ class Tracer:
                 tape.calls, failed, count, lambda call: keys.outer(call, call.place, count)
             )
             self.rows.shared |= shared
-        observation = Observation(self, batch, outputs, targets, tape.calls, chain)
+        observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
         self._plan(tape)
         if self._verify(observation):
             return observation
         self._plan(tape)
-        return Observation(self, batch, outputs, targets, tape.calls, None)
+        return Observation(self, batch, outputs, targets, tape.calls, None, flat=tape.flat)
 
     def _constants(self, tracked: Collection[int]) -> list[Tensor]:
         """What is the same for all examples: buffers, and parameters that are not tracked."""
