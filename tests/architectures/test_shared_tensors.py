@@ -1,7 +1,7 @@
 """Tensors made of parameters alone that every example shares: exact, and by the cheap path.
 
-Each block is checked against dense per-example Jacobians, and for *which path ran*: nothing here may need the network to
-be run once more for every example, and what does need it must be vectorised.
+Each block is checked against dense per-example Jacobians, and for *which path ran*: nothing here may need the network
+to be run once more for every example, and what does need it must be vectorised.
 """
 
 from __future__ import annotations
