@@ -28,10 +28,8 @@ __all__ = [
     "Copy",
     "Meeting",
     "SharedRule",
-    "example_axis",
     "is_broadcast",
     "meeting",
-    "reduced",
 ]
 
 _BOTH = (
@@ -270,41 +268,3 @@ def _product(subscripts: list[str], result: str, operands: list[Tensor], mine: C
 
 def _squeezable(tensor: Tensor, letters: str, letter: str) -> bool:
     return letters.count(letter) == 1 and tensor.shape[letters.index(letter)] == 1
-
-
-def reduced(gradients: Tensor, aligned: Sequence[int], outer: int, count: int) -> Tensor | None:
-    """Gradients of copies added up to one for every example.
-
-    Args:
-        gradients: ``(V, *shape)``.
-        aligned: the shape of the source among ``shape``: 1 where copies differ.
-        outer: entries of the axes along which copies differ that stand before the examples
-            (:mod:`laplace_kf.tape.rows`).
-        count: number of examples ``N``.
-
-    Returns:
-        ``(V, N, *aligned)``; ``None`` if the axis of the examples is none of the axes along which copies differ.
-    """
-    shape = gradients.shape[1:]
-    summed = [2 + k for k, (size, own) in enumerate(zip(shape, aligned, strict=True)) if own == 1 and size != 1]
-    if count == 1:
-        moved = gradients[:, None]
-    else:
-        axis = example_axis(shape, aligned, outer, count)
-        if axis is None:
-            return None
-        split = gradients.reshape(-1, *shape[:axis], count, shape[axis] // count, *shape[axis + 1 :])
-        moved = split.movedim(1 + axis, 1)
-    return (moved.sum(summed) if summed else moved).reshape(gradients.shape[0], count, *aligned)
-
-
-def example_axis(shape: Sequence[int], aligned: Sequence[int], outer: int, count: int) -> int | None:
-    """The axis of ``count > 1`` examples in the shape of copies, see :func:`reduced`; ``None`` if none can be split."""
-    before = 1
-    for axis, (size, own) in enumerate(zip(shape, aligned, strict=True)):
-        if own != 1:
-            continue
-        if size % count == 0 and before == outer:
-            return axis
-        before *= size
-    return None

@@ -1,23 +1,28 @@
 """Which rows of a layer's output belong to which example: measured, not assumed.
 
 A layer's output has leading axes of rows: examples, positions, or a mix of both if the model reshapes. The gradient of
-one example's outputs is non-zero exactly in that example's rows, so one backward pass tells. Rows that cannot be told
-apart (a position table shared by the minibatch) are reported, and their parameters go through per-example gradients.
+one example's outputs is non-zero exactly in that example's rows, so one backward pass tells. Examples may have
+different numbers of rows, in any order (the nodes of graphs, the tokens of an expert). Rows that cannot be told apart
+(a position table shared by the minibatch) are reported, and their parameters go through per-example gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.layers.base import flatten_rows
+from laplace_kf.ragged import Ragged
+from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
-__all__ = ["Rows", "number", "occurrences"]
+__all__ = ["Rows", "copies", "number", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
@@ -30,16 +35,18 @@ class Rows:
     """How the examples lie in the rows of every call.
 
     Attributes:
-        shared: names of parameters with rows that belong to several examples, or to examples in no regular order.
+        shared: names of parameters with rows that belong to several examples.
     """
 
     def __init__(self) -> None:
         self.shared: set[str] = set()
         self._modes: dict[tuple[Key, int], int] = {}
-        self._now: dict[Key, int] = {}
+        self._now: dict[Key, int | Ragged] = {}
         self._checks = 0
 
-    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> list[Call]:
+    def locate(
+        self, calls: Sequence[Call], outputs: Tensor, picked: bool = False, flat: Sequence[Any] = ()
+    ) -> list[Call]:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
         Examples are told apart by the binary digits of their number: one backward pass for every digit, with the
@@ -50,6 +57,7 @@ class Rows:
             calls: the recorded uses.
             outputs: the network outputs.
             picked: whether rows were picked or ordered by the data: then what is known is checked in every minibatch.
+            flat: as for :func:`laplace_kf.tape.reach.reached`.
 
         Returns:
             The calls with rows that belong to several examples, or to examples in no regular order.
@@ -70,50 +78,44 @@ class Rows:
             unknown += known_calls
         if count < 2 or not unknown or not outputs.requires_grad:
             return []
-        number = torch.arange(count, device=outputs.device)
-        digits = max(1, (count - 1).bit_length())
-        example = [torch.zeros(total, dtype=torch.long, device=outputs.device) for _, _, total in unknown]
-        known = [torch.zeros(total, dtype=torch.bool, device=outputs.device) for _, _, total in unknown]
-        several = [False] * len(unknown)
         noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        edges = [call.edge for call, _, _ in unknown]
 
-        def passed_back(part: Tensor) -> list[Tensor | None]:
+        def plain(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
             seed = torch.zeros_like(outputs)
             seed[part] = noise.to(outputs)
-            found = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
-            pairs = zip(found, unknown, strict=True)
-            return [None if grad is None else _sizes(grad, call, outputs.device) for grad, (call, _, _) in pairs]
+            edges = [call.edge for call in calls]
+            return list(torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True))
 
-        every = passed_back(number >= 0)
-        for digit in range(digits):
-            ones = (number >> digit) % 2 == 1
-            mine = passed_back(ones)
-            others: list[Tensor | None] | None = None
-            for k, (rows, whole) in enumerate(zip(mine, every, strict=True)):
-                if rows is None or whole is None:
-                    continue
-                one = rows != 0
-                if bool((one & (rows != whole)).any()):
-                    others = passed_back(~ones) if others is None else others
-                    zero = others[k]
-                    several[k] = several[k] or zero is None or bool((one & (zero != 0)).any())
-                example[k] += one.long() << digit
-                known[k] |= one | (whole != 0)
-        failed = []
-        for k, (call, key, total) in enumerate(unknown):
-            readings = [] if several[k] else _readings(_lead(call), count, example[k], known[k])
-            if not readings:
+        def opened(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
+            counted = part.reshape(-1, *[1] * (outputs.dim() - 1)).expand(outputs.shape)
+            return reached(outputs, [call.edge for call in calls], counted, flat)
+
+        failed: list[Call] = []
+        irregular: list[tuple[Call, Key, _Owners]] = []
+        owners = _owners([call for call, _, _ in unknown], outputs, plain)
+        for (call, key, total), found in zip(unknown, owners, strict=True):
+            if found.several:
                 failed.append(call)
+                continue
+            readings = _readings(_lead(call), count, found)
+            if not readings:
+                irregular.append((call, key, found))
                 continue
             self._now[key] = readings[0]
             if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
                 self._modes[key, total // count] = readings[0]
+        # rows that are switched off at the present weights belong to an example all the same
+        again = [k for k, (_, _, found) in enumerate(irregular) if not bool(found.known.all())]
+        for k, found in zip(again, _owners([irregular[k][0] for k in again], outputs, opened), strict=True):
+            if not found.several:
+                irregular[k] = (*irregular[k][:2], found)
+        for _, key, found in irregular:
+            self._now[key] = Ragged.of(found.example, count, least=2)
         return failed
 
-    def outer(self, call: Call, key: Key, count: int) -> int:
-        """How many entries of a call's rows stand before the axis of the ``count`` examples."""
-        return _outer(self._now.get(key, FIRST), call, math.prod(_lead(call)) // count)
+    def ragged(self, key: Key) -> bool:
+        """Whether examples have different numbers of rows of a call."""
+        return isinstance(self._now.get(key), Ragged)
 
     def _still(self, calls: Sequence[tuple[Call, Key, int]], outputs: Tensor) -> bool:
         """Whether the rows lie as known, by one backward pass from a random half of the examples ``(N, ...)``."""
@@ -131,7 +133,9 @@ class Rows:
             if grad is None:
                 continue
             touched = _sizes(grad, call, outputs.device) != 0
-            outer = _outer(self._now[key], call, total // count)
+            mode = self._now[key]
+            assert not isinstance(mode, Ragged)  # never kept
+            outer = _outer(mode, call, total // count)
             example = torch.arange(total, device=outputs.device) // (total // count // outer) % count
             if bool((touched & ~half[example]).any()):
                 return False
@@ -140,10 +144,17 @@ class Rows:
     def arrange(self, rows: Tensor, call: Call, key: Key, count: int, axis: int) -> Tensor:
         """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)`` for ``N = count`` examples.
 
+        Examples with fewer rows than others are padded, with 0 (tokens with −1). No output is a function of what stands
+        there, so that these positions do not count (:mod:`laplace_kf.tape.reach`).
+
         Raises:
             ShapeMismatch: if the number of rows is no multiple of the number of examples.
         """
         total = rows.shape[axis]
+        mode = self._now.get(key, FIRST)
+        if isinstance(mode, Ragged):
+            padded = mode.padded(rows, axis, 0 if rows.is_floating_point() else -1)  # (..., N, L, T, *rest)
+            return padded.flatten(axis + 1, axis + 2)
         if total == count and call.leading == 1:
             return rows
         if total % count:
@@ -151,7 +162,6 @@ class Rows:
                 f"the layer with parameters {', '.join(call.key)} has {total} rows for {count} examples; keep the "
                 "example axis first in the model's outputs"
             )
-        mode = self._now.get(key, FIRST)
         outer = _outer(mode, call, total // count)
         inner = total // count // outer
         before, rest = rows.shape[:axis], rows.shape[axis + 1 :]
@@ -187,6 +197,13 @@ def _lead(call: Call) -> tuple[int, ...]:
     return tuple(size for size, own in zip(call.shape, call.aligned, strict=True) if own == 1)
 
 
+def copies(gradients: Tensor, call: Call) -> Tensor:
+    """Gradients ``(V, *shape)`` of the copies of a shared tensor as ``(V, B, entries of the tensor)``: a row a copy."""
+    apart = [1 + k for k, own in enumerate(call.aligned) if own == 1]  # none: one copy for all
+    moved = gradients.movedim(apart, list(range(1, 1 + len(apart))))
+    return moved.reshape(len(gradients), math.prod(_lead(call)), -1)
+
+
 def _sizes(grad: Tensor, call: Call, device: torch.device) -> Tensor:
     """Sum of the absolute entries of every row ``(B,)`` of a gradient in the shape of a call's output.
 
@@ -196,13 +213,62 @@ def _sizes(grad: Tensor, call: Call, device: torch.device) -> Tensor:
     if call.source is None:
         rows = flatten_rows(grad, call.leading)
     else:
-        apart = [k for k, own in enumerate(call.aligned) if own == 1]  # none: all copies are one row
-        rows = grad.movedim(apart, list(range(len(apart)))).reshape(math.prod(_lead(call)), -1)
+        rows = copies(grad[None], call)[0]
     return (rows.flatten(1).abs().sum(1) if rows.dim() > 1 else rows.abs()).to(device)
 
 
-def _readings(lead: Sequence[int], count: int, example: Tensor, known: Tensor) -> list[int]:
+@dataclass(frozen=True)
+class _Owners:
+    """Which example every row of a call belongs to.
+
+    Attributes:
+        example: ``(B,)``.
+        known: which of them are known, ``(B,)``; no gradient came to the others.
+        several: whether some row belongs to several examples.
+    """
+
+    example: Tensor
+    known: Tensor
+    several: bool
+
+
+def _owners(
+    calls: Sequence[Call], outputs: Tensor, gradients: Callable[[Sequence[Call], Tensor], list[Tensor | None]]
+) -> list[_Owners]:
+    """Who owns the rows of calls, from ``gradients(calls, examples (N,) bool)`` of the outputs ``(N, ...)``."""
+    if not calls:
+        return []
+    count, device = outputs.shape[0], outputs.device
+    number = torch.arange(count, device=device)
+    totals = [math.prod(_lead(call)) for call in calls]
+    example = [torch.zeros(total, dtype=torch.long, device=device) for total in totals]
+    known = [torch.zeros(total, dtype=torch.bool, device=device) for total in totals]
+    several = [False] * len(calls)
+
+    def passed_back(part: Tensor) -> list[Tensor | None]:
+        pairs = zip(gradients(calls, part), calls, strict=True)
+        return [None if grad is None else _sizes(grad, call, device) for grad, call in pairs]
+
+    every = passed_back(number >= 0)
+    for digit in range(max(1, (count - 1).bit_length())):
+        ones = (number >> digit) % 2 == 1
+        others: list[Tensor | None] | None = None
+        for k, (rows, whole) in enumerate(zip(passed_back(ones), every, strict=True)):
+            if rows is None or whole is None:
+                continue
+            one = rows != 0
+            if bool((one & (rows != whole)).any()):
+                others = passed_back(~ones) if others is None else others
+                zero = others[k]
+                several[k] = several[k] or zero is None or bool((one & (zero != 0)).any())
+            example[k] += one.long() << digit
+            known[k] |= one | (whole != 0)
+    return [_Owners(*found) for found in zip(example, known, several, strict=True)]
+
+
+def _readings(lead: Sequence[int], count: int, owners: _Owners) -> list[int]:
     """The regular readings of the rows that agree with every row whose example is known; equal ones count once."""
+    example, known = owners.example, owners.known
     total = math.prod(lead)
     if total % count or not total:  # no row at all: rows are chosen by the data
         return []

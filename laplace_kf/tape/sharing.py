@@ -12,13 +12,12 @@ measured which rows belong to which example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from laplace_kf.layers.base import MatrixRule
-from laplace_kf.layers.shared import example_axis, reduced
 from laplace_kf.tape.tape import Call
 
 __all__ = ["Readings", "pulled_back"]
@@ -46,22 +45,14 @@ class Readings:
                 gone.update(map(id, copies))
         return [call for call in calls if id(call) not in gone]
 
-    def settle(
-        self, calls: Sequence[Call], failed: Sequence[Call], count: int, outer: Callable[[Call], int]
-    ) -> tuple[list[Call], set[str]]:
+    def settle(self, calls: Sequence[Call], failed: Sequence[Call]) -> tuple[list[Call], set[str]]:
         """The calls that say what single examples do, and the names of parameters for which none does.
 
         Args:
             calls: all that were recorded and are not known to be read otherwise.
             failed: those among them whose rows belong to no example.
-            count: number of examples.
-            outer: entries of a call's output before the axis of the examples.
         """
         bad = {id(call) for call in failed}
-        for call in calls:
-            open_ = call.source is not None and id(call) not in bad and count > 1
-            if open_ and example_axis(call.shape, call.aligned, outer(call), count) is None:
-                bad.add(id(call))
         gone: set[int] = set()
         for copies, layers in _groups(calls):
             if not layers:
@@ -102,16 +93,12 @@ def _groups(calls: Sequence[Call]) -> Iterator[tuple[list[Call], list[Call]]]:
     yield from groups
 
 
-def pulled_back(
-    call: Call, gradients: Tensor, outer: int, count: int, weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def pulled_back(call: Call, gradients: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of single examples with respect to the parameters that a shared tensor is made of.
 
     Args:
         call: a meeting of that tensor with data.
-        gradients: those of its copies, ``(V, *shape)``.
-        outer: entries of ``shape`` before the axis of the examples.
-        count: number of examples ``N``.
+        gradients: those of the copies, added up over each example: ``(V, N, entries of the tensor)``.
         weights: parameters by name, each in its own shape.
 
     Returns:
@@ -119,10 +106,8 @@ def pulled_back(
     """
     source = call.source
     assert source is not None
-    summed = reduced(gradients, call.aligned, outer, count)
-    assert summed is not None
-    columns = summed.shape[0]
-    flat = summed.reshape(columns * count, source.numel())
+    columns, count = gradients.shape[:2]
+    flat = gradients.reshape(columns * count, source.numel())
     sizes = [w.numel() for w in weights.values()]
     if source.numel() * sum(sizes) <= ROWS and (source.numel() <= len(flat) or id(source) in call.derivative):
         if id(source) not in call.derivative:

@@ -159,11 +159,8 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             tape.calls = self._readings.known(tape.calls)
-            failed = self.rows.locate(tape.calls, outputs, tape.picked)
-            keys, count = self.rows, int(outputs.shape[0])
-            tape.calls, shared = self._readings.settle(
-                tape.calls, failed, count, lambda call: keys.outer(call, call.place, count)
-            )
+            failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+            tape.calls, shared = self._readings.settle(tape.calls, failed)
             self.rows.shared |= shared
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
         self._plan(tape)
