@@ -94,7 +94,8 @@ class Rows:
         irregular: list[tuple[Call, Key, _Owners]] = []
         owners = _owners([call for call, _, _ in unknown], outputs, plain)
         for (call, key, total), found in zip(unknown, owners, strict=True):
-            if found.several:
+            few = call.source is not None and total < count  # no copy for each, even if one example alone reached it
+            if found.several or few:
                 failed.append(call)
                 continue
             readings = _readings(_lead(call), count, found)
