@@ -528,7 +528,7 @@ class SharedMask(nn.Module):
         self.weight, self.head, self.mask = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 2), mask
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        scores = x @ (self.weight * self.weight) @ x.transpose(1, 2)
+        scores = torch.tensordot(x, self.weight * self.weight, 1) @ x.transpose(1, 2)
         return self.head((torch.softmax(scores + (self.mask if mask is None else mask), -1) @ x).mean(1))
 
 
@@ -554,7 +554,7 @@ def test_outputs_that_depend_on_later_minibatches_are_refused() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             x = x - x.mean(0) if bool((x[:, 0] > 0).any()) else x
-            return self.head(x @ (self.weight * self.weight))
+            return self.head(torch.tensordot(x, self.weight * self.weight, 1))
 
     x, y = data(6)
     x[:, 0] = torch.tensor([-1, -1, -1, 1, 1, 1])

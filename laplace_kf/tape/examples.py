@@ -155,7 +155,7 @@ class ExampleGradients:
             for part, name in zip(parts, names, strict=True):
                 if part.shape[1:] != self.named[name].shape:
                     raise RuntimeError(f"vmap returned a gradient of shape {tuple(part.shape[1:])} for {name}")
-            return torch.cat([part.reshape(column.shape[0], -1) for part in parts], 1), alone[0]
+            return torch.cat([part.reshape(column.shape[0], -1) for part in parts], 1), alone
 
         size = sum(self.named[name].numel() for name in names)
         chunk = max(1, 2**26 // max(1, size * columns.shape[0]))

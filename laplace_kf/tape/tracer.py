@@ -20,8 +20,9 @@ from laplace_kf.tape.chain import Chain, derivative
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.plan import plan
-from laplace_kf.tape.rows import Rows
+from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
+from laplace_kf.tape.sharing import Readings
 from laplace_kf.tape.tape import Portion, Tape
 from laplace_kf.tape.wiring import Wiring
 
@@ -75,6 +76,7 @@ class Tracer:
         self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
         self.warned: set[str] = set()
+        self._readings = Readings()
         self.gradients = ExampleGradients(model, forward, self.named)
         self._may_be_chain = True
         if self._selected is not None:
@@ -128,8 +130,13 @@ class Tracer:
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
         wiring = Wiring(self.named.values(), self.model.buffers())
-        on_step = derivative if self._may_be_chain else None
-        tape = Tape(tracked, record_steps=self._may_be_chain, on_step=on_step, wiring=wiring)
+        tape = Tape(
+            tracked,
+            record_steps=self._may_be_chain,
+            on_step=derivative if self._may_be_chain else None,
+            wiring=wiring,
+            constants=self._constants(tracked),
+        )
         with torch.enable_grad(), tape:
             outputs, targets = run(self.model, batch, self.forward)
         _check_outputs(outputs, index)
@@ -141,6 +148,7 @@ class Tracer:
         for call in tape.calls:
             call.portions = {role: portion for role, portion in call.portions.items() if portion.name in keep}
         tape.calls = [call for call in tape.calls if call.portions]
+        number(tape.calls)
         for step in tape.steps:
             step.call = step.call if step.call is not None and step.call.portions else None
         if not outputs.requires_grad:
@@ -159,13 +167,20 @@ class Tracer:
         """What was recorded, with rows located and blocks planned and checked."""
         chain = self._chain(tape, outputs)
         if chain is None:
-            self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+            tape.calls = self._readings.known(tape.calls)
+            failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+            tape.calls, shared = self._readings.settle(tape.calls, failed)
+            self.rows.shared |= shared
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, made=tape)
         self._plan(tape)
         if self._verify(observation):
             return observation
         self._plan(tape)
         return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
+
+    def _constants(self, tracked: Collection[int]) -> list[Tensor]:
+        """What is the same for all examples: buffers, and parameters that are not tracked."""
+        return [*self.model.buffers(), *(p for p in self.model.parameters() if id(p) not in tracked)]
 
     def _chain(self, tape: Tape, outputs: Tensor) -> Chain | None:
         """The chain of this forward pass, if the network is one; asked once, then remembered."""
