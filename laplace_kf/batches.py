@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called
 
 __all__ = [
@@ -133,7 +134,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     user's data, or what the next pass sees. Targets come back on the device of the outputs, which may be another one.
     """
     batch = private(_beside(batch, model))
-    with as_called():
+    with as_called(), as_functions(model):
         outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
     outputs = as_tensor(outputs)
     return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
@@ -146,7 +147,7 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
         ShapeMismatch: if ``forward`` cannot be called with it, or the model returns no tensor.
     """
     inputs = private(_beside(inputs, model))
-    with as_called():
+    with as_called(), as_functions(model):
         if forward is None:
             return model_outputs(model, inputs)
         try:

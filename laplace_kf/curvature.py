@@ -24,7 +24,8 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
-from laplace_kf.tape import FlatLayout, select
+from laplace_kf.substitution import require_reached
+from laplace_kf.tape import UNUSED, FlatLayout, select
 from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
@@ -41,6 +42,7 @@ def estimate(
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    unused: str = "error",
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -57,6 +59,8 @@ def estimate(
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
+        unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
+            their curvature is 0.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -68,7 +72,8 @@ def estimate(
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
-    settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
+    _ = UNUSED[unused]
+    settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype, "unused": unused}
     job = (model, as_batches(data), get_likelihood(likelihood), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
@@ -201,7 +206,9 @@ def _products(
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for index, batch in enumerate(as_batches(data)):
             check_finite(batch, index, "the batch")
-            outputs, targets = run(model, to_device(batch, weights[0].device), forward)
+            batch = to_device(batch, weights[0].device)
+            require_reached(model, forward, batch, layout.names)
+            outputs, targets = run(model, batch, forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])

@@ -12,6 +12,7 @@ and ``opt.step(x, y)`` is both for one minibatch.
 
 from __future__ import annotations
 
+import glob
 import math
 import warnings
 from abc import abstractmethod
@@ -22,16 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
-from laplace_kf.models import usable
+from laplace_kf.models import parameters_of, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
+from laplace_kf.substitution import require_reached
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
@@ -55,6 +58,8 @@ class SecondOrder(torch.optim.Optimizer):
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
         averaging: limit β of the average of the iterates (:meth:`averaged_parameters`), ``None`` for no average.
         generator: random numbers (sampled targets, subsets); a fresh private one by default.
+        unused: what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their
+            curvature is 0 (the damping alone moves them), until one reaches them.
 
     Attributes:
         diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step; ``rho`` is NaN where it
@@ -74,6 +79,7 @@ class SecondOrder(torch.optim.Optimizer):
         tau: float | None,
         averaging: float | None,
         generator: torch.Generator | None,
+        unused: str = "error",
     ) -> None:
         for what, value in (("l2", l2), ("lr", lr), ("tau", 0.0 if tau is None else tau)):
             if not (math.isfinite(value) and value >= 0):
@@ -90,12 +96,14 @@ class SecondOrder(torch.optim.Optimizer):
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
         self.objective = Objective(model, self.likelihood, forward)
-        self.tracer = Tracer(model, forward, list(self.layout.names))
+        self.tracer = Tracer(model, forward, [glob.escape(name) for name in self.layout.names], unused=unused)
+        self.unused = unused
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
         self.pending = Pending(self.objective, self.tracer, self.named, self.names, self.l2)
+        self._reached = False  # whether trial steps can put other weights into the model; asked once
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 
     # -- what a subclass adds ----------------------------------------------------------------------------------------
@@ -194,9 +202,14 @@ class SecondOrder(torch.optim.Optimizer):
 
     @torch.enable_grad()
     def _take_in(self, x: Any, y: Any) -> None:
+        self._require_unchanged()
         device = self.tracer.device
         data = to_device(x if y is None else (x, y), device)
         check_finite(data, self.steps, "the batch")
+        if not self._reached:
+            with preserved(self.model):
+                require_reached(self.model, self.user_forward, data, self.names)
+            self._reached = True
         batch = Batch(data, 0, self.objective.random_state())
         outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:
@@ -215,6 +228,17 @@ class SecondOrder(torch.optim.Optimizer):
         grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
         self._measure(batch, observation)
         self.pending.add(batch, float(loss.detach()), grads)
+
+    def _require_unchanged(self) -> None:
+        """Refuses a model whose layers were replaced since the optimiser was made."""
+        shapes = [tuple(self.named[name].shape) for name in self.names]
+        now = parameters_of(self.model, self.names, shapes, "the optimiser")
+        replaced = [name for name in self.names if now[name] is not self.named[name]]
+        if replaced:
+            raise ShapeMismatch(
+                f"parameter {replaced[0]!r} is another object than when the optimiser was made (its layer was replaced, "
+                "or it was assigned anew), so that steps would not reach it; make a new optimiser"
+            )
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -378,6 +402,15 @@ class SecondOrder(torch.optim.Optimizer):
         }
         return out
 
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        for name, shape in _shapes_in(state).items():
+            found = tuple(self.named[name].shape) if name in self.names else "no such parameter"
+            if found != shape:
+                raise ShapeMismatch(
+                    f"the state has parameter {name!r} of shape {shape}, the optimiser has {found}; load it into an "
+                    "optimiser of the model that it was saved for"
+                )
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, for an optimiser constructed in the same way.
 
@@ -387,6 +420,7 @@ class SecondOrder(torch.optim.Optimizer):
         if "second_order" not in state_dict:
             raise ShapeMismatch("this state was not written by a laplace_kf optimiser: it has no key 'second_order'")
         state = state_dict["second_order"]
+        self._require_state(state)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "second_order"})
         self.steps, self.tau = state["steps"], state["tau"]
         self.diagnostics = dict(state["diagnostics"])
@@ -394,6 +428,16 @@ class SecondOrder(torch.optim.Optimizer):
         self.generator.set_state(state["generator"].cpu())
         self._clear()
         self._import(state)
+
+
+def _shapes_in(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a state speaks of, by name."""
+    found = {name: tuple(value.shape) for name, value in state["average"].items()}
+    for key in ("factors", "inverted"):
+        if state.get(key) is not None:
+            described = state[key]["described"]
+            found.update(zip(described["names"], map(tuple, described["shapes"]), strict=True))
+    return found
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class GaussNewton(SecondOrder):
         groups: parameter groups by name pattern, some of them perhaps ``first_order``.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
         generator: random numbers; with one, training is reproducible.
+        unused: ``"error"``, or ``"prior"``: parameters that no minibatch has reached yet have curvature 0.
         tau_rule: period, factor and thresholds for τ.
         zeta_rule: period, factor and scale for ζ.
         **options: options of the estimator and the structure (``samples=``, ``columns=``, ``vector_blocks=``).
@@ -106,6 +107,7 @@ class GaussNewton(SecondOrder):
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
         generator: torch.Generator | None = None,
+        unused: str = "error",
         tau_rule: LevenbergMarquardt | None = None,
         zeta_rule: GreedySearch | None = None,
         **options: Any,
@@ -121,6 +123,7 @@ class GaussNewton(SecondOrder):
             tau=tau,
             averaging=averaging,
             generator=generator,
+            unused=unused,
         )
         inner, self.estimator = make_pair(structure, estimator, options)
         self.inverse, self.solver = INVERSES[inverse], BLOCK_SOLVERS[damping]
@@ -369,6 +372,7 @@ class GaussNewton(SecondOrder):
             prior_precision=prior_precision,
             damping=damping,
             forward=self.user_forward,
+            unused=self.unused,
         )
         return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
 

@@ -56,7 +56,7 @@ class HessianFree(SecondOrder):
         adapt_zeta: a given ``zeta`` moves with λ.
         curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
         termination: of CG, by relative progress.
-        averaging, parameters, groups, forward, generator: as :class:`laplace_kf.optim.GaussNewton`.
+        averaging, parameters, groups, forward, generator, unused: as :class:`laplace_kf.optim.GaussNewton`.
         tau_rule: thresholds and factor; the ratio ρ uses the undamped model.
         **options: of the preconditioner's structure and estimator (``samples=``).
 
@@ -95,6 +95,7 @@ class HessianFree(SecondOrder):
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
         generator: torch.Generator | None = None,
+        unused: str = "error",
         tau_rule: LevenbergMarquardt | None = None,
         **options: Any,
     ) -> None:
@@ -109,6 +110,7 @@ class HessianFree(SecondOrder):
             tau=tau,
             averaging=averaging,
             generator=generator,
+            unused=unused,
         )
         if not 0 < curvature_fraction <= 1:
             raise ValueError(f"curvature_fraction must be in (0, 1], got {curvature_fraction}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laplace_kf.batches import Forward, map_examples, run
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
+from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
 
@@ -62,16 +64,8 @@ class Batch:
         return Batch(data, len(chosen), self.random)
 
 
-class _Runner(nn.Module):
-    """Runs a model on a batch, so that ``functional_call`` can put other weights in for the call."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, batch: Any) -> tuple[Tensor, Any]:
-        return run(self.model, batch, self._forward)
+def _run(model: nn.Module, forward: Forward | None, batch: Any) -> tuple[Tensor, Any]:
+    return run(model, batch, forward)
 
 
 class Objective:
@@ -85,7 +79,7 @@ class Objective:
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> None:
         self.likelihood = likelihood
-        self.runner = _Runner(model, forward)
+        self.runner = partial(_run, model, forward)
         self.model = model
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
         self._forward_mode = True
@@ -114,12 +108,19 @@ class Objective:
             else:
                 getattr(torch, device.type).set_rng_state(state, device)
 
-    def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
-        """Outputs ``(N, ...)`` and targets of a replayed pass with some parameters replaced, by name."""
-        replaced = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
-        replaced |= {f"model.{name}": value for name, value in (weights or {}).items()}
+    def outputs(
+        self, batch: Batch, weights: Mapping[str, Tensor] | None = None, *, shared_memory: bool = False
+    ) -> tuple[Tensor, Any]:
+        """Outputs ``(N, ...)`` and targets of a replayed pass with some parameters replaced, by name.
+
+        Raises:
+            UnsupportedLayer: if a replaced parameter is used all the same (:mod:`laplace_kf.substitution`).
+        """
+        replaced = {name: buffer.clone() for name, buffer in self.model.named_buffers()} | dict(weights or {})
         with self._replayed(batch.random):
-            outputs, targets = torch.func.functional_call(self.runner, replaced, (batch.data,))
+            outputs, targets = substituted(
+                self.model, replaced, lambda: self.runner(batch.data), shared_memory=shared_memory
+            )
         return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
 
     @torch.no_grad()
@@ -202,7 +203,7 @@ class Objective:
 
         handles = [module.register_forward_hook(listen) for module in self.hidden]
         try:
-            outputs, targets = self.outputs(batch, weights)
+            outputs, targets = self.outputs(batch, weights, shared_memory=True)
         finally:
             for handle in handles:
                 handle.remove()

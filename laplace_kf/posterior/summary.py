@@ -25,7 +25,7 @@ class BlockRow:
         structure: what its curvature is kept as.
         condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
-        size: number of parameters.
+        size: number of parameters, without entries that are held constant (the padding row of an embedding).
     """
 
     name: str
@@ -76,13 +76,18 @@ class Summary(Sequence[BlockRow]):
 def summarise(curvature: Blockwise, n: float, prior: Tensor | Mapping[str, Tensor], title: str) -> Summary:
     """The rows of a curvature with data count ``n`` and prior precision (0-dim, or one per parameter name)."""
     prior = prior if isinstance(prior, Tensor) else dict(prior)
-    return Summary([_row(block, matrix, n, prior) for block, matrix in curvature.entries], title)  # type: ignore[arg-type]
+    rows = []
+    for block, matrix in curvature.entries:
+        constants = sum(curvature.layout.held_in(block))
+        rows.append(_row(block, matrix, n, prior, constants))  # type: ignore[arg-type]
+    return Summary(rows, title)
 
 
-def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:
+def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor], constants: int) -> BlockRow:
     effective = matrix.effective(n, prior_of(block, prior).detach())
     condition = tuple(_condition(values) for values in matrix.leading())
-    return BlockRow(block.name, block.parameters, block.shape, matrix.kind, condition, effective, block.size)
+    kind = matrix.kind + (f", {constants} held" if constants else "") + (", unused" if block.unused else "")
+    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size - constants)
 
 
 def _condition(values: Tensor) -> float:

@@ -14,24 +14,13 @@ from torch.overrides import TorchFunctionMode
 from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
-from laplace_kf.models import autocasting
+from laplace_kf.models import autocasting, parameters_of
+from laplace_kf.substitution import substituted
 
 __all__ = ["Uses", "outputs_at", "over_draws"]
 
 Handler = Callable[[LayerRule, BoundCall, Mapping[str, str], Callable[[], Tensor]], Tensor]
 _VECTORISES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-class _Caller(nn.Module):
-    """Calls a model on one input structure, so that ``functional_call`` can put other weights in for the call."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, inputs: Any) -> Tensor:
-        return predicted(self.model, inputs, self._forward)
 
 
 def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any) -> Tensor:
@@ -45,12 +34,13 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
 
     Raises:
         ShapeMismatch: if the outputs have no example and output axes.
+        UnsupportedLayer: if the model uses a replaced parameter all the same; names it.
     """
-    caller = _Caller(model, forward)
     track = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(inputs))
     with torch.set_grad_enabled(track):
-        replaced = {f"model.{name}": value for name, value in (weights or {}).items()}
-        outputs: Tensor = torch.func.functional_call(caller, replaced, (inputs,))
+        if weights:
+            parameters_of(model, list(weights), [tuple(value.shape) for value in weights.values()], "the posterior")
+        outputs = substituted(model, weights or {}, lambda: predicted(model, inputs, forward))
     if outputs.dim() < 2:
         raise ShapeMismatch(
             f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"

@@ -19,8 +19,10 @@ from laplace_kf.batches import Forward, as_tensor, map_examples, model_outputs, 
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.likelihoods import to_positions
+from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
 
 __all__ = ["Linearization"]
@@ -40,22 +42,14 @@ class _Stand:
 
     def __call__(self, model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
         now = dict(model.named_parameters())
-        replaced = {f"model.{name}": value for name, value in self.weights.items() if now[name] is self.own[name]}
-        return torch.func.functional_call(_Caller(model, self.forward), replaced, (inputs,)), None
+        replaced = {name: value for name, value in self.weights.items() if now[name] is self.own[name]}
 
+        def call() -> Tensor:
+            if self.forward is not None:
+                return as_tensor(self.forward(model, inputs)[0])
+            return model_outputs(model, inputs)
 
-class _Caller(nn.Module):
-    """Makes ``forward(model, inputs)`` callable through ``functional_call`` (which wants a module)."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, inputs: Any) -> Tensor:
-        if self._forward is not None:
-            return as_tensor(self._forward(self.model, inputs)[0])
-        return model_outputs(self.model, inputs)
+        return substituted(model, replaced, call), None
 
 
 @dataclass(frozen=True)
@@ -89,13 +83,7 @@ class Linearization:
         self, model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, *, keep: bool = True
     ) -> None:
         self.model, self.keep = model, keep
-        named = dict(model.named_parameters())
-        for name, value in mean.items():
-            found = tuple(named[name].shape) if name in named else None
-            if found != tuple(value.shape):
-                raise ShapeMismatch(
-                    f"the posterior has parameter {name!r} of shape {tuple(value.shape)}, the model has {found}"
-                )
+        parameters_of(model, list(mean), [tuple(value.shape) for value in mean.values()], "the posterior")
         self.x = to_device(x, next(iter(mean.values())).device)
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
