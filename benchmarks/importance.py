@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from benchmarks.timing import in_turn, ratios
-from experiments import data, training
+from experiments.common import data, training
 from laplace_kf.operators import KroneckerBlock
 
 IMAGES, BATCH, DRAWS = 10_000, 1000, 3

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from experiments import data, readme, runner
+from experiments import readme, runner
+from experiments.common import data
 from experiments.registry import EXPERIMENTS
 from laplace_kf.errors import LaplaceKFError
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.common.checks import BadSetting
 from experiments.registry import EXPERIMENTS, Experiment
-from laplace_kf.errors import LaplaceKFError, UnknownName
+from laplace_kf.errors import UnknownName
 from laplace_kf.reports import missing_extra, processor_threads
 
 try:
@@ -26,14 +27,10 @@ except ImportError as error:
 if typing.TYPE_CHECKING:
     from laplace_kf.reports.html import Report
 
-__all__ = ["CONFIGS", "BadSetting", "config_names", "resolve", "run"]
+__all__ = ["CONFIGS", "config_names", "resolve", "run"]
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """Where named configuration files are."""
-
-
-class BadSetting(LaplaceKFError, ValueError):
-    """A setting whose value is not of its type or range; says what is allowed."""
 
 
 def config_names(experiment_id: str) -> list[str]:

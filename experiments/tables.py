@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
-from experiments import autoencoders_report, recurrent_report
-from experiments import calibration_report as report
+from experiments.autoencoders import report as autoencoders_report
+from experiments.calibration import report
+from experiments.recurrent import report as recurrent_report
 
 __all__ = ["ROOT", "STREAMS", "TABLES"]
 

@@ -5,14 +5,14 @@ from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
-
-__version__ = "0.1.0"
+from laplace_kf.version import __version__
 
 __all__ = [
     "LaplacePosterior",
     "Prediction",
     "Subnetwork",
     "TuningResult",
+    "__version__",
     "bridges",
     "continual",
     "curvature",

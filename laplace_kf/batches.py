@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from laplace_kf import conventions
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called
@@ -29,6 +30,7 @@ __all__ = [
     "Forward",
     "as_batches",
     "check_finite",
+    "check_rows",
     "default_forward",
     "inputs_of",
     "map_examples",
@@ -52,7 +54,10 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
             tensor nor something with ``logits``.
     """
     if isinstance(inputs, Mapping):
-        outputs = model(**_arguments(model, inputs))
+        arguments = _arguments(model, inputs)
+        if conventions.decoder_inputs_from_labels(model, inputs):
+            arguments["labels"] = inputs["labels"]
+        outputs = model(**arguments)
     elif isinstance(inputs, (tuple, list)):
         outputs = model(*inputs)
     else:
@@ -115,7 +120,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
                 f'forward=lambda model, batch: (model(batch["..."]), batch["{near}"])'
             )
-        return model_outputs(model, batch), batch["labels"]
+        return model_outputs(model, batch), conventions.targets(model, batch["labels"])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return model_outputs(model, batch[0]), batch[1]
     what, picked = type(batch).__name__, ("batch.x", "batch.y")
@@ -144,19 +149,40 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     """Outputs ``(N, ...)`` at inputs without targets: what the model takes, or a whole batch for ``forward``.
 
     Raises:
-        ShapeMismatch: if ``forward`` cannot be called with it, or the model returns no tensor.
+        ShapeMismatch: if ``forward`` cannot be called with it, if it gives another number of rows than a tensor
+            ``inputs`` has examples, or if the model returns no tensor.
     """
     inputs = private(_beside(inputs, model))
     with as_called(), as_functions(model):
         if forward is None:
             return model_outputs(model, inputs)
         try:
-            return as_tensor(forward(model, inputs)[0])
+            outputs = as_tensor(forward(model, inputs)[0])
+            check_rows(inputs, outputs)
+            return outputs
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             raise ShapeMismatch(
                 f"forward= does not work on the input of predict, {type(inputs).__name__}: {error!r}. It is called as "
                 "in fit, so give it a whole batch of the same form; the targets in it are not looked at"
             ) from error
+
+
+def check_rows(inputs: Any, outputs: Tensor) -> None:
+    """Raises where a tensor given to ``predict`` was read as a batch: ``batch[0]`` of it is its first example.
+
+    Args:
+        inputs: what ``predict`` was given; a tensor ``(N, ...)`` is looked at.
+        outputs: of the model, ``(N, ...)``.
+
+    Raises:
+        ShapeMismatch: if the outputs have another number of rows, with what to give instead.
+    """
+    if isinstance(inputs, Tensor) and inputs.dim() and (outputs.dim() < 2 or outputs.shape[0] != inputs.shape[0]):
+        raise ShapeMismatch(
+            f"predict was given {tuple(inputs.shape)}, {inputs.shape[0]} examples, and forward= made outputs of shape "
+            f"{tuple(outputs.shape)} of it: it is called as in fit, and batch[0] of a tensor is its first example. "
+            "Give it a whole batch of the same form: posterior.predict((x, None))"
+        )
 
 
 def _beside(structure: Any, model: nn.Module) -> Any:

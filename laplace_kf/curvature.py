@@ -20,11 +20,11 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import usable
+from laplace_kf.lookups import Plainly
 from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
-from laplace_kf.substitution import require_reached
 from laplace_kf.tape import UNUSED, FlatLayout, select
 from laplace_kf.tape.blocks import flat_layout
 
@@ -206,13 +206,12 @@ def _products(
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         for index, batch in enumerate(as_batches(data)):
             check_finite(batch, index, "the batch")
-            batch = to_device(batch, weights[0].device)
-            require_reached(model, forward, batch, layout.names)
-            outputs, targets = run(model, batch, forward)
+            with Plainly():  # its derivatives are those of the function
+                outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])
-            count += outputs.shape[0]
+            count += likelihood.counted_examples(outputs.detach(), targets)
     if count == 0:
-        raise ShapeMismatch("the data are empty: no batch was yielded")
+        raise ShapeMismatch("the data are empty: no batch was yielded, or all targets are ignored")
     return total / count

@@ -44,6 +44,10 @@ class StructureRule(Protocol):
     several_passes: bool
 
     @property
+    def counts_positions(self) -> bool:
+        """Whether the sums depend on which positions of an input count."""
+
+    @property
     def fixed(self) -> Sums:
         """What earlier passes found and the sums refer to."""
 
@@ -108,7 +112,7 @@ class Statistics:
         layout: flat order of the selected parameters.
         blocks: blocks by name.
         sums: sums by block name.
-        count: number of examples behind the sums (a float once scaled).
+        count: number of examples behind the sums (a float once scaled); one whose targets are all ignored is none.
         log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
         terms: number of scalar densities in that sum.
     """
@@ -250,6 +254,7 @@ class Accumulator:
         self.terms = 0.0
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
         self._announced = False
+        self._met = False  # whether a minibatch came
 
     def add(self, batch: Any, index: int) -> None:
         """Takes in one minibatch.
@@ -267,24 +272,34 @@ class Accumulator:
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         self.likelihood.check(observation.outputs.detach(), observation.targets)
+        counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
+        examples = None if counted is None else counted.flatten(1).any(1)
+        if examples is not None and observation.chain is not None and not bool(examples.all()):
+            observation = observation.part(examples.nonzero()[:, 0])
+            counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
+        number = observation.count if examples is None else int(examples.sum())
         if self.dtype is None:
             kind = observation.outputs.dtype
             self.dtype = kind if kind in (torch.float32, torch.float64) else torch.float32
         like = torch.zeros((), dtype=self.dtype, device=observation.outputs.device)
-        if self.count == 0:
+        if not self._met:
+            self._met = True
             self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
         self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)
         self._prepare(self.tracer.blocks)
+        if number == 0:  # not one target counts
+            return
         with torch.no_grad():
             if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
-                self.structure.add_inputs(self.sums, observation.input_signals())
+                if self.structure.counts_positions:
+                    self.structure.add_inputs(self.sums, observation.input_signals(counted))
                 self.estimator.measure(observation, self.likelihood, self, self.generator)
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
             log_prob = self.likelihood.log_prob(wide, observation.targets)
         self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
         self.terms += self.likelihood.terms(observation.targets)
-        self.count += observation.count
+        self.count += number
 
     def _prepare(self, blocks: Mapping[str, Block]) -> None:
         """Zero sums for new blocks, each on the device of its parameters (a model may lie on several)."""
@@ -339,6 +354,11 @@ class Accumulator:
             UnsupportedLayer: if a selected parameter never took part.
             NonFinite: if a sum is not finite.
         """
+        if self.count == 0 and self._met:
+            raise ShapeMismatch(
+                f"all targets of the data are ignored ({self.likelihood!r}), so there is nothing to fit; check the "
+                "targets, or the ignore_index of the likelihood"
+            )
         if self.count == 0:
             raise ShapeMismatch("the data are empty: no batch was yielded, so there is nothing to fit")
         self.tracer.require_all_seen()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-__all__ = ["as_functions", "lookup", "note_plain", "padding_rows", "plain"]
+__all__ = ["Plainly", "as_functions", "lookup", "note_plain", "padding_rows", "plain"]
 
 TINY = 1e-7  # what torch adds to the norm of a row before it divides by it
 _PLAINLY: WeakSet[nn.Module] = WeakSet()  # models met with such a call that none of their modules tells of
@@ -87,7 +87,7 @@ def _plain_bag(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, A
     def run() -> Tensor:
         found, shares, weight, padding = tokens, each, call["weight"], call.get("padding_idx")
         if offsets is not None:
-            place, inside = _bags(offsets[:-1] if call.get("include_last_offset") else offsets, len(tokens))
+            place, inside = _bags(offsets, len(tokens), bool(call.get("include_last_offset")))
             padded = tokens if len(tokens) else tokens.new_zeros(1)
             found = torch.where(inside, padded[place], -1)
             shares = None if each is None else (each if len(tokens) else each.new_zeros(1))[place]
@@ -110,15 +110,19 @@ def _plain_bag(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, A
     return run
 
 
-def _bags(starts: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Where the tokens of every bag stand among ``count``, ``(N, T)``, and which of these places are the bag's."""
-    ends = torch.cat([starts[1:], starts.new_full((1,), count)])
+def _bags(offsets: Tensor, count: int, closed: bool) -> tuple[Tensor, Tensor]:
+    """Where the tokens of every bag stand among ``count``, ``(N, T)``, and which of these places are the bag's.
+
+    ``closed``: the last offset is the end of the last bag.
+    """
+    offsets = offsets if closed else torch.cat([offsets, offsets.new_full((1,), count)])
+    starts, ends = offsets[:-1], offsets[1:]
     longest = int((ends - starts).max()) if len(starts) else 0
     place = starts[:, None] + torch.arange(longest, device=starts.device)
     return place.clamp_max(max(0, count - 1)), place < ends[:, None]
 
 
-class _Plain(TorchFunctionMode):
+class Plainly(TorchFunctionMode):
     """Runs every lookup as the function that it is."""
 
     def __torch_function__(
@@ -143,7 +147,7 @@ def as_functions(model: nn.Module) -> Iterator[None]:
     if model not in _PLAINLY and not any(map(_tells, model.modules())):
         yield
         return
-    with _Plain():
+    with Plainly():
         yield
 
 
@@ -155,8 +159,8 @@ def padding_rows(model: nn.Module) -> dict[str, int]:
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            row = module.padding_idx if table and key == "weight" else None  # type: ignore[union-attr]
-            if rows.setdefault(id(parameter), row) != row:  # type: ignore[arg-type]
+            row: Any = module.padding_idx if table and key == "weight" else None
+            if rows.setdefault(id(parameter), row) != row:
                 rows[id(parameter)] = None
     return {n: row for n, p in model.named_parameters() if (row := rows.get(id(p))) is not None}
 

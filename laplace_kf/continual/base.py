@@ -50,7 +50,7 @@ class Learner(ABC):
 
         for loader in tasks:
             for x, y in epochs_of(loader):
-                loss = cross_entropy(model(x), y) + learner.penalty() / N_task
+                loss = learner.record(cross_entropy(model(x), y)) + learner.penalty() / N_task
                 optimizer.zero_grad(); loss.backward(); optimizer.step()
                 learner.after_step()
             learner.after_task(loader)
@@ -171,8 +171,16 @@ class Learner(ABC):
     def _precondition(self, rate: float) -> None:
         return
 
-    def after_step(self) -> None:
-        """To be called after every ``optimizer.step()``, before the gradients are zeroed; most methods do nothing."""
+    def record(self, loss: Tensor) -> Tensor:
+        """Marks the task's loss ``()``, without the penalty, and returns it; only path methods make use of it."""
+        return loss
+
+    def after_step(self, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """To be called after every ``optimizer.step()``, before the gradients are zeroed; most methods do nothing.
+
+        Args:
+            gradients: of the task's loss alone, parameter-shaped by name, where the loop has them.
+        """
         return
 
     def after_task(

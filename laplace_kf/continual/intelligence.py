@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
 from laplace_kf.continual.base import Learner, Loader
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.continual.gradients import TaskGradients
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior.prior import PriorPrecision, positive
 from laplace_kf.registry import Registry
@@ -41,6 +42,8 @@ class SynapticIntelligence(Learner):
 
     ``ω_t = −Σ_k ∇L_k · Δθ_k`` over optimiser steps, with the gradient of the task's loss alone: what :meth:`penalty`
     adds to the gradients is found by itself and taken off. ``d_t`` is the way from the start to the end of the task.
+    Loops that clip gradients, scale the loss or divide gradients mark the task's loss by :meth:`record`. The parameters
+    carry hooks for as long as the learner lives.
     ``Ω`` is on the scale of the loss ``L`` that was trained; where ``penalty() / N_task`` is added to a mean loss, a
     ``c`` meant for ``mean loss + penalty`` becomes ``c · N_task``.
 
@@ -83,18 +86,18 @@ class SynapticIntelligence(Learner):
         self.centres = centres
         self.anchors: Anchors = []
         self._prior_centre: Weights | None = None
+        self._gradients = TaskGradients(self._weights())
         self._begin()
 
     def _begin(self) -> None:
         """The start of a task."""
-        self._start = {name: weight.detach().clone() for name, weight in self._weights().items()}
-        self._before = dict(self._start)
+        self._gradients.begin(self._weights())
+        self._start = dict(self._gradients.before)
         self._path = {name: torch.zeros_like(weight) for name, weight in self._start.items()}
-        self._from_penalty: Weights = {}
-        self._of_loss: Weights = {}  # where the gradients were preconditioned since
 
     def _penalty(self) -> Tensor:
-        weights = self._observed()
+        self._gradients.follow(self._weights())
+        weights = self._gradients.views()
         total = self._pull(self._prior_centre, weights)
         for omega, centre in self.anchors:
             terms = [(omega[n] * (weight - centre[n]).square()).sum() / 2 for n, weight in weights.items()]
@@ -103,52 +106,78 @@ class SynapticIntelligence(Learner):
 
     @torch.no_grad()
     def _precondition(self, rate: float) -> None:
+        self._gradients.check()
         for name, weight in self._weights().items():
-            if weight.grad is not None:
-                self._of_loss[name] = weight.grad - self._from_penalty.get(name, 0.0)
-                stiffness = [omega[name] for omega, _ in self.anchors]
-                if stiffness:
-                    weight.grad /= 1 + rate * torch.stack(stiffness).sum(0)
+            stiffness = [omega[name] for omega, _ in self.anchors]
+            if weight.grad is not None and stiffness:
+                weight.grad /= 1 + rate * torch.stack(stiffness).sum(0)
 
-    def _observed(self) -> Weights:
-        """The weights behind a view each, whose gradient is the penalty's alone, with whatever factor it came."""
-        found = {}
-        for name, weight in self._weights().items():
-            view = weight.view_as(weight)
-            if view.requires_grad:
-                view.register_hook(lambda gradient, name=name: self._note(name, gradient))
-            found[name] = view
-        return found
+    def record(self, loss: Tensor) -> Tensor:
+        """Marks the loss of the task, without the penalty, and returns it unchanged.
 
-    def _note(self, name: str, gradient: Tensor) -> None:
-        held = self._from_penalty.get(name)
-        self._from_penalty[name] = gradient.detach() if held is None else held + gradient.detach()
+        With it the gradients of the path are exact under clipping, a ``GradScaler`` and divisions: they are seen where
+        they are made, and measured in units of the gradient that arrives at this loss. With several minibatches a step
+        the gradient is that of the mean of their losses, weighted as they are in what is differentiated::
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Takes in one optimiser step.
+            loss = learner.record(cross_entropy(model(x), y)) + learner.penalty() / N_task
+
+        Args:
+            loss: 0-dim, once a backward pass.
 
         Raises:
-            IncompatiblePair: if no weight has a gradient (they were zeroed before).
+            IncompatiblePair: for something else than a 0-dim tensor with a gradient.
+        """
+        self._gradients.follow(self._weights())
+        return self._gradients.record(loss)
+
+    @torch.no_grad()
+    def after_step(self, gradients: Mapping[str, Tensor] | None = None) -> None:
+        """Takes in one optimiser step.
+
+        Without :meth:`record` the gradients must be what ``backward()`` left (or its mean over several passes); what
+        cannot be told apart from the loss's own gradient is refused.
+
+        Args:
+            gradients: of the task's loss alone, ``(*shape)`` by parameter name, where the loop has them; what was seen
+                of backward passes is then not used.
+
+        Raises:
+            IncompatiblePair: if there was no gradient, if it was changed before the step without :meth:`record`, or if
+                the weights moved between two gradients of the step. Nothing is taken in then.
+            NonFinite: for a gradient that is not finite of a weight that moved.
         """
         weights = self._weights()
-        if all(weight.grad is None for weight in weights.values()):
+        self._gradients.follow(weights)
+        if gradients is None and not self._gradients.seen and all(w.grad is None for w in weights.values()):
             raise IncompatiblePair(
                 "after_step() found no gradients: call it right after optimizer.step(), before zero_grad()"
             )
-        for name, weight in weights.items():
-            if weight.grad is not None:
-                gradient = self._of_loss.get(name, weight.grad - self._from_penalty.get(name, 0.0))
-                self._path[name] -= gradient * (weight - self._before[name])
-            self._before[name] = weight.detach().clone()
-        self._from_penalty, self._of_loss = {}, {}
+        if gradients is not None:
+            self._checked(gradients, weights)
+        if not self._gradients.still():
+            found = self._gradients.along(self._gradients.task() if gradients is None else gradients)
+            for name, value in found.items():
+                self._start.setdefault(name, self._gradients.before[name])
+                self._path[name] = self._path.get(name, 0) + value
+        self._gradients.begin(weights)
+
+    @staticmethod
+    def _checked(gradients: Mapping[str, Tensor], weights: Weights) -> None:
+        for name, gradient in gradients.items():
+            if name not in weights:
+                raise UnknownName("parameter that this learner follows", name, weights)
+            if gradient.shape != weights[name].shape:
+                raise ShapeMismatch(
+                    f"the gradient of {name!r} must be {tuple(weights[name].shape)}, got {tuple(gradient.shape)}"
+                )
 
     @torch.no_grad()
     def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
         now = {name: weight.detach().clone() for name, weight in self._weights().items()}
+        way = {name: weight - self._start.get(name, weight) for name, weight in now.items()}
         importance = {
-            name: self.c * (self._path[name] / ((weight - self._start[name]).square() + self.epsilon)).clamp_min(0)
-            for name, weight in now.items()
+            name: self.c * (self._path.get(name, torch.zeros_like(d)) / (d.square() + self.epsilon)).clamp_min(0)
+            for name, d in way.items()
         }
         self.anchors = self._rule(self.anchors, importance, now)
         self._prior_centre = self.anchors[0][1]
@@ -158,15 +187,16 @@ class SynapticIntelligence(Learner):
         return {
             "anchors": [[_copied(omega), _copied(centre)] for omega, centre in self.anchors],
             "start": _copied(self._start),
-            "before": _copied(self._before),
+            "before": _copied(self._gradients.before),
             "path": _copied(self._path),
         }
 
     def _load(self, state: Mapping[str, Any]) -> None:
         self.anchors = [(_copied(omega), _copied(centre)) for omega, centre in state["anchors"]]
         self._prior_centre = self.anchors[0][1] if self.anchors else None
-        self._start, self._before, self._path = (_copied(state[key]) for key in ("start", "before", "path"))
-        self._from_penalty = {}
+        self._start, self._path = _copied(state["start"]), _copied(state["path"])
+        self._gradients.begin(self._weights())
+        self._gradients.before = _copied(state["before"])
 
 
 def _copied(weights: Mapping[str, Tensor]) -> Weights:

@@ -73,13 +73,18 @@ class Importance(Estimator):
         outputs = widened(observation.outputs)
         root = likelihood.root(outputs, observation.targets)
         kinds, (count, positions, width) = root.count, root.shape
-        weights = root.norms().reshape(-1)  # over (N, T, K)
-        probability = inclusion_probabilities(weights, self.columns * count)
-        chosen = systematic(probability, generator)
-        if not len(chosen):
+        kept = likelihood.counted_positions(outputs, observation.targets)
+        # only columns of positions that count are there to choose from, so that the others do not shift the choice
+        place = kept.flatten().nonzero()[:, 0, None] * kinds + torch.arange(kinds, device=kept.device)
+        place = place.flatten()
+        weights = root.norms().reshape(-1)[place]  # of (N, T, K)
+        probability = inclusion_probabilities(weights, self.columns * int(kept.any(1).sum()))
+        taken = systematic(probability, generator)
+        if not len(taken):
             return
+        chosen = place[taken]
         example, position, kind = chosen // (positions * kinds), chosen // kinds % positions, chosen % kinds
-        scale = probability[chosen].rsqrt().to(outputs.dtype)
+        scale = probability[taken].rsqrt().to(outputs.dtype)
         values = root.entries(kind, example, position) * scale[:, None]  # (M, C)
         step = max(1, sink.columns_at_once(observation)) * count
         for start in range(0, len(chosen), step):

@@ -56,7 +56,10 @@ class Projection(ColumnEstimator):
         outputs = widened(observation.outputs)
         count, positions, _ = likelihood.to_positions(outputs).shape
         width = likelihood.root_width(outputs)
+        kept = likelihood.counted_positions(outputs, observation.targets)
         for start in range(0, self.samples, at_once):
-            shape = (min(at_once, self.samples - start), count, positions, width)
-            v = self.noise(shape, generator, outputs.dtype).to(outputs.device)
+            size = min(at_once, self.samples - start)
+            v = outputs.new_zeros(size, count, positions, width)
+            for one in v:  # noise for the positions that count, so that the others do not shift it
+                one[kept] = self.noise((int(kept.sum()), width), generator, outputs.dtype).to(outputs.device)
             yield likelihood.root_product(outputs, v, observation.targets) / self.samples**0.5

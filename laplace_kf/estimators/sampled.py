@@ -37,11 +37,8 @@ class Sampled(ColumnEstimator):
     ) -> Iterator[Tensor]:
         outputs = widened(observation.outputs)
         for start in range(0, self.samples, at_once):
-            chunk = []
-            for _ in range(start, min(start + at_once, self.samples)):
-                drawn = likelihood.sample(outputs, generator)
-                if likelihood.ignore_index is not None and drawn.shape == observation.targets.shape:
-                    targets = observation.targets
-                    drawn = torch.where(targets == likelihood.ignore_index, targets.to(drawn.dtype), drawn)
-                chunk.append(likelihood.score(outputs, drawn))
+            chunk = [
+                likelihood.drawn_score(outputs, observation.targets, generator)
+                for _ in range(start, min(start + at_once, self.samples))
+            ]
             yield torch.stack(chunk) / self.samples**0.5

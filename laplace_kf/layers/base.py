@@ -18,9 +18,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-__all__ = ["RULES", "AffineRule", "BoundCall", "LayerRule", "MatrixRule", "MatrixView", "register", "rule_names"]
+__all__ = [
+    "RULES",
+    "AffineRule",
+    "BoundCall",
+    "Example",
+    "LayerRule",
+    "MatrixRule",
+    "MatrixView",
+    "WithParameter",
+    "register",
+    "rule_names",
+]
 
 
 @dataclass(frozen=True)
@@ -68,6 +80,9 @@ class BoundCall:
         return self.values[name]
 
 
+Example = Callable[[], tuple[nn.Module, Tensor]]
+
+
 @dataclass(frozen=True)
 class LayerRule(ABC):
     """A torch function family that consumes a ``weight`` and perhaps a ``bias``.
@@ -78,12 +93,15 @@ class LayerRule(ABC):
         modules: names of the ``torch.nn`` modules that call them.
         arguments: positional argument names with their defaults, in order (builtins have no signature).
         roles: the arguments that can be parameters.
+        examples: small layers that use the rule, each made together with an input ``(N, ...)``: what the contract
+            tests run it on, and what shows a reader how it is used.
     """
 
     name: str
     functions: tuple[Callable[..., Any], ...]
     modules: tuple[str, ...]
     arguments: Mapping[str, Any] = field(hash=False, default_factory=dict)
+    examples: tuple[Example, ...] = field(default=(), compare=False)
     roles: ClassVar[tuple[str, ...]] = ("weight", "bias")
     one_hot: ClassVar[bool] = False
     keeps_memory: ClassVar[bool] = False  # the result may share its memory with the parameter (``expand``)
@@ -140,6 +158,19 @@ class AffineRule(LayerRule):
     @abstractmethod
     def outputs(self, rows: Tensor, call: BoundCall) -> Tensor:
         """Output rows ``(..., B, *features)`` to ``(..., B, F, T)``."""
+
+
+class WithParameter(nn.Module):
+    """``function(x, w)`` with a parameter ``w`` of a shape: the example of a rule for which there is no module."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``function(x, w)`` for ``x (N, ...)``."""
+        return self.function(x, self.w)
 
 
 RULES: dict[Callable[..., Any], LayerRule] = {}

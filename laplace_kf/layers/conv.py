@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, as_tuple, functions_of, register
 
@@ -123,6 +123,11 @@ CONV = register(
         functions_of(*((owner, f"conv{d}d") for d in (1, 2, 3) for owner in (F, torch))),
         ("nn.Conv1d", "nn.Conv2d", "nn.Conv3d"),
         _CONV,
+        (
+            lambda: (nn.Conv1d(2, 3, 2, padding=1), torch.randn(4, 2, 4)),
+            lambda: (nn.Conv2d(4, 4, 3, stride=2, groups=2), torch.randn(4, 4, 5, 4)),
+            lambda: (nn.Conv3d(1, 2, 2, bias=False), torch.randn(4, 1, 3, 3, 2)),
+        ),
     )
 )
 CONV_TRANSPOSE = register(
@@ -131,5 +136,9 @@ CONV_TRANSPOSE = register(
         functions_of(*((owner, f"conv_transpose{d}d") for d in (1, 2, 3) for owner in (F, torch))),
         ("nn.ConvTranspose1d", "nn.ConvTranspose2d", "nn.ConvTranspose3d"),
         _TRANSPOSE,
+        (
+            lambda: (nn.ConvTranspose1d(2, 3, 2, stride=2), torch.randn(4, 2, 3)),
+            lambda: (nn.ConvTranspose2d(4, 2, 2, groups=2), torch.randn(4, 4, 2, 3)),
+        ),
     )
 )

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from laplace_kf.layers.base import AffineRule, BoundCall, functions_of, register
+from laplace_kf.layers.base import AffineRule, BoundCall, WithParameter, functions_of, register
 
 __all__ = ["ADDITIONS"]
 
@@ -85,7 +85,27 @@ def _methods(*names: str) -> tuple[Any, ...]:
 
 
 ADDITIONS = set(_methods("add", "__add__", "__radd__", "add_", "__iadd__"))
+
+
+def _scaled_example() -> tuple[nn.Module, Tensor]:
+    return WithParameter(lambda x, w: w * x, 3), torch.randn(5, 3)
+
+
+def _shifted_example() -> tuple[nn.Module, Tensor]:
+    return WithParameter(lambda x, w: x + w, 3), torch.randn(5, 2, 3)
+
+
+def _repeated_example() -> tuple[nn.Module, Tensor]:
+    return WithParameter(lambda x, w: torch.cat([w.expand(len(x), 1, 3), x], 1), 1, 3), torch.randn(5, 2, 3)
+
+
 # in place (``x *= w``) the input is gone when the curvature needs it: that goes through per-example gradients
-SCALE = register(ScaleRule("scale", _methods("mul", "multiply", "__mul__", "__rmul__"), ("w * x",)))
-SHIFT = register(ShiftRule("shift", tuple(ADDITIONS), ("x + b",)))
-REPEAT = register(RepeatRule("repeat", _methods("expand", "broadcast_to", "repeat"), ("b.expand(N, ...)",)))
+SCALE = register(
+    ScaleRule("scale", _methods("mul", "multiply", "__mul__", "__rmul__"), ("w * x",), examples=(_scaled_example,))
+)
+SHIFT = register(ShiftRule("shift", tuple(ADDITIONS), ("x + b",), examples=(_shifted_example,)))
+REPEAT = register(
+    RepeatRule(
+        "repeat", _methods("expand", "broadcast_to", "repeat"), ("b.expand(N, ...)",), examples=(_repeated_example,)
+    )
+)

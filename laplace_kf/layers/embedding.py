@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, register
 from laplace_kf.lookups import lookup
@@ -52,6 +52,7 @@ EMBEDDING = register(
             "input": None, "weight": None, "padding_idx": None, "max_norm": None, "norm_type": 2.0,
             "scale_grad_by_freq": False, "sparse": False,
         },
+        (lambda: (nn.Embedding(6, 3), torch.randint(6, (5, 2))),),
     )
 )  # fmt: skip
 # what laplace_kf.lookups makes of a bag: its places without a token are -1

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, functions_of, register
+from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, WithParameter, functions_of, register
 
 
 class LinearRule(MatrixRule):
@@ -47,6 +47,7 @@ LINEAR = register(
             "nn.GRU", "nn.LSTM", "nn.RNNCell", "nn.GRUCell", "nn.LSTMCell",
         ),
         {"input": None, "weight": None, "bias": None},
+        (lambda: (nn.Linear(3, 4), torch.randn(5, 3)), lambda: (nn.Linear(3, 2, bias=False), torch.randn(5, 2, 3))),
     )
 )  # fmt: skip
 
@@ -81,6 +82,7 @@ MATMUL = register(
         functions_of(*((owner, name) for name in ("matmul", "mm", "__matmul__") for owner in (torch, Tensor))),
         ("x @ W",),
         {"input": None, "weight": None},
+        (lambda: (WithParameter(lambda x, w: x @ w, 3, 4), torch.randn(5, 3)),),
     )
 )
 ADDMM = register(
@@ -89,5 +91,6 @@ ADDMM = register(
         functions_of((torch, "addmm"), (Tensor, "addmm")),
         ("transformers.Conv1D",),
         {"bias": None, "input": None, "weight": None, "beta": 1, "alpha": 1},
+        (lambda: (WithParameter(lambda x, w: torch.addmm(torch.ones(2).to(x), x, w), 3, 2), torch.randn(5, 3)),),
     )
 )

@@ -9,7 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from laplace_kf.layers.base import AffineRule, BoundCall, functions_of, register
 
@@ -74,6 +74,7 @@ LAYER_NORM = register(
         (F.layer_norm,),
         ("nn.LayerNorm",),
         {"input": None, "normalized_shape": None, "weight": None, "bias": None, "eps": 1e-5},
+        (lambda: (nn.LayerNorm(3), torch.randn(5, 2, 3)),),
     )
 )
 if hasattr(F, "rms_norm"):
@@ -83,6 +84,7 @@ if hasattr(F, "rms_norm"):
             functions_of((F, "rms_norm"), (torch, "rms_norm")),
             ("nn.RMSNorm",),
             {"input": None, "normalized_shape": None, "weight": None, "eps": None},
+            (lambda: (nn.RMSNorm(3), torch.randn(5, 3)),),
         )
     )
 BATCH_NORM = register(
@@ -94,6 +96,7 @@ BATCH_NORM = register(
             "input": None, "running_mean": None, "running_var": None, "weight": None, "bias": None,
             "training": False, "momentum": 0.1, "eps": 1e-5,
         },
+        (lambda: (nn.BatchNorm1d(3), torch.randn(5, 3)), lambda: (nn.BatchNorm2d(2), torch.randn(5, 2, 3, 2))),
     )
 )  # fmt: skip
 GROUP_NORM = register(
@@ -102,5 +105,6 @@ GROUP_NORM = register(
         (F.group_norm,),
         ("nn.GroupNorm",),
         {"input": None, "num_groups": None, "weight": None, "bias": None, "eps": 1e-5},
+        (lambda: (nn.GroupNorm(2, 4), torch.randn(5, 4, 2)),),
     )
 )

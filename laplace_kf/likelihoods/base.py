@@ -15,8 +15,8 @@ implement the methods that start with ``_position_``, ``_draw`` and ``_predict``
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -72,6 +72,11 @@ class Likelihood(abc.ABC):
         if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
             raise ValueError(f"{type(self).__name__}: ignore_index must be an int or None, got {ignore_index!r}.")
         self.ignore_index = ignore_index
+
+    @classmethod
+    def examples(cls) -> tuple[tuple[Likelihood, int], ...]:
+        """Objects with a number of outputs C each, to try the likelihood on (the contract tests do)."""
+        return ((cls(), cls._channels or 3),)
 
     # -- what a subclass implements; z is (N, T, C), y and keep come from _position_targets
 
@@ -187,6 +192,12 @@ class Likelihood(abc.ABC):
             )
         return targets
 
+    def _everything(self) -> Likelihood:
+        """This likelihood without an ``ignore_index``: drawn targets may be equal to it, and count all the same."""
+        other = copy.copy(self)
+        other.ignore_index = None
+        return other
+
     def _ignore(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.ignore_index is None:
             return y, None
@@ -213,6 +224,54 @@ class Likelihood(abc.ABC):
             NonFiniteTarget: for a NaN or infinite target (also a ``ValueError``).
         """
         self._unpack(outputs, self._needed(targets, "check"))
+
+    def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Which outputs count: those of positions with a target that is not ignored.
+
+        Args:
+            outputs, targets: as in :meth:`check`, with the same errors.
+
+        Returns:
+            bool of the shape of the outputs, the same for all outputs of a position; ``None`` if all of them count.
+        """
+        z, _, keep = self._unpack(outputs, self._needed(targets, "counted"))
+        if keep is None or bool(keep.all()):
+            return None
+        kept = keep.any(-1, keepdim=True)
+        return None if bool(kept.all()) else from_positions(kept.expand(z.shape), outputs)
+
+    def counted_positions(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """As :meth:`counted`, by position: bool ``(N, T)``."""
+        kept = self.counted(outputs, targets)
+        return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept)[..., 0]
+
+    def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
+        """How many of the examples of outputs ``(N, ...)`` have a position that counts; errors as :meth:`counted`."""
+        kept = self.counted(outputs, targets)
+        return len(outputs) if kept is None else int(kept.flatten(1).any(1).sum())
+
+    def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """Gradient ``∇_z log p(y | z)`` at targets drawn from the model, of the outputs' shape; zero where ignored.
+
+        Only for positions that count a target is drawn, in their order: ignored ones do not shift the others' draws.
+
+        Args:
+            outputs, targets: as in :meth:`check`; of the targets only counts which are ignored.
+            generator: drawn from, on its own device.
+
+        Raises:
+            NonFinite: if the outputs give no valid distribution.
+        """
+        whole = self._everything()
+        z, _, keep = self._unpack(outputs, targets)
+        if keep is None or bool(keep.all()):
+            return whole.score(outputs, whole.sample(outputs, generator))
+        kept = keep.any(-1)
+        rows = z[kept]
+        found = torch.zeros_like(z)
+        if len(rows):
+            found[kept] = masked(whole.score(rows, whole.sample(rows, generator)), keep[kept])
+        return from_positions(found, outputs)
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Log density of the targets, all constants included.
@@ -581,6 +640,3 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if not isinstance(name_or_object, str):
         raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
     return LIKELIHOODS[name_or_object]()
-
-
-LOG_2PI = math.log(2.0 * math.pi)

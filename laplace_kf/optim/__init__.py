@@ -2,11 +2,12 @@
 
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
 from laplace_kf.optim.gauss_newton import GaussNewton
+from laplace_kf.optim.initial import sparse_init_
 from laplace_kf.optim.newton_cg import HessianFree, hessian_free
 from laplace_kf.optim.preconditioner import Preconditioner
 from laplace_kf.optim.presets import diagonal, ekfac, kfac, kflr, kfra, natural_gradient
 from laplace_kf.optim.recipes import Recipe
-from laplace_kf.optim.schedules import batch_size, nesterov_momentum, sparse_init_
+from laplace_kf.optim.schedules import batch_size, nesterov_momentum
 
 __all__ = [
     "GaussNewton",

@@ -22,16 +22,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.batches import Forward, as_tensor, check_finite, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import parameters_of, usable
 from laplace_kf.operators import fresh_generator
+from laplace_kf.optim.arguments import check_arguments
+from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
-from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.substitution import require_reached
@@ -57,6 +59,12 @@ class SecondOrder(torch.optim.Optimizer):
         lr: factor on the final update.
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
         averaging: limit β of the average of the iterates (:meth:`averaged_parameters`), ``None`` for no average.
+        max_rise: a step that raises the loss of its own minibatch by more than this share of its size (the mean of
+            ``|−log p|`` over examples) is refused, as one with a loss that is not finite is, and tried again with 10
+            times the damping, at most 12 times; then the weights stay. The loss after the step is looked at on the part
+            of the minibatch that the curvature came from, and on all of it where it rose there or is needed anyway
+            (for ρ, in a line search): no pass more than without the rule unless the loss rose. Infinity: only the
+            finiteness counts.
         generator: random numbers (sampled targets, subsets); a fresh private one by default.
         unused: what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their
             curvature is 0 (the damping alone moves them), until one reaches them.
@@ -78,16 +86,15 @@ class SecondOrder(torch.optim.Optimizer):
         lr: float,
         tau: float | None,
         averaging: float | None,
+        max_rise: float,
         generator: torch.Generator | None,
         unused: str = "error",
     ) -> None:
-        for what, value in (("l2", l2), ("lr", lr), ("tau", 0.0 if tau is None else tau)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{what} must be finite and not negative, got {value}")
+        check_arguments({"l2": l2, "lr": lr, "tau": tau, "averaging": averaging, "max_rise": max_rise})
         model = usable(model)
         self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
         self.l2, self.tau = float(l2), tau
-        self.averaging = averaging
+        self.averaging, self.max_rise = averaging, float(max_rise)
         self.generator = generator if generator is not None else fresh_generator()
         super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
         self.named: dict[str, Tensor] = dict(model.named_parameters())
@@ -135,6 +142,10 @@ class SecondOrder(torch.optim.Optimizer):
     @abstractmethod
     def _forget(self) -> None:
         """Drops what :meth:`_measure` took in since the last step."""
+
+    @abstractmethod
+    def _mutable(self) -> list[Any]:
+        """The objects whose attributes a step changes, besides this one."""
 
     @abstractmethod
     def _export(self) -> dict[str, Any]:
@@ -197,7 +208,8 @@ class SecondOrder(torch.optim.Optimizer):
             ShapeMismatch: if targets do not fit the outputs.
             UnsupportedLayer: for a parameter that cannot be handled.
         """
-        self._take_in(x, y)
+        with unless_it_fails(self):
+            self._take_in(x, y)
         return self.pending.regularised(self._zero)
 
     @torch.enable_grad()
@@ -207,9 +219,7 @@ class SecondOrder(torch.optim.Optimizer):
         data = to_device(x if y is None else (x, y), device)
         check_finite(data, self.steps, "the batch")
         if not self._reached:
-            with preserved(self.model):
-                require_reached(self.model, self.user_forward, data, self.names)
-            self._reached = True
+            self._require_reached(data)
         batch = Batch(data, 0, self.objective.random_state())
         outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:
@@ -217,17 +227,33 @@ class SecondOrder(torch.optim.Optimizer):
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
         self.likelihood.check(outputs.detach(), targets)
-        batch = Batch(data, int(outputs.shape[0]), batch.random, observation)
+        losses = -self.likelihood.log_prob(outputs, targets)
+        made = Batch(data, 0, batch.random, observation, losses.detach())
+        batch = counting(made, self.likelihood, outputs, targets)
         if self.steps == 0:
             self.default_damping = start_value(self.likelihood, targets, batch.count)
             self.tau = self.default_damping if self.tau is None else self.tau
-        loss = -self.likelihood.log_prob(outputs, targets).mean()
+        loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
         weights = [self.named[name] for name in self.names]
         grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
-        self._measure(batch, observation)
-        self.pending.add(batch, float(loss.detach()), grads)
+        try:
+            self._measure(batch, observation)
+            self.pending.add(batch, float(loss.detach()), grads)
+        except BaseException:
+            self._clear()  # its part of the sums cannot be taken out again
+            raise
+
+    def _require_reached(self, data: Any) -> None:
+        """Refuses weights that a trial step could not move, by a pass in the mode of the steps."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        with preserved(self.model):
+            for module, mode in modes:
+                module.training = mode
+            call = lambda: as_tensor(self.objective.runner(data)[0])  # noqa: E731
+            require_reached(self.model, self.user_forward, self.names, call)
+        self._reached = True
 
     def _require_unchanged(self) -> None:
         """Refuses a model whose layers were replaced since the optimiser was made."""
@@ -236,8 +262,8 @@ class SecondOrder(torch.optim.Optimizer):
         replaced = [name for name in self.names if now[name] is not self.named[name]]
         if replaced:
             raise ShapeMismatch(
-                f"parameter {replaced[0]!r} is another object than when the optimiser was made (its layer was replaced, "
-                "or it was assigned anew), so that steps would not reach it; make a new optimiser"
+                f"parameter {replaced[0]!r} is another object than when the optimiser was made (its layer was "
+                "replaced, or it was assigned anew), so that steps would not reach it; make a new optimiser"
             )
 
     # -- the step ----------------------------------------------------------------------------------------------------
@@ -255,8 +281,16 @@ class SecondOrder(torch.optim.Optimizer):
 
         Raises:
             NotFitted: without a minibatch.
-            NonFinite: for a batch, loss or gradient that is not finite; nothing is changed then.
+            NonFinite: for a batch, loss or gradient that is not finite.
+            NotPositiveDefinite: for a block that is singular with its damping, or whose factorisation fails.
+
+        Whatever it raises, weights, buffers, averages, factors, counters and random numbers are what they were before;
+        minibatches of :meth:`backward` that were to be used are dropped.
         """
+        with unless_it_fails(self, drop=True):
+            return self._step(x, y)
+
+    def _step(self, x: Any, y: Any) -> Tensor:
         if x is not None:
             self._clear()
             self._direct = True
@@ -296,7 +330,7 @@ class SecondOrder(torch.optim.Optimizer):
         """``tau`` and ``zeta`` for the diagnostics."""
 
     def _search(self, loss: float, gradient: Tensor) -> tuple[Proposal, dict[str, Tensor], float | None, int]:
-        """Proposals with more and more damping until one gives a finite loss.
+        """Proposals with more and more damping until one can be accepted (``max_rise``).
 
         Returns:
             It, the new weights by name, their ``−log p``, and the number of refusals; if all are refused, a proposal
@@ -307,17 +341,37 @@ class SecondOrder(torch.optim.Optimizer):
             proposal = self._propose(batches, loss, gradient)
             if all_finite(proposal.delta):
                 moved = self._moved(proposal.delta)
-                # ρ needs all examples, a mere check fewer
-                after = self.objective.loss(batches if self._wants_ratio() else proposal.check, moved)
-                if math.isfinite(after):
+                after = self._checked(batches, proposal, moved)
+                if after is not None:
                     if rejected:
-                        self._say(f"{rejected} update(s) without a finite loss were refused; the damping is now", 6)
+                        what = "update(s) with a loss that rose too much or was not finite were refused"
+                        self._say(f"{rejected} {what}; the damping is now", 7)
                     return proposal, moved, after, rejected
             self._more_damping(BOOST)
         # says nothing about the damping: the next minibatch starts with a little more than before
         self._more_damping(BOOST**-RETRIES)
-        self._say("no update gave a finite loss and the weights are unchanged; the damping is now", 6)
+        self._say("no update had a loss to accept and the weights are unchanged; the damping is now", 7)
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
+
+    def _checked(self, batches: Sequence[Batch], proposal: Proposal, moved: Mapping[str, Tensor]) -> float | None:
+        """Mean ``−log p`` at new weights, of all minibatches or a part that is enough; ``None``: to be refused."""
+        change = self._l2_change(proposal.delta)
+        part = batches if self._wants_ratio() or proposal.after is not None else proposal.check
+        after = self.objective.loss(part, moved) if proposal.after is None else proposal.after
+        whole = part is batches or sum(b.count for b in part) == sum(b.count for b in batches)
+        if not whole and not self._rise(part, after, change) <= 0:  # a part rises by chance, too
+            after, part = self.objective.loss(batches, moved), batches
+        return after if math.isfinite(after) and self._rise(part, after, change) <= self.max_rise else None
+
+    @staticmethod
+    def _rise(batches: Sequence[Batch], after: float, change: float) -> float:
+        """By how much the regularised loss rose on minibatches, in units of the mean ``|−log p|`` before."""
+        losses = [batch.losses.double().reshape(-1) for batch in batches if batch.losses is not None]
+        if len(losses) < len(batches):
+            return math.inf
+        before, count = torch.cat(losses), sum(b.count for b in batches)
+        rise, size = after - float(before.sum()) / count + change, float(before.abs().sum()) / count
+        return rise / max(size, torch.finfo(torch.float32).tiny) if rise else 0.0
 
     def _say(self, what: str, level: int) -> None:
         damping = ", ".join(f"{key} = {value:.3g}" for key, value in self._damping().items())

@@ -20,6 +20,7 @@ from laplace_kf.errors import IncompatiblePair, NotFitted, NotPositiveDefinite
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
+from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSearch
 from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_rank_solve
@@ -65,6 +66,8 @@ class GaussNewton(SecondOrder):
         low_rank: in ``step(x, y)``, apply the inverses to the factors of the gradient of layers where that is cheaper
             (methods 5.6). Needs block-diagonal products, ``l2=0`` and all examples in the factors.
         averaging: limit of the average of the iterates (0.95 in Botev et al. 2017, B.4), ``None`` for none.
+        max_rise: steps that raise the loss of their own minibatch by more than this share of its size are refused and
+            tried again with more damping (:class:`laplace_kf.optim.base.SecondOrder`).
         parameters: ``"all"`` or name patterns.
         groups: parameter groups by name pattern, some of them perhaps ``first_order``.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
@@ -103,6 +106,7 @@ class GaussNewton(SecondOrder):
         curvature_fraction: float | tuple[float, float] = 1.0,
         low_rank: bool = False,
         averaging: float | None = None,
+        max_rise: float = 0.5,
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
@@ -122,21 +126,21 @@ class GaussNewton(SecondOrder):
             lr=lr,
             tau=tau,
             averaging=averaging,
+            max_rise=max_rise,
             generator=generator,
             unused=unused,
         )
+        check_arguments({"zeta": zeta, "ema": ema, "refresh": refresh, "power": power, **options})
         inner, self.estimator = make_pair(structure, estimator, options)
         self.inverse, self.solver = INVERSES[inverse], BLOCK_SOLVERS[damping]
         self.structure = self.inverse.structure(inner)
         self.inner, self.damping, self.power = inner, damping, power
         self.inverse.check(self.solver)
         parts = curvature_fraction if isinstance(curvature_fraction, tuple) else (curvature_fraction,) * 2
-        if not all(0 < part <= 1 for part in parts) or len(parts) != 2:
-            raise ValueError(f"curvature_fraction must be in (0, 1], one number or a pair, got {curvature_fraction}")
-        if not 0 <= ema < 1:
-            raise ValueError(f"ema must be in [0, 1), got {ema}")
-        if refresh < 1:
-            raise ValueError(f"refresh must be at least 1, got {refresh}")
+        if len(parts) != 2:
+            raise IncompatiblePair(f"curvature_fraction is one number in (0, 1] or a pair, got {curvature_fraction}")
+        for part in parts:
+            check_arguments({"curvature_fraction": part})
         if low_rank and not (self.solver.is_product and self.structure is inner and l2 == 0 and parts[0] == 1):
             raise IncompatiblePair(
                 'low_rank=True needs inverse="block_diagonal", damping="balanced" or "factored", l2=0 and '
@@ -189,7 +193,8 @@ class GaussNewton(SecondOrder):
         """``g (N, R, O)`` and ``a (N, R, I)`` of the layers whose gradient is cheaper to solve in factors."""
         score = self.likelihood.score(observation.outputs.detach(), observation.targets)
         found = {}
-        for name, signal in observation.ruled_signals(-score[None] / observation.count).items():
+        count = self.likelihood.counted_examples(observation.outputs.detach(), observation.targets)
+        for name, signal in observation.ruled_signals(-score[None] / count).items():
             _, out, inp = signal.block.shape
             cheaper = observation.count * (out**2 + inp**2) < out * inp * (out + inp)
             if isinstance(signal, OuterSignals) and signal.a.shape[1] == 1 and cheaper:
@@ -375,6 +380,9 @@ class GaussNewton(SecondOrder):
             unused=self.unused,
         )
         return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
+
+    def _mutable(self) -> list[Any]:
+        return [self.running]
 
     def _export(self) -> dict[str, Any]:
         return {"zeta": self.zeta, "previous": self._previous, **self.running.export()}

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_kf.errors import IncompatiblePair
 from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.outputs.layout import masked
 from laplace_kf.registry import Registry
+from laplace_kf.tape.reach import reached
 
 __all__ = ["DISTANCES", "Linearised"]
 
@@ -26,7 +30,16 @@ def _squared(activity: Tensor) -> Tensor:
 
 @DISTANCES.register("cross_entropy")
 def _cross_entropy(activity: Tensor) -> Tensor:
-    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself."""
+    """Cross-entropy of logistic units: ``diag(a(1−a))`` in the pre-activations, so ``1/(a(1−a))`` in ``a`` itself.
+
+    Raises:
+        IncompatiblePair: for activities outside [0, 1].
+    """
+    if not bool(((activity >= 0) & (activity <= 1)).all()):
+        raise IncompatiblePair(
+            'distance="cross_entropy" is of logistic units, whose activities are in [0, 1]; the hidden activities go '
+            f'from {float(activity.min()):.3g} to {float(activity.max()):.3g}. Use distance="squared"'
+        )
     return 1 / (activity * (1 - activity)).clamp_min(1e-4)
 
 
@@ -34,7 +47,8 @@ class Linearised:
     """``v ↦ (G + μ D) v`` on minibatches, with one graph for all vectors (methods 2.7, 7.7).
 
     ``D = E[J_cᵀ H_d J_c]`` is the Gauss-Newton matrix of the distance between the hidden activities ``c`` and what
-    they are now; it adds nothing to the gradient.
+    they are now; it adds nothing to the gradient. Activities from which no counted output can be reached (at padded
+    positions) are not among them.
 
     Args:
         objective: runs the model; its ``hidden`` modules give ``c``.
@@ -58,7 +72,12 @@ class Linearised:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for batch in batches:
                 values, targets = objective.with_hidden(batch)
-                metrics = [structural * distance(value.detach()) for value in values[1:]]
+                counted = objective.likelihood.counted(values[0].detach(), targets)
+                kept = _reaching(values, counted, objective.listened)
+                metrics = [
+                    masked(structural * distance(value.detach()), keep)
+                    for value, keep in zip(values[1:], kept, strict=True)
+                ]
                 self._graphs.append((values, targets, metrics))
 
     def product(self, direction: Mapping[str, Tensor]) -> list[Tensor]:
@@ -109,5 +128,32 @@ class Linearised:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """±1 with equal chances, as ``like``."""
-    return 2 * torch.randint(2, like.shape, generator=generator, device=generator.device).to(like) - 1
+    """±1 with equal chances, as ``like``; 0 where that is 0."""
+    kept = like != 0  # the others need none, and must not shift these
+    drawn = torch.randint(2, (int(kept.sum()),), generator=generator, device=generator.device)
+    out = torch.zeros_like(like)
+    out[kept] = 2 * drawn.to(like) - 1
+    return out
+
+
+def _reaching(values: Sequence[Tensor], counted: Tensor | None, modules: Sequence[nn.Module]) -> list[Tensor | None]:
+    """Which hidden activities ``values[1:]`` (any shapes) reach a counted one of the outputs ``values[0]``.
+
+    ``None`` for all of them, as always where no target is ignored. A recurrent module (one of ``modules``, which gave
+    the activities) hands its steps on inside: a step is reached where a later one is.
+    """
+    outputs, *hidden = values
+    found: list[Tensor | None] = [None] * len(hidden)
+    places = [k for k, value in enumerate(hidden) if value.requires_grad]
+    if counted is None or not places or not outputs.requires_grad:
+        return found
+    grads = reached(outputs, [get_gradient_edge(hidden[k]) for k in places], counted)
+    for k, grad in zip(places, grads, strict=True):
+        kept = torch.zeros_like(hidden[k], dtype=torch.bool) if grad is None else grad != 0
+        module = modules[k]
+        if isinstance(module, nn.RNNBase) and kept.dim() == 3:
+            time = 1 if module.batch_first else 0
+            later = kept.flip(time).cummax(time).values.flip(time).any(-1, keepdim=True)
+            kept = (kept.any((time, 2), keepdim=True) if module.bidirectional else later).expand(kept.shape)
+        found[k] = kept
+    return found

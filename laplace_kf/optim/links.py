@@ -38,6 +38,11 @@ class Linked(Structure):
     def __init__(self, inner: Structure) -> None:
         self.inner = inner
 
+    @property
+    def counts_positions(self) -> bool:  # type: ignore[override]
+        """As the structure of the diagonal blocks."""
+        return self.inner.counts_positions
+
     def options(self) -> dict[str, Any]:
         return self.inner.options()
 
@@ -64,7 +69,7 @@ class Linked(Structure):
                 like = sums[one.block.name][0]
                 sums[key] = (zeros(like, i1, i2), zeros(like, o1, o2))
             total = sums[key][0]
-            left, right = (s.a[:, 0, 0].to(total.dtype) for s in (one, two))
+            left, right = (s.input_rows(0).to(total.dtype) for s in (one, two))
             w1, w2 = left.shape[1], right.shape[1]
             total[:w1, :w2].addmm_(left.T, right)
             if two.has_constant:
@@ -113,4 +118,5 @@ def _once(signal: MatrixSignals, sums: Sums) -> bool:
     """Whether a layer uses its weight once per example, has one group, and keeps both factors whole."""
     if not isinstance(signal, OuterSignals) or signal.a.shape[1] != 1 or signal.block.shape[0] != 1:
         return False
-    return len(sums[signal.block.name]) == 2 and all(part.dim() == 3 for part in sums[signal.block.name])
+    factors = sums[signal.block.name]
+    return len(factors) == 3 and all(part.dim() == 3 for part in factors[:2])

@@ -17,13 +17,15 @@ from laplace_kf.engine import Accumulator, Statistics, preserved
 from laplace_kf.errors import IncompatiblePair, UnknownName, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Matrix
+from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
 from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.linearised import DISTANCES, Linearised
-from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.objective import Batch, counting
+from laplace_kf.optim.penalties import PENALTIES, Curvature
 from laplace_kf.optim.preconditioner import PRECONDITIONERS, Preconditioner
 from laplace_kf.optim.recipes import RECIPES, Recipe
 from laplace_kf.optim.stepsize import line_search
@@ -40,11 +42,21 @@ class HessianFree(SecondOrder):
         likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
         recipe: name in ``RECIPES`` or a :class:`Recipe`: limits, warm start and choice of the iterate.
         preconditioner: ``"none"``, ``"diagonal"``, ``"kronecker"``, or a :class:`Preconditioner`.
-        scale_sensitive: damp with ``λ diag(G)`` in place of ``λ I`` (methods 7.7).
+        penalty: D of the damping ``λ D`` (methods 7.7), a name of ``PENALTIES``: ``"identity"``, ``"diagonal"`` (exact
+            diag(G)), ``"sampled_diagonal"``, ``"preconditioner"`` (CᵀC, the structured curvature of the
+            preconditioner), ``"curvature"`` (D = B).
+        scale_sensitive: another way to say ``penalty="diagonal"``.
+        kappa: κ of the preconditioner ``(d + κ)^ξ``, in units of the mean curvature (methods 7.6); default 0.01 where D
+            may be singular or there is a trust region, else 0.
+        exponent: ξ of the preconditioner; default 0.75 for ``"diagonal"``, 1 for ``"kronecker"``, which needs
+            ``damping="exact"`` for another one.
+        reduction: whether ρ compares with the ``"undamped"`` model, of ``G + μ D_h + η I``, or the ``"damped"`` one,
+            with ``λ D`` as well. Structural damping (μ) is in both: it is part of the model, λ is not.
         structural_damping: μ of the penalty on changes of hidden activities, for recurrent networks. A diagonal
             preconditioner takes it in (an estimate by random signs), a Kronecker one leaves it out.
         hidden: name patterns of the modules whose outputs are hidden activities; default: all recurrent modules.
-        distance: ``"squared"`` or ``"cross_entropy"`` (logistic units).
+        distance: ``"squared"`` or ``"cross_entropy"``, for logistic units only: torch's recurrent layers are refused,
+            other activities outside [0, 1] at the step.
         trust_radius: solve within ``‖δ‖_P ≤ radius`` by Steihaug–Toint in place of damping with λ.
         inverse, damping, ema, refresh: of the preconditioner, as for :class:`laplace_kf.optim.GaussNewton`.
         momentum: start CG from the decayed solution of the step before.
@@ -56,8 +68,8 @@ class HessianFree(SecondOrder):
         adapt_zeta: a given ``zeta`` moves with λ.
         curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
         termination: of CG, by relative progress.
-        averaging, parameters, groups, forward, generator, unused: as :class:`laplace_kf.optim.GaussNewton`.
-        tau_rule: thresholds and factor; the ratio ρ uses the undamped model.
+        averaging, max_rise, parameters, groups, forward, generator, unused: as :class:`laplace_kf.optim.GaussNewton`.
+        tau_rule: thresholds and factor.
         **options: of the preconditioner's structure and estimator (``samples=``).
 
     Raises:
@@ -72,7 +84,11 @@ class HessianFree(SecondOrder):
         *,
         recipe: str | Recipe = "original",
         preconditioner: str | Preconditioner | None = "diagonal",
+        penalty: str | None = None,
         scale_sensitive: bool = False,
+        kappa: float | None = None,
+        exponent: float | None = None,
+        reduction: str = "undamped",
         structural_damping: float | None = None,
         hidden: Sequence[str] | None = None,
         distance: str = "squared",
@@ -91,6 +107,7 @@ class HessianFree(SecondOrder):
         curvature_fraction: float = 1.0,
         termination: Progress | None = None,
         averaging: float | None = None,
+        max_rise: float = 0.5,
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
@@ -109,13 +126,31 @@ class HessianFree(SecondOrder):
             lr=lr,
             tau=tau,
             averaging=averaging,
+            max_rise=max_rise,
             generator=generator,
             unused=unused,
         )
-        if not 0 < curvature_fraction <= 1:
-            raise ValueError(f"curvature_fraction must be in (0, 1], got {curvature_fraction}")
+        check_arguments({"zeta": zeta, "ema": ema, "refresh": refresh, "curvature_fraction": curvature_fraction})
+        check_arguments({"trust_radius": trust_radius, "structural_damping": structural_damping, **options})
         self.recipe = recipe if isinstance(recipe, Recipe) else RECIPES[recipe]
         row = PRECONDITIONERS[preconditioner] if isinstance(preconditioner, str) else preconditioner
+        check_arguments({"kappa": kappa, "power": exponent})
+        if penalty is not None and scale_sensitive and penalty != "diagonal":
+            raise IncompatiblePair(f'scale_sensitive=True is penalty="diagonal", and penalty={penalty!r} was given too')
+        self.penalty = penalty or ("diagonal" if scale_sensitive else "identity")
+        self._penalty, self.kappa = PENALTIES[self.penalty], kappa
+        if reduction not in ("undamped", "damped"):
+            raise UnknownName("model of the reduction ratio", reduction, ["undamped", "damped"])
+        self.reduction = reduction
+        if row is None and (kappa is not None or exponent is not None or self.penalty == "preconditioner"):
+            raise IncompatiblePair(
+                'kappa, exponent and penalty="preconditioner" need a preconditioner; use preconditioner="kronecker" or '
+                '"diagonal"'
+            )
+        if trust_radius is not None and self.penalty != "identity":
+            raise IncompatiblePair(
+                f"a trust region takes the place of the damping: leave out trust_radius or penalty={self.penalty!r}"
+            )
         asked = options or damping is not None or zeta is not None or ema or refresh > 1
         if row is None and (asked or INVERSES[inverse] is not INVERSES["block_diagonal"]):
             raise IncompatiblePair(
@@ -123,7 +158,12 @@ class HessianFree(SecondOrder):
                 'none; use preconditioner="kronecker" or "diagonal"'
             )
         if row is not None:
-            row = replace(row, damping=damping or row.damping, inverse=inverse, options={**row.options, **options})
+            power = row.power if exponent is None else exponent
+            row = replace(
+                row, damping=damping or row.damping, inverse=inverse, power=power, options={**row.options, **options}
+            )
+            if row.power != 1 and row.damping != "exact":
+                raise IncompatiblePair(f'exponent={row.power} needs damping="exact" for the preconditioner')
         self.preconditioner, self.pair = row, None if row is None else row.pair()
         self.ema, self.refresh, self.momentum = ema, refresh, momentum
         self.zeta, self.adapt_zeta = zeta, adapt_zeta
@@ -135,8 +175,9 @@ class HessianFree(SecondOrder):
         self.structural, self.distance = structural_damping or 0.0, DISTANCES[distance]
         if self.structural:
             self.objective.hidden = _hidden_modules(self.model, hidden)
-        self.scale_sensitive, self.radius = scale_sensitive, trust_radius
-        self.diagonal_pair = make_pair("diag", "empirical", {})
+            if distance == "cross_entropy":
+                _require_logistic(self.objective.hidden)
+        self.radius = trust_radius
         self.adapt_tau, self.part = adapt_tau, curvature_fraction
         self.termination = termination if termination is not None else Progress()
         self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt(1, 2 / 3, 0.25, 0.75)
@@ -164,7 +205,7 @@ class HessianFree(SecondOrder):
             with torch.no_grad():
                 outputs, targets = self.objective.outputs(batch)
             self.likelihood.check(outputs, targets)
-            self._given = [Batch(data, int(outputs.shape[0]), batch.random)]
+            self._given = [counting(batch, self.likelihood, outputs, targets)]
         return super().step(x, y)
 
     def _wants_tape(self, data: Any) -> bool:
@@ -214,12 +255,7 @@ class HessianFree(SecondOrder):
         assert self.tau is not None
         theta = self.flat(self.named)
         self._choose_data(batches)
-        damping: Tensor | float = self.tau if self.radius is None else 0.0
-        scale = damping
-        if self.scale_sensitive:
-            own = self._statistics("scale", self.diagonal_pair).mean().diag().to(gradient)
-            damping = damping * own
-            scale = float(scale * own.mean())
+        tau = self.tau if self.radius is None else 0.0
         weights = {name: self.named[name] for name in self.layout.names}
         matrix = Linearised(self.objective, self._curved, weights, self.structural, self.distance)
 
@@ -227,7 +263,8 @@ class HessianFree(SecondOrder):
             parts = matrix.product(self.split(v))
             return torch.cat([part.reshape(-1) for part in parts]).to(v).add_(v, alpha=self.l2)
 
-        metric = self._preconditioner(float(scale), matrix)
+        own = self._penalty(Curvature(gradient, self._diagonal, lambda: self._updated(matrix).mean(), undamped))
+        metric = self._preconditioner(tau * own.mean, matrix)
         start = None
         if self.momentum and self._solution is not None and self.recipe.decay and self.radius is None:
             start = self.recipe.decay * self._solution
@@ -240,7 +277,7 @@ class HessianFree(SecondOrder):
 
         here = self._value(self._curved, theta) if self.recipe.watch is not None else 0.0
         run = conjugate_gradients(
-            lambda v: undamped(v).add_(damping * v),
+            lambda v: undamped(v).add_(own.apply(v), alpha=tau),
             -gradient,
             start=start,
             precondition=None if metric is None else self._precisely(metric.solve),
@@ -253,7 +290,13 @@ class HessianFree(SecondOrder):
         judged = self._rest if self.recipe.held_out and self._rest else self._curved
         delta = self.recipe.choose(run, lambda x: self._value(judged, theta + x))
         self.run, self._candidate = run, run.x
-        return self._searched(batches, loss, gradient, theta, delta, undamped(delta))
+        curved = undamped(delta)
+        if self.reduction == "damped":
+            curved.add_(own.apply(delta), alpha=tau)
+        return self._searched(batches, loss, gradient, theta, delta, curved)
+
+    def _diagonal(self, estimator: str) -> Tensor:
+        return self._statistics(estimator, make_pair("diag", estimator, {})).mean().diag()
 
     def _precisely(self, apply: Map) -> Map:
         """The map in full precision: under autocast a preconditioner would not be the same matrix at every step."""
@@ -270,15 +313,21 @@ class HessianFree(SecondOrder):
             return None
         if self._metric is not None and self.steps % self.refresh:
             return self._metric
-        if "preconditioner" not in self._structures:
+        running = self._updated(matrix)
+        k = (scale if self.zeta is None else self.zeta) + self.l2 + self._least(running)
+        self._inverted_at = k
+        with torch.autocast(self.tracer.device.type, enabled=False):
+            self._metric = self.preconditioner.build(running, k)
+        return self._metric
+
+    def _updated(self, matrix: Linearised) -> Statistics:
+        """The curvature of the preconditioner: with this step's in it where a step refreshes it, once."""
+        due = self._running is None or not self.steps % self.refresh
+        if due and "preconditioner" not in self._structures:
             new = self._with_structural(self._statistics("preconditioner", self.pair), matrix)
             self._running = averaged(self._running, new, self.steps, self.ema)
         assert self._running is not None
-        k = (scale if self.zeta is None else self.zeta) + self.l2 + self._least(self._running)
-        self._inverted_at = k
-        with torch.autocast(self.tracer.device.type, enabled=False):
-            self._metric = self.preconditioner.build(self._running, k)
-        return self._metric
+        return self._running
 
     def _with_structural(self, statistics: Statistics, matrix: Linearised) -> Statistics:
         """The curvature of the preconditioner with ``μ diag(D)`` in it: P is for the damped matrix (methods 7.6)."""
@@ -295,32 +344,41 @@ class HessianFree(SecondOrder):
         slope = float(gradient.double() @ delta.double())
         change = slope + 0.5 * float(delta.double() @ curved.double())
         seen: list[float] = []
+        bare: list[float] = []  # without the L2 term
 
         def objective(alpha: float) -> float:
-            seen.append(self._value(batches, theta + alpha * delta))
+            weights = self._weights(theta + alpha * delta)
+            bare.append(self.objective.loss(batches, weights))
+            seen.append(bare[-1] + self._l2_value(weights))
             return seen[-1]
 
         alpha, _ = line_search(objective, loss, slope)
         rho = ratio(loss, seen[0], change, self.dtype)
-        final = self._rates() * alpha * delta
+        rates = self._rates()
+        final = rates * alpha * delta
         # a step of length 0 is the line search's refusal, but with more damping there may be another direction
         if alpha == 0.0 and not math.isfinite(seen[0]):
             final = torch.full_like(delta, math.nan)
-        return Proposal(final, change, alpha, self.recipe.decay, batches, rho=rho)
+        same = alpha > 0 and isinstance(rates, float) and rates == 1.0  # the search ended at the new weights
+        after = bare[-1] if same else None
+        return Proposal(final, change, alpha, self.recipe.decay, batches, rho=rho, after=after)
 
     def _least(self, statistics: Statistics) -> float:
         """A small part of the mean curvature: a preconditioner must be positive without λ too (κ of methods 7.6)."""
         diagonal = statistics.mean().diag()
-        return 1e-2 * float(diagonal.mean()) if self.scale_sensitive or self.radius is not None else 0.0
+        default = 1e-2 if self.penalty != "identity" or self.radius is not None else 0.0
+        return (default if self.kappa is None else self.kappa) * float(diagonal.mean())
 
     def _value(self, batches: Sequence[Batch], flat: Tensor) -> float:
         """The regularised loss at flat weights; parameters outside the layout add a constant that is left in."""
         weights = self._weights(flat)
-        value = self.objective.loss(batches, weights)
-        if self.l2:
-            now = {name: weights.get(name, self.named[name]) for name in self.names}
-            value += self.l2 / 2 * float(sum(part.double().square().sum() for part in now.values()))
-        return value
+        return self.objective.loss(batches, weights) + self._l2_value(weights)
+
+    def _l2_value(self, weights: Mapping[str, Tensor]) -> float:
+        if not self.l2:
+            return 0.0
+        now = {name: weights.get(name, self.named[name]) for name in self.names}
+        return self.l2 / 2 * float(sum(part.double().square().sum() for part in now.values()))
 
     def _more_damping(self, factor: float) -> None:
         assert self.tau is not None
@@ -351,6 +409,9 @@ class HessianFree(SecondOrder):
         assert self.tau is not None
         return {"tau": self.tau, "zeta": self.tau if self.zeta is None else self.zeta}
 
+    def _mutable(self) -> list[Any]:
+        return []
+
     def _export(self) -> dict[str, Any]:
         return {
             "solution": self._solution,
@@ -369,6 +430,15 @@ class HessianFree(SecondOrder):
             self._running = loaded(state["factors"], self.pair[0], self.tracer.device)
             assert self._running is not None
             self._inverted_at, self._metric = at, self.preconditioner.build(self._running, at)
+
+
+def _require_logistic(hidden: Sequence[nn.Module]) -> None:
+    for module in hidden:
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Tanh, nn.ReLU)):
+            raise IncompatiblePair(
+                f'distance="cross_entropy" is of logistic units; {type(module).__name__} has others. Use '
+                'distance="squared"'
+            )
 
 
 def _hidden_modules(model: nn.Module, patterns: Sequence[str] | None) -> list[nn.Module]:

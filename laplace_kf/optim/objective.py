@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_kf.batches import Forward, map_examples, run
+from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
 
-__all__ = ["Batch", "Objective"]
+__all__ = ["Batch", "Objective", "counting"]
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ class Batch:
 
     Attributes:
         data: what the user gave, on the model's device, tensors ``(N, ...)``.
-        count: number of examples.
+        count: number of examples that count: those with a target that is not ignored.
         random: state of the random generators (by device) before its first pass.
         seen: its pass on the tape, if the model's own was one.
+        losses: ``−log p (N,)`` of the gradient's pass, where there was one.
+        counted: which of the examples count, ``(N,)``; ``None`` for all.
     """
 
     data: Any
     count: int
     random: Mapping[str, Tensor]
     seen: Observation | None = None
+    losses: Tensor | None = None
+    counted: Tensor | None = None
 
     def part(self, fraction: float, least: int, generator: torch.Generator) -> Batch:
         """A random part of the examples, ``least`` of them at the least (methods 4.4)."""
@@ -54,18 +59,38 @@ class Batch:
         if size == self.count:
             return self, None
         order = torch.randperm(self.count, generator=generator, device=generator.device)
+        if self.counted is not None:
+            order = self.counted.nonzero()[:, 0].to(order.device)[order]
         return self._take(order[:size]), self._take(order[size:])
 
     def _take(self, chosen: Tensor) -> Batch:
+        losses = None if self.losses is None else self.losses[chosen.to(self.losses.device)]
         if self.seen is not None and self.seen.chain is not None:
             seen = self.seen.part(chosen.to(self.seen.outputs.device))
-            return Batch(seen.batch, len(chosen), self.random, seen)
-        data = map_examples(self.data, self.count, lambda t: t[chosen.to(t.device)])
-        return Batch(data, len(chosen), self.random)
+            return Batch(seen.batch, len(chosen), self.random, seen, losses)
+        rows = self.count if self.counted is None else len(self.counted)
+        data = map_examples(self.data, rows, lambda t: t[chosen.to(t.device)])
+        return Batch(data, len(chosen), self.random, None, losses)
 
 
-def _run(model: nn.Module, forward: Forward | None, batch: Any) -> tuple[Tensor, Any]:
-    return run(model, batch, forward)
+def counting(batch: Batch, likelihood: Likelihood, outputs: Tensor, targets: Any) -> Batch:
+    """The batch with the number of its examples that count, found from its pass.
+
+    Args:
+        batch: minibatch.
+        likelihood: knows which targets are ignored.
+        outputs, targets: of the pass, ``(N, ...)``.
+
+    Raises:
+        ShapeMismatch: if not one of them counts.
+    """
+    kept = likelihood.counted(outputs.detach(), targets)
+    examples = None if kept is None else kept.flatten(1).any(1)
+    if examples is None or bool(examples.all()):
+        return replace(batch, count=int(outputs.shape[0]))
+    if not bool(examples.any()):
+        raise ShapeMismatch("all targets of the minibatch are ignored, so it has no loss; leave it out")
+    return replace(batch, count=int(examples.sum()), counted=examples)
 
 
 class Objective:
@@ -79,9 +104,10 @@ class Objective:
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> None:
         self.likelihood = likelihood
-        self.runner = partial(_run, model, forward)
+        self.runner = partial(run, model, forward=forward)
         self.model = model
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
+        self.listened: list[nn.Module] = []  # the one behind every activity of the last pass
         self._forward_mode = True
 
     def random_state(self) -> dict[str, Tensor]:
@@ -108,19 +134,11 @@ class Objective:
             else:
                 getattr(torch, device.type).set_rng_state(state, device)
 
-    def outputs(
-        self, batch: Batch, weights: Mapping[str, Tensor] | None = None, *, shared_memory: bool = False
-    ) -> tuple[Tensor, Any]:
-        """Outputs ``(N, ...)`` and targets of a replayed pass with some parameters replaced, by name.
-
-        Raises:
-            UnsupportedLayer: if a replaced parameter is used all the same (:mod:`laplace_kf.substitution`).
-        """
+    def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
+        """Outputs ``(N, ...)`` and targets of a replayed pass with some parameters replaced, by name."""
         replaced = {name: buffer.clone() for name, buffer in self.model.named_buffers()} | dict(weights or {})
         with self._replayed(batch.random):
-            outputs, targets = substituted(
-                self.model, replaced, lambda: self.runner(batch.data), shared_memory=shared_memory
-            )
+            outputs, targets = substituted(self.model, replaced, lambda: self.runner(batch.data))
         return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
 
     @torch.no_grad()
@@ -195,15 +213,17 @@ class Objective:
     def with_hidden(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[list[Tensor], Any]:
         """Outputs followed by what the hidden modules gave, call by call (any shapes), and targets."""
         found: list[Tensor] = []
+        self.listened = []
 
         def listen(module: nn.Module, args: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(first, Tensor):
                 found.append(first)
+                self.listened.append(module)
 
         handles = [module.register_forward_hook(listen) for module in self.hidden]
         try:
-            outputs, targets = self.outputs(batch, weights, shared_memory=True)
+            outputs, targets = self.outputs(batch, weights)
         finally:
             for handle in handles:
                 handle.remove()

@@ -26,8 +26,9 @@ class Proposal:
         change: ``M(δ) − M(0)`` of the model that the ratio ρ compares with; negative.
         alpha: coefficient of the new direction.
         mu: coefficient of the previous update.
-        check: minibatches on which the new weights must give a finite loss.
+        check: minibatches on which the loss at the new weights is looked at first.
         rho: the ratio ρ, if the proposal measured it itself.
+        after: mean ``−log p`` of all minibatches at the new weights, if the proposal measured it itself.
     """
 
     delta: Tensor
@@ -36,6 +37,7 @@ class Proposal:
     mu: float
     check: Sequence[Batch]
     rho: float | None = None
+    after: float | None = None
 
 
 class Pending:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.cg import Progress
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
 from laplace_kf.optim.gauss_newton import GaussNewton
@@ -86,6 +87,7 @@ def natural_gradient(
         tolerance: of CG, by relative progress (methods 7.3); 0 makes all steps.
         **settings: any other argument of :class:`HessianFree`, such as ``preconditioner="kronecker"``.
     """
+    check_arguments({"steps": steps, "tolerance": tolerance})
     row: dict[str, Any] = {
         "recipe": Recipe(limit=steps, choose=last),
         "termination": Progress(tolerance),

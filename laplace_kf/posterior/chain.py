@@ -6,6 +6,7 @@ search over (N, λ) need to know nothing of tasks; the isotropic prior λ is kep
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from laplace_kf.operators import (
     nearest_product,
     relative_error,
 )
+from laplace_kf.operators.base import DENSE_WARNING
 from laplace_kf.operators.blockwise import prior_of
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_block
 from laplace_kf.registry import Registry
@@ -50,7 +52,7 @@ class TermsRule(ABC):
     def joined(self, previous: CurvatureBlock, newest: CurvatureBlock) -> Joined:
         """The block of both together, and its relative error; exact for diagonal and dense blocks."""
         terms: list[CurvatureBlock] = []
-        for term in (*previous.terms, *newest.terms):
+        for term in map(_known, (*previous.terms, *newest.terms)):
             if terms and _is_zero(term):
                 continue
             if len(terms) == 1 and _is_zero(terms[0]):
@@ -82,7 +84,7 @@ def in_one_form(curvatures: Sequence[Blockwise]) -> list[Blockwise]:
             for name in () if block.unused else block.parameters:
                 known = used.setdefault(name, [])
                 known += [block] if block not in known else []
-    found = []
+    found: list[Blockwise] = []
     for one in curvatures:
         kept = [(block, matrix) for block, matrix in one.entries if not (block.unused and block.name in used)]
         have = {block.name for block, _ in kept}
@@ -242,8 +244,9 @@ class Chain:
         tensors, kinds = {"chain/centre": self.centre}, {}
         for block, matrix in self.curvature.entries:
             assert isinstance(matrix, CurvatureBlock)
-            kinds[block.name] = [_form_of(term) for term in matrix.terms]
-            for k, term in enumerate(matrix.terms):
+            terms = [_known(term) for term in matrix.terms]
+            kinds[block.name] = [_form_of(term) for term in terms]
+            for k, term in enumerate(terms):
                 for j, part in enumerate(STORED[kinds[block.name][k]].parts(term)):
                     tensors[f"chain/{block.name}/{k}/{j}"] = part
         described = {
@@ -337,6 +340,20 @@ class _Stored:
 
 
 STORED: Registry[_Stored] = Registry("stored block")
+
+
+def _known(term: CurvatureBlock) -> CurvatureBlock:
+    """The block, or its dense matrix where its kind can be neither added to its like nor written down."""
+    if any(type(term) is form.kind for form in STORED.values()):
+        return term
+    if term.size > DENSE_WARNING:
+        warnings.warn(
+            f"block {term.label!r} is a {type(term).__name__}, a kind that chains do not know: it is kept as a dense "
+            f"matrix over {term.size} parameters. Register it in laplace_kf.posterior.chain.STORED to keep its form",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return DenseBlock(term.dense(), term.label)
 
 
 def _form_of(term: CurvatureBlock) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
+from laplace_kf.predictive.suffix import Site
 from laplace_kf.registry import Registry
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ class Pools:
     """Batches of inputs, and how their outputs are put together to be scored at once.
 
     Args:
-        inputs: of every batch, as the model takes them.
+        sites: of every batch, the model to run, its ``forward=`` and what it takes.
         outputs: of every batch at the mean weights, each ``(N, ...)``.
         samples: S, so that a pool has at most ``POOL`` sampled outputs.
     """
 
-    def __init__(self, inputs: list[Any], outputs: list[Tensor], samples: int) -> None:
-        self.inputs = inputs
+    def __init__(self, sites: list[Site], outputs: list[Tensor], samples: int) -> None:
+        self.sites = sites
         self.groups: list[list[int]] = []
         for index, found in enumerate(outputs):
             if self.groups and found.shape[1:] == outputs[self.groups[-1][-1]].shape[1:]:
@@ -77,12 +78,11 @@ class Predictor(ABC):
 
     def at_mean(self) -> Predictions | None:
         """Predictions at the mean weights."""
-        posterior = self.posterior
-        mean = posterior.mean
+        mean = self.posterior.mean
         with torch.no_grad():
             return self.from_samples(
                 [
-                    [outputs_at(posterior.model, posterior.forward, mean, inputs)[None] for inputs in pool.inputs]
+                    [outputs_at(model, forward, mean, inputs)[None] for model, forward, inputs in pool.sites]
                     for pool in self.pools
                 ]
             )
@@ -125,7 +125,7 @@ class Sampled(Predictor):
     def _with_one_ratio(self, members: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         posterior = self.posterior
         precision, mean = posterior.precision_at(*members[0]), posterior.mean
-        drawn = {point: [[[] for _ in pool.inputs] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
+        drawn = {point: [[[] for _ in pool.sites] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
         noise: dict[str, Tensor] = {}
         for number, seed in enumerate(self.validation.seeds):
             sign = -1.0 if self.validation.pairs and number % 2 else 1.0
@@ -134,9 +134,9 @@ class Sampled(Predictor):
             for n, p in members:
                 weights = shifted(mean, noise, sign * math.sqrt(members[0][0] / n))
                 for pool, lists in zip(self.pools, drawn[n, p], strict=True):
-                    for inputs, found in zip(pool.inputs, lists, strict=True):
+                    for (model, forward, inputs), found in zip(pool.sites, lists, strict=True):
                         with torch.no_grad():
-                            found.append(outputs_at(posterior.model, posterior.forward, weights, inputs))
+                            found.append(outputs_at(model, forward, weights, inputs))
         for point in members:
             stacked = [[torch.stack(parts) for parts in lists] for lists in drawn.pop(point)]
             yield point, self.from_samples(stacked)
@@ -155,9 +155,9 @@ class Linearised(Predictor):
             raise IncompatiblePair(f'{likelihood!r} has no {self.link} approximation; use method="linearized"')
         self.marginal = likelihood.link(self.link).marginal
         keep = sum(sum(pool.sizes) for pool in self.pools) <= KEPT
-        posterior, mean = self.posterior, self.posterior.mean
+        mean = self.posterior.mean
         self.networks = [
-            [Linearization(posterior.model, posterior.forward, mean, inputs, keep=keep) for inputs in pool.inputs]
+            [Linearization(model, forward, mean, inputs, keep=keep) for model, forward, inputs in pool.sites]
             for pool in self.pools
         ]
 

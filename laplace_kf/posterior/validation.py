@@ -18,6 +18,7 @@ from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
 from laplace_kf.posterior.prior import positive
 from laplace_kf.predictive import draw_seeds, outputs_at
+from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 
 if TYPE_CHECKING:
     from laplace_kf.posterior.laplace import LaplacePosterior
@@ -86,6 +87,7 @@ class Validation:
         self.posterior, self.objective, self.noise, self.pairs = posterior, objective, noise, pairs
         self.seeds = draw_seeds(samples, generator)
         self.device = next(iter(posterior.mean.values())).device
+        self._kept = 0
         inputs, outputs, targets = self._read(val, max_examples)
         self.inside = Pools(inputs, outputs, samples)
         self.targets = self.inside.joined(targets)
@@ -102,7 +104,19 @@ class Validation:
         """Number of validation examples."""
         return sum(self.inside.sizes)
 
-    def _read(self, val: Any, limit: int | None) -> tuple[list[Any], list[Tensor], list[Any]]:
+    def _site(self, inputs: Any) -> Site:
+        """What to run for one minibatch; features are kept up to ``FEATURE_BYTES`` in all."""
+        posterior = self.posterior
+        plain: Site = (posterior.model, posterior.forward, inputs)
+        if self._kept >= FEATURE_BYTES:
+            return plain
+        site = cut(posterior.model, posterior.forward, posterior.mean, inputs)
+        if site[0] is posterior.model:
+            return plain
+        self._kept += feature_bytes(site[2])
+        return site if self._kept <= FEATURE_BYTES else plain
+
+    def _read(self, val: Any, limit: int | None) -> tuple[list[Site], list[Tensor], list[Any]]:
         model, forward = self.posterior.model, self.posterior.forward
         inputs, outputs, targets, seen = [], [], [], 0
         with preserved(model):
@@ -112,7 +126,7 @@ class Validation:
                 with torch.no_grad():
                     found, wanted = run(model, batch, forward)
                 self.posterior.likelihood.check(found, wanted)
-                inputs.append(inputs_of(batch, self.posterior.forward))
+                inputs.append(self._site(inputs_of(batch, self.posterior.forward)))
                 outputs.append(found)
                 targets.append(wanted)
                 seen += found.shape[0]
@@ -122,14 +136,15 @@ class Validation:
             raise ShapeMismatch("the validation data are empty: no batch was yielded")
         return inputs, outputs, targets
 
-    def _read_inputs(self, data: Any) -> tuple[list[Any], list[Tensor]]:
+    def _read_inputs(self, data: Any) -> tuple[list[Site], list[Tensor]]:
         batches = [data] if isinstance(data, Tensor) else as_batches(data) if isinstance(data, tuple) else data
         inputs, outputs = [], []
         with preserved(self.posterior.model):
             for index, batch in enumerate(batches):
                 check_finite(batch, index, "the out-of-distribution batch")
-                inputs.append(inputs_of(to_device(batch, self.device), self.posterior.forward))
-                outputs.append(outputs_at(self.posterior.model, self.posterior.forward, None, inputs[-1]))
+                inputs.append(self._site(inputs_of(to_device(batch, self.device), self.posterior.forward)))
+                model, forward, taken = inputs[-1]
+                outputs.append(outputs_at(model, forward, None, taken))
         if not sum(len(found) for found in outputs):
             raise ShapeMismatch("the out-of-distribution data are empty: no batch was yielded")
         return inputs, outputs

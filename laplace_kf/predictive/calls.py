@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
+from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.models import autocasting, parameters_of
-from laplace_kf.substitution import substituted
+from laplace_kf.substitution import reached, require_reached, substituted
 
-__all__ = ["Uses", "outputs_at", "over_draws"]
+__all__ = ["Uses", "outputs_at", "over_draws", "require_movable"]
 
 Handler = Callable[[LayerRule, BoundCall, Mapping[str, str], Callable[[], Tensor]], Tensor]
 _VECTORISES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -34,7 +35,6 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
 
     Raises:
         ShapeMismatch: if the outputs have no example and output axes.
-        UnsupportedLayer: if the model uses a replaced parameter all the same; names it.
     """
     track = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(inputs))
     with torch.set_grad_enabled(track):
@@ -46,6 +46,23 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
             f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"
         )
     return outputs
+
+
+def require_movable(model: nn.Module, forward: Forward | None, names: Collection[str], inputs: Any) -> None:
+    """Refuses parameters in whose place no draw can be put; asked once for a model and its parameters.
+
+    Args:
+        model: the module; left as it was.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        names: parameters that will be replaced.
+        inputs: what the model takes, on its device.
+
+    Raises:
+        UnsupportedLayer: if the forward pass reaches one in another way; names it.
+    """
+    if not reached(model, forward, names):
+        with preserved(model):
+            require_reached(model, forward, names, lambda: predicted(model, inputs, forward))
 
 
 class Uses(TorchFunctionMode):

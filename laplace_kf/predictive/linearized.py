@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, map_examples, model_outputs, run, tensors_of, to_device
+from laplace_kf.batches import Forward, as_tensor, check_rows, map_examples, model_outputs, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
 
@@ -82,11 +83,15 @@ class Linearization:
     def __init__(
         self, model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, *, keep: bool = True
     ) -> None:
-        self.model, self.keep = model, keep
         parameters_of(model, list(mean), [tuple(value.shape) for value in mean.values()], "the posterior")
-        self.x = to_device(x, next(iter(mean.values())).device)
+        x = to_device(x, next(iter(mean.values())).device)
+        model, forward, self.x = cut(model, forward, mean, x)
+        if isinstance(model, Suffix) and not model.divisible:  # some ways need single examples
+            model, forward, self.x = model.origin
+        self.model, self.keep = model, keep
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
+            self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
             self.forward = _Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
             with torch.no_grad():
@@ -100,7 +105,10 @@ class Linearization:
         self._pieces: dict[bytes, list[Piece]] = {}
 
     def _run(self, x: Any) -> Tensor:
-        return run(self.model, x, self.forward)[0]
+        outputs = run(self.model, x, self.forward)[0]
+        if self._batches:
+            check_rows(x, outputs)
+        return outputs
 
     # -- what is asked for -------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from laplace_kf.predictive.activations import activation_outputs, examples
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
+from laplace_kf.predictive.suffix import cut
 from laplace_kf.predictive.weights import WeightDraws
 from laplace_kf.registry import Registry
 
@@ -96,6 +97,7 @@ def monte_carlo(
     """
     chosen, noise = SPACES[space], DRAWS[draws](samples, generator)
     inputs = to_device(inputs, next(iter(mean.values())).device)
+    model, forward, inputs = cut(model, forward, mean, inputs)
     with preserved(model):
         return _finite(chosen(model, forward, mean, precision, noise, inputs))
 
@@ -114,6 +116,7 @@ def sampled_outputs(
         NonFinite: if outputs are not finite; says which knob to turn.
     """
     inputs = to_device(inputs, next(iter(mean.values())).device)
+    model, forward, inputs = cut(model, forward, mean, inputs)
     with preserved(model):
         draws = (shifted(mean, weight_noise(precision, seed)) for seed in seeds)
         return _finite(torch.stack([outputs_at(model, forward, weights, inputs) for weights in draws]))

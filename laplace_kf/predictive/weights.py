@@ -28,6 +28,7 @@ from laplace_kf.operators import Blockwise, Matrix, Spectral
 from laplace_kf.predictive.activations import augmented, examples, factorises, is_linear
 from laplace_kf.predictive.calls import Uses, outputs_at, over_draws
 from laplace_kf.predictive.draws import Draws
+from laplace_kf.predictive.suffix import Site, cut
 from laplace_kf.tape import Block
 from laplace_kf.tape.blocks import merged
 
@@ -151,16 +152,17 @@ class WeightDraws:
 
     def outputs(self, inputs: Any) -> Tensor:
         """Outputs ``(S, N, ...)`` of one batch of inputs."""
+        site = cut(self.model, self.forward, self.mean, inputs)
         try:
-            return self._outputs(inputs)
+            return self._outputs(site)
         except IncompatiblePair:  # a weight is used by something else than a linear layer: draw it as it is
             if not self.factored:
                 raise
             self.factored = {}
-            return self._outputs(inputs)
+            return self._outputs(site)
 
-    def _outputs(self, inputs: Any) -> Tensor:
-        samples, count = self.draws.samples, examples(inputs)
+    def _outputs(self, site: Site) -> Tensor:
+        samples, count = self.draws.samples, examples(site[2])
         widths = sum(sum(block.shape[1:]) for block, _ in self.entries if is_linear(block))
         size = min(samples, MEMORY_BYTES // max(1, 2 * self.bytes_of_one + 2 * count * widths * self.like.itemsize))
         if any(block.factorises and block.view is not None and not is_linear(block) for block, _ in self.entries):
@@ -171,7 +173,7 @@ class WeightDraws:
             held = next(iter(made.values())).shape[0]
             for start in range(0, held, size):
                 some = {name: value[start : start + size] for name, value in made.items()}
-                parts.append(over_draws(self.model, partial(self._run, inputs, min(size, held - start)), some))
+                parts.append(over_draws(site[0], partial(self._run, site, min(size, held - start)), some))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _chunks(self, size: int) -> Iterator[dict[str, Tensor]]:
@@ -189,7 +191,7 @@ class WeightDraws:
             yield chunk
         self.kept = made
 
-    def _run(self, inputs: Any, shared: int, drawn: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, site: Site, shared: int, drawn: Mapping[str, Tensor]) -> Tensor:
         """Outputs ``(N, ...)`` at one draw; ``shared`` draws are run together."""
         formed = {name: value for name, value in drawn.items() if name in self.mean}
         owner = {name: found for found in self.factored.values() for name in found.block.parameters}
@@ -219,7 +221,7 @@ class WeightDraws:
 
         tracked = {id(self.mean[name]): name for name in owner}
         with Uses(tracked, handle):
-            return outputs_at(self.model, self.forward, {**self.mean, **formed}, inputs)
+            return outputs_at(site[0], site[1], {**self.mean, **formed}, site[2])
 
 
 def _plain(block: Block) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.reports import missing_extra
+from laplace_kf.reports.environment import missing_extra
 
 try:
     from torchmetrics.functional import classification as tm

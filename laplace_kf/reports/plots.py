@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.reports import missing_extra
+from laplace_kf.reports.environment import missing_extra
 from laplace_kf.reports.posterior_plots import effective_parameters, tuning_map
 from laplace_kf.reports.style import BAND, GAP, INK, SOFT, SPARE, colour, legend_below, line, panels, target_axes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from laplace_kf.reports import missing_extra
+from laplace_kf.reports.environment import missing_extra
 from laplace_kf.reports.style import BAND, GRID, INK, SOFT, legend_below, panels, target_axes
 
 try:

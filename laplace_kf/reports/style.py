@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from laplace_kf.reports import missing_extra
+from laplace_kf.reports.environment import missing_extra
 
 try:
     from matplotlib.axes import Axes

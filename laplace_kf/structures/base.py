@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from laplace_kf.operators import Blockwise
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
 
-__all__ = ["STRUCTURES", "Structure", "Sums", "added", "memory_limit", "zeros"]
+__all__ = ["STRUCTURES", "Structure", "Sums", "added", "memory_limit", "pairs", "zeros"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 
@@ -34,9 +34,15 @@ class Structure(ABC):
     """
 
     name: ClassVar[str]
+    counts_positions: bool = False  # whether the sums depend on which positions of an input count (:meth:`add_inputs`)
     takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
     several_passes: bool = False  # whether the data have to be gone through more than once
     reason: str = ""
+
+    @classmethod
+    def examples(cls) -> tuple[Structure, ...]:
+        """Objects to try the structure on (the contract tests do)."""
+        return (cls(),)
 
     @property
     def fixed(self) -> Sums:
@@ -181,3 +187,18 @@ def added(mine: Sums, theirs: Sums) -> Sums:
 def zeros(like: Tensor, *shape: int) -> Tensor:
     """Zeros of a shape in the type and on the device of ``like``."""
     return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+
+def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The factors ``(A, G)`` of every use of a weight, ``G`` as the mean over positions.
+
+    Args:
+        parts: sums, or sums divided by the number of examples: ``A``, ``Σ g gᵀ`` and the number of positions of each
+            use. Files of version 0.1.0 lack the last one, and their ``G`` is the mean already.
+    """
+    if len(parts) % 3:
+        return list(zip(parts[::2], parts[1::2], strict=True))
+    return [
+        (a, torch.where(n > 0, g / n, torch.zeros_like(g)))
+        for a, g, n in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
+    ]

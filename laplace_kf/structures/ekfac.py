@@ -19,7 +19,7 @@ from torch import Tensor
 
 from laplace_kf.engine import Statistics
 from laplace_kf.operators import Basis, Blockwise, Matrix, SpectralBlock
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, zeros
+from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, pairs, zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
 
 
@@ -36,6 +36,7 @@ class EigenvalueCorrected(Structure):
 
     name = "ekfac"
     several_passes = True
+    counts_positions = True
 
     def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
         kron: Callable[..., Structure] = STRUCTURES["kron"]
@@ -177,11 +178,41 @@ def _vectors(blocks: Mapping[str, Block]) -> dict[str, Block]:
 
 def _bases(name: str, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Bases from the factors ``A, G`` of a weight and those of its uses as a transpose, if there are any."""
-    terms = [(factors[1], factors[0])] if len(factors) == 2 else [(factors[1], factors[0]), (factors[2], factors[3])]
+    (inputs, outputs), *turned = pairs(factors)
+    terms = [(outputs, inputs), *turned]
     block = SpectralBlock.of_sum(terms, name)
-    sides = (block.inputs.matrix, block.outputs.matrix)
     empty = block.grid.new_zeros(0)
-    return tuple(empty if side is None else side.contiguous() for side in sides)  # type: ignore[return-value]
+    found = []
+    for side, basis in ((1, block.inputs.matrix), (0, block.outputs.matrix)):
+        found.append(empty if basis is None else _settled(basis, [term[side] for term in terms]).contiguous())
+    return found[0], found[1]
+
+
+def _settled(basis: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """The eigenvectors ``(R, d, d)`` with a basis of the null space that does not hang on rounding.
+
+    What a solver returns there is any basis of it, and the squares of later columns along it would differ from one run
+    to the next by as much as they are. The basis taken is the one that the projection on the null space makes of fixed
+    directions.
+    """
+    along = torch.stack(
+        [
+            torch.einsum("rdk,rd->rk", basis.square(), f) if f.dim() == 2 else (basis * torch.matmul(f, basis)).sum(-2)
+            for f in factors
+        ]
+    )
+    scale = along.amax(-1, keepdim=True).clamp_min(torch.finfo(along.dtype).tiny)
+    empty = (along <= 100 * basis.shape[-1] * torch.finfo(along.dtype).eps * scale).all(0)  # (R, d)
+    out = basis
+    for r in range(basis.shape[0]):
+        count = int(empty[r].sum())
+        if count > 1:
+            out = out.clone() if out is basis else out
+            null = basis[r][:, empty[r]]
+            generator = torch.Generator().manual_seed(count)
+            fixed = torch.randn(null.shape, generator=generator, dtype=torch.float64).to(null)
+            out[r][:, empty[r]] = torch.linalg.qr(null @ (null.T @ fixed))[0]
+    return out
 
 
 def _moved(grid: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]) -> Tensor:

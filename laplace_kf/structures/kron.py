@@ -1,6 +1,8 @@
 """Kronecker factors: ``C̄_b ≈ G ⊗ A`` for every layer with a matrix form, one pair per group (methods 4.1, 4.5).
 
-``A`` sums over the positions of an example, ``G`` averages over them ("expand"). Vector blocks (normalisation layers,
+``A`` sums over the positions of an example, ``G`` is the mean over positions ("expand"); only positions from which a
+counted output can be reached are in them (:mod:`laplace_kf.tape.reach`), and beside every pair stands how many they
+were. Vector blocks (normalisation layers,
 parameters without a rule) keep their exact diagonal, or on request a small dense block. A weight that is used as itself
 and as its transpose (tied embedding and output matrix) has a pair of factors for each use; their sum is kept in the
 eigenbases of its two marginals, with its exact diagonal there, so that no trace is lost.
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix, SpectralBlock
 from laplace_kf.registry import Registry
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
+from laplace_kf.structures.base import STRUCTURES, Structure, Sums, pairs, zeros
 from laplace_kf.tape import (
     Block,
     EntryLayout,
@@ -103,13 +105,13 @@ SHARINGS: Registry[Sharing] = Registry("weight sharing")
 
 @SHARINGS.register("expand")
 def _expand(signal: OuterSignals) -> OuterSignals:
-    """Every position is a row of its own: A sums over them, G is their mean (methods 4.5)."""
+    """Every position that counts is a row of its own: A sums over them, G is their mean (methods 4.5)."""
     return signal
 
 
 @SHARINGS.register("reduce")
 def _reduce(signal: OuterSignals) -> OuterSignals:
-    """One row per example: its mean input and its summed column (Eschenhagen et al. 2023, "KFAC-reduce")."""
+    """One row per example: the mean input of its positions that count, its summed column (Eschenhagen et al. 2023)."""
     return signal.reduced()
 
 
@@ -130,6 +132,7 @@ class Kronecker(Structure):
 
     name = "kron"
     takes_damping = True
+    counts_positions = True
 
     def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
         self.vector_form = VECTOR_FORMS[vector_blocks]
@@ -181,21 +184,23 @@ class Kronecker(Structure):
             groups, out, inp = block.shape
             if block.factorises:
                 sums[name] = (self._side(like, groups, inp, block.one_hot), self._side(like, groups, out, False))
+                sums[name] += (zeros(like),)
                 if block.turned is not None:
-                    sums[name] += (self._side(like, 1, out, block.turned), self._side(like, 1, inp, False))
+                    sums[name] += (self._side(like, 1, out, block.turned), self._side(like, 1, inp, False), zeros(like))
             else:
                 sums[name] = (self._form(block).start(block, like),)
 
     def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
         for name, signal in signals.items():
             for k, part in enumerate(self._parts(signal)):
-                part.add_input_gram(sums[name][2 * k])
+                part.add_input_gram(sums[name][3 * k])
+                sums[name][3 * k + 2].add_(part.positions)
 
     def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
         for name, signal in signals.items():
             if isinstance(signal, (OuterSignals, LookupSignals, TiedSignals)):
                 for k, part in enumerate(self._parts(signal)):
-                    part.add_column_gram(sums[name][2 * k + 1])
+                    part.add_column_gram(sums[name][3 * k + 1])
             else:
                 self.vector_form.add(sums[name][0], signal)
 
@@ -225,8 +230,10 @@ class Kronecker(Structure):
             parts = means[name]
             if not block.factorises:
                 entries.append((block, self._form(block).matrix(parts[0], name)))
-            elif block.turned is None:
-                entries.append((block, KroneckerBlock(parts[0], parts[1], name)))
+                continue
+            (inputs, outputs), *turned = pairs(parts)
+            if not turned:
+                entries.append((block, KroneckerBlock(inputs, outputs, name)))
             else:
-                entries.append((block, SpectralBlock.of_sum([(parts[1], parts[0]), (parts[2], parts[3])], name)))
+                entries.append((block, SpectralBlock.of_sum([(outputs, inputs), *turned], name)))
         return Blockwise(layout, entries)

@@ -3,7 +3,7 @@
 The Jacobian between such a layer's output and the network's is the identity, so that with the output curvature
 ``H_nt (C, C)`` of every position all sums are closed forms (methods 9.2, last layer of a classifier)::
 
-    G = Σ_n mean_t H_nt      diag = Σ_nt diag(H_nt) ⊗ a²      full = Σ_nt H_nt ⊗ [a;1][a;1]ᵀ
+    G ∝ Σ_nt H_nt      diag = Σ_nt diag(H_nt) ⊗ a²      full = Σ_nt H_nt ⊗ [a;1][a;1]ᵀ
 
 For a softmax over C classes that is C times cheaper than its C−1 columns, and nothing of size C×C per example exists.
 """
@@ -44,6 +44,7 @@ class OutputSignals(OuterSignals):
 
     def __init__(self, signals: OuterSignals, curvature: OutputCurvature) -> None:
         self.block, self.a, self.example, self.rotated = signals.block, signals.a, None, False
+        self.counted = signals.counted
         self.curvature = curvature
 
     @property
@@ -58,12 +59,11 @@ class OutputSignals(OuterSignals):
         return f"OutputSignals({self.block.name!r}, inputs {tuple(self.a.shape)})"
 
     def reduced(self) -> OutputSignals:
-        inputs = OuterSignals(self.block, self.a.mean(1, keepdim=True), self.a.new_zeros(0))
-        return OutputSignals(inputs, self.curvature)
+        return self  # its columns touch one position each, so that adding them up over positions changes nothing
 
     def add_column_gram(self, total: Tensor) -> None:
         found = self.curvature.diagonal().sum((0, 1)) if total.dim() == 2 else self.curvature.total()
-        total[0] += found.to(total) / max(1, self.a.shape[1])
+        total[0] += found.to(total)
 
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]

@@ -143,7 +143,7 @@ class ExampleGradients:
             example = self._cut(batch, count, lambda _: next(queue).unsqueeze(0), self._shared)
 
             def outputs(parameters: dict[str, Tensor]) -> Tensor:
-                return as_tensor(substituted(self.model, parameters, call, shared_memory=True)[0])[0]
+                return as_tensor(substituted(self.model, parameters, call)[0])[0]
 
             def call() -> Any:
                 return run(self.model, example, self.forward)

@@ -18,6 +18,7 @@ from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.plan import view_of
+from laplace_kf.tape.reach import reached
 from laplace_kf.tape.rows import Rows, occurrences
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.tape import Call, Portion
@@ -52,6 +53,7 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
+        flat: autograd nodes of activations that changed a view in place (:func:`laplace_kf.tape.reach.reached`).
     """
 
     def __init__(
@@ -63,10 +65,12 @@ class Observation:
         calls: Sequence[Call],
         chain: Chain | None,
         whole: Tensor | None = None,
+        flat: Sequence[Any] = (),
     ) -> None:
         self.tracer, self.batch, self.outputs, self.targets = tracer, batch, outputs, targets
         self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
+        self.flat = list(flat)
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
@@ -87,14 +91,32 @@ class Observation:
         vectors = sum(b.size for b in self.tracer.blocks.values() if not b.factorises) * self.count
         return (rows + vectors) * self.outputs.element_size()
 
-    def input_signals(self) -> dict[str, MatrixSignals]:
-        """Signals of the matrix blocks with inputs only (no columns)."""
-        found: dict[str, MatrixSignals] = {}
-        for name, members in self._by_block().items():
-            block = self.tracer.blocks[name]
-            if block.factorises:
-                found[name] = self._matrix_signals(block, members, None)
+    def input_signals(self, counted: Tensor | None = None) -> dict[str, MatrixSignals]:
+        """Signals of the matrix blocks with inputs only (no columns), and which of their positions count.
+
+        Args:
+            counted: which outputs count, bool of the shape of the outputs; ``None`` for all of them.
+        """
+        members = {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
+        found = {name: self._matrix_signals(self.tracer.blocks[name], calls, None) for name, calls in members.items()}
+        several = any(_positions(signal) > 1 for signal in found.values())
+        if counted is None and not several:
+            return found
+        examples = None if counted is None or bool(counted.all()) else counted.flatten(1).any(1)
+        reach = self._reach(counted) if several and self.outputs.requires_grad else None
+        for name, signal in found.items():
+            gone = None if reach is None else self._matrix_signals(self.tracer.blocks[name], members[name], reach)
+            found[name] = _marked(signal, gone, examples)
         return found
+
+    def _reach(self, counted: Tensor | None) -> list[Tensor]:
+        """As :meth:`_backward` for one column, which is zero exactly where no counted output is reached."""
+        found = reached(self.outputs, [call.edge for call in self.calls], counted, self.flat)
+        zero = self.outputs.new_zeros(())
+        return [
+            (zero.expand(call.shape) if part is None else part)[None]
+            for call, part in ((call, call.gradient(part)) for call, part in zip(self.calls, found, strict=True))
+        ]
 
     def output_signals(
         self, to_positions: Callable[[Tensor], Tensor], curvature: OutputCurvature
@@ -225,7 +247,7 @@ class Observation:
         ]
         stacked = []
         for k, call in enumerate(self.calls):
-            parts = [row[k] for row in rows]
+            parts = [call.gradient(row[k]) for row in rows]
             zero = columns.new_zeros(call.shape)
             stacked.append(torch.stack([zero if part is None else part for part in parts]))
         return stacked
@@ -302,11 +324,50 @@ class Observation:
         return torch.cat([total[name] for name in block.parameters], -1)
 
 
-_CASTS = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0")  # the identity, up to rounding
+def _positions(signal: MatrixSignals) -> int:
+    """Positions per example ``T`` of a block."""
+    if isinstance(signal, TiedSignals):
+        return max(_positions(signal.straight), _positions(signal.turned))
+    return int((signal.tokens if isinstance(signal, LookupSignals) else signal.a).shape[1])
+
+
+def _marked(signal: MatrixSignals, reach: MatrixSignals | None, examples: Tensor | None) -> MatrixSignals:
+    """Signals that know which of their positions count.
+
+    Args:
+        signal: inputs.
+        reach: the same with one column that is zero where nothing is reached; ``None`` where it was not asked.
+        examples: which examples have a counted target, ``(N,)``; ``None`` for all of them.
+    """
+    if isinstance(signal, TiedSignals):
+        assert reach is None or isinstance(reach, TiedSignals)
+        straight = _marked(signal.straight, None if reach is None else reach.straight, examples)
+        turned = _marked(signal.turned, None if reach is None else reach.turned, examples)
+        assert isinstance(straight, OuterSignals) and not isinstance(turned, TiedSignals)
+        return TiedSignals(signal.block, straight, turned)
+    counted: Tensor | None
+    if _positions(signal) == 1:  # the position is the example
+        counted = None if examples is None else examples[:, None]
+    elif reach is None:
+        return signal
+    else:
+        assert not isinstance(reach, TiedSignals)
+        counted = (reach.g[0] != 0).flatten(2).any(2)
+    if counted is None or bool(counted.all()):
+        return signal
+    if isinstance(signal, LookupSignals):
+        return dataclasses.replace(signal, tokens=torch.where(counted.to(signal.tokens.device), signal.tokens, -1))
+    return dataclasses.replace(signal, counted=counted.to(signal.a.device))
+
+
+_CASTS = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0", "ViewBackward0")  # the identity, up to rounding
 
 
 def _origin(outputs: Tensor) -> tuple[Any, int]:
-    """The autograd node and output number that made the outputs ``(N, ...)``, casts and copies left out."""
+    """The autograd node and output number that made the outputs ``(N, ...)``; casts, copies and views left out.
+
+    A view keeps the order of the entries; :meth:`Observation._has_layout` looks at the shapes.
+    """
     edge = get_gradient_edge(outputs)
     node: Any = edge.node
     number = edge.output_nr

@@ -161,7 +161,7 @@ def _touched(grad: Tensor | None, call: Call, device: torch.device) -> Tensor | 
     """Which rows ``(B,)`` a gradient reached; the layer may lie on another device than the outputs."""
     if grad is None:
         return None
-    rows = flatten_rows(grad, call.leading)
+    rows = flatten_rows(grad.reshape(call.shape), call.leading)
     return ((rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0).to(device)
 
 

@@ -52,12 +52,12 @@ def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
         total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=alpha)
 
 
-def _add_columns(total: Tensor, rows: Tensor, alpha: float) -> None:
-    """Adds ``alpha · rowsᵀ rows`` to the lower triangle ``(d, d)``, or its diagonal to ``(d,)``."""
+def _add_columns(total: Tensor, rows: Tensor) -> None:
+    """Adds ``rowsᵀ rows`` to the lower triangle ``(d, d)``, or its diagonal to ``(d,)``."""
     if total.dim() == 1:
-        total += alpha * rows.to(total).square().sum(0)
+        total += rows.to(total).square().sum(0)
     else:
-        add_gram(total, rows, alpha)
+        add_gram(total, rows)
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -158,6 +158,8 @@ class OuterSignals(Signals):
         g: columns ``(V, N, T, R, O)``, or ``(1, M, T, R, O)`` for gathered rows.
         example: for gathered rows, the example ``(M,)`` each one belongs to; otherwise ``None``.
         rotated: the inputs are complete as they are, in another basis; no constant 1 belongs to them.
+        counted: which positions count, bool ``(N, T)`` (:mod:`laplace_kf.tape.reach`); ``None`` for all. The columns
+            of the others are zero.
     """
 
     block: Block
@@ -165,6 +167,7 @@ class OuterSignals(Signals):
     g: Tensor
     example: Tensor | None = None
     rotated: bool = False
+    counted: Tensor | None = None
 
     @property
     def has_constant(self) -> bool:
@@ -178,17 +181,33 @@ class OuterSignals(Signals):
         """One position per example: the mean input and the summed column (weight sharing "reduce")."""
         if self.a.shape[1] == 1:
             return self
-        return OuterSignals(self.block, self.a.mean(1, keepdim=True), self.g.sum(2, keepdim=True), self.example)
+        g = self.g.sum(2, keepdim=True)
+        if self.counted is None:
+            return OuterSignals(self.block, self.a.mean(1, keepdim=True), g, self.example)
+        shares = self.counted.to(self.a.dtype)
+        shares = shares / shares.sum(1, keepdim=True).clamp_min(1)
+        mean = torch.where(self.counted[..., None, None], self.a * shares[..., None, None], 0).sum(1, keepdim=True)
+        return OuterSignals(self.block, mean, g, self.example, counted=self.counted.any(1, keepdim=True))
+
+    @property
+    def positions(self) -> int:
+        """How many positions of all examples count."""
+        return int(self.counted.sum()) if self.counted is not None else self.a.shape[0] * self.a.shape[1]
+
+    def input_rows(self, group: int) -> Tensor:
+        """Inputs ``(M, I)`` of the positions that count, without the constant 1."""
+        rows = self.a[:, :, group]
+        return rows.flatten(0, 1) if self.counted is None else rows[self.counted]
 
     def add_input_gram(self, total: Tensor) -> None:
-        """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` (methods 4.5: sum in A).
+        """Adds ``Σ_n Σ_t [a;1][a;1]ᵀ`` over the positions that count (methods 4.5: sum in A).
 
         Args:
             total: lower triangles ``(R, I, I)``, or ``(R, I)`` for the diagonal alone.
         """
         width = self.a.shape[-1]
         for r in range(total.shape[0]):
-            rows = self.a[:, :, r].flatten(0, 1)
+            rows = self.input_rows(r)
             if total.dim() == 2:
                 total[r, :width] += rows.to(total).square().sum(0)
                 if self.has_constant:
@@ -200,14 +219,13 @@ class OuterSignals(Signals):
                 total[r, width, width] += rows.shape[0]
 
     def add_column_gram(self, total: Tensor) -> None:
-        """Adds ``Σ_vn mean_t g gᵀ`` (methods 4.5: mean in G).
+        """Adds ``Σ_vn Σ_t g gᵀ``; divided by the number of positions it is the mean (methods 4.5: mean in G).
 
         Args:
             total: lower triangles ``(R, O, O)``, or ``(R, O)`` for the diagonal alone.
         """
-        positions = max(1, self.g.shape[2])  # a call may have met no row at all
         for r in range(total.shape[0]):
-            _add_columns(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), 1.0 / positions)
+            _add_columns(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]))
 
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]
@@ -326,12 +344,17 @@ class OuterSignals(Signals):
 
 @dataclass
 class LookupSignals(Signals):
-    """Signals of an embedding: inputs are tokens ``(N, T)`` (−1: none), columns ``g (V, N, T, 1, O)``."""
+    """Signals of an embedding: inputs are tokens ``(N, T)`` (−1: does not count), columns ``g (V, N, T, 1, O)``."""
 
     block: Block
     tokens: Tensor
     g: Tensor
     example: Tensor | None = None
+
+    @property
+    def positions(self) -> int:
+        """How many positions of all examples count."""
+        return int((self.tokens >= 0).sum())
 
     def add_input_gram(self, total: Tensor) -> None:
         """Adds how often each token occurs to ``total (1, I)``, the diagonal of the one-hot input factor."""
@@ -339,8 +362,8 @@ class LookupSignals(Signals):
         total[0].index_add_(0, tokens, torch.ones_like(tokens, dtype=total.dtype))
 
     def add_column_gram(self, total: Tensor) -> None:
-        """Adds ``Σ_vn mean_t g gᵀ`` to the lower triangle of ``total (1, O, O)``, or to the diagonal ``(1, O)``."""
-        _add_columns(total[0], self.g.reshape(-1, self.g.shape[-1]), 1.0 / max(1, self.g.shape[2]))
+        """Adds ``Σ_vn Σ_t g gᵀ`` to the lower triangle of ``total (1, O, O)``, or to the diagonal ``(1, O)``."""
+        _add_columns(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]))
 
     def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
         if inputs is not None:

@@ -66,7 +66,8 @@ class Call:
         rule: the layer rule.
         bound: the call's arguments by name.
         portions: role (``"weight"``, ``"bias"``) to what was read, tracked parameters only.
-        edge: where the output stands in the autograd graph.
+        edge: where the output stands in the autograd graph. Where it is a view of all of another tensor (a linear map
+            of sequences), that tensor: an activation in place takes the view, not the tensor, out of the graph.
         shape: shape of the output.
         leading: how many leading output axes enumerate rows.
         version: version counter of the input when it was consumed.
@@ -81,6 +82,10 @@ class Call:
     leading: int
     version: int
     repeated: torch.Size | None = None
+
+    def gradient(self, found: Tensor | None) -> Tensor | None:
+        """What autograd found at :attr:`edge`, in the shape of the output."""
+        return None if found is None else found.reshape(self.shape)
 
     def part(self, rows: Tensor) -> Call:
         """The call as the rows ``(M,)`` of its input ``(N, I)`` alone would have made it."""
@@ -141,7 +146,7 @@ class Tape(TorchFunctionMode):
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
     anything else (with the name of the function); :attr:`order` all uses in order; :attr:`picked` whether rows were
-    picked or ordered by the data.
+    picked or ordered by the data; :attr:`flat` the autograd nodes of activations that changed a view in place.
     """
 
     def __init__(
@@ -159,6 +164,7 @@ class Tape(TorchFunctionMode):
         self.order: list[str] = []
         self.steps: list[Step] = []
         self.picked = False
+        self.flat: list[Any] = []
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
 
@@ -193,6 +199,13 @@ class Tape(TorchFunctionMode):
         bound = rule.bind(args, kwargs, used) if rule is not None else None
         version = _version(bound["input"]) if bound is not None and bound["input"] is not None else 0
         output = func(*args, **kwargs)
+        if (
+            isinstance(output, Tensor)
+            and output is _first(args, kwargs)
+            and output._base is not None
+            and _activates(func)
+        ):
+            self.flat.append(output._base.grad_fn)
         call = None
         if used and self._consumed(output, rule):
             self.order.extend(root[1] for root in used.values() if root is not None)
@@ -286,15 +299,55 @@ class Tape(TorchFunctionMode):
                 self.opaque.setdefault(root[1], reason)
         if not portions or rule is None or bound is None:
             return None
-        call = Call(
-            rule, bound, portions, get_gradient_edge(output), output.shape, rule.leading(bound, output), version
-        )
+        call = Call(rule, bound, portions, _edge(output, func), output.shape, rule.leading(bound, output), version)
         self.calls.append(call)
         if rule.keeps_memory:
             self._results[id(output)] = output
         if rule.one_hot:
             self._lookups[id(output)] = (output, call)  # kept alive so that the id stays its own
         return call
+
+
+_IN_PLACE = [
+    "relu",
+    "relu6",
+    "tanh",
+    "sigmoid",
+    "gelu",
+    "silu",
+    "elu",
+    "selu",
+    "celu",
+    "leaky_relu",
+    "hardtanh",
+    "hardswish",
+    "hardsigmoid",
+    "threshold",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "abs",
+    "mish",
+    "rrelu",
+]
+
+
+def _activates(func: Callable[..., Any]) -> bool:
+    """Whether a function is an elementwise activation that has a form in place."""
+    return str(getattr(func, "__name__", "")).rstrip("_") in _IN_PLACE
+
+
+def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else kwargs.get("input")
+
+
+def _edge(output: Tensor, func: Callable[..., Any]) -> GradientEdge:
+    """Where an output stands in the autograd graph, see :class:`Call`."""
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
+    if base is None or not whole or not base.requires_grad or func in ADDITIONS or base.grad_fn is None:
+        return get_gradient_edge(output)
+    return get_gradient_edge(base)
 
 
 def _version(tensor: Tensor) -> int:

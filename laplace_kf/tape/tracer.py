@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, run, to_device
+from laplace_kf.batches import Forward, as_tensor, run, to_device
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import coarsest
@@ -153,7 +153,9 @@ class Tracer:
             self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
             self.layout = flat_layout(self.named, self._selected)
         if not self._guarded:
-            require_reached(self.model, self.forward, batch, self._selected)
+            require_reached(
+                self.model, self.forward, self._selected, lambda: as_tensor(run(self.model, batch, self.forward)[0])
+            )
             self._guarded = True
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
@@ -198,12 +200,12 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             self.rows.locate(tape.calls, outputs, tape.picked)
-        observation = Observation(self, batch, outputs, targets, tape.calls, chain)
+        observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
         self._plan(tape)
         if self._verify(observation):
             return observation
         self._plan(tape)
-        return Observation(self, batch, outputs, targets, tape.calls, None)
+        return Observation(self, batch, outputs, targets, tape.calls, None, flat=tape.flat)
 
     def _chain(self, tape: Tape, outputs: Tensor) -> Chain | None:
         """The chain of this forward pass, if the network is one; asked once, then remembered."""

@@ -157,7 +157,7 @@ def test_sums_are_not_rounded_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         stats = lk.curvature.estimate(model, "categorical", [(x, y)], "kron")
     inputs = torch.cat([x, torch.ones(64, 1)], 1).double()
-    (factor, _) = next(iter(stats.sums.values()))
+    (factor, _, _) = next(iter(stats.sums.values()))
     assert error(factor[0], inputs.T @ inputs) < 1e-6
 
 

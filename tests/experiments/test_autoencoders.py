@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import autoencoders, autoencoders_report, runner
-from experiments.autoencoders import Config, Problem
+from experiments import runner
+from experiments.autoencoders import report as autoencoders_report
+from experiments.autoencoders import run as autoencoders
+from experiments.autoencoders.run import Config, Problem
 from experiments.registry import EXPERIMENTS
 from laplace_kf.errors import UnknownName
 
@@ -152,7 +154,7 @@ def test_bad_settings_say_what_is_allowed():
 def test_the_other_ids_are_rows_of_the_same_table():
     for name in ("E1", "E2", "E12", "E14", "E15"):
         experiment, config = runner.resolve(name)
-        assert experiment.id == "E14" and EXPERIMENTS[name].module == "experiments.autoencoders"
+        assert experiment.id == "E14" and EXPERIMENTS[name].module == "experiments.autoencoders.run"
         assert set(config.methods) <= set(autoencoders.METHODS)
     assert runner.resolve("E1")[1].methods == ["Hessian-free", "Hessian-free, Kronecker", "NAG"]
 

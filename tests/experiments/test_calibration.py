@@ -7,9 +7,12 @@ import os
 import pytest
 import torch
 
-from experiments import calibration, calibration_report, data, peers
 from experiments.__main__ import main
-from experiments.calibration_data import ClassificationTask, Forecast, Problem, RegressionTask, problem
+from experiments.calibration import peers
+from experiments.calibration import report as calibration_report
+from experiments.calibration import run as calibration
+from experiments.calibration.problems import ClassificationTask, Forecast, Problem, RegressionTask, problem
+from experiments.common import data
 from laplace_kf.errors import UnknownName
 
 MAP, OURS, LINEAR, MARGLIK, GRID = calibration_report.NAMES

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from experiments import continual
 from experiments.__main__ import main
+from experiments.continual import settings
 
 SIZES = "hidden=20 epochs=2 batch=50 lr=0.05 train_size=400 val_size=200 test_size=200 progress=false"
 FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA names no folder of data files")
@@ -17,7 +17,7 @@ FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_
 @pytest.mark.parametrize(("name", "tasks"), [("E25", 3), ("E27", 2)])
 def test_a_small_run_on_the_real_files(name, tasks, tmp_path):
     words = [*SIZES.split(), "multipliers=[1]", "strengths=[0.1]", f"tasks={tasks}", "prior_precision=0.1"]
-    chosen = list(continual.STANDARD)
+    chosen = list(settings.STANDARD)
     words += [
         "repeats=1",
         "methods=[" + ",".join(f'"{method}"' for method in chosen) + "]",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from experiments.curves import MARGIN, SIDE, WIDTH, curves, points_on, render
+from experiments.autoencoders.curves import MARGIN, SIDE, WIDTH, curves, points_on, render
 
 
 def seeded(seed):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import data, files
+from experiments.common import data, files
 from laplace_kf.errors import CorruptFile, LaplaceKFError, UnknownName
 
 

@@ -5,9 +5,9 @@ import os
 
 import pytest
 
-from experiments import ood
 from experiments.__main__ import main
-from experiments.claims import Claim
+from experiments.common.claims import Claim
+from experiments.ood import run as ood
 
 
 def test_verdicts_are_on_the_mean_paired_difference():

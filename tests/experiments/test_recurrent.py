@@ -9,9 +9,10 @@ import math
 import pytest
 import torch
 
-from experiments import recurrent, recurrent_report
 from experiments.__main__ import main
-from experiments.sequences import PROBLEMS
+from experiments.recurrent import report as recurrent_report
+from experiments.recurrent import run as recurrent
+from experiments.recurrent.sequences import PROBLEMS
 
 SIZES = "lengths=[10] hidden=12 repeats=1 iterations=3 gradient_size=60 curvature_size=30 test_size=50"
 

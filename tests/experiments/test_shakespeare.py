@@ -7,11 +7,14 @@ import os
 import pytest
 import torch
 
-from experiments import data, foreign, shakespeare, shakespeare_report
 from experiments.__main__ import main
-from experiments.claims import Claim
-from experiments.shakespeare_report import Reading
-from experiments.transformer import Transformer, encode, windows
+from experiments.common import data
+from experiments.common.claims import Claim
+from experiments.shakespeare import foreign
+from experiments.shakespeare import report as shakespeare_report
+from experiments.shakespeare import run as shakespeare
+from experiments.shakespeare.report import Reading
+from experiments.shakespeare.transformer import Transformer, encode, windows
 from laplace_kf.posterior import LaplacePosterior
 
 ALPHABET = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -12,11 +12,14 @@ import pytest
 import scipy.io
 import torch
 
-from experiments import continual, data, files, multiplier_toy, streams, tables
+from experiments import tables
 from experiments.__main__ import main
-from experiments.continual_methods import METHODS, Averaged
-from experiments.continual_report import numbers, task_table
-from experiments.tasks import joined
+from experiments.common import data, files
+from experiments.continual import multiplier_toy, streams
+from experiments.continual import run as continual
+from experiments.continual.methods import METHODS, Averaged
+from experiments.continual.report import numbers, task_table
+from experiments.continual.tasks import joined
 from laplace_kf.continual import OnlineLaplace
 from tests.continual import problems
 

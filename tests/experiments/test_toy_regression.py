@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from experiments import toy_regression
 from experiments.__main__ import main
+from experiments.toy_regression import run as toy_regression
 from laplace_kf.likelihoods import Gaussian
 
 

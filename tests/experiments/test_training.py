@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import training, variational
+from experiments.common import training
+from experiments.ood import variational
 from laplace_kf.demo import mc_dropout
 
 

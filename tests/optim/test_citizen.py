@@ -430,4 +430,58 @@ def test_sparse_initialisation() -> None:
     values = rnn.weight_hh_l0[rnn.weight_hh_l0 != 0].detach()
     assert float(values.var()) == pytest.approx(1 / 15, rel=0.15)
     assert float(rnn.weight_ih_l0[rnn.weight_ih_l0 != 0].detach().var()) == pytest.approx(1.0, rel=0.15)
-    assert float(rnn.bias_hh_l0.detach().abs().min()) > 0
+    assert float(rnn.bias_ih_l0.detach().abs().min()) > 0 == float(rnn.bias_hh_l0.detach().abs().max())
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 40)
+        self.rnn, self.out = kind(40, 200, num_layers=2, bidirectional=True), nn.Linear(400, 300)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.LSTM, nn.GRU])
+def test_sparse_initialisation_of_recurrent_models(kind: Any) -> None:
+    """Methods 7.10: inputs N(0, scale²); recurrent and output matrices and biases N(0, 1/nonzero)."""
+    model = Recurrent(kind)
+    words = model.embedding.weight.clone()
+    lk.optim.sparse_init_(model, nonzero=9, scale=3.0, generator=rng())
+    assert torch.equal(model.embedding.weight, words)
+    for name, p in [*model.rnn.named_parameters(), ("out", model.out.weight), ("bias", model.out.bias)]:
+        p = p.detach()
+        std = 3.0 if name.startswith("weight_ih_l0") else 1 / 3
+        if name.startswith("bias_hh"):
+            free = p[400:] if kind is nn.GRU else p[:0]
+            assert float(p[: len(p) - len(free)].abs().max()) == 0.0
+            assert not len(free) or float(free.abs().min()) > 0
+            continue
+        if p.dim() == 2:
+            assert (p != 0).sum(1).tolist() == [9] * len(p), name
+        assert float(p[p != 0].std()) == pytest.approx(std, rel=0.25), name
+
+
+def test_sparse_initialisation_of_cells_and_attention() -> None:
+    cell = nn.GRUCell(30, 50)
+    lk.optim.sparse_init_(cell, nonzero=9, scale=3.0, generator=rng())
+    assert float(cell.weight_ih[cell.weight_ih != 0].detach().std()) == pytest.approx(3.0, rel=0.1)
+    assert float(cell.weight_hh[cell.weight_hh != 0].detach().std()) == pytest.approx(1 / 3, rel=0.1)
+    attention = nn.MultiheadAttention(20, 2)
+    nn.init.ones_(attention.in_proj_bias)
+    lk.optim.sparse_init_(attention, generator=rng())
+    assert float(attention.in_proj_bias.detach().abs().max()) == 0.0
+    with pytest.raises(IncompatiblePair, match="nonzero"):
+        lk.optim.sparse_init_(attention, nonzero=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sparse_initialisation_of_convolutions(groups: int) -> None:
+    """A unit is an output channel: seen by what one position of the input reaches, and counted by hand."""
+    conv = nn.Conv2d(8, 6, 3, groups=groups)
+    turned = nn.ConvTranspose2d(8, 6, 3, groups=groups)
+    lk.optim.sparse_init_(nn.ModuleList([conv, turned]), generator=rng())
+    assert (conv.weight.flatten(1) != 0).sum(1).tolist() == [15] * 6
+    # output channel o of group g gets weight[g I/G : (g+1) I/G, o - g O/G]
+    for channel in range(6):
+        group, inside = divmod(channel, 6 // groups)
+        rows = slice(group * 8 // groups, (group + 1) * 8 // groups)
+        assert int((turned.weight[rows, inside] != 0).sum()) == 15

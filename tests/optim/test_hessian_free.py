@@ -140,9 +140,10 @@ def test_line_search() -> None:
 
 
 class Recurrent(nn.Module):
-    def __init__(self, cell: bool = False) -> None:
+    def __init__(self, cell: bool = False, logistic: bool = False) -> None:
         super().__init__()
-        self.cell = cell
+        self.cell, self.logistic = cell, logistic
+        self.squash = nn.Sigmoid() if logistic else nn.Identity()
         self.rnn = nn.RNNCell(2, 3) if cell else nn.RNN(2, 3, batch_first=True)
         self.out = nn.Linear(3, 2)
         self.double()
@@ -153,10 +154,10 @@ class Recurrent(nn.Module):
 
     def hidden(self, x: Tensor) -> Tensor:
         if not self.cell:
-            return self.rnn(x)[0]
+            return self.squash(self.rnn(x)[0])
         h, states = None, []
         for t in range(x.shape[1]):
-            h = self.rnn(x[:, t], h)
+            h = self.squash(self.rnn(x[:, t], h))
             states.append(h)
         return torch.stack(states, 1)
 
@@ -180,7 +181,7 @@ def jacobian_of(f: Any, model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("distance", ["squared", "cross_entropy"])
 def test_structural_damping_products(distance: str, cell: bool, forward_mode: bool) -> None:
     """``(G + μ D) v`` with ``D = E[J_cᵀ H_d J_c]`` from dense Jacobians."""
-    model, mu = Recurrent(cell), 0.3
+    model, mu = Recurrent(cell, distance == "cross_entropy"), 0.3
     x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = torch.tensor([0, 1, 1, 0])
     dense = oracles.dense_ggn(model, x, y, oracles.categorical_nll)
@@ -191,7 +192,7 @@ def test_structural_damping_products(distance: str, cell: bool, forward_mode: bo
         dense = dense + mu / 4 * jac.T @ torch.diag(metric) @ jac
     objective = Objective(model, lk.likelihoods.Categorical(), None)
     objective._forward_mode = forward_mode
-    objective.hidden = [model.rnn]
+    objective.hidden = [model.squash if model.logistic else model.rnn]
     batch = Batch((x, y), 4, objective.random_state())
     weights = dict(model.named_parameters())
     matrix = Linearised(objective, [batch], weights, mu, DISTANCES[distance])
@@ -220,11 +221,11 @@ def signs_of(seed: int, shape: tuple[int, ...], samples: int) -> Tensor:
 @pytest.mark.parametrize("distance", ["squared", "cross_entropy"])
 def test_diagonal_of_the_structural_damping(distance: str) -> None:
     """The formula for given signs, and its mean against ``diag(J_cᵀ H_d J_c)``."""
-    model, mu = Recurrent(), 0.3
+    model, mu = Recurrent(logistic=distance == "cross_entropy"), 0.3
     x = torch.randn(4, 5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     jac, metric = hidden_curvature(model, x, distance)
     objective = Objective(model, lk.likelihoods.Categorical(), None)
-    objective.hidden = [model.rnn]
+    objective.hidden = [model.squash if model.logistic else model.rnn]
     batch = Batch((x, torch.tensor([0, 1, 1, 0])), 4, objective.random_state())
     matrix = Linearised(objective, [batch], dict(model.named_parameters()), mu, DISTANCES[distance])
 
@@ -298,22 +299,126 @@ def test_converged_steps_are_damped_newton_steps(preconditioner: str) -> None:
         assert opt.diagnostics["alpha"] == pytest.approx(alpha)
 
 
-def test_separate_curvature_batch_and_scale_sensitive_damping() -> None:
-    nll = oracles.categorical_nll
-    model, tau = ref.net([3, 3, 3]), 0.4
+def likelihood_fisher(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    """Diagonal of the mean of squared scores of given labels."""
+    scores = [ref.gradient(model, x[i : i + 1], labels[i : i + 1], oracles.categorical_nll) for i in range(len(x))]
+    return torch.stack(scores).square().mean(0)
+
+
+@pytest.mark.parametrize("reduction", ["undamped", "damped"])
+@pytest.mark.parametrize(
+    "penalty", ["identity", "diagonal", "scale_sensitive", "sampled_diagonal", "preconditioner", "curvature"]
+)
+def test_damping_matrices_and_the_ratio(penalty: str, reduction: str) -> None:
+    """``−(G + η I + λ D)⁻¹ ∇E`` and ρ with and without λ D, dense, on a curvature batch of its own."""
+    nll, tau, l2 = oracles.categorical_nll, 0.4, 1e-2
+    model = ref.net([3, 3, 3])
     x, y = ref.batch(12, 3, 3, 0)
     x2, y2 = ref.batch(9, 3, 3, 1)
     theta = oracles.flat_parameters(model)
+    eye = torch.eye(len(theta)).double()
     exact = oracles.dense_ggn(model, x2, y2, nll)
-    scale = oracles.empirical_fisher(model, x2, y2, nll).diagonal()
-    expected = -torch.linalg.solve(exact + tau * torch.diag(scale), ref.gradient(model, x, y, nll))
+    undamped = exact + l2 * eye
+    settings: dict[str, Any] = {"scale_sensitive": True} if penalty == "scale_sensitive" else {"penalty": penalty}
+    d = {"identity": eye, "curvature": undamped}.get(penalty)
+    if penalty in ("diagonal", "scale_sensitive"):
+        d = torch.diag(exact.diagonal())
+    elif penalty == "sampled_diagonal":
+        stats = lk.curvature.estimate(model, "categorical", (x2, y2), "diag", "sampled", generator=rng(3))
+        d = torch.diag(stats.mean().diag())
+        far = lk.curvature.estimate(model, "categorical", (x2, y2), "diag", "sampled", samples=4000, generator=rng(3))
+        assert float((far.mean().diag() - exact.diagonal()).norm() / exact.diagonal().norm()) < 0.05
+    elif penalty == "preconditioner":
+        settings["preconditioner"] = "kronecker"
+        settings["estimator"] = "exact"
+        d = oracles.assemble(ref.kflr(nll)(model, x2, y2), len(theta), lambda b: torch.kron(b.G, b.A))
+    assert d is not None
+    if "estimator" in settings:
+        del settings["estimator"]
+        settings["preconditioner"] = lk.optim.Preconditioner("kron", "exact", "balanced")
+    g = ref.gradient(model, x, y, nll) + l2 * theta
+    damped = undamped + tau * d
+    delta = -torch.linalg.solve(damped, g)
     opt = lk.optim.hessian_free(
-        model, "categorical", tau=tau, scale_sensitive=True,
-        recipe=lk.optim.Recipe(limit=400, choose=last), termination=NEVER,
+        model, "categorical", tau=tau, l2=l2, reduction=reduction, generator=rng(3),
+        recipe=lk.optim.Recipe(limit=400, choose=last), termination=NEVER, **settings,
     )  # fmt: skip
     opt.step(x, y, curvature=(x2, y2))
     found = (oracles.flat_parameters(model) - theta) / opt.diagnostics["alpha"]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found, delta, rtol=1e-4, atol=1e-6)
+
+    def energy(flat: Tensor) -> float:
+        return ref.mean_nll(ref.put(model, flat), x, y, nll) + l2 / 2 * float(flat @ flat)
+
+    model_matrix = damped if reduction == "damped" else undamped
+    change = float(g @ delta + 0.5 * delta @ model_matrix @ delta)
+    rho = (energy(theta + delta) - energy(theta)) / change
+    assert opt.diagnostics["rho"] == pytest.approx(rho, rel=1e-3)
+
+
+def test_exponent_and_kappa_of_the_preconditioner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``P = (diag F + λ mean(D) + η + κ mean F)^ξ`` (methods 7.6)."""
+    from laplace_kf.optim import newton_cg
+
+    solvers: list[Any] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Run:
+        solvers.append(kwargs["precondition"])
+        return conjugate_gradients(*args, **kwargs)
+
+    monkeypatch.setattr(newton_cg, "conjugate_gradients", spy)
+    x, y = ref.batch(12, 3, 3, 0)
+    nll, l2, tau = oracles.categorical_nll, 1e-2, 0.4
+    for settings, kappa, xi, sensitive in (
+        ({}, 0.0, 0.75, False),
+        ({"kappa": 0.3, "exponent": 0.5}, 0.3, 0.5, False),
+        ({"penalty": "diagonal"}, 0.01, 0.75, True),
+        ({"penalty": "diagonal", "kappa": 0.0, "exponent": 1.0}, 0.0, 1.0, True),
+    ):
+        model = ref.net([3, 3, 3])
+        f = oracles.empirical_fisher(model, x, y, nll).diagonal()
+        own = float(oracles.dense_ggn(model, x, y, nll).diagonal().mean()) if sensitive else 1.0
+        lk.optim.hessian_free(model, "categorical", tau=tau, l2=l2, **settings).step(x, y)
+        r = torch.randn(len(f), generator=rng(2), dtype=torch.float64)
+        expected = r / (f + tau * own + l2 + kappa * f.mean()) ** xi
+        torch.testing.assert_close(solvers[-1](r), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_damping_matrices_refuse() -> None:
+    model = ref.net([3, 3])
+    for settings, message in (
+        ({"penalty": "preconditioner", "preconditioner": "none"}, "preconditioner"),
+        ({"kappa": 0.1, "preconditioner": "none"}, "kappa"),
+        ({"penalty": "curvature", "scale_sensitive": True}, "scale_sensitive"),
+        ({"penalty": "diagonal", "trust_radius": 1.0}, "trust"),
+        ({"preconditioner": "kronecker", "exponent": 0.5}, "exact"),
+        ({"kappa": -1.0}, "kappa"),
+    ):
+        with pytest.raises(IncompatiblePair, match=message):
+            lk.optim.hessian_free(model, "categorical", **settings)
+    with pytest.raises(UnknownName, match="sampled_diagonal"):
+        lk.optim.hessian_free(model, "categorical", penalty="diag")
+    with pytest.raises(UnknownName, match="damped"):
+        lk.optim.hessian_free(model, "categorical", reduction="both")
+
+
+def test_cross_entropy_of_units_that_are_not_logistic_is_refused() -> None:
+    settings: dict[str, Any] = {"structural_damping": 0.1, "distance": "cross_entropy"}
+    for cell in (False, True):
+        with pytest.raises(IncompatiblePair, match=r"logistic.*squared"):
+            lk.optim.hessian_free(Recurrent(cell), "categorical", **settings)
+    with pytest.raises(IncompatiblePair, match="Tanh"):
+        lk.optim.hessian_free(ref.net([3, 3, 3]), "categorical", hidden=["1"], **settings)
+    x, y = torch.randn(6, 5, 2, generator=rng(), dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
+    model = Recurrent(logistic=True)
+    opt = lk.optim.hessian_free(model, "categorical", hidden=["squash"], tau=0.1, **settings)
+    assert float(opt.step(x, y)) > float(opt.step(x, y))
+    linear = ref.net([3, 3, 3])
+    opt = lk.optim.hessian_free(linear, "categorical", hidden=["0"], **settings)
+    before = oracles.flat_parameters(linear)
+    with pytest.raises(IncompatiblePair, match=r"\[0, 1\]"):
+        opt.step(*ref.batch(6, 3, 3))
+    assert torch.equal(oracles.flat_parameters(linear), before)
 
 
 def test_warm_start_is_the_decayed_solution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,1 @@
+"""Defaults against the network itself and against laplace-torch, on real data."""

@@ -1,0 +1,262 @@
+"""Do the defaults help? ``fit``, ``tune`` and ``predict`` as they come, on twelve real data sets.
+
+A network with one hidden layer of 50 units is trained on each of nine UCI regression tables and three sets of small
+images. A part of the training split is held out; every method may use it to choose its settings:
+
+* ``MAP``: the network itself. For regression its noise is the one that suits the held-out part best.
+* ``laplace_kf``: ``LaplacePosterior(model, likelihood).fit(train)``, ``tune(val)``, ``predict(test)``, nothing else.
+* ``laplace_kf, linearized``: the same with ``method="linearized"`` in both calls.
+* ``laplace-torch, marglik`` and ``laplace-torch, gridsearch``: Kronecker, all weights (``peers.py``).
+
+All of them share the network. What counts is the difference to MAP in test NLL, split by split: with its mean ``d`` and
+standard error ``e`` (0.001 nats at least) a method is *better* if ``d < -e``, *worse* if ``d > e``, else *not worse*.
+
+Finished splits are kept in ``parts`` of the results folder, and used again by a later run with the same settings, so
+that the benchmark can be run set by set: ``python -m experiments run calibration sets=[yacht,energy]``; the report is
+on all the sets that are there. Regression sets: Hernández-Lobato and Adams's splits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from experiments.calibration import peers
+from experiments.calibration.problems import SETS, Forecast, Problem, problem
+from experiments.calibration.report import (
+    NAMES,
+    claims,
+    claims_table,
+    compare,
+    difference_table,
+    metrics_table,
+    picture,
+    summarise,
+)
+from experiments.common import training
+from experiments.common.checks import require
+from laplace_kf.errors import IncompatiblePair, UnknownName
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.reports import machine, versions
+from laplace_kf.reports.html import Report
+
+__all__ = ["Config", "run"]
+
+
+@dataclass
+class Config:
+    """Settings; the defaults are those of ``configs/calibration.yaml``.
+
+    Args:
+        seed: of initial weights, order, held-out rows, choice of images and draws.
+        threads: processor threads, 0 for torch's default.
+        sets: which sets to run now.
+        splits: the first so many standard splits of a table, or so many random subsets of images.
+        hidden: units of the hidden layer.
+        steps: minibatches of training.
+        batch: examples per minibatch.
+        lr: largest step size of Adam; it falls to zero as a cosine.
+        prior_precision: ``λ``; training uses the weight decay ``λ/N``.
+        val_share: share of the training rows that is held out for tuning.
+        val_most: held-out rows at most.
+        train_most: images to train on at most, the held-out ones included.
+        test_most: test images at most; tables are used whole.
+        peers: whether to run laplace-torch.
+        peer_grid: points of its grid search (its default is 100, over the same range).
+        peer_most: laplace-torch is left out of sets with more training rows.
+        progress: whether to say what is going on.
+    """
+
+    seed: int = 0
+    threads: int = 1
+    sets: list[str] = field(default_factory=lambda: list(SETS))
+    splits: int = 5
+    hidden: int = 50
+    steps: int = 2000
+    batch: int = 64
+    lr: float = 1e-2
+    prior_precision: float = 0.1
+    val_share: float = 0.2
+    val_most: int = 1000
+    train_most: int = 2000
+    test_most: int = 2000
+    peers: bool = True
+    peer_grid: int = 21
+    peer_most: int = 50_000
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("splits", "hidden", "steps", "batch", "val_most", "train_most", "test_most", "peer_grid"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("threads", self.threads, self.threads >= 0, "at least 0")
+        for name in ("lr", "prior_precision"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        require("val_share", self.val_share, 0 < self.val_share < 1, "between 0 and 1")
+        require("sets", self.sets, bool(self.sets) and set(self.sets) <= set(SETS), f"some of {list(SETS)}")
+
+
+Settings = dict[str, Any]
+Method = Callable[[nn.Module, Problem, Config, int], tuple[Forecast, Settings]]
+
+
+def _map(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    outputs = training.outputs(model, given.val[0])
+    prediction = given.task.plain(outputs, given.val)(training.outputs(model, given.test[0]))
+    return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), {}
+
+
+def _ours(**method: Any) -> Method:
+    def forecast(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+        rng = training.generator(seed)
+        posterior = LaplacePosterior(model, given.task.likelihood).fit(given.train, generator=rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a best value on the grid's edge: the settings say so
+            tuned = posterior.tune(given.val, generator=rng, **method)
+        prediction = posterior.predict(given.test[0], generator=rng, **method)
+        settings = {
+            "n_data_factor": posterior.n_data / posterior.counted_data,
+            "prior_precision": posterior.prior_precision,
+            **posterior.likelihood.parameters(),
+            "at_edge": tuned.at_edge,
+        }
+        return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
+
+    return forecast
+
+
+def _peer(how: str) -> Method:
+    def forecast(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+        return peers.laplace_torch(model, given, how, grid=config.peer_grid, seed=seed)
+
+    return forecast
+
+
+METHODS: dict[str, Method] = dict(
+    zip(NAMES, (_map, _ours(), _ours(method="linearized"), _peer("marglik"), _peer("gridsearch")), strict=True)
+)
+PEERS, OPTIONAL = NAMES[3:], NAMES[2:3]
+"""Methods of another package, whose failures are results; and those that a version of this one may lack."""
+
+
+def _network(config: Config, given: Problem, seed: int) -> nn.Module:
+    model = training.mlp([given.train[0].shape[1], config.hidden, given.outputs], seed=seed)
+    batches = training.Batches(*given.train, config.batch, training.generator(seed))
+    epochs = max(1, round(config.steps / len(batches)))
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=config.lr, weight_decay=config.prior_precision / len(given.train[0])
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
+    training.train(model, batches, optimizer, epochs, loss=given.task.loss, after_step=schedule.step, seed=seed)
+    return model
+
+
+def _split(config: Config, name: str, split: int) -> dict[str, Any]:
+    """Metrics, settings, seconds and failures of every method on one split."""
+    given = problem(
+        name, split, seed=config.seed, val_share=config.val_share, val_most=config.val_most,
+        train_most=config.train_most, test_most=config.test_most,
+    )  # fmt: skip
+    seed = 1000 * config.seed + split
+    model = _network(config, given, seed)
+    found: dict[str, Any] = {
+        "sizes": {part: len(getattr(given, part)[0]) for part in ("train", "val", "test")},
+        "metrics": {}, "settings": {}, "seconds": {}, "failures": {},
+    }  # fmt: skip
+    for title, method in METHODS.items():
+        if title in PEERS and (not config.peers or len(given.train[0]) > config.peer_most):
+            found["failures"][title] = "left out" if not config.peers else f"more than {config.peer_most} training rows"
+            continue
+        start = time.process_time()
+        try:
+            forecast, settings = method(model, given, config, seed)
+        except Exception as error:  # another package may fail in any way, and that is a result too
+            if title not in PEERS and not (title in OPTIONAL and isinstance(error, UnknownName | IncompatiblePair)):
+                raise
+            found["failures"][title] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            continue
+        scores = given.task.scores(forecast, given.test[1], given.scale)
+        if not all(map(math.isfinite, scores.values())):
+            found["failures"][title] = "its predictions are not finite"
+            continue
+        found["metrics"][title], found["settings"][title] = scores, settings
+        found["seconds"][title] = time.process_time() - start
+    return found
+
+
+def _part(config: Config, name: str, folder: Path) -> dict[str, Any]:
+    """The splits of one set, run and kept in ``folder`` unless they are there already."""
+    splits = _kept(config, name, folder)
+    for split in range(config.splits):
+        if str(split) in splits:
+            continue
+        start = time.perf_counter()
+        splits[str(split)] = _split(config, name, split)
+        folder.mkdir(parents=True, exist_ok=True)
+        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "splits": splits}
+        (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+        if config.progress:
+            tqdm.write(f"{name}, split {split}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return splits
+
+
+def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
+    """Finished splits of a set by number, if they were made with the settings of ``config``."""
+    path = folder / f"{name}.json"
+    try:
+        part = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # cut short: run it again
+        return {}
+    same = part.get("settings") == _decisive(config)
+    return {number: found for number, found in part["splits"].items() if same and int(number) < config.splits}
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """The settings that a split's numbers depend on."""
+    free = {"sets", "splits", "threads", "progress"}
+    return {name: value for name, value in asdict(config).items() if name not in free}
+
+
+def run(config: Config, folder: Path) -> Report:
+    """Run the sets that were asked for and report on all that are finished; keeps splits in ``folder``."""
+    for name in config.sets:
+        _part(config, name, folder)
+    found = {name: list(_kept(config, name, folder).values()) for name in SETS}
+    found = {name: splits for name, splits in found.items() if len(splits) == config.splits}
+    comparisons, verdicts = compare(found), claims(found)
+    missing = [name for name in SETS if name not in found]
+    return Report(
+        title="Calibration: the defaults against MAP and laplace-torch",
+        summary=(
+            f"One hidden layer of {config.hidden} units on {len(found)} of {len(SETS)} data sets, {config.splits} "
+            f"split(s) each, {config.val_share:.0%} of the training rows (at most {config.val_most}) held out for the "
+            "settings of every method. Differences are in test NLL, paired by split, with their standard error. "
+            + (f"Not run: {', '.join(missing)}." if missing else "")
+        ),
+        seed=config.seed,
+        config=asdict(config),
+        metrics=summarise(found),
+        tables=[difference_table(found, comparisons), metrics_table(found), claims_table(verdicts)],
+        pictures=[picture(comparisons)] if found else [],
+        details={
+            "comparisons": comparisons,
+            "verdicts": verdicts,
+            "splits": found,
+            "seconds": {
+                name: sum(sum(split["seconds"].values()) for split in splits) for name, splits in found.items()
+            },
+            "not_run": missing,
+            "data": {"images": "14x14 averages of random subsets", "uci-regression": "standard splits"},
+            "stand_ins": [],
+        },
+    )

@@ -1,0 +1,1 @@
+"""Inputs from outside the training distribution: E20."""

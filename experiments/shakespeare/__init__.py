@@ -1,0 +1,1 @@
+"""A character transformer, step by step."""

@@ -1,0 +1,1 @@
+"""Toy regression beside Hamiltonian Monte Carlo: E19."""

@@ -1,0 +1,402 @@
+"""E19: how close are Laplace posteriors to the true one, on a problem small enough to sample from it?
+
+Twenty points of ``y = x³ + ε``, ``ε ~ N(0, 3²)``, ``x`` uniform on [-4, 4], and a 1-7-7-1 network (78 parameters).
+Full, diagonal and Kronecker Laplace posteriors, as derived (real ``N``, the ``λ`` of training) and with ``(N, λ)``
+tuned on twenty validation points, are compared with Hamiltonian Monte Carlo on the same model, which the Pyro bridge
+lifts from the same module. A mean-field variational posterior, also through the bridge, is a second baseline.
+
+Inputs and targets are divided by their standard deviations under the data distribution (4/√3 and 64/√7), so that a
+prior precision near 1 is a reasonable one; everything reported is in the units of ``y`` again.
+
+Source: the thesis on Gauss-Newton matrices, section 5.2.1, figure 5.1 (data as in Hernández-Lobato and Adams 2015). The
+thesis gives neither the prior precision nor the activation function: ``λ`` and tanh are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from experiments.common.checks import require
+from experiments.common.claims import Claim, verdict_table
+from experiments.common.training import generator
+from laplace_kf.demo import private_rng
+from laplace_kf.likelihoods import Gaussian, Prediction
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.reports import metrics, plots
+from laplace_kf.reports.html import Picture, Report, Table
+
+__all__ = ["Config", "run"]
+
+STRUCTURES = {"full": "full", "diagonal": "diag", "Kronecker": "kron"}
+NOISE = 3.0
+"""Standard deviation of the observation noise, in the units of ``y``."""
+INPUT_SCALE, TARGET_SCALE = 4 / math.sqrt(3), 64 / math.sqrt(7)
+"""Standard deviations of ``x`` and ``x³`` for ``x`` uniform on [-4, 4]."""
+EDGE, LIMIT = 4.0, 6.0
+"""The data lie within ``|x| <= EDGE``; predictions are compared on ``|x| <= LIMIT``."""
+SCORED = 50
+"""HMC draws of the network's function whose effective sample size is reported."""
+
+
+@dataclass
+class Config:
+    """Settings of E19; the defaults are those of ``configs/toy_regression.yaml``.
+
+    Args:
+        seed: first seed; repetition ``i`` uses ``seed + i`` for data, initial weights and every draw.
+        repeats: number of seeds.
+        threads: processor threads.
+        points: training points, and as many validation points.
+        width: of both hidden layers.
+        prior_precision: ``λ``.
+        restarts: random initial weights from which the MAP estimate is sought; the best optimum counts.
+        estimator: of the curvature; ``sampled`` draws one label per point, as published.
+        samples: Monte Carlo samples of a Laplace or variational prediction.
+        n_data_factors: grid of tuning, as multiples of the real ``N``.
+        prior_precisions: grid of tuning for ``λ``.
+        tune_samples: Monte Carlo samples per grid point.
+        hmc_samples: draws kept.
+        hmc_warmup: draws before them, in which step size and mass matrix are adapted.
+        hmc_steps: leapfrog steps per draw.
+        vi_steps: optimisation steps of the variational posterior, 0 to leave it out.
+        grid: points of the grid on ``|x| <= 6``.
+    """
+
+    seed: int = 0
+    repeats: int = 3
+    threads: int = 1
+    points: int = 20
+    width: int = 7
+    prior_precision: float = 1.0
+    restarts: int = 5
+    estimator: Literal["exact", "sampled"] = "exact"
+    samples: int = 1000
+    n_data_factors: list[float] = field(default_factory=lambda: [10 ** (k / 2) for k in range(-2, 9)])
+    prior_precisions: list[float] = field(default_factory=lambda: [10 ** (k / 2) for k in range(-4, 9)])
+    tune_samples: int = 200
+    hmc_samples: int = 2000
+    hmc_warmup: int = 500
+    hmc_steps: int = 40
+    vi_steps: int = 5000
+    grid: int = 121
+
+    def __post_init__(self) -> None:
+        for name in ("repeats", "points", "width", "restarts", "samples", "tune_samples", "hmc_samples", "hmc_warmup",
+                     "hmc_steps"):  # fmt: skip
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("prior_precision", self.prior_precision, self.prior_precision > 0, "above 0")
+        require("grid", self.grid, self.grid >= 13, "at least 13")
+        require("vi_steps", self.vi_steps, self.vi_steps >= 0, "at least 0")
+        for name in ("n_data_factors", "prior_precisions"):
+            require(name, grid := getattr(self, name), grid and min(grid) > 0, "a list of numbers above 0")
+
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Outcome:
+    """One repetition. Bands are ``{method: (mean, epistemic sd)}``, each ``(grid,)`` in the units of ``y``."""
+
+    train: Pair
+    bands: dict[str, tuple[Tensor, Tensor]]
+    found: dict[str, dict[str, float]]
+    tuning: dict[str, dict[str, Any]]
+    hmc: dict[str, float]
+    seconds: dict[str, float]
+
+
+def _points(count: int, rng: torch.Generator) -> Pair:
+    """Inputs ``(N, 1)`` and targets ``(N, 1)`` in float64, scaled."""
+    x = (2 * torch.rand(count, 1, generator=rng, dtype=torch.float64) - 1) * EDGE
+    y = x**3 + NOISE * torch.randn(count, 1, generator=rng, dtype=torch.float64)
+    return x / INPUT_SCALE, y / TARGET_SCALE
+
+
+def _network(config: Config, likelihood: Gaussian, train: Pair, seed: int) -> nn.Sequential:
+    """The MAP estimate: the best of several optima of the full-batch log joint."""
+    x, y = train
+
+    def attempt(number: int) -> tuple[float, nn.Sequential]:
+        with private_rng(1000 * seed + number):
+            width = config.width
+            model = nn.Sequential(
+                nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+            ).double()
+        optimizer = torch.optim.LBFGS(
+            model.parameters(), max_iter=2000, tolerance_grad=1e-8, tolerance_change=1e-14, history_size=50,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+
+        def energy() -> Tensor:
+            optimizer.zero_grad()
+            squares = torch.stack([p.square().sum() for p in model.parameters()]).sum()
+            value = config.prior_precision / 2 * squares - likelihood.log_prob(model(x), y).sum()
+            value.backward()
+            return value
+
+        optimizer.step(energy)
+        return float(energy().detach()), model
+
+    return min((attempt(k) for k in range(config.restarts)), key=lambda found: found[0])[1].eval()
+
+
+def _hmc(
+    config: Config, model: nn.Module, likelihood: Gaussian, train: Pair, inputs: Tensor, seed: int
+) -> tuple[Tensor, dict[str, float]]:
+    """Outputs ``(S, N, 1)`` at HMC draws, and how well the chain mixed."""
+    from laplace_kf.bridges import pyro as bridge  # first: if Pyro is missing, it says what to install
+
+    from pyro.infer import HMC, MCMC  # isort: skip
+    from pyro.ops.stats import effective_sample_size  # isort: skip
+
+    lifted = bridge.lift(model, likelihood, config.prior_precision)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    kernel = HMC(potential_fn=lambda values: -lifted.log_joint(values, *train), step_size=0.01,
+                 num_steps=config.hmc_steps, target_accept_prob=0.8)  # fmt: skip
+    with private_rng(seed):
+        chain = MCMC(kernel, config.hmc_samples, config.hmc_warmup, initial_params=start, disable_progbar=True)
+        chain.run()
+    draws = chain.get_samples()
+    with torch.no_grad():
+        outputs = torch.func.vmap(lambda weights: torch.func.functional_call(model, weights, (inputs,)))(draws)
+    acceptance = chain.diagnostics()["acceptance rate"]["chain 0"]
+    # weights have symmetries; what has to mix is the function
+    chosen = torch.linspace(0, len(inputs) - 1, min(SCORED, len(inputs))).long()
+    sizes = effective_sample_size(outputs[None, :, chosen, 0], chain_dim=0, sample_dim=1)
+    found = {
+        "acceptance": float(acceptance),
+        "step_size": float(kernel.step_size),
+        "effective_samples_least": float(sizes.min()),
+        "effective_samples_median": float(sizes.median()),
+    }
+    return outputs, found
+
+
+def _mean_field(
+    config: Config, model: nn.Module, likelihood: Gaussian, train: Pair, inputs: Tensor, seed: int
+) -> Tensor:
+    """Outputs ``(S, N, 1)`` at draws of a mean-field variational posterior, started at the MAP estimate."""
+    import pyro
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer.autoguide import AutoDiagonalNormal, init_to_value
+    from pyro.optim import ClippedAdam
+
+    from laplace_kf.bridges import pyro as bridge
+
+    lifted = bridge.lift(model, likelihood, config.prior_precision)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    store = pyro.get_param_store().get_state()
+    try:
+        with private_rng(seed):
+            guide = AutoDiagonalNormal(lifted, init_loc_fn=init_to_value(values=start), init_scale=0.05)
+            decay = 0.01 ** (1 / config.vi_steps)
+            inference = SVI(lifted, guide, ClippedAdam({"lr": 0.01, "lrd": decay}), Trace_ELBO(num_particles=1))
+            for _ in range(config.vi_steps):
+                inference.step(*train)
+            with torch.no_grad():
+                draws = [guide(*train) for _ in range(config.samples)]
+                return torch.stack([torch.func.functional_call(model, weights, (inputs,)) for weights in draws])
+    finally:
+        pyro.get_param_store().set_state(store)
+
+
+def _repetition(config: Config, seed: int) -> Outcome:
+    """Everything for one seed."""
+    rng = generator(seed)
+    train, val = _points(config.points, rng), _points(config.points, rng)
+    grid = torch.linspace(-LIMIT, LIMIT, config.grid, dtype=torch.float64)[:, None]
+    noisy = grid**3 + NOISE * torch.randn(grid.shape, generator=rng, dtype=torch.float64)
+    inputs, targets = torch.cat([val[0], grid / INPUT_SCALE]), torch.cat([val[1], noisy / TARGET_SCALE])
+    likelihood = Gaussian(scale=NOISE / TARGET_SCALE)
+    seconds: dict[str, float] = {}
+    start = time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal start
+        seconds[name], start = time.perf_counter() - start, time.perf_counter()
+
+    model = _network(config, likelihood, train, seed)
+    lap("training")
+    predictions: dict[str, Prediction] = {}
+    settings: dict[str, dict[str, float]] = {}
+    tuning: dict[str, dict[str, Any]] = {}
+    with torch.no_grad():
+        predictions["MAP"] = likelihood.predict(model(inputs)[None])
+    for name, structure in STRUCTURES.items():
+        posterior = LaplacePosterior(
+            model, likelihood, structure=structure, estimator=config.estimator, prior_precision=config.prior_precision
+        ).fit(train, generator=rng)
+        settings[f"{name}, untuned"] = {"n_data": posterior.n_data, "prior_precision": config.prior_precision}
+        predictions[f"{name}, untuned"] = posterior.predict(inputs, samples=config.samples, generator=rng)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a best value on the grid's edge: the table marks it
+            result = posterior.tune(
+                val, n_data=[factor * config.points for factor in config.n_data_factors],
+                prior_precision=config.prior_precisions, samples=config.tune_samples, generator=rng,
+            )  # fmt: skip
+        tuning[name] = {"best": result.best, "at_edge": result.at_edge, "table": result.table}
+        settings[f"{name}, tuned"] = {key: result.best[key] for key in ("n_data", "prior_precision")}
+        predictions[f"{name}, tuned"] = posterior.predict(inputs, samples=config.samples, generator=rng)
+    lap("Laplace")
+    if config.vi_steps:
+        predictions["mean field"] = likelihood.predict(_mean_field(config, model, likelihood, train, inputs, seed))
+        lap("mean field")
+    outputs, mixing = _hmc(config, model, likelihood, train, inputs, seed)
+    predictions["HMC"] = likelihood.predict(outputs)
+    lap("HMC")
+    found, bands = _measure(config, predictions, targets, grid[:, 0])
+    for name, row in found.items():
+        row.update(settings.get(name, {}))
+        if name in settings:
+            precision = settings[name]["n_data"] * settings[name]["prior_precision"]
+            row["regularisation"] = math.log10(precision / (config.points * config.prior_precision))
+    scaled = (train[0] * INPUT_SCALE, train[1] * TARGET_SCALE)
+    return Outcome(scaled, bands, found, tuning, mixing, seconds)
+
+
+def _measure(
+    config: Config, predictions: Mapping[str, Prediction], targets: Tensor, grid: Tensor
+) -> tuple[dict[str, dict[str, float]], dict[str, tuple[Tensor, Tensor]]]:
+    """Metrics and bands of every method; log-likelihoods are of ``y`` in its own units."""
+    inside, cut = grid.abs() <= EDGE, config.points  # validation points come first
+    bands = {
+        name: (TARGET_SCALE * p.mean[cut:, 0], TARGET_SCALE * p.epistemic_variance[cut:, 0].sqrt())
+        for name, p in predictions.items()
+    }
+    reference_mean, reference_sd = bands["HMC"]
+    found = {}
+    for name, prediction in predictions.items():
+        log_prob = prediction.log_prob(targets) - math.log(TARGET_SCALE)
+        on_grid = log_prob[cut:]
+        mean, sd = bands[name]
+        found[name] = {
+            "val_nll": float(-log_prob[:cut].mean()),
+            "test_nll_inside": float(-on_grid[inside].mean()),
+            "test_nll_grid": float(-on_grid.mean()),
+            "sd_inside": float(sd[inside].mean()),
+            "sd_outside": float(sd[~inside].mean()),
+            "sd_growth": float(sd[~inside].mean() - sd[inside].mean()),
+            "sd_rmse": float((sd - reference_sd).square().mean().sqrt()),
+            "sd_rmse_inside": float((sd - reference_sd)[inside].square().mean().sqrt()),
+            "mean_rmse_inside": float((mean - reference_mean)[inside].square().mean().sqrt()),
+        }
+    return found, bands
+
+
+TINY = 1e-12
+
+
+def _claims() -> tuple[Claim, ...]:
+    names = list(STRUCTURES)
+    grows = [Claim(f"{name}, tuned: more uncertain away from the data than near them", "sd_growth", f"{name}, tuned",
+                   "MAP", least=TINY) for name in names]  # fmt: skip
+    wide = [Claim(f"{name}, untuned: overestimates the uncertainty near the data", "sd_inside", f"{name}, untuned",
+                  "HMC", least=TINY) for name in names]  # fmt: skip
+    worst = [Claim(f"untuned, near the data: full is wider than {name}", "sd_inside", "full, untuned",
+                   f"{name}, untuned", least=TINY) for name in names[1:]]  # fmt: skip
+    poor = [Claim(f"untuned, near the data: the mean of full is further from HMC's than that of {name}",
+                  "mean_rmse_inside", "full, untuned", f"{name}, untuned", least=TINY)
+            for name in names[1:]]  # fmt: skip
+    closer = [Claim(f"{name}: tuning brings the uncertainty closer to HMC's on |x| <= 6", "sd_rmse", f"{name}, tuned",
+                    f"{name}, untuned", most=-TINY) for name in names]  # fmt: skip
+    near = [Claim(f"{name}: and near the data", "sd_rmse_inside", f"{name}, tuned", f"{name}, untuned", most=-TINY)
+            for name in names]  # fmt: skip
+    stronger = [
+        Claim("tuned regularisation, log10 of N λ: full above diagonal", "regularisation", "full, tuned",
+              "diagonal, tuned", least=TINY),
+        Claim("tuned regularisation, log10 of N λ: diagonal above Kronecker", "regularisation", "diagonal, tuned",
+              "Kronecker, tuned", least=TINY),
+    ]  # fmt: skip
+    return (*grows, *wide, *worst, *poor, *closer, *near, *stronger)
+
+
+CLAIMS = _claims()
+
+
+def run(config: Config) -> Report:
+    """Train, fit, tune, sample and compare, for every seed; writes nothing."""
+    outcomes = [_repetition(config, config.seed + i) for i in range(config.repeats)]
+    runs = [outcome.found for outcome in outcomes]
+    methods = list(runs[0])
+    summary = {method: metrics.mean_std([found[method] for found in runs]) for method in methods}
+    verdicts = [claim.judge(runs) for claim in CLAIMS]
+    confirmed = sum(verdict["verdict"] == "confirmed" for verdict in verdicts)
+    seeds = [config.seed + i for i in range(config.repeats)]
+    least = min(outcome.hmc["effective_samples_least"] for outcome in outcomes)
+    return Report(
+        title="E19: Laplace posteriors against Hamiltonian Monte Carlo on a toy regression",
+        summary=(
+            f"A 1-{config.width}-{config.width}-1 tanh network on {config.points} points of y = x³ + N(0, 9), prior "
+            f"precision {config.prior_precision:g}; {config.hmc_samples} HMC draws after {config.hmc_warmup} of "
+            f"warm-up (at least {least:.0f} effective ones for the network's output anywhere on the grid), over "
+            f"{config.repeats} seed{'s' * (config.repeats > 1)}. Standard deviations are epistemic, without the "
+            f"noise of {NOISE:g}. {confirmed} of {len(verdicts)} published observations are confirmed."
+        ),
+        seed=config.seed,
+        config=asdict(config),
+        metrics=summary,
+        tables=[_table(summary, outcomes), verdict_table(verdicts)],
+        pictures=[_picture(outcomes[0], seeds[0])],
+        details={
+            "seeds": seeds,
+            "verdicts": verdicts,
+            "tuning": {str(seed): outcome.tuning for seed, outcome in zip(seeds, outcomes, strict=True)},
+            "hmc": {str(seed): outcome.hmc for seed, outcome in zip(seeds, outcomes, strict=True)},
+            "seconds": {str(seed): outcome.seconds for seed, outcome in zip(seeds, outcomes, strict=True)},
+            "stand_ins": [],
+        },
+    )
+
+
+_COLUMNS = {
+    "val NLL": "val_nll", "test NLL |x|≤4": "test_nll_inside", "test NLL |x|≤6": "test_nll_grid",
+    "sd |x|≤4": "sd_inside", "sd 4<|x|≤6": "sd_outside", "RMSE of sd": "sd_rmse",
+    "RMSE of mean |x|≤4": "mean_rmse_inside", "N": "n_data", "λ": "prior_precision",
+}  # fmt: skip
+
+
+def _table(summary: Mapping[str, Mapping[str, Any]], outcomes: list[Outcome]) -> Table:
+    edges = {f"{name}, tuned" for outcome in outcomes for name, found in outcome.tuning.items() if found["at_edge"]}
+    rows = []
+    for name, found in summary.items():
+        cells = [name]
+        for key in _COLUMNS.values():
+            value = found.get(key)
+            cells.append("" if value is None else f"{value['mean']:.3g}" if key in ("n_data", "prior_precision")
+                         else f"{value['mean']:.2f}")  # fmt: skip
+        rows.append([*cells[:-1], cells[-1] + " *" * (name in edges)])
+    note = (
+        "Means over seeds; NLL in nats per point, the rest in the units of y. RMSE of sd: root mean square difference "
+        "of the epistemic standard deviation from HMC's on |x| ≤ 6. *: on the edge of the tuning grid."
+    )
+    return Table("Methods", ["method", *_COLUMNS], rows, note)
+
+
+def _picture(outcome: Outcome, seed: int) -> Picture:
+    chosen = [f"{name}, {state}" for state in ("untuned", "tuned") for name in STRUCTURES]
+    chosen = [*chosen[:3], "HMC", *chosen[3:], *(["mean field"] if "mean field" in outcome.bands else [])]
+    figure, axes = plots.panels(2, 4, width=3.3, height=2.9)
+    grid = torch.linspace(-LIMIT, LIMIT, len(outcome.bands["HMC"][0]))
+    for axis in axes[len(chosen) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes, chosen, strict=False):
+        mean, sd = outcome.bands[name]
+        plots.regression_band(
+            grid, mean, sd, points=outcome.train, truth=grid**3, reference=outcome.bands["MAP"][0],
+            reference_label="MAP", axis=axis, title=name, limits=(-130, 130), labels=("x", "y"),
+        )  # fmt: skip
+    plots.legend_below(figure, columns=6)
+    return Picture(
+        "bands", figure,
+        f"Predictive mean with one and two epistemic standard deviations, seed {seed}. Dashed: y = x³; dotted: the "
+        "network itself.",
+    )  # fmt: skip
