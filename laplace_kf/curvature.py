@@ -19,8 +19,8 @@ from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import usable
 from laplace_kf.lookups import Plainly
+from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure

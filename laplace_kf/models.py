@@ -90,7 +90,7 @@ def parameters_of(
         more = f" (and {len(wrong) - 1} more that do not fit)" if len(wrong) > 1 else ""
         raise ShapeMismatch(
             f"{whose} has parameter {wrong[0]}{more}: a layer of the model was replaced, or it is another "
-            "architecture. Put the layer back, or fit a new posterior (or make a new optimiser) for the model as it is now"
+            "architecture. Put the layer back, or fit a new posterior (make a new optimiser) for the model as it is now"
         )
     return {name: named[name] for name in names}
 
