@@ -18,6 +18,7 @@ from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
+from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.lookups import Plainly
 from laplace_kf.models import usable
@@ -208,6 +209,7 @@ def _products(
             check_finite(batch, index, "the batch")
             with Plainly():  # its derivatives are those of the function
                 outputs, targets = run(model, to_device(batch, weights[0].device), forward)
+            check_ignored(batch, targets, likelihood, forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])

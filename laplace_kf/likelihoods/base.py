@@ -383,17 +383,20 @@ class Likelihood(abc.ABC):
             root = spread.reshape(t * k, n, t, c)
         return from_positions(root, outputs)
 
-    def root_width(self, outputs: Tensor) -> int:
-        """M, the noise entries per position that :meth:`root_product` takes for outputs of this shape."""
-        self._check_outputs(outputs.shape)
-        return outputs.shape[1] if outputs.ndim == 4 else outputs.shape[-1]
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """M, the noise entries per position that :meth:`root_product` takes for outputs of this shape.
+
+        Arguments and errors as :meth:`position_root`; where nothing else is known M is the number of its columns.
+        """
+        z, y, _ = self._unpack(outputs, targets)
+        return self._position_root(z[:1], None if y is None else y[:1]).shape[0]
 
     def root_product(self, outputs: Tensor, v: Tensor, targets: Tensor | None = None) -> Tensor:
         """``S v`` per position, with ``S Sᵀ`` the curvature: white noise in, curvature-distributed seeds out.
 
         Args:
             outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
-            v: ``(samples, N, T, M)`` with M = ``root_width(outputs)``; unit covariance for unbiased products.
+            v: ``(samples, N, T, M)`` with M = ``root_width(outputs, targets)``; unit covariance for unbiased products.
             targets: as in :meth:`position_root`.
 
         Returns:
@@ -403,7 +406,7 @@ class Likelihood(abc.ABC):
             ShapeMismatch: if ``v`` does not fit; otherwise as :meth:`position_root`.
         """
         z, y, keep = self._unpack(outputs, targets)
-        width = self.root_width(outputs)
+        width = self.root_width(outputs, targets)
         if v.ndim != 4 or tuple(v.shape[1:]) != (*z.shape[:2], width):
             raise ShapeMismatch(
                 f"{type(self).__name__}.root_product: noise of shape {tuple(v.shape)} does not fit outputs of shape "

@@ -71,6 +71,11 @@ class Categorical(Likelihood):
 
     natural: ClassVar[bool] = True
 
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """C, for outputs of any layout (one more than the columns of the root)."""
+        self._check_outputs(outputs.shape)
+        return int(self.to_positions(outputs).shape[-1])
+
     def _check_outputs(self, shape: Sequence[int]) -> None:
         super()._check_outputs(shape)
         if (shape[1] if len(shape) == 4 else shape[-1]) < 2:

@@ -323,6 +323,11 @@ class FromDistribution(Likelihood):
             )
         return self._position_hessian(z, y)
 
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """C, for outputs of any layout: a root is made of all eigenvectors."""
+        self._check_outputs(outputs.shape)
+        return int(self.to_positions(outputs).shape[-1])
+
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
         return psd_root(self._position_matrix(z, y))
 

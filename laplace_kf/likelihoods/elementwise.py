@@ -24,6 +24,11 @@ class DiagonalLikelihood(Likelihood):
     def _root_diagonal(self, z: Tensor) -> Tensor:
         """``(N, T, C)``: square root of the curvature's diagonal."""
 
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """C, for outputs of any layout."""
+        self._check_outputs(outputs.shape)
+        return int(to_positions(outputs).shape[-1])
+
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
         return torch.diag_embed(self._root_diagonal(z)).movedim(-1, 0)
 

@@ -314,12 +314,19 @@ class Link:
 
 
 def covariance_root(covariance: Tensor) -> Tensor:
-    """``L (..., C, C)`` with ``L Lᵀ`` the covariance: Cholesky, or symmetric where some matrix is singular."""
+    """``L (..., C, C)`` with ``L Lᵀ`` the covariance: Cholesky, or of a singular matrix from its eigenvectors.
+
+    The root of a matrix does not depend on the others.
+    """
     lower, failed = torch.linalg.cholesky_ex(covariance)
-    if not bool(failed.any()):
+    singular = failed != 0
+    if not bool(singular.any()):
         return lower
-    values, vectors = torch.linalg.eigh((covariance + covariance.transpose(-1, -2)) / 2)
-    return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    lower = torch.linalg.cholesky(torch.where(singular[..., None, None], eye, covariance))
+    few = covariance[singular]
+    values, vectors = torch.linalg.eigh((few + few.transpose(-1, -2)) / 2)
+    return lower.index_put((singular,), vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2))
 
 
 def without_components(prediction: Prediction) -> Prediction:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, as_tensor, check_finite, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
+from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import parameters_of, usable
@@ -226,6 +227,7 @@ class SecondOrder(torch.optim.Optimizer):
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+        check_ignored(data, targets, self.likelihood, self.user_forward)
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())

@@ -42,6 +42,7 @@ from laplace_kf.posterior.prior import (
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
+from laplace_kf.predictive.padding import without_padding
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import UNUSED, EntryLayout, FlatLayout, select
@@ -635,12 +636,13 @@ class LaplacePosterior:
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         check_finite(x, 0, "the input")
-        return rule(
+        found = rule(
             Request(
                 self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
                 generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
             )
         )  # fmt: skip
+        return without_padding(found, x, self.forward)
 
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
 from laplace_kf.posterior.prior import positive
@@ -122,9 +123,10 @@ class Validation:
         with preserved(model):
             for index, batch in enumerate(as_batches(val)):
                 check_finite(batch, index, "the validation batch")
-                batch = to_device(batch, self.device)
+                batch = of_role(to_device(batch, self.device), "val_mask")
                 with torch.no_grad():
                     found, wanted = run(model, batch, forward)
+                check_ignored(batch, wanted, self.posterior.likelihood, forward)
                 self.posterior.likelihood.check(found, wanted)
                 inputs.append(self._site(inputs_of(batch, self.posterior.forward)))
                 outputs.append(found)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_tensor, check_rows, map_examples, model_outputs, run, tensors_of, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, Spectral
@@ -271,10 +271,9 @@ class Linearization:
         """A run of the examples on the tape; ``None`` if its outputs are not those of the whole."""
         count = self.outputs.shape[0]
         whole = part.start == 0 and part.stop == count
-        x = self.x if whole else map_examples(self.x, count, lambda t: t[part])
         try:
-            observation = self.tracer.observe(x)
-        except (RuntimeError, ValueError, IndexError):  # it cannot be cut (a mask as long as there are examples)
+            observation = self.tracer.observe(self.x if whole else map_examples(self.x, count, lambda t: t[part]))
+        except (RuntimeError, ValueError, IndexError, UnsupportedLayer):  # it cannot be cut (a mask as long as it)
             if whole:
                 raise
             return None

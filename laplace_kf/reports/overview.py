@@ -14,6 +14,7 @@ from torch import Tensor
 from laplace_kf.batches import as_batches, inputs_of, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.graphs import of_role
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 from laplace_kf.posterior.summary import Summary
@@ -126,7 +127,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
     parts: dict[str, list[Tensor]] = {}
     targets, log_prob, entropy, inputs = [], [], [], []
     for batch in as_batches(loader):
-        batch = to_device(batch, device)
+        batch = of_role(to_device(batch, device), "test_mask")
         with preserved(posterior.model), torch.no_grad():
             wanted = run(posterior.model, batch, posterior.forward)[1]
         plain = posterior.forward is None and isinstance(batch, tuple | list)

@@ -199,7 +199,7 @@ class Tracer:
         """What was recorded, with rows located and blocks planned and checked."""
         chain = self._chain(tape, outputs)
         if chain is None:
-            self.rows.locate(tape.calls, outputs, tape.picked)
+            self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
         self._plan(tape)
         if self._verify(observation):
