@@ -1,16 +1,20 @@
-"""The picture of the import ranks, drawn from the import contract in setup.cfg: ``python docs/ranks.py``.
+"""Picture and table of the import ranks, made from the import contract in setup.cfg: ``python docs/ranks.py``.
 
 A module imports only from ranks below its own. Modules of one rank stand side by side and do not import each other.
 """
 
 from __future__ import annotations
 
+import ast
 import configparser
+import re
 from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "ranks.svg"
+PAGE = ROOT / "docs" / "architecture.md"
+TABLE = re.compile(r"(<!-- ranks: made by python docs/ranks.py -->\n).*?(<!-- end of ranks -->)", re.DOTALL)
 WIDTH, ROW, BOX, GAP, MARGIN = 460, 34, 24, 12, 16
 
 
@@ -54,6 +58,30 @@ def drawn(rows: list[list[str]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def described(name: str) -> str:
+    """The first paragraph of a module's docstring, in one line."""
+    path = ROOT / "laplace_kf" / name
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    text = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return " ".join(re.sub(r":\w+:`~?([^`]*)`|``([^`]*)``", lambda m: f"`{m[1] or m[2]}`", text).split()).replace(
+        "|", "\\|"
+    )
+
+
+def table(rows: list[list[str]]) -> str:
+    """What every module is about, highest rank first, as a markdown table."""
+    lines = [
+        f"| {len(rows) - 1 - k} | `{name}` | {described(name)} |" for k, names in enumerate(rows) for name in names
+    ]
+    return "\n".join(["| rank | module | what it is about |", "|---|---|---|", *lines, ""])
+
+
+def with_table(page: str, rows: list[list[str]]) -> str:
+    """The architecture page with a fresh table."""
+    return TABLE.sub(lambda found: found[1] + table(rows) + found[2], page)
+
+
 if __name__ == "__main__":
     PICTURE.write_text(drawn(ranks()), encoding="utf-8")
-    print(f"wrote {PICTURE.relative_to(ROOT)}")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), ranks()), encoding="utf-8")
+    print(f"wrote {PICTURE.relative_to(ROOT)} and the table in {PAGE.relative_to(ROOT)}")

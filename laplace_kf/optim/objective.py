@@ -94,7 +94,7 @@ def counting(batch: Batch, likelihood: Likelihood, outputs: Tensor, targets: Any
 
 
 class Objective:
-    """See the module's text.
+    """``E(θ)`` of one model: its loss, its outputs, and products ``Vᵀ G V``, all of the same function.
 
     Args:
         model: the module that is trained.

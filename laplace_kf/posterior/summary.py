@@ -87,6 +87,7 @@ def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[st
     effective = matrix.effective(n, prior_of(block, prior).detach())
     condition = tuple(_condition(values) for values in matrix.leading())
     kind = matrix.kind + (f", {constants} held" if constants else "") + (", unused" if block.unused else "")
+    kind += f" (layer rule {block.failed!r} failed its check)" if block.failed else ""
     return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size - constants)
 
 

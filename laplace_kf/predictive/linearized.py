@@ -26,7 +26,7 @@ from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["Linearization"]
+__all__ = ["Linearization", "Stand"]
 
 SMALL = 16  # examples up to which the whole minibatch is one run
 EXAMPLES = 256  # examples of one run: enough rows for the matrix products, few enough for the caches
@@ -34,8 +34,14 @@ COLUMN_BYTES = 128 * 2**20  # back-propagated columns of one run
 RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
 
 
-class _Stand:
-    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already."""
+class Stand:
+    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already.
+
+    Args:
+        model: the module.
+        forward: the user's, or ``None``.
+        weights: by parameter name, each of its parameter's shape.
+    """
 
     def __init__(self, model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor]) -> None:
         self.own = dict(model.named_parameters())
@@ -92,7 +98,7 @@ class Linearization:
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
             self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
-            self.forward = _Stand(model, forward, leaves)
+            self.forward = Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
             with torch.no_grad():
                 self.outputs = self._run(self.x)

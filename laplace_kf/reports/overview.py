@@ -24,7 +24,7 @@ from laplace_kf.reports.html import Picture, Report, Table
 __all__ = ["report"]
 
 MAP, POSTERIOR = "MAP", "posterior"
-METHODS = {MAP: "map", POSTERIOR: "mc"}
+METHOD_OF = {MAP: "map", POSTERIOR: "mc"}
 SHOWN_POINTS = 300
 """Test points drawn into pictures of the prediction."""
 TUNING_ROWS = 12
@@ -79,9 +79,9 @@ def report(
     summary = posterior.summary()
     other = None
     with preserved(posterior.model):  # loaders draw random numbers
-        test = {name: _score(posterior, test_loader, method, samples, seed) for name, method in METHODS.items()}
+        test = {name: _score(posterior, test_loader, method, samples, seed) for name, method in METHOD_OF.items()}
         if ood_loader is not None:
-            other = {name: _entropy(posterior, ood_loader, method, samples, seed) for name, method in METHODS.items()}
+            other = {name: _entropy(posterior, ood_loader, method, samples, seed) for name, method in METHOD_OF.items()}
     first = test[POSTERIOR]
     if "probs" in first.values:
         found, pictures = _classes(test, other)

@@ -37,6 +37,8 @@ class Block:
         turned: the weight is also used as its transpose (tied embedding and output matrix, tied autoencoder); says
             whether the inputs there are tokens.
         unused: one parameter that took no part in any forward pass; its curvature is 0.
+        failed: name of the layer rule that failed its check against autograd here, so that per-example gradients take
+            its place; says nothing about equality.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Block:
     pieces: tuple[tuple[int, int] | None, ...] = ()
     turned: bool | None = None
     unused: bool = False
+    failed: str = field(default="", compare=False, kw_only=True)
 
     @property
     def size(self) -> int:
@@ -136,6 +139,7 @@ class Block:
             "pieces": [None if piece is None else list(piece) for piece in self.pieces],
             "turned": self.turned,
             "unused": self.unused,
+            "failed": self.failed,
         }
 
     @classmethod
@@ -153,6 +157,7 @@ class Block:
             pieces=tuple(None if piece is None else (piece[0], piece[1]) for piece in data.get("pieces", ())),
             turned=data.get("turned"),
             unused=data.get("unused", False),
+            failed=data.get("failed", ""),
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ class Tracer:
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
         self._constant: dict[str, int | None] = {}  # by parameter, the row that all its uses take for a constant
+        self._failed: dict[str, str] = {}  # parameter to the layer rules that failed the check
         self._counts: dict[str, int] = {}
         self._verified: set[str] = set()
         self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
@@ -193,7 +195,7 @@ class Tracer:
                 width = self.named[name][0].numel()
                 held.append((name, row * width, (row + 1) * width))
         if tuple(held) != self.layout.held:
-            self.layout = dataclasses.replace(self.layout, held=tuple(held))
+            self.layout = replace(self.layout, held=tuple(held))
 
     def _observation(self, batch: Any, tape: Tape, outputs: Tensor, targets: Any) -> Observation:
         """What was recorded, with rows located and blocks planned and checked."""
@@ -247,7 +249,9 @@ class Tracer:
             raise _changed(parameters & set(self._blocks_of))
         # what was elementwise so far may be used in another way now: then per-example gradients from here on
         self.example_wise |= example_wise & known
-        for block in fresh:
+        for found in fresh:
+            rules = sorted({self._failed[name] for name in found.parameters if name in self._failed})
+            block = replace(found, failed=", ".join(rules)) if rules else found
             self.blocks[block.name] = block
             for name in block.parameters:
                 self._blocks_of.setdefault(name, []).append(block.name)
@@ -308,6 +312,7 @@ class Tracer:
             raise _changed({name for block in failed for name in block.parameters})
         for block in failed:
             self._hidden.update(block.parameters)
+            self._note_failure(block, observation, counts)
         # a bias or other rows of a failed weight are planned anew together with it
         for block in [b for b in self.blocks.values() if self._hidden & set(b.parameters)]:
             del self.blocks[block.name]
@@ -316,6 +321,23 @@ class Tracer:
         passed = not failed and not met
         self._may_be_chain = self._may_be_chain and passed
         return passed
+
+    def _note_failure(self, block: Block, observation: Observation, uses: Mapping[str, int]) -> None:
+        """Names the rule of a block that failed, where its parameters are used by nothing but calls with a rule."""
+        calls = [call for call in observation.calls if set(call.names) & set(block.parameters)]
+        recorded = {name: sum(name in call.names for call in calls) for name in block.parameters}
+        if any(uses.get(name, 0) > recorded[name] for name in block.parameters):
+            return
+        rules = ", ".join(sorted({call.rule.name for call in calls}))
+        self._failed.update(dict.fromkeys(block.parameters, rules))
+        warnings.warn(
+            f"layer rule {rules!r} failed its check against autograd in block {block.name!r}: its gradient for "
+            f"{', '.join(block.parameters)} is another one. Per-example gradients take its place: all numbers are "
+            "right, but slower, and without Kronecker factors. If the rule is yours, mend it; if it is not, the "
+            "parameters act where no rule sees them (a gradient taken in the forward pass, an own autograd function)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:

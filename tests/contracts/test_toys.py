@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.estimators import ESTIMATORS
 from laplace_kf.estimators.exact import Exact
-from laplace_kf.layers import register, rule_names
-from laplace_kf.layers.linear import LINEAR
+from laplace_kf.layers import RULES, BoundCall, LayerRule, MatrixView, register, rule_names
+from laplace_kf.layers.base import WithParameter
+from laplace_kf.layers.elementwise import SCALE, ScaleRule
+from laplace_kf.layers.linear import LINEAR, MATMUL, LinearRule, MatmulRule
 from laplace_kf.likelihoods import LIKELIHOODS, Gaussian
 from laplace_kf.posterior.chain import TERMS
 from laplace_kf.structures import STRUCTURES
@@ -149,3 +154,72 @@ def test_a_rule_without_cases_fails_under_its_name(kind: str, add: object) -> No
         assert len(mine) >= max(len(entries) for factor, entries in NAMES.items() if factor != kind)
         with pytest.raises(AssertionError, match=r"'caseless' has no examples.*examples"):
             problem(**mine[0])
+
+
+# ------------------------------------------------------------------------------------------------ wrong rules
+
+
+class Turned(MatmulRule):
+    """Reads the weight with rows and columns exchanged."""
+
+    def view(self, weight: Tensor, call: BoundCall) -> MatrixView:
+        return LinearRule.view(self, weight, call)
+
+
+class Halved(ScaleRule):
+    """Gives half of the gradient."""
+
+    def normalised(self, rows: Tensor, call: BoundCall) -> Tensor:
+        return super().normalised(rows, call) / 2
+
+
+def replaced(rule: LayerRule) -> None:
+    for function in rule.functions:
+        RULES[function] = rule
+
+
+WRONG = {
+    "turned": lambda: (Turned("turned", MATMUL.functions, ("x @ W",), MATMUL.arguments), lambda x, w: x @ w, (3, 3)),
+    "halved": lambda: (Halved("halved", SCALE.functions, ("w * x",)), lambda x, w: w * x, (3,)),
+}
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full", "layer"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_layer_rule_is_named(name: str, structure: str, tmp_path: Path) -> None:
+    """In a warning to its author and in the summary, also of a saved posterior; the numbers stay right."""
+    with unregistered():
+        rule, function, shape = WRONG[name]()
+        model = nn.Sequential(WithParameter(function, *shape), nn.Tanh(), nn.Linear(3, 2)).double()
+        data = (torch.randn(6, 3).double(), torch.tensor([0, 1, 1, 0, 1, 0]))
+        for known in rule.functions:
+            RULES.pop(known, None)
+        reference = lk.LaplacePosterior(model, "categorical", structure).fit(data)
+        assert "failed" not in str(reference.summary())
+        replaced(rule)
+        with pytest.warns(RuntimeWarning, match=rf"layer rule '{name}' failed its check.*'0'"):
+            posterior = lk.LaplacePosterior(model, "categorical", structure).fit(data)
+        close(posterior.precision.dense(), reference.precision.dense())
+        posterior.save(tmp_path / "named.safetensors")
+        for kept in (posterior, lk.LaplacePosterior.load(tmp_path / "named.safetensors", model)):
+            assert f"layer rule {name} failed its check" in str(kept.summary())
+
+
+def test_a_parameter_that_also_acts_elsewhere_is_no_fault_of_a_rule() -> None:
+    class Hidden(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x * w.sum()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+            x, w = ctx.saved_tensors
+            return g * w.sum(), (g * x).sum() * torch.ones_like(w)
+
+    model = WithParameter(lambda x, w: Hidden.apply(x @ w, w), 3, 2).double()
+    data = (torch.randn(6, 3).double(), torch.tensor([0, 1, 1, 0, 1, 0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        posterior = lk.LaplacePosterior(model, "categorical").fit(data)
+    assert "failed" not in str(posterior.summary())

@@ -231,6 +231,29 @@ def test_parameters_without_a_rule_take_single_graphs(kind: Library) -> None:
     close(kron.total().dense(), estimate(model, kind.loader(graphs, 1), "kron").total().dense())
 
 
+def test_gradients_of_single_graphs_by_node(kind: Library) -> None:
+    """A graph alone has fewer rows than in a batch, where it is padded to the largest."""
+
+    class Scaled(Nodes):
+        def __init__(self) -> None:
+            super().__init__()
+            self.points = nn.Parameter(torch.randn(2, 4))
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return super().forward(torch.cat([x[:, :2], torch.cdist(x, self.points).tanh()], 1), edge_index)
+
+    graphs, model = several(kind, "node"), net(Scaled)
+    wanted = ggn(model, graphs)
+    for structure in ("full", "diag"):
+        close(estimate(model, kind.loader(graphs, 5), structure).total().diag(), wanted.diagonal())
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit(kind.loader(graphs, 2))
+    inverse = torch.linalg.inv(posterior.precision.dense())
+    found = posterior.functional_covariance(kind.batch.from_data_list(graphs))
+    for k, graph in enumerate(graphs):
+        j = jacobian(model, graph)[1].flatten(0, 1)
+        close(found[k, : len(j), : len(j)], j @ inverse @ j.T, 1e-10)
+
+
 def test_batch_that_cannot_be_cut_says_so() -> None:
     kind = Library("double")
     graphs = several(kind)
@@ -595,3 +618,44 @@ def test_what_no_draw_changes_is_computed_once(level: str) -> None:
     assert found.probs.shape[0] == len(draws["second.weight"]) * len(SIZES)
     weights = posterior.predictor(30, rng(1))(batch)
     close(found.probs, weights.probs)
+
+
+class Molecules(nn.Module):
+    """Atoms and bonds are numbers of kinds; a bond is of the kind of its first atom."""
+
+    def __init__(self, pooled: bool) -> None:
+        super().__init__()
+        self.atoms, self.bonds, self.out, self.pooled = nn.Embedding(6, 4), nn.Embedding(3, 4), nn.Linear(4, C), pooled
+
+    def forward(self, x: Tensor, edge_index: Tensor, batch: Tensor) -> Tensor:
+        number = (x[:, 0] * 10).long()
+        h, bonds = self.atoms(number % 6), self.bonds(number[edge_index[0]] % 3)
+        h = (h + torch.zeros_like(h).index_add(0, edge_index[1], torch.tanh(h[edge_index[0]] + bonds))).tanh()
+        if self.pooled:
+            h = h.new_zeros(int(batch.max()) + 1, 4).index_add(0, batch, h)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_embedded_kinds_of_nodes_and_edges(kind: Library, pooled: bool) -> None:
+    graphs = several(kind, "graph" if pooled else "node")
+    model = net(Molecules, pooled=pooled)
+
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+            return self.inner(x, edge_index, torch.zeros(len(x), dtype=torch.long))
+
+    wanted = ggn(Alone(), graphs)
+    whole = kind.loader(graphs, 5)
+    close(estimate(model, whole).total().dense(), wanted)
+    close(estimate(model, whole, "diag").total().diag(), wanted.diagonal())
+    kron, single = estimate(model, whole, "kron"), estimate(model, kind.loader(graphs, 1), "kron")
+    assert kron.blocks["atoms"].one_hot and kron.blocks["bonds"].one_hot
+    close(kron.total().dense(), single.total().dense())
+    posterior = lk.LaplacePosterior(model, "categorical").fit(whole)
+    scores = posterior.ood_score(kind.batch.from_data_list(graphs), "leverage", layers="all")
+    close(scores, torch.cat([posterior.ood_score(g, "leverage", layers="all") for g in graphs]), 1e-10)
