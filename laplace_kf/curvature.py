@@ -21,6 +21,7 @@ from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.lookups import Plainly
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.outputs.arranged import decided
@@ -28,7 +29,7 @@ from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
-from laplace_kf.tape import FlatLayout, select
+from laplace_kf.tape import UNUSED, FlatLayout, select
 from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
@@ -48,6 +49,7 @@ def estimate(
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
     layout: str | None = None,
+    unused: str = "error",
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -67,6 +69,8 @@ def estimate(
         dtype: type of the sums; default: the model's, float32 at least.
         layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
             ``"channels_last"``; default: as the targets show.
+        unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
+            their curvature is 0.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -78,7 +82,10 @@ def estimate(
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
-    settings: dict[str, Any] = {"forward": reading(forward, inputs, targets), "generator": generator, "dtype": dtype}
+    _ = UNUSED[unused]
+    settings: dict[str, Any] = {
+        "forward": reading(forward, inputs, targets), "generator": generator, "dtype": dtype, "unused": unused,
+    }  # fmt: skip
     rule = get_likelihood(likelihood)
     job = (model, as_batches(data, model), rule if layout is None else rule.with_layout(layout), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
@@ -234,7 +241,8 @@ def _products(
             check_finite(batch, index, "the batch")
             if index == 0:
                 require_same_loss(model, to_device(batch, weights[0].device), forward, likelihood)
-            outputs, targets = run(model, to_device(batch, weights[0].device), forward)
+            with Plainly():  # its derivatives are those of the function
+                outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             check_ignored(batch, targets, likelihood, forward)
             likelihood = decided(likelihood, outputs, targets)
             likelihood.check(outputs.detach(), targets)

@@ -6,7 +6,7 @@ accumulation, moving averages, merging workers and discounting old data are all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from random import getstate, setstate
@@ -147,26 +147,49 @@ class Statistics:
         """
         if not isinstance(other, Statistics):
             return NotImplemented
-        if self.structure.name != other.structure.name or self.layout != other.layout:
+        common = self.layout.common(other.layout)
+        if self.structure.name != other.structure.name or common is None:
             raise IncompatiblePair(
                 "statistics can only be added if they have the same structure and cover the same parameters "
                 f"({self.structure.name!r} over {self.layout.size} and {other.structure.name!r} over "
                 f"{other.layout.size} parameters)"
             )
-        blocks = {**self.blocks, **other.blocks}
-        for name in set(self.blocks) & set(other.blocks):
-            if self.blocks[name] != other.blocks[name]:
+        mine, theirs = self.without(other.used), other.without(self.used)
+        blocks = {**mine.blocks, **theirs.blocks}
+        for name in set(mine.blocks) & set(theirs.blocks):
+            if mine.blocks[name] != theirs.blocks[name]:
                 raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
-        structure, sums = self.structure.merged(self.sums, other.structure, other.sums)
+        covered = [name for block in blocks.values() for name in block.parameters]
+        if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
+            _require_one_form(mine.blocks, theirs.blocks, covered)
+        structure, sums = mine.structure.merged(mine.sums, theirs.structure, theirs.sums)
         return Statistics(
             structure,
-            self.layout,
+            common,
             blocks,
             sums,
             self.count + other.count,
             self.log_likelihood + other.log_likelihood,
             self.terms + other.terms,
             self.outputs or other.outputs,
+        )
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters that took part in a forward pass."""
+        return {name for block in self.blocks.values() if not block.unused for name in block.parameters}
+
+    def without(self, names: Collection[str]) -> Statistics:
+        """Without the blocks of unused parameters among ``names``, which say nothing beside others' that are used."""
+        gone = {n for n, block in self.blocks.items() if block.unused and block.parameters[0] in names}
+        if not gone:
+            return self
+        fixed = {name: parts for name, parts in self.structure.fixed.items() if name not in gone}
+        return replace(
+            self,
+            structure=self.structure.with_fixed(fixed) if fixed else self.structure,
+            blocks={name: block for name, block in self.blocks.items() if name not in gone},
+            sums={name: parts for name, parts in self.sums.items() if name not in gone},
         )
 
     def scale(self, factor: float) -> Statistics:
@@ -194,6 +217,22 @@ class Statistics:
     def total(self) -> Matrix:
         """``N · C̄``."""
         return self.mean().scaled(self.count)
+
+
+def _require_one_form(mine: Mapping[str, Block], theirs: Mapping[str, Block], covered: Sequence[str]) -> None:
+    """Refuses parameters that two statistics keep in blocks of different names."""
+    twice = {
+        name
+        for name in set(covered)
+        if {b for b, block in mine.items() if name in block.parameters}
+        != {b for b, block in theirs.items() if name in block.parameters}
+        and any(name in block.parameters for block in mine.values())
+        and any(name in block.parameters for block in theirs.values())
+    }
+    if twice:
+        raise IncompatiblePair(
+            f"parameters {', '.join(sorted(twice))} belong to other blocks in one of the statistics than in the other"
+        )
 
 
 class Accumulator:
@@ -260,13 +299,14 @@ class Accumulator:
             self._met = True
             self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
         self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)
-        self._prepare(self.dtype)
+        self._prepare(self.tracer.blocks)
         if number == 0:  # not one target counts
             return
         with torch.no_grad():
-            if self.structure.counts_positions:
-                self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
-            self.estimator.measure(observation, self.likelihood, self, self.generator)
+            if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
+                if self.structure.counts_positions:
+                    self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
+                self.estimator.measure(observation, self.likelihood, self, self.generator)
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
             log_prob = self.likelihood.log_prob(wide, observation.targets)
@@ -274,10 +314,10 @@ class Accumulator:
         self.terms += self.likelihood.terms(observation.targets)
         self.count += number
 
-    def _prepare(self, dtype: torch.dtype) -> None:
+    def _prepare(self, blocks: Mapping[str, Block]) -> None:
         """Zero sums for new blocks, each on the device of its parameters (a model may lie on several)."""
-        for name, block in self.tracer.blocks.items():
-            like = torch.zeros((), dtype=dtype, device=self.tracer.named[block.parameters[0]].device)
+        for name, block in blocks.items():
+            like = torch.zeros((), dtype=self.dtype, device=self.tracer.named[block.parameters[0]].device)
             self.structure.prepare(self.sums, {name: block}, self.tracer.layout, like)
 
     def takes_output_signals(self) -> bool:
@@ -347,8 +387,9 @@ class Accumulator:
         if self.count == 0:
             raise ShapeMismatch("the data are empty: no batch was yielded, so there is nothing to fit")
         self.tracer.require_all_seen()
-        blocks = dict(self.tracer.blocks)
+        blocks = self.tracer.all_blocks()
         self._warn_of_poorer(blocks)
+        self._prepare(blocks)
         sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
         for name, parts in sums.items():
             for part in parts:
@@ -376,6 +417,7 @@ def collect(
     dtype: torch.dtype | None = None,
     passes: int = 1,
     progress: bool = False,
+    unused: str = "error",
 ) -> Statistics:
     """Statistics of the data; the model is in eval mode meanwhile and left exactly as it was.
 
@@ -385,6 +427,7 @@ def collect(
         batches: one pass over the data, or more if the structure or ``passes`` asks for it.
         passes: how often to go through the data for one sum (random augmentation).
         progress: show a bar.
+        unused: ``"error"`` or ``"prior"``, see :class:`laplace_kf.tape.Tracer`.
 
     Raises:
         ShapeMismatch: if the data have to be seen again and cannot be.
@@ -394,7 +437,7 @@ def collect(
         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
     model = usable(model)
     with preserved(model):
-        tracer = Tracer(model, forward, parameters)
+        tracer = Tracer(model, forward, parameters, unused=unused)
         following: StructureRule | None = structure
         stage = 0
         while following is not None:

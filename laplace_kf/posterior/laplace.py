@@ -24,13 +24,13 @@ from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
-from laplace_kf.models import usable
+from laplace_kf.models import parameters_of, usable
 from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.chain import Chain, ChainedEvidence
-from laplace_kf.posterior.evidence import Evidence, EvidenceModel
+from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_block
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.penalty import Penalty
@@ -51,7 +51,7 @@ from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
-from laplace_kf.tape import EntryLayout, FlatLayout, select
+from laplace_kf.tape import UNUSED, EntryLayout, FlatLayout, select
 
 __all__ = ["LaplacePosterior"]
 
@@ -77,10 +77,9 @@ class _Fitted:
         return next(iter(self.statistics.sums.values()))[0]
 
     @cached_property
-    def squares(self) -> dict[str, Tensor]:
-        """``‖θ*‖²`` of every parameter by name, 0-dim in float64."""
-        parts = self.statistics.layout.split(self.mean[None].double())
-        return {name: part.square().sum().cpu() for name, part in parts.items()}
+    def squares(self) -> dict[str, dict[str, Tensor]]:
+        """``‖θ*‖²`` by block and parameter name, 0-dim in float64."""
+        return squares_by_block(self.curvature, self.mean)
 
 
 class LaplacePosterior:
@@ -107,6 +106,8 @@ class LaplacePosterior:
         dtype: floating type of the curvature; default: the model's, float32 at least.
         layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
             ``"channels_last"``; default: as the targets show at ``fit``.
+        unused: what becomes of selected parameters that take no part in any forward pass of ``fit`` (an expert that no
+            example reached): ``"error"`` refuses and names them, ``"prior"`` keeps their prior: their curvature is 0.
         prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
             what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
         multiplier, terms, forgetting: with ``prior``, as in :meth:`update`.
@@ -133,6 +134,7 @@ class LaplacePosterior:
         targets: Part | None = None,
         dtype: torch.dtype | None = None,
         layout: str | None = None,
+        unused: str = "error",
         prior: LaplacePosterior | None = None,
         multiplier: float = 1.0,
         terms: str = "keep",
@@ -164,6 +166,8 @@ class LaplacePosterior:
         self.dtype = dtype
         self._method: str | None = None
         self._temperature: float | None = None
+        _ = UNUSED[unused]
+        self.unused = unused
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
@@ -222,7 +226,9 @@ class LaplacePosterior:
         generator = generator if generator is not None else fresh_generator()
         data = paired(train_loader, y)
         job = (self.model, as_batches(data, self.model), self.likelihood, self.estimator)
-        settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
+        settings: dict[str, Any] = {
+            "forward": self.forward, "generator": generator, "dtype": self.dtype, "unused": self.unused,
+        }  # fmt: skip
         names, structure = (
             covered(
                 self.parameters,
@@ -334,6 +340,14 @@ class LaplacePosterior:
                 )
         return state
 
+    def _parameters(self, layout: FlatLayout) -> dict[str, Tensor]:
+        """The model's parameters of a layout by name, each of its shape.
+
+        Raises:
+            ShapeMismatch: if the model has not all of them in these shapes any more.
+        """
+        return parameters_of(self.model, layout.names, layout.shapes, "the posterior")
+
     # -- settings ----------------------------------------------------------------------------------------------------
 
     @property
@@ -414,12 +428,12 @@ class LaplacePosterior:
             name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
         }
         # of each parameter's own type and device, which the flat vector cannot keep
-        named = dict(self.model.named_parameters())
+        named = self._parameters(state.statistics.layout)
         return {name: part.to(named[name], copy=True).detach() for name, part in whole.items()}
 
     def _flat_weights(self, layout: FlatLayout) -> Tensor:
         """The model's selected parameters ``(P,)``, on the device of the first and in the widest of their types."""
-        named = dict(self.model.named_parameters())
+        named = self._parameters(layout)
         device = named[layout.names[0]].device
         return layout.join({name: named[name][None].to(device) for name in layout.names})[0]
 
@@ -551,7 +565,7 @@ class LaplacePosterior:
             self._prior,
             lambda c, given: Penalty(c.products(self.n_data, given, self.damping), centre, state.like, constant),
         )
-        return quadratic({name: self.model.get_parameter(name) for name in quadratic.names})
+        return quadratic(self._parameters(state.statistics.layout))
 
     @lasting()
     def precondition_gradients(self, rate: float) -> None:
@@ -629,7 +643,7 @@ class LaplacePosterior:
                 structure whose blocks cannot be chained in that way.
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
-        self._in_model("update")
+        self._parameters(self._in_model("update").statistics.layout)
         one_argument("update", multiplier)
         own = reading(forward, inputs, targets)
         following = LaplacePosterior(
@@ -641,6 +655,7 @@ class LaplacePosterior:
             damping=self.damping,
             forward=own if own is not None else self.forward,
             dtype=self.dtype,
+            unused=self.unused,
             prior=self,
             multiplier=multiplier,
             terms=terms,
@@ -1020,6 +1035,7 @@ class LaplacePosterior:
             "temperature": self._temperature,
             "noise": state.noise,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "unused": self.unused,
         }
         tensors, described = store.packed(state.statistics)
         tensors.update({f"rest/{name}": value for name, value in state.rest.items()})
@@ -1076,11 +1092,7 @@ class LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
         layout = store.layout_of(header["statistics"])
-        named = dict(model.named_parameters())
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            found = tuple(named[name].shape) if name in named else None
-            if found != shape:
-                raise ShapeMismatch(f"the file has parameter {name!r} of shape {shape}, the model has {found}")
+        named = parameters_of(model, layout.names, layout.shapes, "the file")
         chosen = header["parameters"]
         single = isinstance(chosen, Mapping)
         if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
@@ -1100,6 +1112,7 @@ class LaplacePosterior:
             damping=header["damping"],
             forward=reading(forward, inputs, targets),
             dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
+            unused=header.get("unused", "error"),
             **header["options"],
         )
         first = named[layout.names[0]]

@@ -262,8 +262,7 @@ def _evidence(posterior: LaplacePosterior) -> Measure:
 def _by_evidence(posterior: LaplacePosterior, noise: bool, per_block: bool) -> tuple[TuningResult, Settings]:
     """The maximum over λ and the noise at the N that the posterior has: in N the evidence has no inner maximum."""
     model, n = posterior.evidence_model(), posterior.n_data
-    blocks = len(model.curvature.entries)
-    start = torch.ones(blocks if per_block else 1, dtype=torch.float64)
+    start = torch.ones(max(model.groups) + 1 if per_block else 1, dtype=torch.float64)
     path = model.maximise(n, start, posterior.likelihood, noise)
     rows = []
     for prior, sigma, value in path:

@@ -14,7 +14,7 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
-from laplace_kf.predictive.calls import outputs_at
+from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import monte_carlo
@@ -105,6 +105,7 @@ def _tempered(request: Request) -> Prediction:
 def _outputs(request: Request) -> Tensor:
     """At the mean weights, ``(1, N, ...)``."""
     inputs = to_device(request.inputs, next(iter(request.mean.values())).device)
+    require_movable(request.model, request.forward, request.mean, inputs)
     with preserved(request.model):
         outputs = outputs_at(request.model, request.forward, request.mean, inputs)[None]
     check_finite(outputs, 0, "the model's output")

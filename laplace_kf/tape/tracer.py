@@ -15,7 +15,10 @@ from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import coarsest
-from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout
+from laplace_kf.registry import Registry
+from laplace_kf.returned import as_tensor
+from laplace_kf.substitution import leaves_of, require_reached
+from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout, unused_blocks
 from laplace_kf.tape.chain import Chain, derivative
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.observation import Observation
@@ -26,7 +29,11 @@ from laplace_kf.tape.sharing import Readings
 from laplace_kf.tape.tape import Portion, Tape
 from laplace_kf.tape.wiring import Wiring
 
-__all__ = ["Tracer"]
+__all__ = ["UNUSED", "Tracer"]
+
+UNUSED: Registry[bool] = Registry("treatment of unused parameters")  # whether they are let be
+UNUSED.register("error")(False)
+UNUSED.register("prior")(True)
 
 
 class Tracer:
@@ -38,6 +45,7 @@ class Tracer:
         parameters: selection as in :func:`laplace_kf.tape.select.select`.
         weights: differentiable stand-ins for some parameters by name, each of its parameter's shape, which ``forward``
             puts into the model; they are then what is selected.
+        unused: what becomes of selected parameters that never take part: ``"error"``, or ``"prior"``: curvature 0.
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
@@ -54,10 +62,12 @@ class Tracer:
         forward: Forward | None,
         parameters: str | Sequence[str] = "all",
         weights: Mapping[str, Tensor] | None = None,
+        unused: str = "error",
     ) -> None:
         self.model = model
         self.forward = forward
         self.parameters = parameters
+        self.unused = UNUSED[unused]
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         self.blocks: dict[str, Block] = {}
         self.layout: FlatLayout
@@ -67,8 +77,10 @@ class Tracer:
             self._selected = [name for name in self.named if name in weights]
         else:
             self._selected = None if parameters == "last_layer" else select(model, parameters)
+        self._guarded = weights is not None  # who puts weights in watches over them
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
+        self._constant: dict[str, int | None] = {}  # by parameter, the row that all its uses take for a constant
         self._failed: dict[str, str] = {}  # parameter to the layer rules that failed the check
         self._counts: dict[str, int] = {}
         self._verified: set[str] = set()
@@ -102,16 +114,29 @@ class Tracer:
         return [name for name in self.layout.names if name not in self._blocks_of]
 
     def require_all_seen(self) -> None:
-        """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass."""
+        """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass.
+
+        Not with ``unused="prior"``, as long as one of them did.
+        """
         unseen = self.unseen()
-        if not unseen:
+        if not unseen or (self.unused and len(unseen) < len(self.layout.names)):
             return
         modules = sorted({owner(name) or "(root)" for name in unseen})
-        raise UnsupportedLayer(
-            f"selected parameters that never took part in the forward pass: {', '.join(unseen)} (modules: "
-            f"{', '.join(modules)}). Freeze them (requires_grad_(False)), leave them out with parameters=[patterns], "
-            "or make the model use them (scripted or compiled code is not visible: pass the plain module)."
+        way = (
+            "None of them did: leave out unused=, and make the model use them"
+            if self.unused
+            else 'Pass unused="prior" to keep their prior (their curvature on these data is 0), freeze them '
+            "(requires_grad_(False)), leave them out with parameters=[patterns], or make the model use them"
         )
+        raise UnsupportedLayer(
+            f"{len(unseen)} of {len(self.layout.names)} selected parameters never took part in the forward pass: "
+            f"{_some(unseen)} (modules: {_some(modules)}). {way} (scripted or compiled code is not visible: pass the "
+            "plain module)."
+        )
+
+    def all_blocks(self) -> dict[str, Block]:
+        """The blocks of all selected parameters by name; last, one for each that never took part."""
+        return {**self.blocks, **unused_blocks(self.layout, self.unseen())}
 
     def observe(self, batch: Any, index: int = 0) -> Observation:
         """One forward pass on the tape.
@@ -143,6 +168,11 @@ class Tracer:
         if self._selected is None:
             self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
             self.layout = flat_layout(self.named, self._selected)
+        if not self._guarded:
+            require_reached(
+                self.model, self.forward, self._selected, lambda: as_tensor(run(self.model, batch, self.forward)[0])
+            )
+            self._guarded = True
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
         for call in tape.calls:
@@ -151,7 +181,8 @@ class Tracer:
         number(tape.calls)
         for step in tape.steps:
             step.call = step.call if step.call is not None and step.call.portions else None
-        if not outputs.requires_grad:
+        self._note_constants(tape)
+        if not outputs.requires_grad and not self.unused:
             self.require_all_seen()
         try:
             return self._observation(batch, tape, outputs, targets)
@@ -162,6 +193,24 @@ class Tracer:
                 "the model uses torch.utils.checkpoint with use_reentrant=True, which hides its layers from autograd; "
                 "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
             ) from error
+
+    def _note_constants(self, tape: Tape) -> None:
+        """Rows of tables that are constants: every use of the table so far has to take them for that."""
+        for call in tape.calls:
+            for role, portion in call.portions.items():
+                plain = role == "weight" and portion.whole and not portion.transposed
+                row = call.rule.constant_row(call.bound) if plain else None
+                if self._constant.setdefault(portion.name, row) != row:
+                    self._constant[portion.name] = None
+        self._constant.update(dict.fromkeys((*tape.opaque, *self._hidden)))
+        held = []
+        for name in self.layout.names:
+            row = self._constant.get(name)
+            if row is not None:
+                width = self.named[name][0].numel()
+                held.append((name, row * width, (row + 1) * width))
+        if tuple(held) != self.layout.held:
+            self.layout = replace(self.layout, held=tuple(held))
 
     def _observation(self, batch: Any, tape: Tape, outputs: Tensor, targets: Any) -> Observation:
         """What was recorded, with rows located and blocks planned and checked."""
@@ -322,17 +371,17 @@ class Tracer:
 def _uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:
     """How often each parameter (name by id) enters the autograd graph of ``outputs (N, ...)``."""
     found: dict[str, int] = {}
-    stack, seen = [outputs.grad_fn], {outputs.grad_fn}
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions if node is not None else ():
-            name = names.get(id(getattr(following, "variable", None)))
-            if name is not None:
-                found[name] = found.get(name, 0) + 1
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
+    for leaf in leaves_of(outputs):
+        name = names.get(id(leaf))
+        if name is not None:
+            found[name] = found.get(name, 0) + 1
     return found
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """The first ten names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _changed(names: Collection[str]) -> UnsupportedLayer:
