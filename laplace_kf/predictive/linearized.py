@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, map_examples, run, tensors_of, to_device
+from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
