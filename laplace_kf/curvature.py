@@ -19,7 +19,7 @@ from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
-from laplace_kf.graphs import check_ignored
+from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.lookups import Plainly
 from laplace_kf.models import usable
@@ -244,7 +244,7 @@ def _products(
             with Plainly():  # its derivatives are those of the function
                 outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             check_ignored(batch, targets, likelihood, forward)
-            likelihood = decided(likelihood, outputs, targets)
+            likelihood = decided(likelihood, outputs, targets, read_by_rows(batch, forward))
             likelihood.check(outputs.detach(), targets)
             parts = product(likelihood, outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])

@@ -22,7 +22,7 @@ from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
-from laplace_kf.graphs import check_ignored
+from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
@@ -283,7 +283,12 @@ class Accumulator:
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         check_ignored(observation.batch, observation.targets, self.likelihood, self.tracer.forward)
-        self.likelihood = decided(self.likelihood, observation.outputs, observation.targets)
+        self.likelihood = decided(
+            self.likelihood,
+            observation.outputs,
+            observation.targets,
+            read_by_rows(observation.batch, self.tracer.forward),
+        )
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -494,7 +499,8 @@ class _Snapshot:
                 current.clear()
                 current.extend(contents) if isinstance(contents, list) else current.update(contents)
         for tensor, version, content in self.tensors:
-            if tensor._version != version:
+            # batch normalisation writes its running statistics without a new version
+            if tensor._version != version or not torch.equal(tensor, content):
                 with torch.no_grad():
                     tensor.copy_(content)
 

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.lookups import note_plain, plain
+from laplace_kf.replica import original
 
 __all__ = ["leaves_of", "note_reached", "reached", "require_reached", "substituted"]
 
@@ -56,7 +57,7 @@ class _Runner(nn.Module):
 
 
 def leaves_of(outputs: Tensor) -> Iterator[Tensor]:
-    """The leaves that the autograd graph of ``outputs (...)`` ends in, one for every edge that leads there."""
+    """The leaves that the autograd graph of outputs ``(N, ...)`` ends in, one for every edge that leads there."""
     stack, seen = [outputs.grad_fn], {outputs.grad_fn}
     while stack:
         node = stack.pop()
@@ -72,19 +73,23 @@ def leaves_of(outputs: Tensor) -> Iterator[Tensor]:
 # --------------------------------------------------------------------------------------------- once for every posterior
 
 
-_Known = dict[int, "dict[str, ref[Tensor]]"]  # by identity of forward=, the parameters that were found in their place
+KEPT = 8  # answers for different forward= that are remembered for a model
+_Known = dict[int, "tuple[Any, dict[str, ref[Tensor]]]"]  # forward= by its identity, parameters found in their place
 _KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def note_reached(model: nn.Module, forward: Any, names: Collection[str]) -> None:
     """Remembers that the forward pass (with the user's ``forward``, or ``None``) reaches these in their place."""
-    known = _KNOWN.setdefault(model, {}).setdefault(id(forward), {})
-    known.update({name: ref(p) for name, p in model.named_parameters() if name in names})
+    known = _KNOWN.setdefault(original(model), {})
+    _, found = known.setdefault(id(forward), (forward, {}))  # which is kept, so that no other one gets its identity
+    found.update({name: ref(p) for name, p in model.named_parameters() if name in names})
+    while len(known) > KEPT:
+        del known[next(iter(known))]
 
 
 def reached(model: nn.Module, forward: Any, names: Collection[str]) -> bool:
     """Whether :func:`require_reached` has passed for all these parameters, as they are now."""
-    known = _KNOWN.get(model, {}).get(id(forward), {})
+    _, known = _KNOWN.get(original(model), {}).get(id(forward), (None, {}))
     if any(name not in known for name in names):
         return False
     return all(known[name]() is p for name, p in model.named_parameters() if name in names)

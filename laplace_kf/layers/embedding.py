@@ -58,6 +58,10 @@ EMBEDDING = register(
 # what laplace_kf.lookups makes of a bag: its places without a token are -1
 register(
     EmbeddingRule(
-        "embedding_bag", (lookup,), ("nn.EmbeddingBag",), {"input": None, "weight": None, "padding_idx": None}
+        "embedding_bag",
+        (lookup,),
+        ("nn.EmbeddingBag",),
+        {"input": None, "weight": None, "padding_idx": None},
+        (lambda: (nn.EmbeddingBag(6, 3), torch.randint(6, (5, 2))),),
     )
 )

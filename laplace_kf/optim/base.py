@@ -27,7 +27,7 @@ from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
-from laplace_kf.graphs import check_ignored
+from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import parameters_of, usable
@@ -222,7 +222,9 @@ class SecondOrder(torch.optim.Optimizer):
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
         check_ignored(data, targets, self.likelihood, self.user_forward)
-        self.likelihood = self.objective.likelihood = decided(self.likelihood, outputs, targets)
+        self.likelihood = self.objective.likelihood = decided(
+            self.likelihood, outputs, targets, read_by_rows(data, self.user_forward)
+        )
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())

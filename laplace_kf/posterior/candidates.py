@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from scipy.optimize import minimize_scalar
 from tqdm.auto import tqdm
 
 from laplace_kf.likelihoods import to_positions
@@ -153,6 +152,8 @@ class Contest:
 
     def _temperature(self) -> Candidate:
         """The logits divided by the temperature with the best objective."""
+        from scipy.optimize import minimize_scalar  # its import changes the filters of warnings
+
         known: dict[float, Score] = {}
 
         def value(log: float) -> float:

@@ -48,6 +48,7 @@ from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predict
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, paired, reading
+from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -372,9 +373,9 @@ class LaplacePosterior:
 
     @method.setter
     def method(self, value: str) -> None:
-        if value != "auto":
+        if value != AUTO:
             _ = METHODS[value]
-        self._method, self._calibration = None if value == "auto" else value, None
+        self._method, self._calibration = None if value == AUTO else value, None
 
     @property
     def temperature(self) -> float | None:
@@ -712,8 +713,8 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("predict")
-        if method == "auto":
-            drawn = space != "auto" or draws != "independent"
+        if method == AUTO:
+            drawn = space != AUTO or draws != "independent"
             method = "linearized" if link is not None else "mc" if drawn else self.method
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
@@ -775,7 +776,7 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
-        chosen = self.method if method == "auto" else method
+        chosen = self.method if method == AUTO else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self
 

@@ -18,6 +18,7 @@ from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
 from laplace_kf.posterior.prior import plain, positive
 from laplace_kf.posterior.search import Search, compared, grid
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
+from laplace_kf.registry import AUTO
 
 if TYPE_CHECKING:
     from laplace_kf.posterior.laplace import LaplacePosterior
@@ -287,7 +288,7 @@ def _over_grid(
     options: Options,
 ) -> tuple[TuningResult, Settings]:
     """The grid as it is given; a noise scale that is to be tuned is MAP's best at all of its points."""
-    method = posterior.method if options.method == "auto" else options.method
+    method = posterior.method if options.method == AUTO else options.method
     scorer = validation.scorer("map" if method == "temperature" else method)
     search = Search(scorer, name, options.progress)
     search.look([MAP])
@@ -295,7 +296,7 @@ def _over_grid(
         scorer.hold_noise(search.scores[MAP].noise)
     best, at_edge = grid(search, counts, priors, options.extend)
     found, settings = _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
-    chosen = None if options.method == "auto" else method
+    chosen = None if options.method == AUTO else method
     return replace(found, method=chosen), replace(settings, method=chosen)
 
 
@@ -314,18 +315,18 @@ def _contest(
     offered, asked = contest.offered(), options.method
     if asked == "probit" and asked in posterior.likelihood.links():  # for others the same as "linearized"
         offered = [*offered, asked]
-    if asked != "auto" and asked not in offered:
+    if asked != AUTO and asked not in offered:
         raise IncompatiblePair(
             f"{posterior.likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"
         )
-    contest.run(offered if asked == "auto" else [each for each in ("map", "temperature", asked) if each in offered])
+    contest.run(offered if asked == AUTO else [each for each in ("map", "temperature", asked) if each in offered])
     before = posterior.likelihood.noise_scale if validation.noise else None
     found, overall = contest.found, contest.found["map"].score
-    if asked != "auto" and found[asked].left_out:
+    if asked != AUTO and found[asked].left_out:
         raise IncompatiblePair(
             f"method={asked!r} cannot be tuned within budget={options.budget:g}: {found[asked].left_out}"
         )
-    winner = contest.winner() if asked == "auto" else found[asked]
+    winner = contest.winner() if asked == AUTO else found[asked]
     of = {method: candidate for method, candidate in found.items() if candidate.search is not None}
     # a winner without a posterior leaves (N, λ) to the best of those that have one, for all else that needs them
     source = winner if winner.search is not None else _best_of(of)

@@ -81,7 +81,7 @@ class Part:
     """The first examples of the validation data, put together to be scored; and the far ones of a contrast.
 
     Args:
-        batches: in the order of the data.
+        batches: in the order of the data, outputs ``(N, ...)``.
         far: sites and outputs of out-of-distribution inputs.
         samples: S.
     """

@@ -940,7 +940,7 @@ def test_tune_is_reproducible_and_leaves_the_global_generator() -> None:
     case, val = _classification()
     posterior = fitted(case.make())
     before = torch.get_rng_state()
-    options: dict[str, Any] = {"n_data": [30.0], "prior_precision": PRIOR_GRID, "samples": 10}
+    options: dict[str, Any] = {"n_data": [30.0], "prior_precision": PRIOR_GRID, "method": "mc", "samples": 10}
     first = _quiet(posterior, val, generator=rng(4), **options).table
     second = _quiet(posterior, val, generator=rng(4), **options).table
     assert [row["objective"] for row in first] == [row["objective"] for row in second]

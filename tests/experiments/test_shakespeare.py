@@ -63,7 +63,7 @@ def test_foreign_passages_are_folded_into_the_alphabet():
 
 def test_mutual_information_by_character_adds_up_to_that_of_the_window():
     model = transformer()
-    x = torch.randint(5, (7, 6), generator=torch.Generator().manual_seed(0))
+    x = torch.randint(5, (7, 5), generator=torch.Generator().manual_seed(0))
     posterior = LaplacePosterior(model, "categorical", parameters="last_layer", prior_precision=3.0)
     posterior.fit((x[:, :-1], x[:, 1:]))
     probs, entropy, information = shakespeare.by_character(posterior, x, samples=4, seed=1, size=3)

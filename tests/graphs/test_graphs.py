@@ -611,6 +611,7 @@ def test_what_no_draw_changes_is_computed_once(level: str) -> None:
     graphs, model = several(kind, level), net(Counted)
     batch = kind.batch.from_data_list(graphs)
     posterior = lk.LaplacePosterior(model, "categorical", parameters="last_layer").fit([batch])
+    posterior.predict(batch, method="map")  # once: whether draws can be put into the network
     runs[0] = 0
     found = posterior.predict(batch, method="mc", space="weights", samples=30, generator=rng(1))
     assert runs[0] <= 2
