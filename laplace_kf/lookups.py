@@ -40,7 +40,7 @@ def lookup(tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
 
 
 def plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Tensor] | None:
-    """What a call is as a function of its tensors ``(...)``, to be called in its place; ``None`` if it is that."""
+    """What a call is as a function of its tensors, of any shape, to be called in its place, or ``None``."""
     if func is F.embedding:
         return _plain_embedding(_EMBEDDING, args, kwargs)
     if func is F.embedding_bag:

@@ -17,7 +17,7 @@ __all__ = ["Made", "MadeTensors", "writes"]
 
 @dataclass
 class Made:
-    """A tensor ``(...)`` that is a function of parameters.
+    """A tensor of any shape that is a function of parameters.
 
     Attributes:
         tensor: it, kept alive so that its id stays its own.
@@ -33,7 +33,7 @@ class Made:
 
 
 class MadeTensors:
-    """Which tensors ``(...)`` of one forward pass are made of parameters, and which are constants."""
+    """Which tensors, of any shape, of one forward pass are made of parameters, and which are constants."""
 
     def __init__(self, constants: Iterable[Tensor]) -> None:
         self._constants = {id(t): t for t in constants}
