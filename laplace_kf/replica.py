@@ -151,6 +151,7 @@ class _Doubles:
             double = object.__new__(type(module))
             self.pairs.append((module, double))
             self._remember(module, double)
+        self._memory: set[int] | None = None
         self.modules = {id(module) for module, _ in self.pairs}
 
     def made(self) -> nn.Module:
@@ -164,7 +165,10 @@ class _Doubles:
                         n: self._writable(p) if renormalises and p is not None else p for n, p in list(value.items())
                     }
                 elif name == "_buffers":
-                    own[name] = {n: None if b is None else self._writable(b) for n, b in list(value.items())}
+                    own[name] = {
+                        n: b if b is None or self._is_parameter(b) else self._writable(b)
+                        for n, b in list(value.items())
+                    }
                 elif name == "training":
                     own[name] = False
                 else:
@@ -176,6 +180,12 @@ class _Doubles:
         with _GUARD:
             _ORIGINS[found] = weakref.ref(original(self.root))
         return found
+
+    def _is_parameter(self, tensor: Tensor) -> bool:
+        """Whether a buffer (of any shape) is a parameter, or in its memory: whoever moves the one moves the other."""
+        if self._memory is None:
+            self._memory = {p.untyped_storage().data_ptr() for p in self.root.parameters() if p.numel()}
+        return bool(tensor.numel()) and tensor.untyped_storage().data_ptr() in self._memory
 
     def _writable(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor (of any shape) that a forward pass may write into; one for all places where it is."""

@@ -65,6 +65,7 @@ class Prediction:
         information: () → mutual information by position, where the components of the mixture are not known.
         independent_samples: whether :attr:`samples` are drawn anew for every example (``space="activations"``). By
             default a sample is one function over all examples.
+        channel: the axis of classes and outputs, 1 or -1; ``None``: last for up to three axes, else the second.
         calibration: conformal scores of this way to predict, see :meth:`interval`.
     """
 
@@ -73,9 +74,15 @@ class Prediction:
     entropies: Callable[[], tuple[Tensor, Tensor | None]]
     build: Callable[[], Distribution]
     ignore_index: int | None = None
+    channel: int | None = None
     calibration: Conformal | None = None
     information: Callable[[], Tensor] | None = None
     independent_samples: bool = False
+
+    def channel_last(self, x: Tensor) -> Tensor:
+        """A tensor in the layout of the outputs ``(N, C, ...)``, such as :attr:`probs`, with C as its last axis."""
+        first = x.dim() > 3 if self.channel is None else self.channel == 1
+        return x.movedim(1, -1) if first else x
 
     def _value(self, name: str) -> Tensor:
         if name not in self.values:

@@ -38,7 +38,7 @@ class Fitted(Subject, Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """See the module's text.
+    """What in-distribution data said: conformal scores, and references of out-of-distribution scores.
 
     Attributes:
         conformal: scores of the calibration data, from ``calibrate``.
@@ -115,7 +115,7 @@ def calibrate(
     taken: list[Any] = []
     device = next(iter(posterior.mean.values())).device
     with stage(posterior.model, posterior.forward) as (model, forward), preserved(model):
-        for index, batch in enumerate(as_batches(data)):
+        for index, batch in enumerate(as_batches(data, posterior.model)):
             check_finite(batch, index, "the calibration batch")
             batch = of_role(to_device(batch, device), "val_mask")
             with torch.no_grad():

@@ -1,5 +1,6 @@
 """Predictive distributions from a posterior over weights."""
 
+from laplace_kf.predictive.asked import asked, labelled
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.draws import DRAWS, draw_seeds
 from laplace_kf.predictive.dropout import MCDropout, mc_dropout
@@ -15,7 +16,9 @@ __all__ = [
     "MCDropout",
     "Predictor",
     "Request",
+    "asked",
     "draw_seeds",
+    "labelled",
     "mc_dropout",
     "monte_carlo",
     "outputs_at",

@@ -14,6 +14,7 @@ from laplace_kf.errors import IncompatiblePair, NonFinite
 from laplace_kf.models import undisturbed
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.activations import activation_outputs, examples
+from laplace_kf.predictive.asked import asked, labelled
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
@@ -167,6 +168,7 @@ class Predictor:
         Raises:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
+        x = asked(self._draws.model, self._draws.forward, x)
         check_finite(x, 0, "the input")
         with stage(self._draws.model, self._draws.forward) as (model, forward), preserved(model):
             return _finite(self._draws.outputs(to_device(x, self._device), model, forward))
@@ -174,4 +176,5 @@ class Predictor:
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
         found = self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
+        found = labelled(self._draws.model, self._draws.forward, x, found)
         return without_padding(found, x, self._draws.forward)

@@ -116,6 +116,7 @@ class WeightDraws:
         keep: bool = False,
     ) -> None:
         self.model, self.forward, self.mean, self.draws, self.entries = model, forward, mean, draws, precision.entries
+        self.layout = precision.layout
         self.like = _like(self.entries[0][1])
         self.bytes_of_one = precision.size * self.like.element_size()
         self.keep = keep and draws.samples * self.bytes_of_one <= KEEP_BYTES
@@ -146,7 +147,8 @@ class WeightDraws:
                 made[_key(block)] = factored[block.name].draws(noise)
             else:
                 formed.append(block.unpack(matrix.colour(noise).reshape(-1, *block.shape)))
-        made.update({name: self.mean[name] + value.to(self.mean[name]) for name, value in merged(formed).items()})
+        moved = self.layout.hold(merged(formed))
+        made.update({name: self.mean[name] + value.to(self.mean[name]) for name, value in moved.items()})
         return made
 
     def outputs(self, inputs: Any, model: nn.Module | None = None, forward: Forward | None = None) -> Tensor:
