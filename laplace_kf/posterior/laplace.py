@@ -723,9 +723,9 @@ class LaplacePosterior:
                 self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
             )
             return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
-        x = asked(self.model, self.forward, x)
-        check_finite(x, 0, "the input")
         with stage(self.model, self.forward) as (model, forward):
+            x = asked(model, forward, x)
+            check_finite(x, 0, "the input")
             found = rule(
                 Request(
                     model, forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
@@ -812,7 +812,8 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("ood_score")
-        x = asked(self.model, self.forward, x)
+        with stage(self.model, self.forward) as (model, forward):
+            x = asked(model, forward, x)
         return score(self, x, kind, layers, samples, generator)
 
     def leverage(self) -> Leverage:
@@ -865,9 +866,9 @@ class LaplacePosterior:
         self._fitted("functional_covariance")
         if diagonal_only and joint:
             raise ValueError("diagonal_only and joint exclude each other")
-        x = asked(self.model, self.forward, x)
-        check_finite(x, 0, "the input")
         with stage(self.model, self.forward) as (model, forward):
+            x = asked(model, forward, x)
+            check_finite(x, 0, "the input")
             network = Linearization(model, forward, self.mean, x, keep=False)
             if diagonal_only:
                 return network.variance(self.precision)

@@ -168,10 +168,11 @@ class Predictor:
         Raises:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
-        x = asked(self._draws.model, self._draws.forward, x)
-        check_finite(x, 0, "the input")
-        with stage(self._draws.model, self._draws.forward) as (model, forward), preserved(model):
-            return _finite(self._draws.outputs(to_device(x, self._device), model, forward))
+        with stage(self._draws.model, self._draws.forward) as (model, forward):
+            x = asked(model, forward, x)
+            check_finite(x, 0, "the input")
+            with preserved(model):
+                return _finite(self._draws.outputs(to_device(x, self._device), model, forward))
 
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
