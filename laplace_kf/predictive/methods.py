@@ -18,7 +18,7 @@ from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.functions import function_draws
 from laplace_kf.predictive.linearized import Linearization
-from laplace_kf.predictive.montecarlo import monte_carlo
+from laplace_kf.predictive.montecarlo import independent_examples, monte_carlo
 from laplace_kf.registry import Registry
 
 __all__ = ["METHODS", "PredictionMethod", "Request", "linearized"]
@@ -74,15 +74,12 @@ METHODS: Registry[PredictionMethod] = Registry("prediction method")
 def _monte_carlo(request: Request) -> Prediction:
     """Average over draws of weights or pre-activations (methods 10.1)."""
     request.without_link("mc")
-    space = request.space
-    if space == "auto" and request.keep_samples:
-        space = "weights"  # a sample that is kept is one function
     drawn = monte_carlo(
         request.model, request.forward, request.mean, request.precision(), request.inputs, request.samples,
-        space, request.draws, request.generator,
+        request.space, request.draws, request.generator, functions=request.keep_samples,
     )  # fmt: skip
     found = request.likelihood.predict(drawn, keep_samples=request.keep_samples)
-    return replace(found, independent_samples=space == "activations")
+    return replace(found, independent_samples=independent_examples(request.space))
 
 
 @METHODS.register("map")

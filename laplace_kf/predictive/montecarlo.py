@@ -27,7 +27,7 @@ from laplace_kf.replica import stage
 if TYPE_CHECKING:
     from laplace_kf.likelihoods import Likelihood, Prediction
 
-__all__ = ["SPACES", "Predictor", "monte_carlo", "sampled_outputs", "shifted", "weight_noise"]
+__all__ = ["SPACES", "Predictor", "independent_examples", "monte_carlo", "sampled_outputs", "shifted", "weight_noise"]
 
 Mean = Mapping[str, Tensor]
 Space = Callable[[nn.Module, "Forward | None", Mean, Blockwise, Draws, Any], Tensor]
@@ -69,6 +69,11 @@ def _auto(
     return _weights(model, forward, mean, precision, draws, inputs)
 
 
+def independent_examples(space: str) -> bool:
+    """Whether the draws of a space are made anew for every example."""
+    return SPACES[space] is activation_outputs
+
+
 def monte_carlo(
     model: nn.Module,
     forward: Forward | None,
@@ -79,6 +84,7 @@ def monte_carlo(
     space: str = "auto",
     draws: str = "independent",
     generator: torch.Generator | None = None,
+    functions: bool = False,
 ) -> Tensor:
     """Outputs ``(S, N, ...)`` of one batch of inputs at S draws from ``N(mean, precision⁻¹)``.
 
@@ -93,13 +99,17 @@ def monte_carlo(
             example's pre-activations anew, ``"auto"`` takes the cheaper of the two.
         draws: ``"independent"``, ``"antithetic"`` or ``"sobol"`` (see :mod:`laplace_kf.predictive.draws`).
         generator: random numbers; a fresh private one by default.
+        functions: whether a draw has to be one function over all inputs: ``"auto"`` then draws weights.
 
     Raises:
         UnknownName: for an unknown space or kind of draws.
         IncompatiblePair: for ``space="activations"`` where it is not exact, or Sobol points in too many directions.
         NonFinite: if outputs are not finite; says which knob to turn.
     """
-    chosen, noise = SPACES[space], DRAWS[draws](samples, generator)
+    chosen, noise = (
+        _weights if functions and SPACES[space] is _auto else SPACES[space],
+        DRAWS[draws](samples, generator),
+    )
     inputs = to_device(inputs, next(iter(mean.values())).device)
     model, forward, inputs = cut(model, forward, mean, inputs)
     with preserved(model):

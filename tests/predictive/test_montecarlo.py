@@ -31,7 +31,8 @@ def posterior(model: nn.Module, inputs: int = 3, likelihood: str = "categorical"
 
 
 def outputs(post: Any, x: Tensor, space: str, samples: int = DRAWS, seed: int = 1, **options: Any) -> Tensor:
-    """Outputs ``(S, N, C)`` of ``predict``."""
+    """Outputs ``(S, N, C)`` of ``predict`` by weight or pre-activation draws."""
+    options.setdefault("method", "mc")
     return post.predict(x, samples=samples, space=space, generator=rng(seed), keep_samples=True, **options).samples
 
 
@@ -398,7 +399,7 @@ def test_auto_does_what_the_cost_model_says(monkeypatch: pytest.MonkeyPatch) -> 
     x = normal(4, 3, seed=50)
     for cheaper, space in ((True, "activations"), (False, "weights")):
         monkeypatch.setattr(montecarlo, "activations_are_cheaper", lambda *_, answer=cheaper: answer)
-        found, wanted = (post.predict(x, samples=5, space=s, generator=rng(1)).probs for s in ("auto", space))
+        found, wanted = (post.predict(x, "mc", samples=5, space=s, generator=rng(1)).probs for s in ("auto", space))
         assert torch.equal(found, wanted)
         assert torch.equal(outputs(post, x, "auto", 5), outputs(post, x, "weights", 5))  # kept samples are functions
 
