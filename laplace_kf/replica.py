@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_kf.memory import storage_of
+
 __all__ = ["Shared", "current", "original", "replica", "stage", "standing"]
 
 _ORIGINS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -151,7 +153,7 @@ class _Doubles:
             double = object.__new__(type(module))
             self.pairs.append((module, double))
             self._remember(module, double)
-        self._memory: set[int] | None = None
+        self._memory: set[int | None] | None = None
         self.modules = {id(module) for module, _ in self.pairs}
 
     def made(self) -> nn.Module:
@@ -184,8 +186,8 @@ class _Doubles:
     def _is_parameter(self, tensor: Tensor) -> bool:
         """Whether a buffer (of any shape) is a parameter, or in its memory: whoever moves the one moves the other."""
         if self._memory is None:
-            self._memory = {p.untyped_storage().data_ptr() for p in self.root.parameters() if p.numel()}
-        return bool(tensor.numel()) and tensor.untyped_storage().data_ptr() in self._memory
+            self._memory = {storage_of(p) for p in self.root.parameters()} - {None}
+        return storage_of(tensor) in self._memory
 
     def _writable(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor (of any shape) that a forward pass may write into; one for all places where it is."""

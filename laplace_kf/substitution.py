@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.lookups import note_plain, plain
+from laplace_kf.memory import storage_of
 from laplace_kf.replica import original
 
 __all__ = ["leaves_of", "note_reached", "reached", "require_reached", "substituted"]
@@ -118,6 +119,9 @@ def require_reached(model: nn.Module, forward: Any, names: Collection[str], call
             "can have a value of its own; make them one parameter (second.weight = first.weight, not .data)"
         )
     copies = {name: p.detach().clone().requires_grad_() for name, p in own.items()}
+    # a network that writes into its buffers must not write twice: what it makes of the real ones may be in use
+    memory = {storage_of(p) for p in model.parameters()} - {None}
+    copies.update({n: b.detach().clone() for n, b in model.named_buffers() if storage_of(b) not in memory})
     watch = _Watch(own, model)
     with torch.enable_grad(), watch:
         outputs = substituted(model, copies, call)
@@ -184,11 +188,8 @@ Place = tuple[int, int, int]
 
 def _place(tensor: Tensor) -> Place | None:
     """Storage, first and last byte of a dense tensor's entries; ``None`` where it has no memory of its own."""
-    try:
-        storage = tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, wrapped, without data
-        return None
-    if not storage or not tensor.numel():
+    storage = storage_of(tensor)
+    if storage is None:
         return None
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start, size = int(tensor.storage_offset()), tensor.element_size()

@@ -542,3 +542,43 @@ def test_binary_outputs_refuse_as_well() -> None:
     model = InList()
     with pytest.raises(UnsupportedLayer, match=refusal({"w1", "w2"})):
         lk.LaplacePosterior(model, "bernoulli").fit((data()[0], binary(12, 3)))
+
+
+# ------------------------------------------------------------------------------------------------ buffers of a network
+
+
+class Running(nn.Module):
+    """A network that counts in a buffer, multiplies by another one that it writes anew, and has a sparse one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("mask", torch.ones(5))
+        self.register_buffer("sparse", torch.eye(5).to_sparse())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.mask[:] = torch.arange(5) < 4
+        return self.two(torch.tanh(self.one(x)) * self.mask)
+
+
+def test_a_network_may_write_into_its_buffers() -> None:
+    """The question is asked beside the pass that is in use, whose tensors it must not touch; predictions neither."""
+    model = Running().double()
+    x, y = data()
+    keep = (torch.arange(5) < 4).to(x)
+
+    def by_hand(w: Tensor) -> Tensor:
+        return model.two(torch.tanh(x @ w.T + model.one.bias) * keep)
+
+    found = lk.LaplacePosterior(model, "categorical", structure="full").fit((x, y))
+    assert float(model.passes) == 0
+    jacobian = torch.func.jacrev(by_hand)(model.one.weight.detach())
+    p = by_hand(model.one.weight).softmax(-1).detach()
+    hessian = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    dense = torch.einsum("ncoi,ncd,ndpj->oipj", jacobian, hessian, jacobian).reshape(20, 20) / len(x)
+    start = list(dict(model.named_parameters())).index("one.weight") * 20
+    close(found.curvature.dense()[start : start + 20, start : start + 20], dense)
+    found.predict(x, "mc", samples=3)
+    assert float(model.passes) == 0 and bool((model.mask == 1).all())

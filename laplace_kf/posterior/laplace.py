@@ -999,7 +999,7 @@ class LaplacePosterior:
         title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
         blocks = state.statistics.blocks
-        notes = {name: f"by gradients of single examples: {block.note}" for name, block in blocks.items() if block.note}
+        notes = {name: block.note for name, block in blocks.items() if block.note}
         notes |= state.statistics.structure.poorer(blocks)
         return summarise(state.curvature.scaled(factor), self.n_data, prior, title, notes)
 

@@ -26,7 +26,7 @@ class BlockRow:
         condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
         size: number of parameters, without entries that are held constant (the padding row of an embedding).
-        note: why it is kept as less than the structure promises, or by gradients of single examples; mostly empty.
+        note: why it is kept as less than the structure promises, or not by a layer rule; mostly empty.
     """
 
     name: str

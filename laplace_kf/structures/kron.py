@@ -181,7 +181,7 @@ class Kronecker(Structure):
             if not block.factorises:
                 matrices = [shape for shape in block.shapes if sum(size > 1 for size in shape) > 1]
                 if block.note and matrices and not self.vector_form.dense:
-                    found[name] = f"its diagonal only, by gradients of single examples: {block.note}"
+                    found[name] = f"its diagonal only, {block.note}"
                 continue
             _, out, inp = block.shape
             sides = [("input", inp, block.one_hot), ("output", out, False)]

@@ -32,7 +32,10 @@ class _Uses:
         self.partners: dict[Place, set[Place | None]] = {}
         self.affine: set[str] = set()
         self.refused: set[str] = set()
+        self.copied: set[str] = set()
         for call in calls:
+            if call.source is not None:
+                self.copied.update(call.names)
             weight, bias = call.portions.get("weight"), call.portions.get("bias")
             if not isinstance(call.rule, MatrixRule):
                 self.affine.update(call.names)
@@ -118,7 +121,13 @@ def plan(
 
     def vector(members: Sequence[str]) -> Block:
         size = sum(sizes[n] for n in members)
-        notes = dict.fromkeys(reasons[n] for n in members if n in reasons)
+        notes = dict.fromkeys(
+            f"by gradients of single examples: {reasons[n]}"
+            if n in reasons
+            else "by a copy for every example: no rule for the function that joins it to the data"
+            for n in members
+            if n in reasons or n in uses.copied
+        )
         return Block(
             _title([Portion(n, 0, sizes[n]) for n in members], layout),
             tuple(members),
