@@ -89,9 +89,11 @@ def parameters_of(
     ]
     if wrong:
         more = f" (and {len(wrong) - 1} more that do not fit)" if len(wrong) > 1 else ""
+        module = wrong[0].split("'")[1].rpartition(".")[0]
         raise ShapeMismatch(
-            f"{whose} has parameter {wrong[0]}{more}: a layer of the model was replaced, or it is another "
-            "architecture. Put the layer back, or fit a new posterior (make a new optimiser) for the model as it is now"
+            f"{whose} has parameter {wrong[0]}{more}: a layer was replaced or removed (module {module!r}), or it is "
+            "another architecture. Put the layer back, or fit a new posterior (make a new optimiser) for the model as "
+            "it is now"
         )
     return {name: named[name] for name in names}
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from laplace_kf.operators import CurvatureBlock
 from laplace_kf.posterior.predictors import OUTPUT_DRAWS, Linearised, rounded
 from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, compared, nearby, rows
 from laplace_kf.posterior.validation import MAP, Point, Score, Scorer, Validation
-from laplace_kf.posterior.work import Budget, Costs
+from laplace_kf.posterior.work import EPOCH, Budget, Costs, scored
 
 if TYPE_CHECKING:
     from laplace_kf.posterior.laplace import LaplacePosterior
@@ -92,18 +93,30 @@ class Contest:
     ) -> None:
         self.posterior, self.validation, self.name, self.progress = posterior, validation, name, progress
         self.budget = Budget(budget, validation.epoch)
-        self.budget.pay(validation.epoch / 3)  # reading
+        self.budget.pay(validation.epoch / EPOCH)  # reading
         self.found: dict[str, Candidate] = {}
         self._map = validation.scorer("map")
         score = self._map([MAP])[MAP]
         self.found["map"] = Candidate("map", score, score)
-        noise, before = score.noise, posterior.likelihood.noise_scale
-        self.plane = _plane(posterior, 1.0 if noise is None or before is None else (before / noise) ** 2)
         outputs = validation.batches[0].outputs
         self._outputs = math.prod(outputs.shape[1:])
         self._channels = to_positions(outputs[:1]).shape[-1]
-        self._decomposed = False
         self._guide: Candidate | None = None  # where Monte Carlo begins
+
+    @cached_property
+    def plane(self) -> Plane:
+        """Coordinates of settings; its size counts nats at MAP's noise scale, where that is tuned."""
+        noise, before = self.found["map"].score.noise, self.posterior.likelihood.noise_scale
+        return _plane(self.posterior, 1.0 if noise is None or before is None else (before / noise) ** 2)
+
+    @cached_property
+    def costs(self) -> Costs:
+        """Of marginal variances and of draws; made once, with the decompositions that it takes."""
+        found = Costs(
+            self.posterior.precision_at(*self.plane.point(-2.5, -1.0)), self.validation.forward, self._outputs
+        )
+        self.budget.pay(found.decomposition())
+        return found
 
     def offered(self) -> list[str]:
         """The candidates that this likelihood has."""
@@ -135,18 +148,12 @@ class Contest:
             total=limit if math.isfinite(limit) else None, desc="tune", unit="epoch", disable=not self.progress,
             bar_format=None if not math.isfinite(limit) else "{l_bar}{bar}| {n:.1f}/{total:.0f} epochs [{elapsed}]",
         ) as bar:  # fmt: skip
-            pay = self.budget.pay
-
-            def shown(work: float) -> None:
-                pay(work)
-                bar.update(work / self.budget.epoch)
-
-            self.budget.pay = shown  # type: ignore[method-assign]
+            bar.update(self.budget.cost)
+            self.budget.told = bar.update
             try:
-                bar.update(self.budget.cost)
                 yield
             finally:
-                self.budget.pay = pay  # type: ignore[method-assign]
+                self.budget.told = None
 
     # -- without a posterior -------------------------------------------------------------------------------------------
 
@@ -158,7 +165,7 @@ class Contest:
 
         def value(log: float) -> float:
             known[log] = self._map.score(self._map.predictor.at_mean(math.exp(log)))
-            self.budget.pay(self.validation.count * self._costs().scored())
+            self.budget.pay(self.validation.count * scored(self._outputs))
             return known[log].value if math.isfinite(known[log].value) else 1e30
 
         low, high = (math.log(limit) for limit in TEMPERATURES)
@@ -176,29 +183,20 @@ class Contest:
         """A linearised candidate that is only looked at to know where Monte Carlo should begin."""
         return [method for method in self.offered() if method in ("probit", "linearized")][:1]
 
-    def _costs(self, width: int = 1) -> Costs:
-        precision = self.posterior.precision_at(*self.plane.point(-2.5, -1.0))
-        return Costs(precision, self.validation.forward, self._outputs, width)
-
-    def _decompose(self) -> None:
-        if not self._decomposed:
-            self.budget.pay(self._costs().decomposition())
-            self._decomposed = True
-
     def _linearised(self, methods: Sequence[str], alone: bool, wanted: Sequence[str]) -> None:
         """One pass at a few ratios for all of the methods; those that need covariances look around the first."""
-        self._decompose()
+        costs = self.costs
         share = self.budget.left * (0.95 if alone else LINEARISED_SHARE)
         link = self.posterior.likelihood.link
         marginal = {m: link("probit" if m == "probit" else None).marginal for m in methods}
         width = 1 if all(marginal.values()) else self._channels
         steps = rows(0.75), rows(1.5)
-        costs = self._costs(width)
+        costs = replace(costs, width=width)
         each = {len(step): costs.linearised(len(step)) for step in steps}
         chosen = steps[0] if each[len(steps[0])] < 1.5 * each[len(steps[1])] else steps[1]
         draws = {m: 1 if m == "probit" or self._closed() else OUTPUT_DRAWS for m in methods}
-        scoring = sum(costs.scored(draws[m]) * (60 if k == 0 else 12) for k, m in enumerate(methods))
-        examples = self._affordable(share, each[len(chosen)] + scoring)
+        scoring = sum(scored(self._outputs, draws[m]) * (60 if k == 0 else 12) for k, m in enumerate(methods))
+        examples = self._cut_to(self._affordable(share, each[len(chosen)] + scoring))
         full = width > 1 and len(chosen) * examples * self._outputs * self._channels > COVARIANCES
         if not examples or full:
             cheaper = [m for m in methods if marginal[m]]
@@ -245,7 +243,7 @@ class Contest:
 
     def _paid(self, scorer: Scorer, draws: int) -> Callable[[Sequence[Point], bool], dict[Point, Score]]:
         def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
-            self.budget.pay(len(points) * scorer.part.count * self._costs().scored(draws))
+            self.budget.pay(len(points) * scorer.part.count * scored(self._outputs, draws))
             return scorer(points)
 
         return measure
@@ -261,8 +259,7 @@ class Contest:
 
     def _monte_carlo(self) -> Candidate:
         """Around the linearised candidates' setting, or from coarse to fine, on as many examples as can be afforded."""
-        self._decompose()
-        validation, costs, start = self.validation, self._costs(), self._guide
+        validation, costs, start = self.validation, self.costs, self._guide
         draws = len(validation.seeds)
         drawing = (draws / 2 if validation.pairs else draws) * costs.draw()
         each = costs.sampled(draws)
@@ -272,7 +269,7 @@ class Contest:
             examples = self._affordable(self.budget.left - (ratios + 1) * drawing, (settings + 1) * each)
             if examples >= min(validation.count, ENOUGH):
                 break
-        if not examples:
+        if not self._cut_to(examples):
             return Candidate("mc", left_out=self._too_dear(each))
         scorer = validation.scorer("mc", examples)
         before: list[float] = []
@@ -304,9 +301,11 @@ class Contest:
         """How many examples fit, up to all; 0 if they are too few to tell anything."""
         count = self.validation.count
         found = count if not math.isfinite(work) else int(min(count, max(0.0, work) / each))
-        if found < min(count, LEAST) or self.validation.part(found).count > 1.5 * found:
-            return 0
-        return found
+        return found if found >= min(count, LEAST) else 0
+
+    def _cut_to(self, examples: int) -> int:
+        """So many, or 0 where the minibatches cannot be cut to as few."""
+        return examples if examples and self.validation.part(examples).count <= 1.5 * examples else 0
 
     def _too_dear(self, each: float) -> str:
         needed = min(self.validation.count, LEAST) * each / self.budget.epoch

@@ -328,17 +328,7 @@ class LaplacePosterior:
             ShapeMismatch: if the model no longer has the posterior's parameters: a layer was replaced or removed.
         """
         state = self._fitted(what)
-        named = dict(self.model.named_parameters())
-        layout = state.statistics.layout
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            found = tuple(named[name].shape) if name in named else None
-            if found != tuple(shape):
-                there = "no such parameter" if found is None else f"{found}"
-                raise ShapeMismatch(
-                    f"{what}: the posterior has parameter {name!r} of shape {tuple(shape)}, the model has {there}; a "
-                    f"layer was replaced or removed after the fit (module {name.rpartition('.')[0]!r}). Put the old "
-                    "one back, or fit a new posterior: LaplacePosterior(model, ...).fit(train_loader)"
-                )
+        self._parameters(state.statistics.layout)
         return state
 
     def _parameters(self, layout: FlatLayout) -> dict[str, Tensor]:
@@ -423,7 +413,7 @@ class LaplacePosterior:
     @property
     def mean(self) -> dict[str, Tensor]:
         """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
-        state = self._in_model("mean")
+        state = self._fitted("mean")
         parts = state.statistics.layout.split(state.mean[None])
         whole = {
             name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
@@ -556,7 +546,7 @@ class LaplacePosterior:
         Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
         term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
         """
-        state = self._in_model("penalty")
+        state = self._fitted("penalty")
         centre = state.statistics.layout.split(state.mean[None])
         settings = (self._rescaled()[0], *_values(self._prior))
         constant = not any(isinstance(value, Tensor) and value.requires_grad for value in settings)
@@ -644,7 +634,7 @@ class LaplacePosterior:
                 structure whose blocks cannot be chained in that way.
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
-        self._parameters(self._in_model("update").statistics.layout)
+        self._in_model("update")
         one_argument("update", multiplier)
         own = reading(forward, inputs, targets)
         following = LaplacePosterior(

@@ -10,16 +10,17 @@ than large products the rest is; it was measured on one core.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
 from laplace_kf.operators import Blockwise, LowRank, Spectral
 from laplace_kf.predictive.cost import draw_cost, rotations
 
-__all__ = ["EPOCH", "Budget", "Costs", "multiply_adds"]
+__all__ = ["EPOCH", "Budget", "Costs", "multiply_adds", "scored"]
 
 EPOCH = 3.0  # forward passes in a training step
 DECOMPOSITION = 10.0  # multiply-adds of a symmetric eigendecomposition, in units of side³
@@ -46,12 +47,16 @@ class Budget:
     Args:
         epochs: training epochs; None for no limit.
         epoch: multiply-adds of one.
+
+    Attributes:
+        told: is called with the training epochs of every payment.
     """
 
     def __init__(self, epochs: float | None, epoch: float) -> None:
         self.epoch = max(epoch, LEAST)
         self.limit = math.inf if epochs is None else epochs * self.epoch
         self.spent = 0.0
+        self.told: Callable[[float], Any] | None = None
 
     @property
     def left(self) -> float:
@@ -66,6 +71,8 @@ class Budget:
     def pay(self, work: float) -> None:
         """Books ``work`` multiply-adds."""
         self.spent += work
+        if self.told is not None:
+            self.told(work / self.epoch)
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,7 @@ class Costs:
                 each += self.outputs * block.size * (rank + self.width)
         return OVERHEAD * (once + ratios * each)
 
-    def scored(self, draws: int = 1) -> float:
-        """Per example: a score from normal outputs, by ``draws`` draws of them (1: in closed form)."""
-        return ELEMENT * self.outputs * max(1, draws)
+
+def scored(outputs: int, draws: int = 1) -> float:
+    """Per example with so many outputs: a score from normal ones, by ``draws`` draws of them (1: in closed form)."""
+    return ELEMENT * outputs * draws

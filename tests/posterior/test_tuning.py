@@ -393,6 +393,23 @@ def test_a_budget_that_is_too_small_leaves_candidates_out() -> None:
         posterior.tune((x, y), budget=-1.0)
 
 
+def test_the_bar_counts_training_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    result = quiet(posterior, val, generator=rng(0), budget=7.0, progress=True)
+    shown = capsys.readouterr().err
+    assert "/7 epochs" in shown and f"{result.cost:.1f}/7" in shown
+
+
+def test_map_alone_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no posterior is looked at, none is made."""
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    monkeypatch.setattr(type(posterior), "precision_at", lambda *args: pytest.fail("a precision was made"))
+    for method in ("map", "temperature"):
+        assert quiet(posterior, val, method=method, generator=rng(0)).method == method
+
+
 def test_linearised_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many settings are looked at, every minibatch is linearised once."""
     from laplace_kf.posterior import predictors
