@@ -28,8 +28,11 @@ BINS = 15
 
 @OBJECTIVES.register("nll")
 def nll(prediction: Prediction, targets: Any) -> Tensor:
-    """Negative log predictive density in nats, ``(N,)``."""
-    return -prediction.log_prob(targets)
+    """Negative log predictive density in nats, ``(M,)`` for the M ≤ N examples with a target that is not ignored."""
+    scores = -prediction.log_prob(targets)
+    if not isinstance(targets, Tensor) or targets.shape[:1] != scores.shape:
+        return scores
+    return scores[prediction.kept(targets).reshape(len(scores), -1).any(1)]
 
 
 @OBJECTIVES.register("brier")

@@ -346,7 +346,7 @@ def _contest(
             for place, score in candidate.search.scores.items():
                 if place != MAP:
                     gain, _ = compared(candidate.reference, score)
-                    row = {**setting(place, score, before), "objective": overall.value - gain, "method": method}
+                    row = {**setting(place, score, before), "objective": overall.value - gain}
                     table.append(row)
                     if method == source.method and place == point:
                         best = row
