@@ -55,7 +55,7 @@ class Projection(ColumnEstimator):
     ) -> Iterator[Tensor]:
         outputs = widened(observation.outputs)
         count, positions, _ = likelihood.to_positions(outputs).shape
-        width = likelihood.root_width(outputs)
+        width = likelihood.root_width(outputs, observation.targets)
         kept = likelihood.counted_positions(outputs, observation.targets)
         for start in range(0, self.samples, at_once):
             size = min(at_once, self.samples - start)

@@ -250,17 +250,23 @@ class FromDistribution(Likelihood):
                 f"{type(distribution).__name__}."
             )
 
-    def _unpack(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        z, _, _ = super()._unpack(outputs, None)
-        if targets is None:
-            return z, None, None
+    def _read(self, z: Tensor, shape: Sequence[int], targets: Any) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             distribution = self._rows(z)
-        rows = self._target_rows(distribution, outputs.shape, targets)
+        rows = self._target_rows(distribution, shape, targets)
         rows = rows.to(z.dtype) if rows.is_floating_point() else rows
         rows, keep = self._ignored_rows(distribution, rows)
         self._check_support(distribution, rows)
-        return z, rows, None if keep is None else keep.reshape(*z.shape[:2], 1)
+        return rows, None if keep is None else keep.reshape(*z.shape[:2], 1)
+
+    @staticmethod
+    def _target_rows_at(y: Tensor, kept: Tensor) -> Tensor:
+        return y[kept.flatten()]
+
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """C, for outputs of any layout: a root is made of all eigenvectors."""
+        self._check_outputs(outputs.shape)
+        return int(self.to_positions(outputs).shape[-1])
 
     def _ignored_rows(self, distribution: Distribution, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows ``(N·T, *rest)`` with possible values where they are ignored, and which are not, ``(N·T,)``."""
@@ -278,7 +284,7 @@ class FromDistribution(Likelihood):
         return torch.where(keep.reshape(-1, *[1] * (rows.ndim - 1)), rows, possible), keep
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError  # targets are checked against the distribution, in _unpack
+        raise NotImplementedError  # targets are checked against the distribution, in _read
 
     def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
         log_prob = self._rows(z).log_prob(y)

@@ -122,7 +122,7 @@ class BernoulliMixture(Likelihood):
         """True unless the curvature is the Fisher."""
         return self._treatment.needs_targets
 
-    def root_width(self, outputs: Tensor) -> int:
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """1 for the Fisher, else 3, for outputs of any shape."""
         self._check_outputs(outputs.shape)
         return self._treatment.width

@@ -25,10 +25,11 @@ from torch.distributions import (
     Normal,
 )
 
-from laplace_kf.likelihoods.base import LOG_2PI
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
-__all__ = ["GaussianOutputs", "Link", "Prediction"]
+__all__ = ["LOG_2PI", "GaussianOutputs", "Link", "Prediction"]
+
+LOG_2PI = math.log(2.0 * math.pi)
 
 PositionDensity = Callable[[Tensor, "Tensor | None"], Tensor]
 Density = Callable[[PositionDensity, Tensor], Tensor]

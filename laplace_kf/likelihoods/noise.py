@@ -1,0 +1,55 @@
+"""Noise scales of a likelihood: parameters of the density that are not outputs of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from laplace_kf.errors import IncompatiblePair
+from laplace_kf.likelihoods.reading import Reading
+
+__all__ = ["Noise"]
+
+Self = TypeVar("Self", bound="Noise")
+
+
+class Noise(Reading):
+    """The part of a likelihood that knows its noise scale; most have none."""
+
+    def terms(self, targets: Tensor) -> float:
+        """How many scalar densities make up :meth:`log_prob` of these targets (of any shape), ignored ones left out."""
+        return float(targets.numel() if self.ignore_index is None else int((targets != self.ignore_index).sum()))
+
+    def rescaled(
+        self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float
+    ) -> tuple[float | Tensor, Tensor]:
+        """What a noise parameter that was changed since a fit does to curvature and log likelihood.
+
+        Args:
+            fitted: :meth:`parameters` at the time of the fit.
+            log_likelihood: sum of ``log p`` at that time, 0-dim.
+            terms: sum of :meth:`terms` over the data.
+
+        Returns:
+            The factor on the curvature (1.0 by default) and the log likelihood now, 0-dim.
+        """
+        return 1.0, log_likelihood
+
+    def parameters(self) -> dict[str, float]:
+        """Numeric parameters of the density that are not network outputs (a noise scale); empty for most."""
+        return {}
+
+    @property
+    def noise_scale(self) -> float | None:
+        """Standard deviation of noise that is the same for all examples and can be tuned; None where there is none."""
+        return None
+
+    def with_noise_scale(self: Self, value: float | Tensor) -> Self:
+        """A copy with another noise scale (> 0, a number or 0-dim, in the units of the outputs).
+
+        Raises:
+            IncompatiblePair: for a likelihood without one.
+        """
+        raise IncompatiblePair(f"{self!r} has no noise scale to tune; leave noise out, or use the Gaussian likelihood")
