@@ -10,6 +10,9 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.10; 
 # Benchmark peers that ask for a torchvision they do not need: see the `bench` extra in setup.cfg.
 PEERS := laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 nngeometry==0.4
 
+# Test processes; each uses one thread.
+WORKERS ?= 2
+
 VENV := .venv
 BIN := $(VENV)/bin
 # pip may replace anything but torch: the constraint pins the build that is installed.
@@ -38,7 +41,7 @@ format: $(VENV)/.installed-test ## Let ruff mend and format the code
 	$(BIN)/ruff format .
 
 pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real data from $LAPLACE_KF_DATA
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)

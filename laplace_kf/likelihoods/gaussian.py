@@ -13,14 +13,7 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
-from laplace_kf.likelihoods.prediction import (
-    LOG_2PI,
-    GaussianOutputs,
-    Link,
-    Prediction,
-    normal_mixture,
-    normal_outputs,
-)
+from laplace_kf.likelihoods.prediction import LOG_2PI, GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
 from laplace_kf.outputs.checks import refuse_nonfinite_parameters
 from laplace_kf.outputs.layout import from_positions
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from laplace_kf.errors import NotPositiveDefinite
-
-if TYPE_CHECKING:
-    from laplace_kf.optim.base import SecondOrder
 
 __all__ = ["KNOBS", "unless_it_fails"]
 
@@ -19,7 +16,7 @@ KNOBS = "Raise zeta (damping of the approximate curvature) or l2; a unit that no
 
 
 @contextmanager
-def unless_it_fails(optimizer: SecondOrder, drop: bool = False) -> Iterator[None]:
+def unless_it_fails(optimizer: Any, drop: bool = False) -> Iterator[None]:
     """Everything that a step may change is as before when an exception leaves the block.
 
     Weights, ``.grad``, buffers, attributes, first-order velocities, the optimiser's own and the global random numbers.
@@ -27,7 +24,7 @@ def unless_it_fails(optimizer: SecondOrder, drop: bool = False) -> Iterator[None
     buffers, velocities) by value.
 
     Args:
-        optimizer: whose step it is.
+        optimizer: the :class:`laplace_kf.optim.base.SecondOrder` whose step it is.
         drop: forget the minibatches taken in.
 
     Raises:

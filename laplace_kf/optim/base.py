@@ -337,8 +337,8 @@ class SecondOrder(torch.optim.Optimizer):
         losses = [batch.losses.double().reshape(-1) for batch in batches if batch.losses is not None]
         if len(losses) < len(batches):
             return math.inf
-        before = torch.cat(losses)
-        rise, size = after - float(before.sum()) / sum(b.count for b in batches) + change, float(before.abs().mean())
+        before, count = torch.cat(losses), sum(b.count for b in batches)
+        rise, size = after - float(before.sum()) / count + change, float(before.abs().sum()) / count
         return rise / max(size, torch.finfo(torch.float32).tiny) if rise else 0.0
 
     def _say(self, what: str, level: int) -> None:

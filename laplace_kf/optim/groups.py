@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.errors import UnsupportedLayer
-from laplace_kf.tape import select
+from laplace_kf.tape.select import select
 
 __all__ = ["first_order_step", "make_groups"]
 

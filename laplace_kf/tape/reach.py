@@ -1,12 +1,12 @@
 """Which positions of a layer count: those from which a counted output can be reached.
 
 A target that is not ignored makes its output position count. Going back from there, an input position (a row) of a
-layer counts if a counted output of the network is a function of it. One backward pass with random numbers at the counted
-outputs tells: a row's gradient is zero exactly where every path to a counted output is cut, by an index, by a mask, by
-an attention weight of 0, by the end of a recurrence. Which rows count must not depend on where the weights happen to
-have switched a unit off, nor on the estimator. So paths that are only *flat* at the present weights are kept open in
-this pass: elementwise activations hand on what they would multiply by 0, a maximum hands on to all it looked at, and an
-attention weight of 1 (a single visible key) hands on to its query and key.
+layer counts if a counted output of the network is a function of it. One backward pass with random numbers at the
+counted outputs tells: a row's gradient is zero exactly where every path to a counted output is cut, by an index, by a
+mask, by an attention weight of 0, by the end of a recurrence. Which rows count must not depend on where the weights
+happen to have switched a unit off, nor on the estimator. So paths that are only *flat* at the present weights are kept
+open in this pass: elementwise activations hand on what they would multiply by 0, a maximum hands on to all it looked
+at, and an attention weight of 1 (a single visible key) hands on to its query and key.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class Call:
         rule: the layer rule.
         bound: the call's arguments by name.
         portions: role (``"weight"``, ``"bias"``) to what was read, tracked parameters only.
-        edge: where the output stands in the autograd graph. Where it is a view of all of another tensor (a linear map of
-            sequences), that tensor: an activation in place takes the view, not the tensor, out of the graph.
+        edge: where the output stands in the autograd graph. Where it is a view of all of another tensor (a linear map
+            of sequences), that tensor: an activation in place takes the view, not the tensor, out of the graph.
         shape: shape of the output.
         leading: how many leading output axes enumerate rows.
         version: version counter of the input when it was consumed.

@@ -105,7 +105,8 @@ class Network(nn.Module):
         self.head = nn.Linear(layer(x).flatten(1).shape[1], outputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.layer(x).flatten(1)))
+        hidden = self.layer(x)  # already (N, features): nothing in between, so that a chain stays one
+        return self.head(torch.tanh(hidden if hidden.dim() == 2 else hidden.flatten(1)))
 
 
 @dataclass
