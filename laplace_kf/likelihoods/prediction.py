@@ -30,8 +30,6 @@ from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 __all__ = ["LOG_2PI", "GaussianOutputs", "Link", "Prediction"]
 
 LOG_2PI = math.log(2.0 * math.pi)
-
-LOG_2PI = math.log(2.0 * math.pi)
 PositionDensity = Callable[[Tensor, "Tensor | None"], Tensor]
 Density = Callable[[PositionDensity, Tensor], Tensor]
 
