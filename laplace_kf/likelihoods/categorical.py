@@ -265,11 +265,11 @@ class Categorical(Likelihood):
     def _mean_density(self, log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
         return masked(self._entropies_of(log_p, y), keep).sum((1, 2))
 
-    def terms(self, targets: Tensor) -> float:
-        """How many positions count; class probabilities of floating type are one target a position."""
+    def _counts(self, targets: Tensor) -> Tensor:
+        found = super()._counts(targets)
         if not targets.is_floating_point():
-            return super().terms(targets)
-        return super().terms(targets) / max(1, targets.shape[1] if targets.ndim == 4 else targets.shape[-1])
+            return found
+        return found / (targets.shape[1] if targets.ndim == 4 else targets.shape[-1])  # one target a position
 
     def links(self) -> dict[str, Link]:
         """``"mc"`` (draws of the logits), ``"probit"`` (variances of the logits) and ``"bridge"`` (Dirichlet)."""

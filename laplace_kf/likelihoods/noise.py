@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods.reading import Reading
+from laplace_kf.outputs.weighted import WeightedTargets
 
 __all__ = ["Noise"]
 
@@ -18,9 +20,23 @@ Self = TypeVar("Self", bound="Noise")
 class Noise(Reading):
     """The part of a likelihood that knows its noise scale; most have none."""
 
-    def terms(self, targets: Tensor) -> float:
-        """How many scalar densities make up :meth:`log_prob` of these targets (of any shape), ignored ones left out."""
-        return float(targets.numel() if self.ignore_index is None else int((targets != self.ignore_index).sum()))
+    def _counts(self, targets: Any) -> Tensor:
+        """``(N,)`` float64: how many scalar densities make up ``log_prob`` of an example, ignored ones left out."""
+        kept = torch.ones_like(targets, dtype=torch.bool)
+        if self.ignore_index is not None:
+            kept = targets != self.ignore_index
+        if targets.is_floating_point():
+            kept = kept & ~torch.isnan(targets)
+        return kept.reshape(targets.shape[0], -1).sum(1, dtype=torch.float64)
+
+    def terms(self, targets: Any) -> float:
+        """How many scalar densities make up :meth:`log_prob` of these targets (of any shape), ignored ones left out.
+
+        With weights of examples, each example's number times its weight.
+        """
+        if isinstance(targets, WeightedTargets):
+            return float((self._counts(targets.targets) * targets.weights).sum())
+        return float(self._counts(targets).sum())
 
     def rescaled(
         self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float

@@ -99,7 +99,7 @@ class Reading(abc.ABC):
         if targets is None:
             return Given(z, None, None)
         y, keep = self._read(z, outputs.shape, targets)
-        y = y.to(z.dtype) if y.is_floating_point() else y
+        y = y.to(z.dtype) if isinstance(y, Tensor) and y.is_floating_point() else y
         if weights is None:
             return Given(z, y, keep)
         weight = weights.to(z)[:, None, None]
