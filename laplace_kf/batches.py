@@ -167,7 +167,15 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
 
 
 def check_rows(inputs: Any, outputs: Tensor) -> None:
-    """Raises where a tensor given to ``predict`` was read as a batch: ``batch[0]`` of it is its first example."""
+    """Raises where a tensor given to ``predict`` was read as a batch: ``batch[0]`` of it is its first example.
+
+    Args:
+        inputs: what ``predict`` was given; a tensor ``(N, ...)`` is looked at.
+        outputs: of the model, ``(N, ...)``.
+
+    Raises:
+        ShapeMismatch: if the outputs have another number of rows, with what to give instead.
+    """
     if isinstance(inputs, Tensor) and inputs.dim() and (outputs.dim() < 2 or outputs.shape[0] != inputs.shape[0]):
         raise ShapeMismatch(
             f"predict was given {tuple(inputs.shape)}, {inputs.shape[0]} examples, and forward= made outputs of shape "

@@ -316,6 +316,7 @@ class Block:
     A: Tensor | None = None
     G: Tensor | None = None
     values: Tensor | None = None
+    positions: float = 1.0  # how many rows of a Kronecker block count
 
     def dense(self) -> Tensor:
         """The block in its own order."""
@@ -528,8 +529,9 @@ def kron_blocks(
 ) -> list[Block]:
     """Kronecker factors of every Linear, convolution and Embedding, the exact diagonal of everything else.
 
-    A = mean_n Σ_t â âᵀ and G = mean_n (1/T) Σ_t Σ_v g gᵀ, where t runs over the positions of all calls of the block
-    (calls of a re-used module or of tied modules are further positions) and Σ_v g gᵀ = (∂z/∂h_t)ᵀ H (∂z/∂h_t).
+    A = mean_n Σ_t â âᵀ and G = mean_nt Σ_v g gᵀ, where t runs over the positions of all calls of the block
+    (calls of a re-used module or of tied modules are further positions) that reach an output with curvature (a target
+    that is not ignored), and Σ_v g gᵀ = (∂z/∂h_t)ᵀ H (∂z/∂h_t). An example without such an output is left out.
     """
     names = all_names(model) if names is None else list(names)
     index = flat_index(model, names)
@@ -553,11 +555,18 @@ def kron_blocks(
             module.register_forward_hook(listen(key))
 
     n = count(y)
+    # A unit that is off has no gradient although its position reaches the outputs. Positions are hidden by ignored
+    # targets or by a mask among keyword inputs; no case with those has units that can be off.
+    switched = not (isinstance(x, Mapping) or bool((y == IGNORE).any()))
     sums: dict[tuple[tuple[str, ...], int], list[Tensor]] = {}
     for i in range(n):
         calls.clear()
         z = call(model, take(x, slice(i, i + 1)))
         h = curvature(z.detach(), y[i : i + 1])
+        heard = h.abs().sum(0) > 0
+        if not bool(heard.any()):
+            n -= 1
+            continue
         jac = _rows(list(z.reshape(-1)), [out for *_, out in calls])
         inputs: dict[tuple[tuple[str, ...], int], list[Tensor]] = {}
         gradients: dict[tuple[tuple[str, ...], int], list[Tensor]] = {}
@@ -570,16 +579,17 @@ def kron_blocks(
                 layer_inputs(module, argument, out.detach(), has_bias), layer_outputs(module, grad, 1), strict=True
             )
             for group, (a, g) in enumerate(pairs):
-                for t in range(a.shape[0]):
+                reaching = [t for t in range(a.shape[0]) if switched or bool(g[heard, t].any())]
+                if isinstance(module, nn.Embedding):  # the padding row takes no gradient: its tokens are no positions
+                    reaching = [t for t in reaching if bool(a[t].any())]
+                for t in reaching:
                     inputs.setdefault((key, group), []).append(torch.outer(a[t], a[t]))
                     gradients.setdefault((key, group), []).append(g[:, t].T @ h @ g[:, t])
         for where in inputs:
             a_sum = torch.stack(inputs[where]).sum(0)
-            g_mean = torch.stack(gradients[where]).mean(0)
-            if where in sums:
-                sums[where] = [sums[where][0] + a_sum, sums[where][1] + g_mean]
-            else:
-                sums[where] = [a_sum, g_mean]
+            g_sum, positions = torch.stack(gradients[where]).sum(0), torch.tensor(float(len(gradients[where])))
+            new = [a_sum, g_sum, positions]
+            sums[where] = [old + more for old, more in zip(sums[where], new, strict=True)] if where in sums else new
 
     blocks, covered = [], set()
     for key, members in modules.items():
@@ -588,8 +598,8 @@ def kron_blocks(
         weight = index[key[0]]
         bias = index[key[1]] if len(key) == 2 else None
         for group, part in enumerate(canonical(members[0], weight, bias)):
-            a_sum, g_sum = sums[key, group]
-            blocks.append(Block(key, part, A=a_sum / n, G=g_sum / n))
+            a_sum, g_sum, positions = sums[key, group]
+            blocks.append(Block(key, part, A=a_sum / n, G=g_sum / positions, positions=float(positions)))
         covered.update(key)
     for name in index:
         if name not in covered and name in parameters:

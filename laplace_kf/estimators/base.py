@@ -42,11 +42,13 @@ class Estimator(ABC):
         name: registered name.
         is_ggn: whether its expectation is the Gauss-Newton matrix (or Fisher); the empirical Fisher is neither.
         draws: whether it uses random numbers.
+        averages: whether it takes means inside a minibatch, so that the result depends on how the data are cut.
     """
 
     name: ClassVar[str]
     is_ggn: ClassVar[bool] = True
     draws: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
 
     @classmethod
     def examples(cls) -> tuple[Estimator, ...]:

@@ -17,6 +17,7 @@ class Recursive(Estimator):
     """
 
     name = "recursive"
+    averages = True
 
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         chain = observation.chain or observation.require_chain()

@@ -197,7 +197,7 @@ class Likelihood(Predicting, Noise):
         return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept)[..., 0]
 
     def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
-        """How many examples have a position that counts; arguments and errors as :meth:`counted`."""
+        """How many of the examples of outputs ``(N, ...)`` have a position that counts; errors as :meth:`counted`."""
         kept = self.counted(outputs, targets)
         return len(outputs) if kept is None else int(kept.flatten(1).any(1).sum())
 

@@ -139,13 +139,13 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 def _reaching(values: Sequence[Tensor], counted: Tensor | None, modules: Sequence[nn.Module]) -> list[Tensor | None]:
     """Which hidden activities ``values[1:]`` (any shapes) reach a counted one of the outputs ``values[0]``.
 
-    ``None`` for all of them. A recurrent module (one of ``modules``, which gave the activities) hands its steps on
-    inside: a step is reached where a later one is.
+    ``None`` for all of them, as always where no target is ignored. A recurrent module (one of ``modules``, which gave
+    the activities) hands its steps on inside: a step is reached where a later one is.
     """
     outputs, *hidden = values
     found: list[Tensor | None] = [None] * len(hidden)
     places = [k for k, value in enumerate(hidden) if value.requires_grad]
-    if not places or not outputs.requires_grad:
+    if counted is None or not places or not outputs.requires_grad:
         return found
     grads = reached(outputs, [get_gradient_edge(hidden[k]) for k in places], counted)
     for k, grad in zip(places, grads, strict=True):

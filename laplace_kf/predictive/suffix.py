@@ -250,7 +250,9 @@ def _name(func: Callable[..., Any]) -> str:
 
 
 class Suffix(nn.Module):
-    """Runs the recorded suffix: features in, outputs out; its parameters are the posterior's, by their own names.
+    """Runs the recorded suffix: features ``(N, ...)`` in, outputs ``(N, ...)`` out.
+
+    Its parameters are the posterior's, by their own names and of their shapes.
 
     Attributes:
         origin: model, ``forward=`` and inputs that it stands for.

@@ -201,7 +201,7 @@ def _curvature(made: Combination, statistics: Any, mean: Any) -> None:
     close(mean.matvec(v), dense @ v)
     assert statistics.n_data == len(made.x)
     close(statistics.scale(0.5).mean().dense(), dense)
-    if not (made.estimator.draws or made.structure.several_passes):
+    if not (made.estimator.draws or made.estimator.averages or made.structure.several_passes):
         both = made.estimate(slice(0, 2)) + made.estimate(slice(2, None))
         close(both.mean().dense(), dense, 1e-9)
     truth = TRUTHS.get(made.structure.name)
