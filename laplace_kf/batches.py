@@ -28,6 +28,7 @@ from laplace_kf.models import as_called
 __all__ = [
     "Forward",
     "as_batches",
+    "check_batch",
     "check_finite",
     "check_rows",
     "default_forward",
@@ -36,6 +37,7 @@ __all__ = [
     "model_outputs",
     "predicted",
     "run",
+    "slices",
 ]
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -141,7 +143,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     with as_called():
         outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
     outputs = as_tensor(outputs)
-    return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+    return outputs, to_device(targets, outputs.device)
 
 
 def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
@@ -222,6 +224,8 @@ def as_batches(data: Any) -> Iterable[Any]:
                 f"inputs {[tuple(leaf.shape) for leaf in leaves]} and targets {tuple(targets.shape)} do not all have "
                 "the same length, so they cannot be cut into minibatches; pass a loader, or [(inputs, targets)] as one"
             )
+    if _is_one_pair(data):
+        return slices(data, data[0].shape[0])
     if isinstance(data, Mapping):
         raise ShapeMismatch(
             f"a mapping with keys {_keys(data)} is one batch, not data; pass [batch], or equally long tensors with the "
@@ -234,6 +238,27 @@ def as_batches(data: Any) -> Iterable[Any]:
             + ("" if isinstance(data, Tensor) else way)
         )
     return data
+
+
+def _is_one_pair(data: Any) -> bool:
+    """Whether the data are ``(x, targets)`` with several tensors of targets: ``(x, (y, scale))``."""
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and data[0].dim()):
+        return False
+    return isinstance(data[1], (tuple, Mapping)) and any(True for _ in tensors_of(data[1]))
+
+
+def slices(batch: Any, total: int) -> Iterable[Any]:
+    """Minibatches of nested tensors ``(total, ...)``.
+
+    Raises:
+        ShapeMismatch: if one of them has another length.
+    """
+    if any(leaf.dim() == 0 or leaf.shape[0] != total for leaf in tensors_of(batch)):
+        found = [tuple(leaf.shape) for leaf in tensors_of(batch)]
+        raise ShapeMismatch(
+            f"the tensors {found} do not all have the same length, so they cannot be cut into minibatches"
+        )
+    return _Slices(batch, total)
 
 
 class _Slices:
@@ -332,6 +357,28 @@ def _refilled(structure: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[A
                 copied[key] = value
             return copied
     return values
+
+
+def check_batch(batch: Any, index: int, what: str, forward: Forward | None, missing: bool) -> None:
+    """As :func:`check_finite` of a batch; NaN among its targets is let through where it marks ``missing`` ones.
+
+    Where only ``forward`` knows what of a batch are its targets, NaN is let through everywhere, infinity nowhere.
+    """
+    if not missing:
+        check_finite(batch, index, what)
+    elif not getattr(forward, "plain", forward is None):
+        check_finite(map_nan_away(batch), index, what)
+    elif isinstance(batch, Mapping):
+        check_finite({key: value for key, value in batch.items() if key != "labels"}, index, what)
+    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
+        check_finite((batch[0], *batch[2:]), index, what)
+    else:
+        check_finite(batch, index, what)
+
+
+def map_nan_away(structure: Any) -> Any:
+    """The structure with 0 for every NaN of its tensors (of any shape)."""
+    return _map(structure, lambda t: torch.where(torch.isnan(t), 0.0, t).to(t) if t.is_floating_point() else t)
 
 
 def check_finite(structure: Any, index: int, what: str) -> None:

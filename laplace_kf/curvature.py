@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
+from laplace_kf import weighting
+from laplace_kf.batches import Forward, check_batch, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
@@ -41,6 +42,7 @@ def estimate(
     forward: Forward | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    weights: bool = False,
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -57,6 +59,8 @@ def estimate(
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
+        weights: batches are ``(x, y, w)``, or mappings with ``"weights"``; the weight ``w (N,)`` of an example
+            multiplies its negative log-likelihood and its curvature, and ``n_data`` counts examples (of weight > 0).
         **options: options of the estimator or the structure.
 
     Returns:
@@ -68,8 +72,9 @@ def estimate(
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
-    settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
-    job = (model, as_batches(data), get_likelihood(likelihood), estimator)
+    read = weighting.reader(forward, weights)
+    settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype}
+    job = (model, weighting.batches(data, weights), get_likelihood(likelihood), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
 
@@ -128,6 +133,7 @@ def ggn_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
+    weights: bool = False,
 ) -> Tensor:
     """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
@@ -146,7 +152,7 @@ def ggn_vector_product(
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, rule, data, v, parameters, weighting.reader(forward, weights), weights, product)
 
 
 def hessian_vector_product(
@@ -157,6 +163,7 @@ def hessian_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
+    weights: bool = False,
 ) -> Tensor:
     """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
@@ -175,7 +182,7 @@ def hessian_vector_product(
         second = torch.autograd.grad(along, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, rule, data, v, parameters, weighting.reader(forward, weights), weights, product)
 
 
 def _products(
@@ -185,6 +192,7 @@ def _products(
     v: Tensor,
     parameters: str | Sequence[str],
     forward: Forward | None,
+    weighted: bool,
     product: Callable[[Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Tensor:
     model = usable(model)
@@ -199,8 +207,8 @@ def _products(
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(as_batches(data)):
-            check_finite(batch, index, "the batch")
+        for index, batch in enumerate(weighting.batches(data, weighted)):
+            check_batch(batch, index, "the batch", forward, likelihood.nan_is_missing)
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import getstate, setstate
 from typing import Any, ClassVar, Protocol
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import Forward, check_finite
+from laplace_kf.batches import Forward, check_batch
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
@@ -115,6 +116,7 @@ class Statistics:
         count: number of examples behind the sums (a float once scaled); one whose targets are all ignored is none.
         log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
         terms: number of scalar densities in that sum.
+        moments: sums of what the likelihood needs to change its noise scale later, ``(K,)`` float64, mostly empty.
     """
 
     structure: StructureRule
@@ -124,6 +126,7 @@ class Statistics:
     count: float
     log_likelihood: Tensor
     terms: float
+    moments: Tensor = field(default_factory=no_moments)
 
     @property
     def n_data(self) -> float:
@@ -157,6 +160,7 @@ class Statistics:
             self.count + other.count,
             self.log_likelihood + other.log_likelihood,
             self.terms + other.terms,
+            self.moments + other.moments if len(self.moments) == len(other.moments) else no_moments(),
         )
 
     def scale(self, factor: float) -> Statistics:
@@ -174,6 +178,7 @@ class Statistics:
             count=self.count * factor,
             log_likelihood=self.log_likelihood * factor,
             terms=self.terms * factor,
+            moments=self.moments * factor,
         )
 
     def mean(self) -> Blockwise:
@@ -213,6 +218,7 @@ class Accumulator:
         self.sums: Sums = {}
         self.count = 0
         self.terms = 0.0
+        self.moments = no_moments()
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
         self._announced = False
         self._met = False  # whether a minibatch came
@@ -225,7 +231,7 @@ class Accumulator:
             ShapeMismatch: if targets do not fit the outputs.
             IncompatiblePair: if what is asked for cannot fit into the memory; says how much it needs.
         """
-        check_finite(batch, index, "the batch")
+        check_batch(batch, index, "the batch", self.tracer.forward, self.likelihood.nan_is_missing)
         self.take(self.tracer.observe(batch, index), index)
 
     def take(self, observation: Observation, index: int = 0) -> None:
@@ -259,6 +265,8 @@ class Accumulator:
             log_prob = self.likelihood.log_prob(wide, observation.targets)
         self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
         self.terms += self.likelihood.terms(observation.targets)
+        moments = self.likelihood.moments(wide, observation.targets).cpu()
+        self.moments = self.moments + moments if len(self.moments) else moments
         self.count += number
 
     def _prepare(self, dtype: torch.dtype) -> None:
@@ -332,7 +340,8 @@ class Accumulator:
                         "weights or activations are too large for this floating-point type"
                     )
         layout = self.structure.kept_layout(self.tracer.layout)
-        return Statistics(self.structure, layout, blocks, sums, float(self.count), self.log_likelihood, self.terms)
+        known = (float(self.count), self.log_likelihood, self.terms, self.moments)
+        return Statistics(self.structure, layout, blocks, sums, *known)
 
 
 def collect(

@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import DiagonalRoot, Root
-from laplace_kf.outputs.checks import refuse_nonfinite, refuse_shape
+from laplace_kf.outputs.checks import refuse_shape
 from laplace_kf.outputs.layout import masked, to_positions
 
 __all__ = ["DiagonalLikelihood", "ElementwiseLikelihood"]
@@ -77,8 +77,7 @@ class ElementwiseLikelihood(DiagonalLikelihood):
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
         who = type(self).__name__
         refuse_shape(who, shape, targets, shape)
-        refuse_nonfinite(who, targets)
-        y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())
+        y, keep = self._ignore_missing(targets if targets.is_floating_point() else targets.double())
         self._check_values(y)
         return to_positions(y), None if keep is None else to_positions(keep)
 

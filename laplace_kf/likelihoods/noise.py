@@ -12,9 +12,14 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods.reading import Reading
 from laplace_kf.outputs.weighted import WeightedTargets
 
-__all__ = ["Noise"]
+__all__ = ["Noise", "no_moments"]
 
 Self = TypeVar("Self", bound="Noise")
+
+
+def no_moments() -> Tensor:
+    """Moments of a likelihood without a noise scale, ``(0,)`` float64."""
+    return torch.zeros(0, dtype=torch.float64)
 
 
 class Noise(Reading):
@@ -38,8 +43,20 @@ class Noise(Reading):
             return float((self._counts(targets.targets) * targets.weights).sum())
         return float(self._counts(targets).sum())
 
+    def moments(self, outputs: Tensor, targets: Any) -> Tensor:
+        """What :meth:`rescaled` needs of a minibatch to change the noise scale later; sums over its examples.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            targets: as ``log_prob`` takes them.
+
+        Returns:
+            ``(K,)`` float64; empty for a likelihood without a noise scale.
+        """
+        return no_moments()
+
     def rescaled(
-        self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float
+        self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float, moments: Tensor
     ) -> tuple[float | Tensor, Tensor]:
         """What a noise parameter that was changed since a fit does to curvature and log likelihood.
 
@@ -47,9 +64,13 @@ class Noise(Reading):
             fitted: :meth:`parameters` at the time of the fit.
             log_likelihood: sum of ``log p`` at that time, 0-dim.
             terms: sum of :meth:`terms` over the data.
+            moments: sum of :meth:`moments` over the data ``(K,)``; empty in files of earlier versions.
 
         Returns:
             The factor on the curvature (1.0 by default) and the log likelihood now, 0-dim.
+
+        Raises:
+            IncompatiblePair: for a change that is no factor on the curvature; the posterior has to be fitted again.
         """
         return 1.0, log_likelihood
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.outputs.checks import known_false, refuse_nonfinite
 from laplace_kf.outputs.layout import check_layout, from_positions, to_positions
 from laplace_kf.outputs.weighted import apart
 
@@ -57,6 +58,8 @@ class Reading(abc.ABC):
         ignore_index: targets equal to it contribute nothing to anything; None switches this off.
     """
 
+    #: Whether NaN among the targets marks missing ones, which contribute nothing.
+    nan_is_missing: ClassVar[bool] = False
     _channels: ClassVar[int | None] = None
 
     def __init__(self, ignore_index: int | None = -100) -> None:
@@ -118,3 +121,21 @@ class Reading(abc.ABC):
             return y, None
         keep = y != self.ignore_index
         return torch.where(keep, y, torch.zeros((), dtype=y.dtype, device=y.device)), keep
+
+    def _ignore_missing(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`_ignore`, with NaN left out too where it marks missing targets; refused where it does not.
+
+        Raises:
+            NonFiniteTarget: for an infinite target, or NaN where it means nothing.
+        """
+        who = type(self).__name__
+        if not self.nan_is_missing:
+            refuse_nonfinite(who, y)
+            return self._ignore(y)
+        missing = torch.isnan(y)
+        y = torch.where(missing, torch.zeros((), dtype=y.dtype, device=y.device), y)
+        refuse_nonfinite(who, y)
+        y, keep = self._ignore(y)
+        if keep is None:
+            return y, None if known_false(missing.any()) else ~missing
+        return y, keep & ~missing

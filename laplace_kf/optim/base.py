@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf import weighting
+from laplace_kf.batches import Forward, check_batch, check_finite, to_device
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
@@ -52,6 +53,8 @@ class SecondOrder(torch.optim.Optimizer):
         parameters: ``"all"`` trainable parameters or name patterns.
         groups: see :func:`laplace_kf.optim.groups.make_groups`.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        weights: batches are ``(x, y, w)`` or mappings with ``"weights"``: ``step((x, y, w))``. The weight of an example
+            multiplies its ``−log p`` and its curvature; means are over examples (of weight > 0).
         l2: coefficient η, in gradient and curvature.
         lr: factor on the final update.
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
@@ -77,6 +80,7 @@ class SecondOrder(torch.optim.Optimizer):
         parameters: str | Sequence[str],
         groups: Sequence[Mapping[str, Any]],
         forward: Forward | None,
+        weights: bool,
         l2: float,
         lr: float,
         tau: float | None,
@@ -87,6 +91,7 @@ class SecondOrder(torch.optim.Optimizer):
         check_arguments({"l2": l2, "lr": lr, "tau": tau, "averaging": averaging, "max_rise": max_rise})
         model = usable(model)
         self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
+        self.weights, read = bool(weights), weighting.reader(forward, weights)
         self.l2, self.tau = float(l2), tau
         self.averaging, self.max_rise = averaging, float(max_rise)
         self.generator = generator if generator is not None else fresh_generator()
@@ -96,8 +101,8 @@ class SecondOrder(torch.optim.Optimizer):
         chosen = {n for group in self.param_groups for n in group["param_names"]}
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
-        self.objective = Objective(model, self.likelihood, forward)
-        self.tracer = Tracer(model, forward, list(self.layout.names))
+        self.objective = Objective(model, self.likelihood, read)
+        self.tracer = Tracer(model, read, list(self.layout.names))
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
         self.diagnostics: dict[str, float] = {}
@@ -208,13 +213,13 @@ class SecondOrder(torch.optim.Optimizer):
     def _take_in(self, x: Any, y: Any) -> None:
         device = self.tracer.device
         data = to_device(x if y is None else (x, y), device)
-        check_finite(data, self.steps, "the batch")
+        check_batch(data, self.steps, "the batch", self.tracer.forward, self.likelihood.nan_is_missing)
         batch = Batch(data, 0, self.objective.random_state())
         outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
-        targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+        targets = to_device(targets, outputs.device)
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())

@@ -71,6 +71,7 @@ class GaussNewton(SecondOrder):
         parameters: ``"all"`` or name patterns.
         groups: parameter groups by name pattern, some of them perhaps ``first_order``.
         forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        weights: batches are ``(x, y, w)`` or mappings with ``"weights"``; see :class:`SecondOrder`.
         generator: random numbers; with one, training is reproducible.
         tau_rule: period, factor and thresholds for τ.
         zeta_rule: period, factor and scale for ζ.
@@ -109,6 +110,7 @@ class GaussNewton(SecondOrder):
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
+        weights: bool = False,
         generator: torch.Generator | None = None,
         tau_rule: LevenbergMarquardt | None = None,
         zeta_rule: GreedySearch | None = None,
@@ -120,6 +122,7 @@ class GaussNewton(SecondOrder):
             parameters=parameters,
             groups=groups,
             forward=forward,
+            weights=weights,
             l2=l2,
             lr=lr,
             tau=tau,
@@ -374,6 +377,7 @@ class GaussNewton(SecondOrder):
             prior_precision=prior_precision,
             damping=damping,
             forward=self.user_forward,
+            weights=self.weights,
         )
         return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
 

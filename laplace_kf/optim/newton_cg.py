@@ -68,7 +68,8 @@ class HessianFree(SecondOrder):
         adapt_zeta: a given ``zeta`` moves with λ.
         curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
         termination: of CG, by relative progress.
-        averaging, max_rise, parameters, groups, forward, generator: as :class:`laplace_kf.optim.GaussNewton`.
+        averaging, max_rise, parameters, groups, forward, weights, generator: as
+            :class:`laplace_kf.optim.GaussNewton`.
         tau_rule: thresholds and factor.
         **options: of the preconditioner's structure and estimator (``samples=``).
 
@@ -111,6 +112,7 @@ class HessianFree(SecondOrder):
         parameters: str | Sequence[str] = "all",
         groups: Sequence[Mapping[str, Any]] = (),
         forward: Forward | None = None,
+        weights: bool = False,
         generator: torch.Generator | None = None,
         tau_rule: LevenbergMarquardt | None = None,
         **options: Any,
@@ -121,6 +123,7 @@ class HessianFree(SecondOrder):
             parameters=parameters,
             groups=groups,
             forward=forward,
+            weights=weights,
             l2=l2,
             lr=lr,
             tau=tau,

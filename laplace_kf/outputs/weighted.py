@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from laplace_kf.errors import NonFinite, ShapeMismatch
 from laplace_kf.outputs.checks import known_true
 
-__all__ = ["WeightedTargets", "apart"]
+__all__ = ["WeightedTargets", "apart", "concatenated"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +57,17 @@ def apart(targets: Any, count: int) -> tuple[Any, Tensor | None]:
         first = int((weights < 0).nonzero()[0])
         raise ValueError(f"the weight {weights[first].item()} of example {first} is negative; weights are at least 0")
     return targets.targets, weights
+
+
+def concatenated(parts: Sequence[Any]) -> Any:
+    """Targets of several batches, of one structure, as those of one."""
+    first = parts[0]
+    if isinstance(first, WeightedTargets):
+        return WeightedTargets(
+            concatenated([part.targets for part in parts]), concatenated([part.weights for part in parts])
+        )
+    if isinstance(first, Mapping):
+        return {key: concatenated([part[key] for part in parts]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(concatenated([part[k] for part in parts]) for k in range(len(first)))
+    return torch.cat(list(parts))

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_batches, check_finite
+from laplace_kf import weighting
+from laplace_kf.batches import Forward, check_finite
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Statistics, collect, lasting
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
@@ -95,6 +96,9 @@ class LaplacePosterior:
         forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
             ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
+        weights: batches of ``fit`` and ``tune`` are ``(x, y, w)``, or mappings with ``"weights"`` (``forward=`` then
+            returns ``(outputs, targets, weights)``): ``w (N,)`` ≥ 0 multiplies each example's ``-log p`` and curvature.
+            N counts the examples, of weight 0 excepted; ``tune`` minimises the weighted mean of its objective.
         prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
             what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
         multiplier, terms, forgetting: with ``prior``, as in :meth:`update`.
@@ -118,6 +122,7 @@ class LaplacePosterior:
         forward: Forward | None = None,
         *,
         dtype: torch.dtype | None = None,
+        weights: bool = False,
         prior: LaplacePosterior | None = None,
         multiplier: float = 1.0,
         terms: str = "keep",
@@ -143,7 +148,7 @@ class LaplacePosterior:
                 'use structure="kron" over whole parameters'
             )
         self.damping = damping
-        self.forward = forward
+        self.forward, self.weights = forward, bool(weights)
         self.dtype = dtype
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
@@ -198,8 +203,9 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        job = (self.model, as_batches(train_loader), self.likelihood, self.estimator)
-        settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
+        data, read = weighting.batches(train_loader, self.weights), weighting.reader(self.forward, self.weights)
+        job = (self.model, data, self.likelihood, self.estimator)
+        settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": self.dtype}
         names, structure = (
             covered(
                 self.parameters,
@@ -405,7 +411,8 @@ class LaplacePosterior:
         """Factor on the curvature and log likelihood, if the likelihood's noise was changed since the fit."""
         state = self._fitted("precision")
         statistics = state.statistics
-        factor, fit = self.likelihood.rescaled(state.noise, statistics.log_likelihood, statistics.terms)
+        known = (statistics.log_likelihood, statistics.terms, statistics.moments)
+        factor, fit = self.likelihood.rescaled(state.noise, *known)
         if isinstance(factor, Tensor):
             factor = factor.to(state.like) if factor.requires_grad else float(factor)
         return factor, fit
@@ -567,6 +574,7 @@ class LaplacePosterior:
             damping=self.damping,
             forward=forward if forward is not None else self.forward,
             dtype=self.dtype,
+            weights=self.weights,
             prior=self,
             multiplier=multiplier,
             terms=terms,
@@ -789,6 +797,7 @@ class LaplacePosterior:
             "damping": self.damping,
             "prior_precision": plain(self._prior),
             "n_data": self._n_data,
+            "weights": self.weights,
             "noise": state.noise,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
         }
@@ -861,6 +870,7 @@ class LaplacePosterior:
             prior_precision=header["prior_precision"],
             damping=header["damping"],
             forward=forward,
+            weights=header.get("weights", False),
             dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
             **header["options"],
         )

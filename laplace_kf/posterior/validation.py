@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
+from laplace_kf import weighting
+from laplace_kf.batches import as_batches, check_batch, check_finite, inputs_of, run, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.likelihoods import Prediction
+from laplace_kf.outputs.weighted import WeightedTargets
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
 from laplace_kf.posterior.prior import positive
@@ -90,7 +93,9 @@ class Validation:
         self._kept = 0
         inputs, outputs, targets = self._read(val, max_examples)
         self.inside = Pools(inputs, outputs, samples)
-        self.targets = self.inside.joined(targets)
+        given = self.inside.joined_targets(targets)
+        self.targets = [y.targets if isinstance(y, WeightedTargets) else y for y in given]
+        self.weights = [y.weights if isinstance(y, WeightedTargets) else None for y in given]
         self.contrast = objective if isinstance(objective, OODContrast) else None
         far = None if self.contrast is None else self._read_inputs(self.contrast.inputs)
         self.outside = None if far is None else Pools(*far, samples)
@@ -118,15 +123,17 @@ class Validation:
 
     def _read(self, val: Any, limit: int | None) -> tuple[list[Site], list[Tensor], list[Any]]:
         model, forward = self.posterior.model, self.posterior.forward
+        read = weighting.reader(forward, self.posterior.weights)
         inputs, outputs, targets, seen = [], [], [], 0
         with preserved(model):
-            for index, batch in enumerate(as_batches(val)):
-                check_finite(batch, index, "the validation batch")
+            for index, batch in enumerate(weighting.batches(val, self.posterior.weights)):
+                check_batch(batch, index, "the validation batch", read, self.posterior.likelihood.nan_is_missing)
                 batch = to_device(batch, self.device)
                 with torch.no_grad():
-                    found, wanted = run(model, batch, forward)
+                    found, wanted = run(model, batch, read)
                 self.posterior.likelihood.check(found, wanted)
-                inputs.append(self._site(inputs_of(batch, self.posterior.forward)))
+                batch = weighting.inputs_without_weights(batch) if read is not forward and forward is None else batch
+                inputs.append(self._site(inputs_of(batch, forward)))
                 outputs.append(found)
                 targets.append(wanted)
                 seen += found.shape[0]
@@ -180,7 +187,13 @@ class Validation:
         likelihood = self.posterior.likelihood
         found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
         inside = len(self.inside.sizes)
-        parts = [_as_scores(self.objective(p, y)) for p, y in zip(found[:inside], self.targets, strict=True)]
+        parts = [
+            weighted(_as_scores(self.objective(p, y)), w, p, y)
+            for p, y, w in zip(found[:inside], self.targets, self.weights, strict=True)
+        ]
+        if self.posterior.weights:  # so that the mean over all examples is the weighted mean
+            share = torch.cat([w for w in self.weights if w is not None]).double().mean()
+            parts = [part / share.to(part) for part in parts]
         value, scores = _combined(parts, self.inside.sizes)
         if self.contrast is not None:
             assert scores is not None
@@ -216,6 +229,25 @@ class Validation:
             self._exponent = max(round(centre, 1), self._lowest)
             self._lowest = centre + math.log10(FLOOR) if at_map else self._lowest
         return known[centre]
+
+
+def weighted(scores: Tensor, weights: Tensor | None, prediction: Prediction, targets: Any) -> Tensor:
+    """Scores ``(N,)`` times the weights ``(N,)`` of their examples, if there are such.
+
+    Raises:
+        IncompatiblePair: for an objective that is one number for all examples.
+    """
+    if weights is None:
+        return scores
+    weights = weights.to(scores)
+    if scores.dim() == 1 and len(scores) != len(weights):  # those without a target that counts have no score
+        weights = weights[prediction.kept(targets).reshape(len(weights), -1).any(1)]
+    if scores.dim() != 1 or len(scores) != len(weights):
+        raise IncompatiblePair(
+            "with weights=True an objective must give one score an example, (N,): use "
+            'objective="nll" or "brier", or a function (prediction, targets) -> (N,)'
+        )
+    return scores * weights
 
 
 def _as_scores(value: Tensor | float) -> Tensor:
