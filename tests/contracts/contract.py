@@ -237,7 +237,9 @@ def _posterior(made: Combination, statistics: Any, mean: Tensor, folder: Path) -
         assert bool(torch.isfinite(prediction.log_prob(made.y)).all()), method
     try:
         chained = posterior.update([(made.x, made.y)], generator=torch.Generator().manual_seed(5))
-    except IncompatiblePair:
+    except IncompatiblePair as error:
+        if made.structure.name not in str(error) and "block" not in str(error):
+            raise AssertionError(f"the refusal to chain names neither structure nor block: {error}") from error
         chained = None
     if chained is not None and not made.structure.several_passes:
         again = wanted + len(made.x) * mean  # the same data once more, the same draws
