@@ -92,6 +92,7 @@ class Gaussian(ElementwiseLikelihood):
             if not (math.isfinite(number) and number > 0):
                 raise ValueError(f"Gaussian: scale {number} is outside (0, inf); it is a standard deviation.")
         self._scale: float | Tensor = value if isinstance(value, Tensor) else float(value)  # type: ignore[arg-type]
+        self._moved: tuple[Tensor, Tensor] | None = None
 
     @property
     def _by_output(self) -> bool:
@@ -202,9 +203,13 @@ class Gaussian(ElementwiseLikelihood):
 
     def with_noise_scale(self, value: float | Tensor) -> Gaussian:
         """A copy with another σ; this object keeps its own. Several σ are multiplied by one factor."""
-        if self._by_output and not (isinstance(value, Tensor) and value.ndim):
-            value = torch.as_tensor(self.scale).detach() * (value / self.noise_scale)
-        return Gaussian(value, self.ignore_index)
+        if not self._by_output or (isinstance(value, Tensor) and value.ndim):
+            return Gaussian(value, self.ignore_index)
+        scales = torch.as_tensor(self.scale).detach()
+        factor = torch.as_tensor(value, dtype=scales.dtype, device=scales.device) / self.noise_scale
+        other = Gaussian(scales * factor, self.ignore_index)
+        other._moved = scales, factor  # remembered because one factor can be differentiated, several scales cannot
+        return other
 
     def parameters(self) -> dict[str, float]:
         """``{"scale": σ}``; with one for each output ``{"scale[0]": σ_0, ...}``."""
@@ -251,8 +256,12 @@ class Gaussian(ElementwiseLikelihood):
         if float(own) == 0.0:
             return 1.0, log_likelihood  # every target brought its own noise
         ratio = now.reshape(-1) / before
+        if self._moved is not None:
+            scales, factor = (part.to(before) for part in self._moved)
+            ratio = scales / before * factor
         spread = float((ratio.detach() / ratio.detach()[0] - 1.0).abs().max())
-        if spread > 1e-9 or float(others) > 0.0 or (len(ratio) > 1 and ratio.requires_grad):
+        single = len(ratio) == 1 or self._moved is not None or not ratio.requires_grad
+        if spread > 1e-9 or float(others) > 0.0 or not single:
             reason = "some of its targets brought a noise of their own" if float(others) > 0.0 else (
                 "each output's noise scale has its own share of the curvature, and only a common factor can be changed "
                 f"or differentiated afterwards (from {before.tolist()} to {now.detach().tolist()})"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
@@ -56,9 +57,10 @@ class FromLoss(Likelihood):
     positive semi-definite (a convex loss), the first three are equal to it.
 
     A loss does not say how to draw targets. With ``support=``, the finitely many targets there are, they are drawn with
-    probabilities ``softmax(-loss)``, and predictions have ``probs`` and entropies; with ``sample=`` they are drawn by
-    it. Without either ``sample`` and ``estimator="sampled"`` are refused. Predictions have ``log_prob``, the log of the
-    mean ``exp(-loss)`` over the sampled outputs, and ``mean`` and ``epistemic_variance`` of the outputs themselves.
+    probabilities ``softmax(-loss)``, and predictions have ``probs`` and entropies (of labels, a support
+    ``torch.arange(K)``, a ``distribution`` too); with ``sample=`` they are drawn by it. Without either ``sample`` and
+    ``estimator="sampled"`` are refused. Predictions have ``log_prob``, the log of the mean ``exp(-loss)`` over the
+    sampled outputs, and ``mean`` and ``epistemic_variance`` of the outputs themselves.
 
     Args:
         loss: ``(outputs (B, C), targets (B, *rest)) -> (B,)``, twice differentiable in the outputs.
@@ -117,6 +119,12 @@ class FromLoss(Likelihood):
                 'curvature="clip" (needs targets).'
             )
         self._alone = False  # whether the loss was seen to treat rows one by one
+
+    @property
+    def _labels(self) -> bool:
+        """Whether the supported targets are the labels 0..K-1."""
+        support = self.support
+        return support is not None and support.ndim == 1 and support.tolist() == list(range(len(support)))
 
     @property
     def needs_targets(self) -> bool:
@@ -269,16 +277,19 @@ class FromLoss(Likelihood):
             "epistemic_variance": from_positions(z.var(0, correction=0), shape),
         }
         entropies: Callable[[], tuple[Tensor, Tensor | None]] = partial(_no_entropies, repr(self))
+        build: Callable[[], Distribution] = partial(_no_distribution, repr(self))
         if self.support is not None:
             log_p = self._log_probs(z)  # (K, S, N, T)
             log_mean = log_mean_exp(log_p.movedim(1, 0))  # (K, N, T)
             values["probs"] = from_positions(log_mean.exp().movedim(0, -1), shape)
             entropies = partial(_finite_entropies, log_p, log_mean, tuple(shape))
+            if self._labels:
+                build = partial(_labels_distribution, log_mean, tuple(shape))
         return Prediction(
             values=values,
             density=partial(self._mean_density, z, tuple(shape)),
             entropies=entropies,
-            build=partial(_no_distribution, repr(self)),
+            build=build,
         )
 
     def _mean_density(self, z: Tensor, shape: Sequence[int], targets: Any) -> Tensor:
@@ -309,7 +320,13 @@ def _no_entropies(who: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _no_distribution(who: str) -> Distribution:
-    raise AttributeError(f"{who} is no torch distribution; use FromDistribution for one.")
+    raise AttributeError(
+        f"{who} is no torch distribution: use FromDistribution for one, or support=torch.arange(K) for K labels."
+    )
+
+
+def _labels_distribution(log_p: Tensor, shape: Sequence[int]) -> Distribution:
+    return TorchCategorical(logits=log_p.movedim(0, -1).reshape(*scalar_shape(shape), log_p.shape[0]))
 
 
 def _finite_entropies(log_p: Tensor, log_mean: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
