@@ -257,6 +257,18 @@ class Likelihood(Predicting, Noise):
         assert y is not None
         return from_positions(times(masked(self._position_score(z, y), keep), weight), outputs)
 
+    def root_score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """:meth:`score` with the roots of the weights in place of the weights, of the outputs' shape (methods 17.11).
+
+        Raises:
+            ShapeMismatch, ValueError: see :meth:`check`.
+        """
+        given = self._unpack(outputs, self._needed(targets, "root_score"))
+        score, scale = masked(self._position_score(given.z, given.y), given.keep), self._bent(given)  # type: ignore[arg-type]
+        own = self._target_weight(given.y)  # already in the score
+        scale = scale if scale is None or own is None else torch.where(own > 0, scale / own.square(), own)
+        return from_positions(times(score, root_of(scale)), outputs)
+
     def _matrices(self, matrices: Tensor, given: Given, outputs: Tensor) -> Tensor:
         weight, keep = self._bent(given), given.keep
         matrices = times(matrices, None if weight is None else weight[..., None])
