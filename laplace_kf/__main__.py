@@ -1,4 +1,4 @@
-"""``python -m laplace_kf demo [--out DIR]``."""
+"""``python -m laplace_kf demo [--out DIR]`` and ``python -m laplace_kf evaluate POSTERIOR ...``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from laplace_kf.errors import LaplaceKFError
+from laplace_kf.evaluate import arguments as declare
 
 __all__ = ["main"]
+
+
+def _demo(chosen: argparse.Namespace) -> None:
+    from laplace_kf import demo
+
+    demo.main(chosen.out)
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    from laplace_kf import evaluate
+
+    evaluate.main(chosen)
+
+
+RUN = {"demo": _demo, "evaluate": _evaluate}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -18,11 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="compare MAP, MC dropout and Laplace posteriors on handwritten digits")
     demo.add_argument("--out", type=Path, default=Path("results/demo"), help="where to write (default: %(default)s)")
+    scoring = commands.add_parser("evaluate", help="out-of-distribution scores of a saved posterior: table and page")
+    declare(scoring)
     chosen = parser.parse_args(arguments)
     try:
-        from laplace_kf import demo as module
-
-        module.main(chosen.out)
+        RUN[chosen.command](chosen)
     except (LaplaceKFError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

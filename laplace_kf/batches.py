@@ -3,8 +3,9 @@
 A batch is ``(x, y)``, ``((x1, x2, ...), y)``, or a mapping whose targets stand under ``"labels"`` and whose other
 entries are keyword arguments of the model; entries that the model's ``forward`` does not name (``"idx"``, ``"text"``)
 are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping (keyword
-arguments) of anything. Anything else goes through ``forward(model, batch) -> (outputs, targets)``, which may take named
-tuples, dataclasses and nests of all these: the package moves and cuts the tensors inside them.
+arguments) of anything. A batch, or ``x``, may be a graph (:mod:`laplace_kf.graphs`). Anything else goes through
+``forward(model, batch) -> (outputs, targets)``, which may take named tuples, dataclasses and nests of all these: the
+package moves and cuts the tensors inside them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from laplace_kf import conventions
+from laplace_kf import conventions, graphs
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.models import as_called
 
@@ -54,6 +55,8 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
         ShapeMismatch: if a mapping has none of the model's arguments, or lacks one; or if the model returns neither a
             tensor nor something with ``logits``.
     """
+    if graphs.is_graph(inputs):
+        return graphs.outputs(inputs, as_tensor(graphs.call(model, inputs)))
     if isinstance(inputs, Mapping):
         arguments = _arguments(model, inputs)
         if conventions.decoder_inputs_from_labels(model, inputs):
@@ -114,6 +117,11 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
     Raises:
         ShapeMismatch: for any other kind of batch, naming its type and the way out.
     """
+    paired = isinstance(batch, (tuple, list)) and len(batch) == 2 and graphs.is_graph(batch[0])
+    if paired or graphs.is_graph(batch):
+        graph, given = batch if paired else (batch, None)
+        raw = as_tensor(graphs.call(model, graph))
+        return graphs.outputs(graph, raw), graphs.targets(graph, raw, given)
     if isinstance(batch, Mapping):
         if "labels" not in batch:
             near = next((key for key in ("label", "targets", "target", "y") if key in batch), "...")
@@ -207,6 +215,8 @@ def as_batches(data: Any) -> Iterable[Any]:
         ShapeMismatch: for anything else; names its type and the way out.
     """
     targets = None
+    if graphs.is_graph(data):  # which would be iterated over entry by entry
+        return [data]
     if isinstance(data, Mapping):
         targets = data.get("labels")
     elif isinstance(data, (tuple, list)) and len(data) == 2:
@@ -281,18 +291,32 @@ def _take(tensor: Tensor, part: slice) -> Tensor:
 
 
 def tensors_of(structure: Any) -> Iterator[Tensor]:
-    """The tensors of a nest of tuples, lists, mappings and dataclasses, in order."""
+    """The tensors of a nest of tuples, lists, mappings, dataclasses and graphs, in order."""
     if isinstance(structure, Tensor):
         yield structure
-    elif isinstance(structure, Mapping):
-        for value in structure.values():
+    else:
+        for value in _parts(structure):
             yield from tensors_of(value)
-    elif isinstance(structure, Sequence) and not isinstance(structure, (str, bytes)):
-        for value in structure:
-            yield from tensors_of(value)
-    elif _is_dataclass(structure):
-        for field in dataclasses.fields(structure):
-            yield from tensors_of(getattr(structure, field.name, None))
+
+
+def graphs_of(structure: Any) -> Iterator[Any]:
+    """The graphs (:mod:`laplace_kf.graphs`) of a nest, in order."""
+    if graphs.is_graph(structure):
+        yield structure
+    elif not isinstance(structure, Tensor):
+        for value in _parts(structure):
+            yield from graphs_of(value)
+
+
+def _parts(structure: Any) -> Iterable[Any]:
+    """What a container holds; nothing of anything else."""
+    if isinstance(structure, Mapping):
+        return structure.values()
+    if isinstance(structure, Sequence) and not isinstance(structure, (str, bytes)):
+        return structure
+    if _is_dataclass(structure):
+        return [getattr(structure, field.name, None) for field in dataclasses.fields(structure)]
+    return graphs.values(structure) if graphs.is_graph(structure) else ()
 
 
 def _is_dataclass(structure: Any) -> bool:
@@ -305,12 +329,14 @@ def private(structure: Any) -> Any:
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Applies ``change`` to every tensor of shape ``(count, ...)`` and keeps the rest.
+    """Applies ``change`` (which picks or repeats rows) to every tensor of shape ``(count, ...)`` and keeps the rest.
+
+    A batch of ``count`` graphs becomes the batch of those that ``change`` picks.
 
     Raises:
-        UnsupportedLayer: for packed sequences, whose examples are interleaved.
+        UnsupportedLayer: for packed sequences, whose examples are interleaved; for graphs that cannot be cut out.
     """
-    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t, cuts=True)
+    return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t, count)
 
 
 def to_device(structure: Any, device: torch.device) -> Any:
@@ -318,12 +344,12 @@ def to_device(structure: Any, device: torch.device) -> Any:
     return _map(structure, lambda t: t.to(device, non_blocking=True))
 
 
-def _map(structure: Any, change: Callable[[Tensor], Tensor], cuts: bool = False) -> Any:
-    """A new structure of the same types with its tensors changed; ``cuts`` if single examples are taken out."""
+def _map(structure: Any, change: Callable[[Tensor], Tensor], cuts: int | None = None) -> Any:
+    """A new structure of the same types with its tensors changed; ``cuts``: of so many examples, some are taken out."""
     if isinstance(structure, Tensor):
         return change(structure)
     if isinstance(structure, PackedSequence):
-        if cuts:
+        if cuts is not None:
             raise UnsupportedLayer(
                 "a batch holds a PackedSequence, in which examples are interleaved, and some parameters need single "
                 "examples; put the padded tensor and the lengths into the batch and pack them inside the model"
@@ -343,6 +369,10 @@ def _map(structure: Any, change: Callable[[Tensor], Tensor], cuts: bool = False)
             if hasattr(structure, field.name):
                 object.__setattr__(copied, field.name, _map(getattr(structure, field.name), change, cuts))
         return copied
+    if graphs.is_graph(structure):
+        if cuts is not None:
+            return graphs.cut(structure, cuts, change)
+        return graphs.mapped(structure, lambda value: _map(value, change))
     return structure
 
 

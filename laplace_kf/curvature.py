@@ -19,6 +19,7 @@ from laplace_kf.batches import Forward, check_batch, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import ESTIMATORS, Estimator
+from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
@@ -210,6 +211,7 @@ def _products(
         for index, batch in enumerate(weighting.batches(data, weighted)):
             check_batch(batch, index, "the batch", forward, likelihood.nan_is_missing)
             outputs, targets = run(model, to_device(batch, weights[0].device), forward)
+            check_ignored(batch, targets, likelihood, forward)
             likelihood.check(outputs.detach(), targets)
             parts = product(outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from laplace_kf.batches import Forward, check_batch
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
+from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.models import require_memory, undisturbed, usable
@@ -238,6 +239,7 @@ class Accumulator:
         """Takes in a forward pass made already (by the same tracer); errors as :meth:`add`."""
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
+        check_ignored(observation.batch, observation.targets, self.likelihood, self.tracer.forward)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, default_forward, slices
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.outputs.weighted import WeightedTargets
 
-__all__ = ["WithWeights", "batches", "inputs_without_weights", "reader"]
+__all__ = ["WithWeights", "batches", "counted_alike", "has_weights", "inputs_without_weights", "reader"]
 
 
 class WithWeights:
@@ -71,6 +71,30 @@ def batches(data: Any, weights: bool) -> Iterable[Any]:
     if weights and isinstance(data, tuple) and len(data) == 3 and isinstance(data[2], Tensor):
         return slices(data, data[2].shape[0] if data[2].dim() else 0)
     return as_batches(data)
+
+
+def has_weights(batch: Any, forward: Forward | None) -> bool:
+    """Whether a batch for a likelihood with weights brings them: as ``forward`` does, ``(x, y, w)``, ``"weights"``."""
+    if forward is not None or isinstance(batch, Mapping):
+        return forward is not None or "weights" in batch
+    return isinstance(batch, (tuple, list)) and len(batch) == 3
+
+
+def counted_alike(targets: Any) -> Any:
+    """The targets without their weights (N,), where all of them are equal.
+
+    Raises:
+        IncompatiblePair: if they are not: coverage is one of examples that count alike.
+    """
+    if not isinstance(targets, WeightedTargets):
+        return targets
+    weights = targets.weights
+    if bool((weights != weights[:1]).any()) or not bool((weights > 0).all()):
+        raise IncompatiblePair(
+            "coverage is guaranteed for examples that count alike, and the weights of these differ; leave the weights "
+            "out, calibrate(DataLoader(TensorDataset(x, y)))"
+        )
+    return targets.targets
 
 
 def inputs_without_weights(batch: Any) -> Any:

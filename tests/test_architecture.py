@@ -43,7 +43,7 @@ def repository_files() -> Iterator[Path]:
             and not name.endswith(".egg-info")
             and name not in {"__pycache__", "build", "dist", "results"}
         ]
-        yield from (Path(directory, name) for name in files)
+        yield from (Path(directory, name) for name in files if name != ".git")  # a file in worktrees
 
 
 def imported_modules(tree: ast.AST, module: str) -> Iterator[tuple[int, str]]:

@@ -104,6 +104,11 @@ def test_public_names_are_documented(name: str):
     assert not missing, "\n".join(missing)
 
 
+def test_no_docstring_sends_the_reader_away():
+    told = [name for name in public_modules() if "See the module" in inspect.getsource(importlib.import_module(name))]
+    assert not told
+
+
 @pytest.mark.parametrize("name", public_modules())
 def test_all_lists_what_is_there(name: str):
     module = importlib.import_module(name)

@@ -15,7 +15,7 @@ from laplace_kf import optim
 from laplace_kf.optim.base import SecondOrder
 from laplace_kf.registry import Registry
 
-__all__ = ["LIKELIHOOD", "METHODS", "Method", "Setting", "Trainer"]
+__all__ = ["LIKELIHOOD", "OPTIMISERS", "Method", "Setting", "Trainer"]
 
 LIKELIHOOD = "bernoulli"
 EXTRA = 3  # values by which a grid may grow
@@ -68,7 +68,7 @@ class Method:
         return {**out, "growing": True} if self.growing else out
 
 
-METHODS: Registry[Method] = Registry("optimiser of the autoencoder experiments")
+OPTIMISERS: Registry[Method] = Registry("optimiser of the autoencoder experiments")
 
 
 def _second_order(make: Callable[..., SecondOrder]) -> Callable[..., Trainer]:
@@ -115,36 +115,36 @@ PLAIN: dict[str, Any] = {**START, "momentum": False}
 TRIDIAGONAL: dict[str, Any] = {"inverse": "block_tridiagonal"}
 KFAC, SGD = _second_order(optim.kfac), _first_order(torch.optim.SGD)
 
-METHODS.register("K-FAC")(Method(KFAC, START))
-METHODS.register("K-FAC, no momentum")(Method(KFAC, PLAIN))
-METHODS.register("K-FAC tridiagonal")(Method(KFAC, {**START, **TRIDIAGONAL}))
-METHODS.register("K-FAC tridiagonal, no momentum")(Method(KFAC, {**PLAIN, **TRIDIAGONAL}))
-METHODS.register("K-FAC, growing batches")(Method(KFAC, START, growing=True))
-METHODS.register("K-FAC, growing batches, no momentum")(Method(KFAC, PLAIN, growing=True))
-METHODS.register("K-FAC, published start")(Method(KFAC))
-METHODS.register("KFRA")(Method(_second_order(optim.kfra), START))
-METHODS.register("KFAC")(Method(_second_order(optim.GaussNewton), {**START, "estimator": "sampled"}))
-METHODS.register("EKFAC")(Method(_second_order(optim.ekfac), START))
-METHODS.register("diagonal")(Method(_second_order(optim.diagonal), {**START, "momentum": True}))
+OPTIMISERS.register("K-FAC")(Method(KFAC, START))
+OPTIMISERS.register("K-FAC, no momentum")(Method(KFAC, PLAIN))
+OPTIMISERS.register("K-FAC tridiagonal")(Method(KFAC, {**START, **TRIDIAGONAL}))
+OPTIMISERS.register("K-FAC tridiagonal, no momentum")(Method(KFAC, {**PLAIN, **TRIDIAGONAL}))
+OPTIMISERS.register("K-FAC, growing batches")(Method(KFAC, START, growing=True))
+OPTIMISERS.register("K-FAC, growing batches, no momentum")(Method(KFAC, PLAIN, growing=True))
+OPTIMISERS.register("K-FAC, published start")(Method(KFAC))
+OPTIMISERS.register("KFRA")(Method(_second_order(optim.kfra), START))
+OPTIMISERS.register("KFAC")(Method(_second_order(optim.GaussNewton), {**START, "estimator": "sampled"}))
+OPTIMISERS.register("EKFAC")(Method(_second_order(optim.ekfac), START))
+OPTIMISERS.register("diagonal")(Method(_second_order(optim.diagonal), {**START, "momentum": True}))
 
 FREE: dict[str, Any] = {"recipe": optim.Recipe(limit=30), "curvature_fraction": 0.2, "tau": 1.0}
 LARGE = {"curves": 2500, "mnist": 2500}
 """Half or a third of the published batches, and 30 CG steps in place of 250: the budgets here are minutes."""
 SHORT: dict[str, Any] = {"recipe": optim.Recipe(limit=8), "curvature_fraction": 0.4, "tau": 1.0}
 """With Kronecker factors fewer steps on more images: the best of nine settings on one minute of CURVES."""
-METHODS.register("Hessian-free")(Method(_second_order(optim.hessian_free), FREE, LARGE))
-METHODS.register("Hessian-free, Kronecker")(
+OPTIMISERS.register("Hessian-free")(Method(_second_order(optim.hessian_free), FREE, LARGE))
+OPTIMISERS.register("Hessian-free, Kronecker")(
     Method(_second_order(optim.hessian_free), {**SHORT, "preconditioner": "kronecker", "zeta": 0.01, "ema": 0.95},
            LARGE)
 )  # fmt: skip
-METHODS.register("natural gradient")(
+OPTIMISERS.register("natural gradient")(
     Method(_second_order(optim.hessian_free), {"recipe": "short", "preconditioner": "none", "tau": 0.1})
 )
 
-METHODS.register("Adam")(Method(_first_order(torch.optim.Adam), grid=_rates(4e-3, 2e-3, 1e-3)))
-METHODS.register("NAG")(
+OPTIMISERS.register("Adam")(Method(_first_order(torch.optim.Adam), grid=_rates(4e-3, 2e-3, 1e-3)))
+OPTIMISERS.register("NAG")(
     Method(SGD, {"momentum": 0.5, "nesterov": True, "schedule": optim.nesterov_momentum}, {"curves": 250, "mnist": 500},
            _rates(0.03, 0.01, 0.003))
 )  # fmt: skip
-METHODS.register("heavy ball")(Method(SGD, {"momentum": 0.9}, grid=_rates(0.03, 0.01, 0.003)))
-METHODS.register("SGD")(Method(SGD, grid=_rates(0.1, 0.03, 0.01)))
+OPTIMISERS.register("heavy ball")(Method(SGD, {"momentum": 0.9}, grid=_rates(0.03, 0.01, 0.003)))
+OPTIMISERS.register("SGD")(Method(SGD, grid=_rates(0.1, 0.03, 0.01)))

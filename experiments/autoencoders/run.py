@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 
 from experiments.autoencoders import report
 from experiments.autoencoders.curves import REMARK, curves
-from experiments.autoencoders.methods import METHODS, Method, Setting
+from experiments.autoencoders.methods import OPTIMISERS, Method, Setting
 from experiments.common import data, training
 from experiments.common.checks import require
 from laplace_kf.errors import LaplaceKFError
@@ -73,7 +73,7 @@ class Config:
     seed: int = 0
     threads: int = 1
     problems: list[str] = field(default_factory=lambda: list(PROBLEMS))
-    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    methods: list[str] = field(default_factory=lambda: list(OPTIMISERS))
     budgets: dict[str, float] = field(default_factory=lambda: {"curves": 240.0, "mnist": 420.0})
     pilot: float = 0.2
     updates: int = 0
@@ -99,7 +99,7 @@ class Config:
         for name in self.problems:
             require("budgets", self.budgets, PROBLEMS[name] and self.budgets.get(name, 0) > 0, f"above 0 for {name}")
         for name in self.methods:
-            _ = METHODS[name]
+            _ = OPTIMISERS[name]
 
 
 @dataclass(frozen=True)
@@ -291,7 +291,7 @@ def _decisive(config: Config, name: str, method: str) -> dict[str, Any]:
     """The settings that the numbers of a run depend on."""
     free = {"problems", "methods", "budgets", "threads", "progress"}
     kept = {key: value for key, value in asdict(config).items() if key not in free}
-    return {**kept, "budget": config.budgets.get(name), "method": METHODS[method].described()}
+    return {**kept, "budget": config.budgets.get(name), "method": OPTIMISERS[method].described()}
 
 
 def _path(folder: Path, name: str, method: str) -> Path:
@@ -318,17 +318,17 @@ def run(config: Config, folder: Path) -> Report:
         images = (train[: config.train_most], test[: config.test_most])
         for method in missing:
             _say(config, f"{name}: {method}")
-            found = _tuned(config, name, METHODS[method], images)
+            found = _tuned(config, name, OPTIMISERS[method], images)
             part = {
                 "settings": _decisive(config, name, method), "problem": name, "method": method, "versions": versions(),
                 "machine": machine(), "floor": _floor(images[0]), "images": [len(x) for x in images],
-                "batch": METHODS[method].batch[name], **found,
+                "batch": OPTIMISERS[method].batch[name], **found,
             }  # fmt: skip
             _path(folder, name, method).write_text(json.dumps(part) + "\n", encoding="utf-8")
             _say(config, f"{name}, {method}: {_score(found):.3f} after {len(found['loss'])} updates {found['failure']}")
     runs: dict[str, dict[str, Any]] = {}
     for name in PROBLEMS:
-        kept = {method: _kept(config, name, method, folder) for method in METHODS}
+        kept = {method: _kept(config, name, method, folder) for method in OPTIMISERS}
         runs |= {name: there} if (there := {m: part for m, part in kept.items() if part is not None}) else {}
     return _report(config, runs)
 
@@ -341,7 +341,7 @@ def _floor(images: Tensor) -> float:
 
 def _report(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> Report:
     verdicts = report.claims(runs)
-    missing = {name: [method for method in METHODS if method not in runs.get(name, {})] for name in PROBLEMS}
+    missing = {name: [method for method in OPTIMISERS if method not in runs.get(name, {})] for name in PROBLEMS}
     return Report(
         title="Deep autoencoders: second-order against first-order optimisers",
         summary=report.summary(runs),

@@ -142,7 +142,7 @@ def _peer(how: str) -> Method:
     return forecast
 
 
-METHODS: dict[str, Method] = dict(
+COMPARED: dict[str, Method] = dict(
     zip(NAMES, (_map, _ours(), _ours(method="linearized"), _peer("marglik"), _peer("gridsearch")), strict=True)
 )
 PEERS, OPTIONAL = NAMES[3:], NAMES[2:3]
@@ -173,7 +173,7 @@ def _split(config: Config, name: str, split: int) -> dict[str, Any]:
         "sizes": {part: len(getattr(given, part)[0]) for part in ("train", "val", "test")},
         "metrics": {}, "settings": {}, "seconds": {}, "failures": {},
     }  # fmt: skip
-    for title, method in METHODS.items():
+    for title, method in COMPARED.items():
         if title in PEERS and (not config.peers or len(given.train[0]) > config.peer_most):
             found["failures"][title] = "left out" if not config.peers else f"more than {config.peer_most} training rows"
             continue

@@ -12,7 +12,7 @@ from experiments.continual.settings import Config
 from laplace_kf import continual
 from laplace_kf.registry import Registry
 
-__all__ = ["METHODS", "Averaged", "Method"]
+__all__ = ["LEARNERS", "Averaged", "Method"]
 
 
 Make = Callable[..., continual.Learner]
@@ -49,7 +49,7 @@ class Method:
         return found
 
 
-METHODS: Registry[Method] = Registry("continual learning method")
+LEARNERS: Registry[Method] = Registry("continual learning method")
 
 
 def _online(structure: str, terms: str) -> Make:
@@ -88,7 +88,7 @@ def _fine_tuning(strength: float, examples: int, **shared: Any) -> continual.Lea
 
 
 def _add(name: str, make: Make, **how: Any) -> None:
-    METHODS.register(name)(Method(make, **how))
+    LEARNERS.register(name)(Method(make, **how))
 
 
 _add("Kronecker online", _online("kron", "keep"))

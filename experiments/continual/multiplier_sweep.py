@@ -16,7 +16,7 @@ from experiments.common.checks import require
 from experiments.common.claims import Claim, verdict_table
 from experiments.continual import report, settings
 from experiments.continual import run as continual
-from experiments.continual.methods import METHODS
+from experiments.continual.methods import LEARNERS
 from experiments.continual.streams import STREAMS
 from laplace_kf.reports.html import Picture, Report, Table
 
@@ -45,7 +45,7 @@ def run(config: Config, folder: Path) -> Report:
         require(
             "methods",
             config.methods,
-            METHODS[name].grid,
+            LEARNERS[name].grid,
             f"names of methods with a strength to sweep ({name!r} has no strength)",
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _picture(config: Config, runs: Sequence[Mapping[str, Mapping[str, float]]], 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for name, colour in zip(config.methods, ("tab:blue", "tab:orange", "tab:green", "tab:red") * 3, strict=False):
-        grid = METHODS[name].strengths(config)
+        grid = LEARNERS[name].strengths(config)
         for (key, text), style in zip(SHOWN.items(), ("--", ":", "-"), strict=True):
             values = [
                 measure.scale * _mean(runs, f"{name}, {s:g}", key) if f"{name}, {s:g}" in labels else math.nan

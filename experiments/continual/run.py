@@ -26,7 +26,7 @@ from torch import nn
 from experiments.common import training
 from experiments.common.claims import verdict_table
 from experiments.continual import report
-from experiments.continual.methods import METHODS, Method
+from experiments.continual.methods import LEARNERS, Method
 from experiments.continual.settings import Config
 from experiments.continual.streams import STREAMS
 from experiments.continual.tasks import Stream, Task, joined
@@ -54,7 +54,7 @@ def _adam(config: Config, weights: list[nn.Parameter], factor: float) -> torch.o
 def check_names(config: Config) -> None:
     """Refuses names that are not registered (:class:`laplace_kf.errors.UnknownName`), before anything is run."""
     for name in config.methods:
-        _ = METHODS[name]
+        _ = LEARNERS[name]
     _ = STREAMS[config.stream], OPTIMIZERS[config.optimizer], OPTIMIZERS[config.si_optimizer]
 
 
@@ -138,7 +138,7 @@ def _score(found: dict[str, Any]) -> float:
 
 def searched(config: Config, name: str, tasks: Sequence[Task], seed: int, folder: Path) -> list[dict[str, Any]]:
     """The sequences of a method at all its strengths; a finished one is kept in ``folder`` and used again."""
-    method, tried = METHODS[name], []
+    method, tried = LEARNERS[name], []
     key = _key(asdict(config))
     for strength in method.strengths(config):
         part = folder / f"{seed}-{name.replace(' ', '_').replace(',', '')}-{strength:g}.json"

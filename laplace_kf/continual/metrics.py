@@ -9,14 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, run, to_device
+from laplace_kf.conventions import IGNORED
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.graphs import of_role
 
 __all__ = ["accuracy", "average_accuracy", "forgetting", "forward_transfer"]
 
 
 def accuracy(model: nn.Module, loader: Iterable[Any] | tuple[Any, Tensor], *, forward: Forward | None = None) -> float:
     """Share of examples whose largest output ``(N, C)`` is the target ``(N,)``, in eval mode; the model stays as it is.
+
+    Targets of -100 are left out; of a graph, those outside ``test_mask``.
 
     Raises:
         ShapeMismatch: if there are no examples.
@@ -25,9 +29,9 @@ def accuracy(model: nn.Module, loader: Iterable[Any] | tuple[Any, Tensor], *, fo
     right = count = 0
     with preserved(model), torch.no_grad():
         for batch in as_batches(loader):
-            outputs, targets = run(model, to_device(batch, device), forward)
+            outputs, targets = run(model, of_role(to_device(batch, device), "test_mask"), forward)
             right += int((outputs.argmax(-1) == targets.to(outputs.device)).sum())
-            count += targets.numel()
+            count += int((targets != IGNORED).sum())
     if not count:
         raise ShapeMismatch("accuracy needs at least one example")
     return right / count

@@ -52,7 +52,7 @@ def systematic(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 @ESTIMATORS.register("importance")
 class Importance(Estimator):
-    """See the module's text.
+    """Root columns drawn with probabilities proportional to their squared norms, ``columns`` of them per example.
 
     Args:
         columns: expected number of root columns per example.

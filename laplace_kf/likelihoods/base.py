@@ -370,7 +370,7 @@ class Likelihood(Predicting, Noise):
 
         Args:
             outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
-            v: ``(samples, N, T, M)`` with M = ``root_width(outputs)``; unit covariance for unbiased products.
+            v: ``(samples, N, T, M)`` with M = ``root_width(outputs, targets)``; unit covariance for unbiased products.
             targets: as in :meth:`position_root`.
 
         Returns:

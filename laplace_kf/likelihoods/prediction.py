@@ -25,6 +25,7 @@ from torch.distributions import (
     Normal,
 )
 
+from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
 __all__ = ["LOG_2PI", "GaussianOutputs", "Link", "Prediction"]
@@ -59,6 +60,7 @@ class Prediction:
         entropies: () → entropy by position and mean entropy of the components by position (None if unknown).
         build: () → the ``torch.distributions`` object.
         ignore_index: the likelihood's; see :meth:`kept`.
+        calibration: conformal scores of this way to predict, see :meth:`interval`.
     """
 
     values: Mapping[str, Tensor]
@@ -66,6 +68,7 @@ class Prediction:
     entropies: Callable[[], tuple[Tensor, Tensor | None]]
     build: Callable[[], Distribution]
     ignore_index: int | None = None
+    calibration: Conformal | None = None
 
     def _value(self, name: str) -> Tensor:
         if name not in self.values:
@@ -142,6 +145,38 @@ class Prediction:
             ShapeMismatch, ValueError: if the targets do not fit.
         """
         return self.density(y)
+
+    def interval(self, level: float = 0.9, of: str = "observation") -> tuple[Tensor, Tensor]:
+        """Central intervals of real targets and counts.
+
+        Args:
+            level: probability that they are to hold.
+            of: ``"observation"`` for a new target, ``"mean"`` for its mean (the spread of the weights alone).
+
+        Returns:
+            Lower and upper ends, each in the layout of :attr:`mean`, ``(N, C)``. Of a normal distribution with the
+            prediction's mean and variance; after ``posterior.calibrate(data)`` those of an observation are calibrated:
+            each output's interval holds at least ``level`` of new examples that are exchangeable with the data
+            (:mod:`laplace_kf.outputs.conformal`).
+
+        Raises:
+            ValueError: for a level outside (0, 1), or another ``of``.
+            IncompatiblePair: for predictions of classes.
+        """
+        return interval(self, level, of)
+
+    def prediction_set(self, level: float = 0.9) -> Tensor:
+        """Which classes belong to a set that holds the right one with probability ``level``, bool ``(N, C)``.
+
+        The most probable classes until their probabilities reach ``level``; after ``posterior.calibrate(data)`` until
+        they reach the threshold that held ``level`` of those data, which guarantees the coverage of exchangeable
+        examples. The most probable class is always in it.
+
+        Raises:
+            ValueError: for a level outside (0, 1).
+            IncompatiblePair: for predictions without classes that exclude each other, or with several positions.
+        """
+        return prediction_set(self, level)
 
     def kept(self, y: Tensor) -> Tensor:
         """Which targets count, of the shape of ``y`` (bool): all but the likelihood's ``ignore_index`` and NaN."""
@@ -316,12 +351,19 @@ class Link:
 
 
 def covariance_root(covariance: Tensor) -> Tensor:
-    """``L (..., C, C)`` with ``L Lᵀ`` the covariance: Cholesky, or symmetric where some matrix is singular."""
+    """``L (..., C, C)`` with ``L Lᵀ`` the covariance: Cholesky, or of a singular matrix from its eigenvectors.
+
+    The root of a matrix does not depend on the others.
+    """
     lower, failed = torch.linalg.cholesky_ex(covariance)
-    if not bool(failed.any()):
+    singular = failed != 0
+    if not bool(singular.any()):
         return lower
-    values, vectors = torch.linalg.eigh((covariance + covariance.transpose(-1, -2)) / 2)
-    return vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
+    lower = torch.linalg.cholesky(torch.where(singular[..., None, None], eye, covariance))
+    few = covariance[singular]
+    values, vectors = torch.linalg.eigh((few + few.transpose(-1, -2)) / 2)
+    return lower.index_put((singular,), vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2))
 
 
 def without_components(prediction: Prediction) -> Prediction:

@@ -34,7 +34,7 @@ class Given(NamedTuple):
 
 
 def times(x: Tensor, weight: Tensor | None) -> Tensor:
-    """``x`` times weights that broadcast to it (``None``: as it is)."""
+    """``x (N, ...)`` times weights that broadcast to it (``None``: as it is)."""
     return x if weight is None else x * weight.to(x.dtype)
 
 

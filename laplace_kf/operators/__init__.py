@@ -15,13 +15,14 @@ from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
 from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
-from laplace_kf.operators.tridiagonal import BlockTridiagonal, Link
+from laplace_kf.operators.tridiagonal import BlockTridiagonal, CrossFactors
 
 __all__ = [
     "DAMPINGS",
     "Basis",
     "BlockTridiagonal",
     "Blockwise",
+    "CrossFactors",
     "CurvatureBlock",
     "DenseBlock",
     "DiagonalBlock",
@@ -29,7 +30,6 @@ __all__ = [
     "KeptTerms",
     "KroneckerBlock",
     "KroneckerProduct",
-    "Link",
     "LowRank",
     "LowRankBlock",
     "Matrix",

@@ -88,7 +88,7 @@ class Ridge:
 
 
 class Spectral(Matrix):
-    """See the module's text.
+    """``(B_G ⊗ B_A) diag(S) (B_G ⊗ B_A)ᵀ``, positive definite: every operation is two rotations and one grid.
 
     Args:
         inputs: basis ``B_A`` of the input side.

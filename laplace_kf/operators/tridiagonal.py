@@ -19,11 +19,11 @@ from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.spectral import Spectral
 from laplace_kf.tape.blocks import Block, FlatLayout
 
-__all__ = ["BlockTridiagonal", "Link"]
+__all__ = ["BlockTridiagonal", "CrossFactors"]
 
 
 @dataclass(frozen=True)
-class Link:
+class CrossFactors:
     """Factors between a layer and the next one, ``(I, I')`` and ``(O, O')``.
 
     Attributes:
@@ -40,7 +40,9 @@ class Link:
 
 
 class BlockTridiagonal(Matrix):
-    """See the module's text; blocks without a link stand alone. Shapes of factors as in :class:`Link`.
+    """Solves with a matrix whose inverse links every block to its neighbours; blocks without a link stand alone.
+
+    Shapes of factors as in :class:`CrossFactors`.
 
     Args:
         layout: the flat order.
@@ -52,7 +54,9 @@ class BlockTridiagonal(Matrix):
         NotPositiveDefinite: if a damped factor is singular.
     """
 
-    def __init__(self, layout: FlatLayout, entries: Sequence[tuple[Block, Matrix]], links: Sequence[Link]) -> None:
+    def __init__(
+        self, layout: FlatLayout, entries: Sequence[tuple[Block, Matrix]], links: Sequence[CrossFactors]
+    ) -> None:
         self.layout, self.entries = layout, tuple(entries)
         self.label = ", ".join(block.name for block, _ in self.entries)
         self._psi: dict[str, tuple[str, Tensor, Tensor]] = {}  # first -> (second, Ψ^A, Ψ^G)

@@ -22,19 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf import weighting
-from laplace_kf.batches import Forward, check_batch, check_finite, to_device
+from laplace_kf.batches import check_batch, check_finite, to_device
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
+from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
-from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
+from laplace_kf.optim.settings import Scope, Step
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
@@ -50,22 +51,15 @@ class SecondOrder(torch.optim.Optimizer):
     Args:
         model: the module that is trained.
         likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
-        parameters: ``"all"`` trainable parameters or name patterns.
-        groups: see :func:`laplace_kf.optim.groups.make_groups`.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
-        weights: batches are ``(x, y, w)`` or mappings with ``"weights"``: ``step((x, y, w))``. The weight of an example
-            multiplies its ``−log p`` and its curvature; means are over examples (of weight > 0).
-        l2: coefficient η, in gradient and curvature.
-        lr: factor on the final update.
+        step: regulariser, learning rate, average of iterates, and which steps are refused (see below).
+        scope: parameters, groups (:func:`laplace_kf.optim.groups.make_groups`), batch form, random numbers.
         tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
-        averaging: limit β of the average of the iterates (:meth:`averaged_parameters`), ``None`` for no average.
-        max_rise: a step that raises the loss of its own minibatch by more than this share of its size (the mean of
-            ``|−log p|`` over examples) is refused, as one with a loss that is not finite is, and tried again with 10
-            times the damping, at most 12 times; then the weights stay. The loss after the step is looked at on the part
-            of the minibatch that the curvature came from, and on all of it where it rose there or is needed anyway
-            (for ρ, in a line search): no pass more than without the rule unless the loss rose. Infinity: only the
-            finiteness counts.
-        generator: random numbers (sampled targets, subsets); a fresh private one by default.
+
+    A step that raises the loss of its own minibatch by more than ``step.max_rise`` times its size (the mean of
+    ``|−log p|`` over examples) is refused, as one with a loss that is not finite is, and tried again with 10 times the
+    damping, at most 12 times; then the weights stay. The loss after the step is looked at on the part of the minibatch
+    that the curvature came from, and on all of it where it rose there or is needed anyway (for ρ, in a line search): no
+    pass more than without the rule unless the loss rose. Infinity: only the finiteness counts.
 
     Attributes:
         diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step; ``rho`` is NaN where it
@@ -76,33 +70,25 @@ class SecondOrder(torch.optim.Optimizer):
         self,
         model: nn.Module,
         likelihood: str | Likelihood,
-        *,
-        parameters: str | Sequence[str],
-        groups: Sequence[Mapping[str, Any]],
-        forward: Forward | None,
-        weights: bool,
-        l2: float,
-        lr: float,
+        step: Step,
+        scope: Scope,
         tau: float | None,
-        averaging: float | None,
-        max_rise: float,
-        generator: torch.Generator | None,
     ) -> None:
-        check_arguments({"l2": l2, "lr": lr, "tau": tau, "averaging": averaging, "max_rise": max_rise})
         model = usable(model)
-        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
-        self.weights, read = bool(weights), weighting.reader(forward, weights)
-        self.l2, self.tau = float(l2), tau
-        self.averaging, self.max_rise = averaging, float(max_rise)
-        self.generator = generator if generator is not None else fresh_generator()
+        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), scope.forward
+        self.l2, self.tau = float(step.l2), tau
+        self.averaging, self.max_rise = step.averaging, float(step.max_rise)
+        self.generator = scope.generator if scope.generator is not None else fresh_generator()
+        parameters, groups, lr = scope.parameters, scope.groups, step.lr
+        self.weights, forward = scope.weights, weighting.reader(scope.forward, scope.weights)
         super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         second = {n for group in self.param_groups if not group["first_order"] for n in group["param_names"]}
         chosen = {n for group in self.param_groups for n in group["param_names"]}
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
-        self.objective = Objective(model, self.likelihood, read)
-        self.tracer = Tracer(model, read, list(self.layout.names))
+        self.objective = Objective(model, self.likelihood, forward)
+        self.tracer = Tracer(model, forward, list(self.layout.names))
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
         self.diagnostics: dict[str, float] = {}
@@ -220,6 +206,7 @@ class SecondOrder(torch.optim.Optimizer):
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = to_device(targets, outputs.device)
+        check_ignored(data, targets, self.likelihood, self.user_forward)
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Accumulator, Statistics, StructureRule, preserved
 from laplace_kf.errors import IncompatiblePair, NotFitted, NotPositiveDefinite
@@ -27,140 +26,101 @@ from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.running import Running
+from laplace_kf.optim.settings import (
+    Factors,
+    GaussNewtonDamping,
+    GaussNewtonSettings,
+    GaussNewtonStep,
+    Scope,
+    shows,
+    sorted_into,
+)
 from laplace_kf.optim.stepsize import model_change, optimal_coefficients
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.structures import Structure
 from laplace_kf.tape import Observation, OuterSignals
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["GaussNewton"]
+
+CONCERNS = (Factors, GaussNewtonDamping, GaussNewtonStep, Scope)
 
 LEAST = 128  # examples that a part of a minibatch keeps: an eighth of a small one says nothing (methods 4.4)
 
 
 class GaussNewton(SecondOrder):
-    """See the module's text. The defaults are Botev's optimiser; :func:`laplace_kf.optim.kfac` sets Martens's.
+    """Steps along the damped inverse of a running approximate curvature, as long as the exact model says.
 
-    Args:
-        model: the module that is trained.
-        likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
-        estimator: ``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"``, ``"importance"``.
-        structure: ``"kron"``, ``"diag"`` or another structure of the engine.
-        inverse: ``"block_diagonal"`` or ``"block_tridiagonal"`` (methods 5.5).
-        damping: how ``ζ + l2`` enters a Kronecker block: ``"balanced"`` (with ω), ``"factored"``, ``"exact"``.
-        power: exponent of the inverse, ``(C̃ + ζ)^-power``; other than 1 needs ``damping="exact"`` (methods 8.2).
-        rescale: length of the step from the exact quadratic model; ``False`` takes the direction as it is, which with
-            ``damping="factored"`` and fixed damping is the plain factored Tikhonov update (methods 6.4).
-        momentum: also search along the previous update (methods 6.2).
-        l2: coefficient η of the regulariser.
-        lr: factor on the final update; schedulers change it through the parameter groups.
-        tau: damping of the exact curvature; default 150 for losses summed over many outputs, else 1.
-        zeta: damping of the approximate curvature; default as ``tau``. K-FAC's γ is ``√(zeta + l2)``.
-        search_start: at the first step, take the one of τ and ζ that was not given, or both, from a wide ladder, by
-            the loss after one update (:class:`laplace_kf.optim.damping.StartSearch`); costs about as much as 10 steps.
-        adapt_tau: adapt τ, by ``tau_rule``.
-        adapt_zeta: adapt ζ, by ``zeta_rule``.
-        ema: limit of the moving average of the factors (:func:`laplace_kf.optim.factors.averaged`); 0: none.
-        refresh: steps between fresh inverses (the first three always get one).
-        curvature_fraction: part of each minibatch for the factors and for the exact products, one number or a pair
-            (τ₁, τ₂ of methods 4.4); 128 examples at the least.
-        low_rank: in ``step(x, y)``, apply the inverses to the factors of the gradient of layers where that is cheaper
-            (methods 5.6). Needs block-diagonal products, ``l2=0`` and all examples in the factors.
-        averaging: limit of the average of the iterates (0.95 in Botev et al. 2017, B.4), ``None`` for none.
-        max_rise: steps that raise the loss of their own minibatch by more than this share of its size are refused and
-            tried again with more damping (:class:`laplace_kf.optim.base.SecondOrder`).
-        parameters: ``"all"`` or name patterns.
-        groups: parameter groups by name pattern, some of them perhaps ``first_order``.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
-        weights: batches are ``(x, y, w)`` or mappings with ``"weights"``; see :class:`SecondOrder`.
-        generator: random numbers; with one, training is reproducible.
-        tau_rule: period, factor and thresholds for τ.
-        zeta_rule: period, factor and scale for ζ.
-        **options: options of the estimator and the structure (``samples=``, ``columns=``, ``vector_blocks=``).
+    The defaults are Botev's optimiser; :func:`laplace_kf.optim.kfac` sets Martens's. The arguments are documented at
+    the constructor; they are the fields of :class:`Factors`, :class:`GaussNewtonDamping`, :class:`GaussNewtonStep` and
+    :class:`Scope` (:mod:`laplace_kf.optim.settings`).
 
-    Raises:
-        UnknownName: for a name that is not registered.
-        IncompatiblePair: for choices that do not work together.
+    Attributes:
+        diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step
+            (:class:`laplace_kf.optim.base.SecondOrder`).
     """
 
+    @shows(*CONCERNS, options='of structure and estimator, such as ``samples=`` of ``estimator="sampled"``.')
     def __init__(
         self,
         model: nn.Module,
         likelihood: str | Likelihood,
         estimator: str | Estimator = "recursive",
         structure: str | Structure = "kron",
-        *,
-        inverse: str = "block_diagonal",
-        damping: str = "balanced",
-        power: float = 1.0,
-        rescale: bool = True,
-        momentum: bool = False,
-        l2: float = 0.0,
-        lr: float = 1.0,
-        tau: float | None = None,
-        zeta: float | None = None,
-        search_start: bool = False,
-        adapt_tau: bool = True,
-        adapt_zeta: bool = True,
-        ema: float = 0.9,
-        refresh: int = 1,
-        curvature_fraction: float | tuple[float, float] = 1.0,
-        low_rank: bool = False,
-        averaging: float | None = None,
-        max_rise: float = 0.5,
-        parameters: str | Sequence[str] = "all",
-        groups: Sequence[Mapping[str, Any]] = (),
-        forward: Forward | None = None,
-        weights: bool = False,
-        generator: torch.Generator | None = None,
-        tau_rule: LevenbergMarquardt | None = None,
-        zeta_rule: GreedySearch | None = None,
-        **options: Any,
+        **settings: Unpack[GaussNewtonSettings],
     ) -> None:
-        super().__init__(
-            model,
-            likelihood,
-            parameters=parameters,
-            groups=groups,
-            forward=forward,
-            weights=weights,
-            l2=l2,
-            lr=lr,
-            tau=tau,
-            averaging=averaging,
-            max_rise=max_rise,
-            generator=generator,
-        )
-        check_arguments({"zeta": zeta, "ema": ema, "refresh": refresh, "power": power, **options})
-        inner, self.estimator = make_pair(structure, estimator, options)
-        self.inverse, self.solver = INVERSES[inverse], BLOCK_SOLVERS[damping]
-        self.structure = self.inverse.structure(inner)
-        self.inner, self.damping, self.power = inner, damping, power
-        self.inverse.check(self.solver)
-        parts = curvature_fraction if isinstance(curvature_fraction, tuple) else (curvature_fraction,) * 2
-        if len(parts) != 2:
-            raise IncompatiblePair(f"curvature_fraction is one number in (0, 1] or a pair, got {curvature_fraction}")
-        for part in parts:
-            check_arguments({"curvature_fraction": part})
-        if low_rank and not (self.solver.is_product and self.structure is inner and l2 == 0 and parts[0] == 1):
-            raise IncompatiblePair(
-                'low_rank=True needs inverse="block_diagonal", damping="balanced" or "factored", l2=0 and '
-                "curvature_fraction=(1.0, ...): the gradient must be a sum over the examples that are on the tape"
-            )
-        self.factor_part, self.product_part = parts
-        if momentum and not rescale:
-            raise IncompatiblePair("momentum=True chooses the length of the step from the model: it needs rescale=True")
-        self.rescale, self.momentum, self.zeta = rescale, momentum, zeta
-        self.start = StartSearch() if search_start else None
-        self._free = (tau is None, zeta is None)
-        self.adapt_tau, self.adapt_zeta = adapt_tau, adapt_zeta
-        self.ema, self.refresh, self.low_rank = ema, refresh, low_rank
-        self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt()
-        self.zeta_rule = zeta_rule if zeta_rule is not None else GreedySearch()
-        self.running = Running(self._accumulating, self.structure, ema, refresh, self._build)
+        """A second-order optimiser on running factors.
+
+        Args:
+            model: the module that is trained.
+            likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
+            estimator: ``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"`` or
+                ``"importance"``.
+            structure: ``"kron"``, ``"diag"`` or another structure of the engine.
+
+        Raises:
+            UnknownName: for a name that is not registered.
+            IncompatiblePair: for choices that do not work together, and numbers out of range.
+            TypeError: for an argument that nothing takes.
+        """
+        (factors, damping, step, scope), options = sorted_into(settings, *CONCERNS)
+        check_arguments(options)
+        super().__init__(model, likelihood, step, scope, damping.tau)
+        self._set_factors(factors, *make_pair(structure, estimator, options))
+        self._set_damping(damping)
+        self.rescale, self.momentum = step.rescale, step.momentum
+        self.running = Running(self._accumulating, self.structure, self.ema, self.refresh, self._build)
         self._factored: list[Batch] = []  # the examples behind the factors of this step
         self._check: list[Batch] = []  # those of the exact products
         self._outer: dict[str, tuple[Tensor, Tensor]] = {}
         self._previous: Tensor | None = None
+
+    def _set_factors(self, factors: Factors, inner: Structure, estimator: Estimator) -> None:
+        """Which curvature is kept, and how it is inverted."""
+        self.estimator, self.inner = estimator, inner
+        self.inverse, self.solver = INVERSES[factors.inverse], BLOCK_SOLVERS[factors.damping]
+        self.structure = self.inverse.structure(inner)
+        self.damping, self.power = factors.damping, factors.power
+        self.inverse.check(self.solver)
+        self.factor_part, self.product_part = factors.parts
+        product = self.solver.is_product and self.structure is inner
+        if factors.low_rank and not (product and self.l2 == 0 and self.factor_part == 1):
+            raise IncompatiblePair(
+                'low_rank=True needs inverse="block_diagonal", damping="balanced" or "factored", l2=0 and '
+                "curvature_fraction=(1.0, ...): the gradient must be a sum over the examples that are on the tape"
+            )
+        self.ema, self.refresh, self.low_rank = factors.ema, factors.refresh, factors.low_rank
+
+    def _set_damping(self, damping: GaussNewtonDamping) -> None:
+        """Start values of τ and ζ, and how they move."""
+        self.zeta = damping.zeta
+        self.start = StartSearch() if damping.search_start else None
+        self._free = (damping.tau is None, damping.zeta is None)
+        self.adapt_tau, self.adapt_zeta = damping.adapt_tau, damping.adapt_zeta
+        self.tau_rule = damping.tau_rule if damping.tau_rule is not None else LevenbergMarquardt()
+        self.zeta_rule = damping.zeta_rule if damping.zeta_rule is not None else GreedySearch()
 
     # -- curvature -----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
-from laplace_kf.operators import Blockwise, Link
+from laplace_kf.operators import Blockwise, CrossFactors
 from laplace_kf.structures import Structure, Sums
 from laplace_kf.structures.base import zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, OuterSignals, Signals
@@ -103,10 +103,10 @@ class Linked(Structure):
         """The diagonal blocks."""
         return self.inner.matrix({k: v for k, v in means.items() if ARROW not in k}, blocks, layout)
 
-    def links(self, statistics: Statistics) -> list[Link]:
+    def links(self, statistics: Statistics) -> list[CrossFactors]:
         """The mean factors between layers: ``A (I_i, I_{i+1})`` and ``G (O_i, O_{i+1})`` of every pair."""
         pairs = [(key.split(ARROW), parts) for key, parts in statistics.sums.items() if ARROW in key]
-        return [Link(one, two, a / statistics.count, g / statistics.count) for (one, two), (a, g) in pairs]
+        return [CrossFactors(one, two, a / statistics.count, g / statistics.count) for (one, two), (a, g) in pairs]
 
     def unlinked(self, statistics: Statistics) -> Statistics:
         """The statistics of the diagonal blocks alone."""

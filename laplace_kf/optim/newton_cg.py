@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.batches import check_finite, to_device
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Accumulator, Statistics, preserved
 from laplace_kf.errors import IncompatiblePair, UnknownName, UnsupportedLayer
@@ -21,167 +21,70 @@ from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
+from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
 from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import INVERSES
-from laplace_kf.optim.linearised import DISTANCES, Linearised
 from laplace_kf.optim.objective import Batch, counting
 from laplace_kf.optim.penalties import PENALTIES, Curvature
-from laplace_kf.optim.preconditioner import PRECONDITIONERS, Preconditioner
+from laplace_kf.optim.preconditioner import PRECONDITIONERS
 from laplace_kf.optim.recipes import RECIPES, Recipe
+from laplace_kf.optim.settings import (
+    Damping,
+    HessianFreePreset,
+    HessianFreeSettings,
+    Preconditioning,
+    Scope,
+    Step,
+    System,
+    shows,
+    sorted_into,
+)
 from laplace_kf.optim.stepsize import line_search
 from laplace_kf.tape import Observation
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["HessianFree", "hessian_free"]
+
+CONCERNS = (System, Preconditioning, Damping, Step, Scope)
+NEED_ONE = 'need a preconditioner; use preconditioner="kronecker" or "diagonal"'
 
 
 class HessianFree(SecondOrder):
-    """See the module's text.
+    """Steps that solve the damped exact Gauss-Newton system by preconditioned conjugate gradients.
 
-    Args:
-        model: the module that is trained.
-        likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
-        recipe: name in ``RECIPES`` or a :class:`Recipe`: limits, warm start and choice of the iterate.
-        preconditioner: ``"none"``, ``"diagonal"``, ``"kronecker"``, or a :class:`Preconditioner`.
-        penalty: D of the damping ``λ D`` (methods 7.7), a name of ``PENALTIES``: ``"identity"``, ``"diagonal"`` (exact
-            diag(G)), ``"sampled_diagonal"``, ``"preconditioner"`` (CᵀC, the structured curvature of the
-            preconditioner), ``"curvature"`` (D = B).
-        scale_sensitive: another way to say ``penalty="diagonal"``.
-        kappa: κ of the preconditioner ``(d + κ)^ξ``, in units of the mean curvature (methods 7.6); default 0.01 where D
-            may be singular or there is a trust region, else 0.
-        exponent: ξ of the preconditioner; default 0.75 for ``"diagonal"``, 1 for ``"kronecker"``, which needs
-            ``damping="exact"`` for another one.
-        reduction: whether ρ compares with the ``"undamped"`` model, of ``G + μ D_h + η I``, or the ``"damped"`` one,
-            with ``λ D`` as well. Structural damping (μ) is in both: it is part of the model, λ is not.
-        structural_damping: μ of the penalty on changes of hidden activities, for recurrent networks. A diagonal
-            preconditioner takes it in (an estimate by random signs), a Kronecker one leaves it out.
-        hidden: name patterns of the modules whose outputs are hidden activities; default: all recurrent modules.
-        distance: ``"squared"`` or ``"cross_entropy"``, for logistic units only: torch's recurrent layers are refused,
-            other activities outside [0, 1] at the step.
-        trust_radius: solve within ``‖δ‖_P ≤ radius`` by Steihaug–Toint in place of damping with λ.
-        inverse, damping, ema, refresh: of the preconditioner, as for :class:`laplace_kf.optim.GaussNewton`.
-        momentum: start CG from the decayed solution of the step before.
-        l2: coefficient η.
-        lr: factor on the final update.
-        tau: λ; default 150 for losses summed over many outputs, else 1.
-        zeta: damping of the preconditioner; default: λ.
-        adapt_tau: adapt λ (or the radius) by ``tau_rule``.
-        adapt_zeta: a given ``zeta`` moves with λ.
-        curvature_fraction: part of each minibatch for the products; ``step(..., curvature=batch)`` brings another one.
-        termination: of CG, by relative progress.
-        averaging, max_rise, parameters, groups, forward, weights, generator: as
-            :class:`laplace_kf.optim.GaussNewton`.
-        tau_rule: thresholds and factor.
-        **options: of the preconditioner's structure and estimator (``samples=``).
+    The arguments are documented at the constructor; they are the fields of :class:`System`, :class:`Preconditioning`,
+    :class:`Damping`, :class:`Step` and :class:`Scope` (:mod:`laplace_kf.optim.settings`).
 
-    Raises:
-        UnknownName: for a name that is not registered.
-        IncompatiblePair: for choices that do not work together.
+    Attributes:
+        run: the last run of conjugate gradients.
+        diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step
+            (:class:`laplace_kf.optim.base.SecondOrder`).
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        likelihood: str | Likelihood,
-        *,
-        recipe: str | Recipe = "original",
-        preconditioner: str | Preconditioner | None = "diagonal",
-        penalty: str | None = None,
-        scale_sensitive: bool = False,
-        kappa: float | None = None,
-        exponent: float | None = None,
-        reduction: str = "undamped",
-        structural_damping: float | None = None,
-        hidden: Sequence[str] | None = None,
-        distance: str = "squared",
-        trust_radius: float | None = None,
-        inverse: str = "block_diagonal",
-        damping: str | None = None,
-        ema: float = 0.0,
-        refresh: int = 1,
-        momentum: bool = True,
-        l2: float = 0.0,
-        lr: float = 1.0,
-        tau: float | None = None,
-        zeta: float | None = None,
-        adapt_tau: bool = True,
-        adapt_zeta: bool = True,
-        curvature_fraction: float = 1.0,
-        termination: Progress | None = None,
-        averaging: float | None = None,
-        max_rise: float = 0.5,
-        parameters: str | Sequence[str] = "all",
-        groups: Sequence[Mapping[str, Any]] = (),
-        forward: Forward | None = None,
-        weights: bool = False,
-        generator: torch.Generator | None = None,
-        tau_rule: LevenbergMarquardt | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(
-            model,
-            likelihood,
-            parameters=parameters,
-            groups=groups,
-            forward=forward,
-            weights=weights,
-            l2=l2,
-            lr=lr,
-            tau=tau,
-            averaging=averaging,
-            max_rise=max_rise,
-            generator=generator,
-        )
-        check_arguments({"zeta": zeta, "ema": ema, "refresh": refresh, "curvature_fraction": curvature_fraction})
-        check_arguments({"trust_radius": trust_radius, "structural_damping": structural_damping, **options})
-        self.recipe = recipe if isinstance(recipe, Recipe) else RECIPES[recipe]
-        row = PRECONDITIONERS[preconditioner] if isinstance(preconditioner, str) else preconditioner
-        check_arguments({"kappa": kappa, "power": exponent})
-        if penalty is not None and scale_sensitive and penalty != "diagonal":
-            raise IncompatiblePair(f'scale_sensitive=True is penalty="diagonal", and penalty={penalty!r} was given too')
-        self.penalty = penalty or ("diagonal" if scale_sensitive else "identity")
-        self._penalty, self.kappa = PENALTIES[self.penalty], kappa
-        if reduction not in ("undamped", "damped"):
-            raise UnknownName("model of the reduction ratio", reduction, ["undamped", "damped"])
-        self.reduction = reduction
-        if row is None and (kappa is not None or exponent is not None or self.penalty == "preconditioner"):
-            raise IncompatiblePair(
-                'kappa, exponent and penalty="preconditioner" need a preconditioner; use preconditioner="kronecker" or '
-                '"diagonal"'
-            )
-        if trust_radius is not None and self.penalty != "identity":
-            raise IncompatiblePair(
-                f"a trust region takes the place of the damping: leave out trust_radius or penalty={self.penalty!r}"
-            )
-        asked = options or damping is not None or zeta is not None or ema or refresh > 1
-        if row is None and (asked or INVERSES[inverse] is not INVERSES["block_diagonal"]):
-            raise IncompatiblePair(
-                "zeta, ema, refresh, inverse, damping and estimator options belong to a preconditioner, and there is "
-                'none; use preconditioner="kronecker" or "diagonal"'
-            )
-        if row is not None:
-            power = row.power if exponent is None else exponent
-            row = replace(
-                row, damping=damping or row.damping, inverse=inverse, power=power, options={**row.options, **options}
-            )
-            if row.power != 1 and row.damping != "exact":
-                raise IncompatiblePair(f'exponent={row.power} needs damping="exact" for the preconditioner')
-        self.preconditioner, self.pair = row, None if row is None else row.pair()
-        self.ema, self.refresh, self.momentum = ema, refresh, momentum
-        self.zeta, self.adapt_zeta = zeta, adapt_zeta
+    @shows(*CONCERNS, options="of the preconditioner's structure and estimator (``samples=``).")
+    def __init__(self, model: nn.Module, likelihood: str | Likelihood, **settings: Unpack[HessianFreeSettings]) -> None:
+        """A Hessian-free optimiser.
+
+        Args:
+            model: the module that is trained.
+            likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
+
+        Raises:
+            UnknownName: for a name that is not registered.
+            IncompatiblePair: for choices that do not work together, and numbers out of range.
+        """
+        (system, preconditioning, damping, step, scope), options = sorted_into(settings, *CONCERNS)
+        check_arguments(options)
+        super().__init__(model, likelihood, step, scope, damping.tau)
+        self._set_preconditioner(preconditioning, damping, options)
+        self._set_system(system)
+        self.zeta, self.adapt_tau, self.adapt_zeta = damping.zeta, damping.adapt_tau, damping.adapt_zeta
+        self.tau_rule = damping.tau_rule if damping.tau_rule is not None else LevenbergMarquardt(1, 2 / 3, 0.25, 0.75)
         self._running: Statistics | None = None
         self._metric: Matrix | None = None
         self._inverted_at = 0.0  # the damping that the preconditioner was made with
-        if self.recipe.held_out and curvature_fraction == 1:
-            raise IncompatiblePair("this recipe chooses on data outside the curvature part: curvature_fraction < 1")
-        self.structural, self.distance = structural_damping or 0.0, DISTANCES[distance]
-        if self.structural:
-            self.objective.hidden = _hidden_modules(self.model, hidden)
-            if distance == "cross_entropy":
-                _require_logistic(self.objective.hidden)
-        self.radius = trust_radius
-        self.adapt_tau, self.part = adapt_tau, curvature_fraction
-        self.termination = termination if termination is not None else Progress()
-        self.tau_rule = tau_rule if tau_rule is not None else LevenbergMarquardt(1, 2 / 3, 0.25, 0.75)
         self._is_chain: bool | None = None  # known from the first minibatch on
         self.run: Run | None = None  # the last CG run, for looking at
         self._solution: Tensor | None = None
@@ -189,6 +92,59 @@ class HessianFree(SecondOrder):
         self._curved: list[Batch] = []
         self._rest: list[Batch] = []
         self._structures: dict[str, Statistics] = {}
+
+    def _set_preconditioner(self, given: Preconditioning, damping: Damping, options: Mapping[str, Any]) -> None:
+        """The structured curvature that preconditions, if there is one."""
+        name = given.preconditioner
+        row = PRECONDITIONERS[name] if isinstance(name, str) else name
+        asked = options or given.damping is not None or damping.zeta is not None or given.ema or given.refresh > 1
+        if row is None and (asked or INVERSES[given.inverse] is not INVERSES["block_diagonal"]):
+            raise IncompatiblePair(
+                "zeta, ema, refresh, inverse, damping and estimator options belong to a preconditioner, and there is "
+                'none; use preconditioner="kronecker" or "diagonal"'
+            )
+        if row is None and (given.kappa is not None or given.exponent is not None):
+            raise IncompatiblePair(f"kappa and exponent {NEED_ONE}")
+        if row is not None:
+            row = replace(
+                row,
+                damping=given.damping or row.damping,
+                inverse=given.inverse,
+                power=row.power if given.exponent is None else given.exponent,
+                options={**row.options, **options},
+            )
+            if row.power != 1 and row.damping != "exact":
+                raise IncompatiblePair(f'exponent={row.power} needs damping="exact" for the preconditioner')
+        self.preconditioner, self.pair = row, None if row is None else row.pair()
+        self.kappa, self.ema, self.refresh = given.kappa, given.ema, given.refresh
+
+    def _set_system(self, given: System) -> None:
+        """What is solved, and how conjugate gradients are run."""
+        self.recipe = given.recipe if isinstance(given.recipe, Recipe) else RECIPES[given.recipe]
+        if given.penalty is not None and given.scale_sensitive and given.penalty != "diagonal":
+            raise IncompatiblePair(
+                f'scale_sensitive=True is penalty="diagonal", and penalty={given.penalty!r} was given too'
+            )
+        self.penalty = given.penalty or ("diagonal" if given.scale_sensitive else "identity")
+        self._penalty = PENALTIES[self.penalty]
+        if given.reduction not in ("undamped", "damped"):
+            raise UnknownName("model of the reduction ratio", given.reduction, ["undamped", "damped"])
+        self.reduction = given.reduction
+        if self.preconditioner is None and self.penalty == "preconditioner":
+            raise IncompatiblePair(f'penalty="preconditioner" {NEED_ONE}')
+        if given.trust_radius is not None and self.penalty != "identity":
+            raise IncompatiblePair(
+                f"a trust region takes the place of the damping: leave out trust_radius or penalty={self.penalty!r}"
+            )
+        if self.recipe.held_out and given.curvature_fraction == 1:
+            raise IncompatiblePair("this recipe chooses on data outside the curvature part: curvature_fraction < 1")
+        self.structural, self.distance = given.structural_damping or 0.0, DISTANCES[given.distance]
+        if self.structural:
+            self.objective.hidden = _hidden_modules(self.model, given.hidden)
+            if given.distance == "cross_entropy":
+                _require_logistic(self.objective.hidden)
+        self.radius, self.part, self.momentum = given.trust_radius, given.curvature_fraction, given.momentum
+        self.termination = given.termination if given.termination is not None else Progress()
 
     # -- data --------------------------------------------------------------------------------------------------------
 
@@ -258,7 +214,7 @@ class HessianFree(SecondOrder):
         self._choose_data(batches)
         tau = self.tau if self.radius is None else 0.0
         weights = {name: self.named[name] for name in self.layout.names}
-        matrix = Linearised(self.objective, self._curved, weights, self.structural, self.distance)
+        matrix = ExactCurvature(self.objective, self._curved, weights, self.structural, self.distance)
 
         def undamped(v: Tensor) -> Tensor:
             parts = matrix.product(self.split(v))
@@ -308,7 +264,7 @@ class HessianFree(SecondOrder):
 
         return applied
 
-    def _preconditioner(self, scale: float, matrix: Linearised) -> Matrix | None:
+    def _preconditioner(self, scale: float, matrix: ExactCurvature) -> Matrix | None:
         """The preconditioner at this step's damping; between refreshes the one of before."""
         if self.preconditioner is None:
             return None
@@ -321,7 +277,7 @@ class HessianFree(SecondOrder):
             self._metric = self.preconditioner.build(running, k)
         return self._metric
 
-    def _updated(self, matrix: Linearised) -> Statistics:
+    def _updated(self, matrix: ExactCurvature) -> Statistics:
         """The curvature of the preconditioner: with this step's in it where a step refreshes it, once."""
         due = self._running is None or not self.steps % self.refresh
         if due and "preconditioner" not in self._structures:
@@ -330,7 +286,7 @@ class HessianFree(SecondOrder):
         assert self._running is not None
         return self._running
 
-    def _with_structural(self, statistics: Statistics, matrix: Linearised) -> Statistics:
+    def _with_structural(self, statistics: Statistics, matrix: ExactCurvature) -> Statistics:
         """The curvature of the preconditioner with ``μ diag(D)`` in it: P is for the damped matrix (methods 7.6)."""
         if not self.structural or self.pair is None:
             return statistics
@@ -453,16 +409,21 @@ def _hidden_modules(model: nn.Module, patterns: Sequence[str] | None) -> list[nn
     return found
 
 
+@shows(*CONCERNS, options="of the preconditioner's structure and estimator (``samples=``).")
 def hessian_free(
-    model: nn.Module, likelihood: str | Likelihood, structural_damping: float | None = None, **settings: Any
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    structural_damping: float | None = None,
+    **settings: Unpack[HessianFreePreset],
 ) -> HessianFree:
     """Hessian-free optimisation (methods 7); with ``structural_damping`` the recipe for recurrent networks.
+
+    That is ``recipe="recurrent"`` and no preconditioner, unless they are given.
 
     Args:
         model: the module that is trained.
         likelihood: registered name or object.
         structural_damping: μ (1/30 in Martens 2016, 4.13), ``None`` for feed-forward networks.
-        **settings: any other argument of :class:`HessianFree`.
     """
     row: dict[str, Any] = {} if structural_damping is None else {"recipe": "recurrent", "preconditioner": "none"}
     return HessianFree(model, likelihood, structural_damping=structural_damping, **{**row, **settings})

@@ -104,7 +104,7 @@ class _Runner(nn.Module):
 
 
 class Objective:
-    """See the module's text.
+    """``E(θ)`` of one model: its loss, its outputs, and products ``Vᵀ G V``, all of the same function.
 
     Args:
         model: the module that is trained.

@@ -19,7 +19,7 @@ WARM_UP = 3  # first steps that always get fresh inverses (methods 6.2)
 
 
 class Running:
-    """See the module's text.
+    """Factors averaged over steps, with the inverse that was made of them last.
 
     Structures that see the data twice (EKFAC) keep their bases between refreshes; what they gather along the bases is
     up to date at every step (George et al. 2018, "Fast approximate natural gradient descent in a Kronecker-factored

@@ -14,7 +14,7 @@ __all__ = ["leaves", "map_rows", "target_rows"]
 
 
 def leaves(targets: Any) -> Iterator[Tensor]:
-    """The tensors of targets: a tensor, or a tuple, list or mapping of tensors (nested)."""
+    """The tensors ``(N, ...)`` of targets: a tensor, or a tuple, list or mapping of tensors (nested)."""
     if isinstance(targets, Tensor):
         yield targets
     elif isinstance(targets, Mapping):
@@ -26,7 +26,7 @@ def leaves(targets: Any) -> Iterator[Tensor]:
 
 
 def map_rows(targets: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Targets of the same structure with every tensor changed."""
+    """Targets of the same structure with every tensor ``(N, ...)`` changed."""
     if isinstance(targets, Tensor):
         return change(targets)
     if isinstance(targets, Mapping):

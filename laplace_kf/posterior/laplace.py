@@ -25,8 +25,10 @@ from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import usable
+from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
+from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.implicit import ImplicitPenalty
@@ -43,6 +45,7 @@ from laplace_kf.posterior.prior import (
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
+from laplace_kf.predictive.padding import without_padding
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import EntryLayout, FlatLayout, select
@@ -155,6 +158,7 @@ class LaplacePosterior:
         self._state: _Fitted | None = None
         self._cache: dict[str, tuple[tuple[Any, ...], Any]] = {}
         self._implicit: tuple[tuple[Any, ...], ImplicitPenalty] | None = None
+        self._calibration: Calibration | None = None
         self.prior_precision = prior_precision
         self._chain: Chain | None = None
         if prior is not None:
@@ -258,7 +262,7 @@ class LaplacePosterior:
         if state.reference is not None:
             n_data = state.reference
         self._n_data = float(n_data) if n_data is not None else state.statistics.count
-        self._cache, self._implicit = {}, None
+        self._cache, self._implicit, self._calibration = {}, None, None
 
     def _covered_by_chain(self, chain: Chain) -> tuple[str | Sequence[str], Structure]:
         """What a chained posterior covers: of a subnetwork, the weights that were chosen for the first task."""
@@ -306,7 +310,7 @@ class LaplacePosterior:
     @n_data.setter
     def n_data(self, value: float) -> None:
         self._fitted("n_data")
-        self._n_data = positive("n_data", value)
+        self._n_data, self._calibration = positive("n_data", value), None
 
     @property
     def fitted_noise(self) -> dict[str, float]:
@@ -338,7 +342,7 @@ class LaplacePosterior:
         checked = checked_prior(value)
         if self._state is not None:
             by_parameter(checked, self._state.statistics.layout)  # has to cover every parameter
-        self._prior = checked
+        self._prior, self._calibration = checked, None
 
     # -- the Gaussian --------------------------------------------------------------------------------------------------
 
@@ -628,12 +632,119 @@ class LaplacePosterior:
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         check_finite(x, 0, "the input")
-        return rule(
+        found = rule(
             Request(
                 self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
                 generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
             )
         )  # fmt: skip
+        found = without_padding(found, x, self.forward)
+        kept = None if self._calibration is None else self._calibration.conformal
+        return replace(found, calibration=kept) if kept is not None and kept.method == method else found
+
+    def predict_interval(
+        self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends ``(N, C)`` of intervals at inputs: ``predict(x, **settings).interval(level, of)``.
+
+        Arguments and errors as of :meth:`predict` and :meth:`laplace_kf.Prediction.interval`.
+        """
+        return self.predict(x, **settings).interval(level, of)
+
+    @lasting()
+    def calibrate(
+        self,
+        data: Iterable[Any] | tuple[Any, Tensor],
+        method: str = "auto",
+        samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> LaplacePosterior:
+        """Split-conformal calibration on data that were not trained on; saved with the posterior.
+
+        From then on ``interval`` and ``prediction_set`` of predictions by the same method cover new examples that are
+        exchangeable with these with the probability asked for (:mod:`laplace_kf.outputs.conformal`), and
+        :meth:`ood_score` has its references. Setting N or λ, ``fit`` and ``tune`` drop it: tune first, on other data.
+        The guarantee is exact for the methods in closed form; with drawn weights it holds up to their noise.
+
+        Args:
+            data: loader, iterable of batches, or a pair ``(x (n, ...), y (n, ...))``.
+            method: how to predict; ``"auto"`` for what :meth:`predict` does by itself.
+            samples, generator: as in :meth:`predict`.
+
+        Returns:
+            The posterior itself.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: if the data are empty or do not fit.
+            IncompatiblePair: for outputs with several positions, whose coverage is not defined.
+            NonFinite: for NaN or infinity.
+        """
+        self._fitted("calibrate")
+        chosen = {"auto": str(getattr(self, "method", "mc"))}.get(method, method)
+        self._calibration = calibrate(self, data, chosen, samples, generator)
+        return self
+
+    # -- how strange an input is ---------------------------------------------------------------------------------------
+
+    @lasting()
+    def ood_score(
+        self,
+        x: Any,
+        kind: str = "auto",
+        *,
+        layers: str | Sequence[str] = "last",
+        samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """How strange inputs are, larger is stranger: ``(N,)``.
+
+        Args:
+            x: inputs as for :meth:`predict`.
+            kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
+                the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
+                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"auto"``,
+                Fisher's sum over p-values of entropy and leverage among the in-distribution data of ``tune`` or
+                :meth:`calibrate`, one forward pass.
+            layers: of ``"leverage"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``: ``"last"``, or
+                ``"all"`` for those of all layers besides.
+            samples, generator: for kinds that draw weights.
+
+        Raises:
+            NotFitted: before ``fit``; for ``"auto"`` before ``tune`` or ``calibrate``.
+            UnknownName: for another kind, or layers that do not exist.
+            IncompatiblePair: for a kind that this posterior does not have.
+            NonFinite: for NaN or infinity in the inputs or outputs.
+        """
+        self._fitted("ood_score")
+        return score(self, x, kind, layers, samples, generator)
+
+    def leverage(self) -> Leverage:
+        """Leverages of the layers' inputs, at this N and λ.
+
+        Raises:
+            NotFitted: before ``fit``.
+        """
+        sharing = getattr(self.structure, "shared_rows", None)
+        return self._made(
+            "leverage",
+            self.n_data,
+            self._prior,
+            lambda c, prior: Leverage(
+                self.model, self.forward, self.mean, c, self.n_data, prior, self.damping, sharing
+            ),
+        )
+
+    @property
+    def references(self) -> References | None:
+        """Scores of the in-distribution data of ``tune`` or :meth:`calibrate`, if there are any.
+
+        Those of ``tune`` are made at the first need of them, from at most 256 MB of its inputs.
+        """
+        if self._calibration is None:
+            return None
+        self._calibration = self._calibration.with_references(self)
+        return self._calibration.references
 
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
@@ -742,12 +853,14 @@ class LaplacePosterior:
         """
         self._fitted("tune")
         options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
+        seen = None if val is None else Seen(weighting.batches(val, self.weights), self.forward)
         with lasting():
-            found, settings = tune(self, val, n_data, prior_precision, options)
+            found, settings = tune(self, seen, n_data, prior_precision, options)
         found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)
+        self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
     # -- looking at it, keeping it -------------------------------------------------------------------------------------
@@ -764,6 +877,8 @@ class LaplacePosterior:
             f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, "
             f"λ = {plain(self._prior)}"
         )
+        failed = sorted({block.failed for block in state.statistics.blocks.values() if block.failed})
+        title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
         return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
 
@@ -807,6 +922,10 @@ class LaplacePosterior:
             chained, header["chain"] = self._chain.packed()
             tensors.update(chained)
             header["n_newest"] = state.newest
+        if self._calibration is not None:
+            self._calibration = self._calibration.with_references(self)
+            kept, header["calibration"] = self._calibration.packed()
+            tensors.update(kept)
         return {**tensors, "mean": state.mean}, {**header, "statistics": described}
 
     @classmethod
@@ -883,6 +1002,7 @@ class LaplacePosterior:
             posterior._chain = Chain.unpacked(tensors, header["chain"], layout, first.device)
         posterior._accept(posterior._chained(state, header.get("n_newest")), header["n_data"])
         posterior._n_data = header["n_data"]
+        posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))
         posterior.structure.reason = header.get("reason", "")
         return posterior
 

@@ -82,7 +82,8 @@ def summarise(curvature: Blockwise, n: float, prior: Tensor | Mapping[str, Tenso
 def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:
     effective = matrix.effective(n, prior_of(block, prior).detach())
     condition = tuple(_condition(values) for values in matrix.leading())
-    return BlockRow(block.name, block.parameters, block.shape, matrix.kind, condition, effective, block.size)
+    kind = matrix.kind + (f" (layer rule {block.failed!r} failed its check)" if block.failed else "")
+    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size)
 
 
 def _condition(values: Tensor) -> float:

@@ -15,6 +15,7 @@ from laplace_kf import weighting
 from laplace_kf.batches import as_batches, check_batch, check_finite, inputs_of, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.outputs.weighted import WeightedTargets
 from laplace_kf.posterior.objectives import Objective, OODContrast
@@ -128,9 +129,10 @@ class Validation:
         with preserved(model):
             for index, batch in enumerate(weighting.batches(val, self.posterior.weights)):
                 check_batch(batch, index, "the validation batch", read, self.posterior.likelihood.nan_is_missing)
-                batch = to_device(batch, self.device)
+                batch = of_role(to_device(batch, self.device), "val_mask")
                 with torch.no_grad():
                     found, wanted = run(model, batch, read)
+                check_ignored(batch, wanted, self.posterior.likelihood, forward)
                 self.posterior.likelihood.check(found, wanted)
                 batch = weighting.inputs_without_weights(batch) if read is not forward and forward is None else batch
                 inputs.append(self._site(inputs_of(batch, forward)))

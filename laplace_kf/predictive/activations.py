@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, tensors_of
+from laplace_kf.batches import Forward, graphs_of, tensors_of
 from laplace_kf.errors import IncompatiblePair
+from laplace_kf.graphs import count
 from laplace_kf.layers.base import AffineRule, BoundCall, LayerRule, flatten_rows
 from laplace_kf.layers.linear import LinearRule
 from laplace_kf.linalg import require_positive
@@ -71,7 +72,10 @@ def refusal(block: Block, matrix: Matrix) -> str | None:
 
 
 def examples(inputs: Any) -> int:
-    """Number of examples N of an input structure: the length of its first tensor (1 if it has none)."""
+    """Number of examples N of an input structure: the length of its first tensor (1 if it has none), or of graphs."""
+    graph = next(graphs_of(inputs), None)
+    if graph is not None:
+        return count(graph)
     return next((t.shape[0] for t in tensors_of(inputs) if t.dim()), 1)
 
 
@@ -252,15 +256,20 @@ def activation_outputs(
     Raises:
         IncompatiblePair: if a block or its use does not allow it; names both the block and the reason.
     """
+    if next(graphs_of(inputs), None) is not None:
+        raise IncompatiblePair(
+            'space="activations" cannot be used here: the nodes of a graph share the weights, so that their outputs '
+            f"are correlated; {ADVICE}"
+        )
     sampler = _Sampler(model, forward, mean, precision)
-    count = examples(inputs)
-    shapes = [(count, width) for width in sampler.widths.values()]
-    size = max(1, min(draws.samples, MEMORY_BYTES // max(1, sampler.bytes_per_draw(count))))
+    number = examples(inputs)
+    shapes = [(number, width) for width in sampler.widths.values()]
+    size = max(1, min(draws.samples, MEMORY_BYTES // max(1, sampler.bytes_per_draw(number))))
     parts = []
     for start in range(0, draws.samples, size):
         indices = range(start, min(start + size, draws.samples))
         noise = _stacked([draws.normal(k, shapes, sampler.like) for k in indices], list(sampler.widths))
-        parts.append(over_draws(model, lambda one: sampler.run(inputs, count, one), noise))
+        parts.append(over_draws(model, lambda one: sampler.run(inputs, number, one), noise))
     return torch.cat(parts)
 
 

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_tensor, check_rows, map_examples, model_outputs, run, tensors_of, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["Linearization"]
+__all__ = ["Linearization", "Stand"]
 
 SMALL = 16  # examples up to which the whole minibatch is one run
 EXAMPLES = 256  # examples of one run: enough rows for the matrix products, few enough for the caches
@@ -32,8 +32,14 @@ COLUMN_BYTES = 128 * 2**20  # back-propagated columns of one run
 RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
 
 
-class _Stand:
-    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already."""
+class Stand:
+    """A ``forward=`` that puts weights into the model for the call, unless somebody has put others there already.
+
+    Args:
+        model: the module.
+        forward: the user's, or ``None``.
+        weights: by parameter name, each of its parameter's shape.
+    """
 
     def __init__(self, model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor]) -> None:
         self.own = dict(model.named_parameters())
@@ -104,7 +110,7 @@ class Linearization:
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
             self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
-            self.forward = _Stand(model, forward, leaves)
+            self.forward = Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
             with torch.no_grad():
                 self.outputs = self._run(self.x)
@@ -283,10 +289,9 @@ class Linearization:
         """A run of the examples on the tape; ``None`` if its outputs are not those of the whole."""
         count = self.outputs.shape[0]
         whole = part.start == 0 and part.stop == count
-        x = self.x if whole else map_examples(self.x, count, lambda t: t[part])
         try:
-            observation = self.tracer.observe(x)
-        except (RuntimeError, ValueError, IndexError):  # it cannot be cut (a mask as long as there are examples)
+            observation = self.tracer.observe(self.x if whole else map_examples(self.x, count, lambda t: t[part]))
+        except (RuntimeError, ValueError, IndexError, UnsupportedLayer):  # it cannot be cut (a mask as long as it)
             if whole:
                 raise
             return None

@@ -16,6 +16,7 @@ from laplace_kf.predictive.activations import activation_outputs, examples
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
+from laplace_kf.predictive.padding import without_padding
 from laplace_kf.predictive.suffix import cut
 from laplace_kf.predictive.weights import WeightDraws
 from laplace_kf.registry import Registry
@@ -170,4 +171,5 @@ class Predictor:
 
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
-        return self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
+        found = self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
+        return without_padding(found, x, self._draws.forward)

@@ -388,8 +388,6 @@ def _cut(
     for number, (tensor, _) in enumerate(recorder.features):
         rows = id(tensor) not in own and tensor.dim() > 0 and tensor.shape[0] == count
         (features if rows else fixed)[number] = tensor.detach()
-    if not features:
-        raise _NoCut("nothing that the suffix reads has a row for each example")
     suffix = Suffix(recorder.steps, recorder.slots[id(outputs)], {n: named[n] for n in names}, fixed, list(features))
     site: Site = (suffix, None, tuple(features.values()))
     with preserved(suffix), torch.no_grad():

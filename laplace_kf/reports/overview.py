@@ -14,6 +14,7 @@ from torch import Tensor
 from laplace_kf.batches import as_batches, inputs_of, run, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
+from laplace_kf.graphs import of_role
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 from laplace_kf.posterior.summary import Summary
@@ -23,7 +24,7 @@ from laplace_kf.reports.html import Picture, Report, Table
 __all__ = ["report"]
 
 MAP, POSTERIOR = "MAP", "posterior"
-METHODS = {MAP: "map", POSTERIOR: "mc"}
+METHOD_OF = {MAP: "map", POSTERIOR: "mc"}
 SHOWN_POINTS = 300
 """Test points drawn into pictures of the prediction."""
 TUNING_ROWS = 12
@@ -78,9 +79,9 @@ def report(
     summary = posterior.summary()
     other = None
     with preserved(posterior.model):  # loaders draw random numbers
-        test = {name: _score(posterior, test_loader, method, samples, seed) for name, method in METHODS.items()}
+        test = {name: _score(posterior, test_loader, method, samples, seed) for name, method in METHOD_OF.items()}
         if ood_loader is not None:
-            other = {name: _entropy(posterior, ood_loader, method, samples, seed) for name, method in METHODS.items()}
+            other = {name: _entropy(posterior, ood_loader, method, samples, seed) for name, method in METHOD_OF.items()}
     first = test[POSTERIOR]
     if "probs" in first.values:
         found, pictures = _classes(test, other)
@@ -126,7 +127,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
     parts: dict[str, list[Tensor]] = {}
     targets, log_prob, entropy, inputs = [], [], [], []
     for batch in as_batches(loader):
-        batch = to_device(batch, device)
+        batch = of_role(to_device(batch, device), "test_mask")
         with preserved(posterior.model), torch.no_grad():
             wanted = run(posterior.model, batch, posterior.forward)[1]
         plain = posterior.forward is None and isinstance(batch, tuple | list)

@@ -117,7 +117,7 @@ def _reduce(signal: OuterSignals) -> OuterSignals:
 
 @STRUCTURES.register("kron")
 class Kronecker(Structure):
-    """See the module's text.
+    """One pair of factors ``G ⊗ A`` per weight, use and group; a diagonal or a dense block for what has no matrix form.
 
     Args:
         vector_blocks: ``"diag"`` or ``"full"``, the form of blocks that do not factorise.

@@ -26,7 +26,7 @@ from laplace_kf.tape.blocks import merged
 
 @STRUCTURES.register("lowrank")
 class LowRankPlusDiagonal(Structure):
-    """See the module's text.
+    """``Q diag(s) Qᵀ + diag(d)``: ``rank`` eigenvectors of the whole matrix, and the diagonal that they leave.
 
     Args:
         rank: number of eigenvectors that are kept.

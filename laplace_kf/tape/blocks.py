@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Block:
         pieces: for each parameter the range of entries that belong to the block, ``None`` for all of them.
         turned: the weight is also used as its transpose (tied embedding and output matrix, tied autoencoder); says
             whether the inputs there are tokens.
+        failed: name of the layer rule that failed its check against autograd here, so that per-example gradients take
+            its place; says nothing about equality.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Block:
     one_hot: bool = False
     pieces: tuple[tuple[int, int] | None, ...] = ()
     turned: bool | None = None
+    failed: str = field(default="", compare=False, kw_only=True)
 
     @property
     def size(self) -> int:
@@ -133,6 +136,7 @@ class Block:
             "one_hot": self.one_hot,
             "pieces": [None if piece is None else list(piece) for piece in self.pieces],
             "turned": self.turned,
+            "failed": self.failed,
         }
 
     @classmethod
@@ -149,6 +153,7 @@ class Block:
             one_hot=data["one_hot"],
             pieces=tuple(None if piece is None else (piece[0], piece[1]) for piece in data.get("pieces", ())),
             turned=data.get("turned"),
+            failed=data.get("failed", ""),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, map_examples, run, tensors_of
+from laplace_kf.batches import Forward, as_tensor, graphs_of, map_examples, run, tensors_of
 from laplace_kf.errors import UnsupportedLayer
 
 __all__ = ["ExampleGradients"]
@@ -50,6 +50,8 @@ class ExampleGradients:
             UnsupportedLayer: if the outputs of an example depend on the other examples of the minibatch.
         """
         count = outputs.shape[0]
+        if next(graphs_of(batch), None) is not None:
+            self.vmap_works = False  # single graphs have different sizes
         # what was once of another length than the minibatch is not cut where it happens to be as long
         self._shared |= {k for k, t in enumerate(tensors_of(batch)) if t.dim() and t.shape[0] != count}
         if not self.checked:
@@ -100,7 +102,7 @@ class ExampleGradients:
         parameters = [self.named[name] for name in names]
         example = self._cut(batch, count, lambda t: t[n : n + 1], self._shared)
         with torch.enable_grad():
-            output, _ = run(self.model, example, self.forward)
+            output = _as_long(run(self.model, example, self.forward)[0], columns.shape[1:])
         if output.shape[1:] != columns.shape[1:] or output.shape[0] != 1:
             return columns.new_zeros(len(columns), 0), output.detach()
         rows = []
@@ -127,7 +129,7 @@ class ExampleGradients:
         example = self._cut(batch, outputs.shape[0], lambda t: t[n : n + 1], shared)
         try:
             with torch.no_grad():
-                alone, _ = run(self.model, example, self.forward)
+                alone = _as_long(run(self.model, example, self.forward)[0], outputs.shape[1:])
         except (RuntimeError, ValueError, IndexError):
             return False
         return _agree(alone, outputs[n : n + 1])
@@ -169,11 +171,23 @@ def _agree(alone: Tensor, outputs: Tensor) -> bool:
     return alone.shape == outputs.shape and bool((alone - outputs).abs().max() <= gap)
 
 
+def _as_long(output: Tensor, shape: Sequence[int]) -> Tensor:
+    """Outputs ``(1, t, C)`` of one example with 0 after its positions, where a batch's have ``shape (T, C)``.
+
+    So a batch of graphs has them; whether the batch at hand has, :func:`_agree` tells.
+    """
+    if output.dim() != 3 or len(shape) != 2 or output.shape[2] != shape[1] or output.shape[1] >= shape[0]:
+        return output
+    return torch.nn.functional.pad(output, (0, 0, 0, shape[0] - output.shape[1]))
+
+
 def _dependent() -> UnsupportedLayer:
     return UnsupportedLayer(
-        "the output of an example changes with the other examples of its minibatch (batch statistics? a tensor in the "
-        "batch that belongs to no example, yet is as long as the batch?), so per-example curvature is not defined; use "
-        "running statistics, another batch size, or leave those modules out of the path"
+        "the output of an example changes with the other examples of its minibatch (batch statistics? neighbours in a "
+        "graph? a tensor in the batch that belongs to no example, yet is as long as the batch?), so per-example "
+        "curvature is not defined; use running statistics, another batch size, or leave those modules out of the path; "
+        "of a graph make the nodes positions of one example: "
+        "forward=lambda model, batch: (model(*batch[0])[None], batch[1][None])"
     )
 
 

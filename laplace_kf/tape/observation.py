@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from laplace_kf.batches import map_examples
+from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
@@ -147,7 +148,7 @@ class Observation:
 
     def _has_layout(self, call: Call, to_positions: Callable[[Tensor], Tensor]) -> bool:
         """Whether the layer's rows and features are the likelihood's positions and outputs, in the same order."""
-        if call.shape != self.outputs.shape:
+        if call.shape != self.outputs.shape or self.tracer.rows.ragged(self.keys[self._index(call)]):
             return False
         probe = torch.empty(call.shape, device="meta")  # an arrangement is a view: its strides say where entries go
         assert isinstance(call.rule, MatrixRule)
@@ -199,7 +200,7 @@ class Observation:
         """
         try:
             again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, UnsupportedLayer):
             return None
         wanted = self.outputs.detach()[example]
         if again.outputs.shape != wanted.shape:
@@ -262,8 +263,10 @@ class Observation:
             parts = []
             for call in members:
                 if block.view is None:  # a bias on its own: its input is the constant 1 alone
-                    positions = math.prod(call.shape) // math.prod(block.shape[:2]) // self.count
-                    parts.append(self.outputs.new_zeros(self.count, positions, block.shape[0], 0))
+                    number = math.prod(call.shape[: call.leading])
+                    positions = math.prod(call.shape[call.leading :]) // math.prod(block.shape[:2])
+                    empty = self.outputs.new_zeros(number, positions, block.shape[0], 0)
+                    parts.append(self._arrange(empty, call, 0))
                     continue
                 rule, bound = call.rule, call.bound
                 assert isinstance(rule, MatrixRule)

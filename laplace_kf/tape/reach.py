@@ -121,6 +121,22 @@ def _either(node: Any, inputs: Gradients, outputs: Gradients) -> list[Tensor | N
     return [one if one is None or given is None else _filled(one, given) for one in inputs]
 
 
+def _scattered(node: Any, inputs: Gradients, outputs: Gradients) -> list[Tensor | None]:
+    """Everything of which a maximum or minimum was scattered (the largest node of a graph)."""
+    found, given = list(inputs), outputs[0]
+    if given is None or not str(getattr(node, "_saved_reduce", "")).startswith(("amax", "amin")):
+        return found
+    index, dim = node._saved_index, _index(node._saved_dim, given.dim())
+    into, source = (*found, None, None)[:2]
+    if into is not None:
+        found[0] = _filled(into, given)
+    if source is not None and index.dim() == 1 and source.shape[dim : dim + 1] == index.shape:
+        found[1] = _filled(source, given.index_select(dim, index))
+    elif source is not None and source.shape == index.shape:
+        found[1] = _filled(source, given.gather(dim, index))
+    return found
+
+
 def _max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> list[Tensor | None]:
     """Every place of a window that the pooling looked at."""
     (mine, *rest), given = inputs, outputs[0]
@@ -184,5 +200,6 @@ PATCHES: dict[str, Patch] = {
     **dict.fromkeys(("Maximum", "Minimum"), _either),
     **dict.fromkeys(("MaxPool2DWithIndices", "MaxPool3DWithIndices"), _max_pool),
     **dict.fromkeys(("AdaptiveMaxPool2D", "AdaptiveMaxPool3D"), _adaptive_max_pool),
+    **dict.fromkeys(("ScatterReduce", "IndexReduce"), _scattered),
     **dict.fromkeys(("Softmax", "SafeSoftmax"), _softmax),
 }

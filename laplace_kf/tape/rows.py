@@ -1,20 +1,25 @@
 """Which rows of a layer's output belong to which example: measured, not assumed.
 
 A layer's output has leading axes of rows: examples, positions, or a mix of both if the model reshapes. The gradient of
-one example's outputs is non-zero exactly in that example's rows, so one backward pass tells. Rows that cannot be told
-apart (a position table shared by the minibatch) are reported, and their parameters go through per-example gradients.
+one example's outputs is non-zero exactly in that example's rows, so one backward pass tells. Examples may have
+different numbers of rows, in any order (the nodes of graphs, the tokens of an expert). Rows that cannot be told apart
+(a position table shared by the minibatch) are reported, and their parameters go through per-example gradients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.layers.base import flatten_rows
+from laplace_kf.ragged import Ragged
+from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
 __all__ = ["Rows", "occurrences"]
@@ -30,16 +35,16 @@ class Rows:
     """How the examples lie in the rows of every call.
 
     Attributes:
-        shared: names of parameters with rows that belong to several examples, or to examples in no regular order.
+        shared: names of parameters with rows that belong to several examples.
     """
 
     def __init__(self) -> None:
         self.shared: set[str] = set()
         self._modes: dict[tuple[Key, int], int] = {}
-        self._now: dict[Key, int] = {}
+        self._now: dict[Key, int | Ragged] = {}
         self._checks = 0
 
-    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False) -> None:
+    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False, flat: Sequence[Any] = ()) -> None:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
         Examples are told apart by the binary digits of their number: one backward pass with the examples whose digit
@@ -49,6 +54,7 @@ class Rows:
             calls: the recorded uses.
             outputs: the network outputs.
             picked: whether rows were picked or ordered by the data: then what is known is checked in every minibatch.
+            flat: as for :func:`laplace_kf.tape.reach.reached`.
         """
         count = outputs.shape[0]
         self._now = {}
@@ -66,36 +72,42 @@ class Rows:
             unknown += known_calls
         if count < 2 or not unknown or not outputs.requires_grad:
             return
-        number = torch.arange(count, device=outputs.device)
-        digits = max(1, (count - 1).bit_length())
-        example = [torch.zeros(total, dtype=torch.long, device=outputs.device) for _, _, total in unknown]
-        known = [torch.zeros(total, dtype=torch.bool, device=outputs.device) for _, _, total in unknown]
-        several = [False] * len(unknown)
         noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        edges = [call.edge for call, _, _ in unknown]
-        for digit in range(digits):
-            ones = (number >> digit) % 2 == 1
-            hits = []
-            for part in (ones, ~ones):
-                seed = torch.zeros_like(outputs)
-                seed[part] = noise.to(outputs)
-                grads = torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True)
-                pairs = zip(grads, unknown, strict=True)
-                hits.append([_touched(grad, call, outputs.device) for grad, (call, _, _) in pairs])
-            for k, (one, zero) in enumerate(zip(*hits, strict=True)):
-                if one is None or zero is None:
-                    continue
-                several[k] = several[k] or bool((one & zero).any())
-                example[k] += one.long() << digit
-                known[k] |= one | zero
-        for k, (call, key, total) in enumerate(unknown):
-            readings = [] if several[k] else _readings(call.shape[: call.leading], count, example[k], known[k])
-            if not readings:
+
+        def plain(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
+            seed = torch.zeros_like(outputs)
+            seed[part] = noise.to(outputs)
+            edges = [call.edge for call in calls]
+            return list(torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True))
+
+        def opened(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
+            counted = part.reshape(-1, *[1] * (outputs.dim() - 1)).expand(outputs.shape)
+            return reached(outputs, [call.edge for call in calls], counted, flat)
+
+        irregular: list[tuple[Call, Key, _Owners]] = []
+        owners = _owners([call for call, _, _ in unknown], outputs, plain)
+        for (call, key, total), found in zip(unknown, owners, strict=True):
+            if found.several:
                 self.shared.update(call.names)
+                continue
+            readings = _readings(call.shape[: call.leading], count, found)
+            if not readings:
+                irregular.append((call, key, found))
                 continue
             self._now[key] = readings[0]
             if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
                 self._modes[key, total // count] = readings[0]
+        # rows that are switched off at the present weights belong to an example all the same
+        again = [k for k, (_, _, found) in enumerate(irregular) if not bool(found.known.all())]
+        for k, found in zip(again, _owners([irregular[k][0] for k in again], outputs, opened), strict=True):
+            if not found.several:
+                irregular[k] = (*irregular[k][:2], found)
+        for _, key, found in irregular:
+            self._now[key] = Ragged.of(found.example, count, least=2)
+
+    def ragged(self, key: Key) -> bool:
+        """Whether examples have different numbers of rows of a call."""
+        return isinstance(self._now.get(key), Ragged)
 
     def _still(self, calls: Sequence[tuple[Call, Key, int]], outputs: Tensor) -> bool:
         """Whether the rows lie as known, by one backward pass from a random half of the examples ``(N, ...)``."""
@@ -113,7 +125,9 @@ class Rows:
             touched = _touched(grad, call, outputs.device)
             if touched is None:
                 continue
-            outer = _outer(self._now[key], call, total // count)
+            mode = self._now[key]
+            assert not isinstance(mode, Ragged)  # never kept
+            outer = _outer(mode, call, total // count)
             example = torch.arange(total, device=outputs.device) // (total // count // outer) % count
             if bool((touched & ~half[example]).any()):
                 return False
@@ -122,10 +136,17 @@ class Rows:
     def arrange(self, rows: Tensor, call: Call, key: Key, count: int, axis: int) -> Tensor:
         """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)`` for ``N = count`` examples.
 
+        Examples with fewer rows than others are padded, with 0 (tokens with −1). No output is a function of what stands
+        there, so that these positions do not count (:mod:`laplace_kf.tape.reach`).
+
         Raises:
             ShapeMismatch: if the number of rows is no multiple of the number of examples.
         """
         total = rows.shape[axis]
+        mode = self._now.get(key, FIRST)
+        if isinstance(mode, Ragged):
+            padded = mode.padded(rows, axis, 0 if rows.is_floating_point() else -1)  # (..., N, L, T, *rest)
+            return padded.flatten(axis + 1, axis + 2)
         if total == count and call.leading == 1:
             return rows
         if total % count:
@@ -133,7 +154,6 @@ class Rows:
                 f"the layer with parameters {', '.join(call.key)} has {total} rows for {count} examples; keep the "
                 "example axis first in the model's outputs"
             )
-        mode = self._now.get(key, FIRST)
         outer = _outer(mode, call, total // count)
         inner = total // count // outer
         before, rest = rows.shape[:axis], rows.shape[axis + 1 :]
@@ -165,8 +185,51 @@ def _touched(grad: Tensor | None, call: Call, device: torch.device) -> Tensor | 
     return ((rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0).to(device)
 
 
-def _readings(lead: Sequence[int], count: int, example: Tensor, known: Tensor) -> list[int]:
+@dataclass(frozen=True)
+class _Owners:
+    """Which example every row of a call belongs to.
+
+    Attributes:
+        example: ``(B,)``.
+        known: which of them are known, ``(B,)``; no gradient came to the others.
+        several: whether some row belongs to several examples.
+    """
+
+    example: Tensor
+    known: Tensor
+    several: bool
+
+
+def _owners(
+    calls: Sequence[Call], outputs: Tensor, gradients: Callable[[Sequence[Call], Tensor], list[Tensor | None]]
+) -> list[_Owners]:
+    """Who owns the rows of calls, from ``gradients(calls, examples (N,) bool)`` of the outputs ``(N, ...)``."""
+    if not calls:
+        return []
+    count, device = outputs.shape[0], outputs.device
+    number = torch.arange(count, device=device)
+    totals = [math.prod(call.shape[: call.leading]) for call in calls]
+    example = [torch.zeros(total, dtype=torch.long, device=device) for total in totals]
+    known = [torch.zeros(total, dtype=torch.bool, device=device) for total in totals]
+    several = [False] * len(calls)
+    for digit in range(max(1, (count - 1).bit_length())):
+        ones = (number >> digit) % 2 == 1
+        hits = [
+            [_touched(grad, call, device) for grad, call in zip(gradients(calls, part), calls, strict=True)]
+            for part in (ones, ~ones)
+        ]
+        for k, (one, zero) in enumerate(zip(*hits, strict=True)):
+            if one is None or zero is None:
+                continue
+            several[k] = several[k] or bool((one & zero).any())
+            example[k] += one.long() << digit
+            known[k] |= one | zero
+    return [_Owners(*found) for found in zip(example, known, several, strict=True)]
+
+
+def _readings(lead: Sequence[int], count: int, owners: _Owners) -> list[int]:
     """The regular readings of the rows that agree with every row whose example is known; equal ones count once."""
+    example, known = owners.example, owners.known
     total = math.prod(lead)
     if total % count or not total:  # no row at all: rows are chosen by the data
         return []

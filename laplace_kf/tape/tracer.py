@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ class Tracer:
             self._selected = None if parameters == "last_layer" else select(model, parameters)
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
+        self._failed: dict[str, str] = {}  # parameter to the layer rules that failed the check
         self._counts: dict[str, int] = {}
         self._verified: set[str] = set()
         self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
@@ -150,7 +153,7 @@ class Tracer:
         """What was recorded, with rows located and blocks planned and checked."""
         chain = self._chain(tape, outputs)
         if chain is None:
-            self.rows.locate(tape.calls, outputs, tape.picked)
+            self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
         self._plan(tape)
         if self._verify(observation):
@@ -198,7 +201,9 @@ class Tracer:
             raise _changed(parameters & set(self._blocks_of))
         # what was elementwise so far may be used in another way now: then per-example gradients from here on
         self.example_wise |= example_wise & known
-        for block in fresh:
+        for found in fresh:
+            rules = sorted({self._failed[name] for name in found.parameters if name in self._failed})
+            block = replace(found, failed=", ".join(rules)) if rules else found
             self.blocks[block.name] = block
             for name in block.parameters:
                 self._blocks_of.setdefault(name, []).append(block.name)
@@ -259,6 +264,7 @@ class Tracer:
             raise _changed({name for block in failed for name in block.parameters})
         for block in failed:
             self._hidden.update(block.parameters)
+            self._note_failure(block, observation, counts)
         # a bias or other rows of a failed weight are planned anew together with it
         for block in [b for b in self.blocks.values() if self._hidden & set(b.parameters)]:
             del self.blocks[block.name]
@@ -267,6 +273,23 @@ class Tracer:
         passed = not failed and not met
         self._may_be_chain = self._may_be_chain and passed
         return passed
+
+    def _note_failure(self, block: Block, observation: Observation, uses: Mapping[str, int]) -> None:
+        """Names the rule of a block that failed, where its parameters are used by nothing but calls with a rule."""
+        calls = [call for call in observation.calls if set(call.names) & set(block.parameters)]
+        recorded = {name: sum(name in call.names for call in calls) for name in block.parameters}
+        if any(uses.get(name, 0) > recorded[name] for name in block.parameters):
+            return
+        rules = ", ".join(sorted({call.rule.name for call in calls}))
+        self._failed.update(dict.fromkeys(block.parameters, rules))
+        warnings.warn(
+            f"layer rule {rules!r} failed its check against autograd in block {block.name!r}: its gradient for "
+            f"{', '.join(block.parameters)} is another one. Per-example gradients take its place: all numbers are "
+            "right, but slower, and without Kronecker factors. If the rule is yours, mend it; if it is not, the "
+            "parameters act where no rule sees them (a gradient taken in the forward pass, an own autograd function)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:

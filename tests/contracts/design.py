@@ -1,11 +1,11 @@
-"""Covering designs: few combinations that contain all pairs, or all triples, of the values of several factors."""
+"""Designs: few combinations that contain all pairs, or all triples, of the values of several factors."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 
-__all__ = ["covering"]
+__all__ = ["covering", "meeting"]
 
 Row = dict[str, str]
 
@@ -42,3 +42,12 @@ def _gain(row: Row, groups: Sequence[tuple[str, ...]], missing: set[tuple[tuple[
     return sum(
         tuple((name, row[name]) for name in group) in missing for group in groups if all(name in row for name in group)
     )
+
+
+def meeting(factors: Mapping[str, Sequence[str]], fixed: Mapping[str, str]) -> list[Row]:
+    """Few combinations in which the ``fixed`` values meet every value of the other factors."""
+    length = max((len(values) for name, values in factors.items() if name not in fixed), default=1)
+    return [
+        {name: fixed[name] if name in fixed else values[k % len(values)] for name, values in factors.items()}
+        for k in range(length)
+    ]

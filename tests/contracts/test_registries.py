@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from laplace_kf.tape.tracer import Tracer
 from tests.contracts.contract import FACTORS, owes, problem
 from tests.contracts.design import covering
 
@@ -28,6 +29,17 @@ def test_nothing_is_only_ever_refused(factor: str, tmp_path: Path) -> None:
     plain = {"layer": "linear.0", "likelihood": "categorical.0", "estimator": "exact", "structure": "kron"}
     for name in NAMES[factor]:
         assert owes(problem(**{**plain, factor: name}), tmp_path) == "kept", name
+
+
+@pytest.mark.parametrize("name", NAMES["layer"])
+def test_layer_rules_run_on_their_own_examples(name: str) -> None:
+    """And pass the check against autograd there: a wrong rule falls back, and all numbers stay right."""
+    made = problem(name, "categorical" if "categorical" in NAMES["likelihood"] else "categorical.0", "exact", "kron")
+    tracer = Tracer(made.model, None)
+    calls = tracer.observe((made.x, made.y)).calls
+    mine = {part for call in calls if call.rule.name == name.split(".")[0] for part in call.names}
+    assert mine, f"no call of {name} was recorded"
+    assert not {part for block in tracer.example_wise for part in tracer.blocks[block].parameters} & mine
 
 
 def test_designs_cover_every_choice() -> None:

@@ -24,9 +24,9 @@ SMALL = Problem(
 def small(monkeypatch):
     """A problem of 12 pixels in place of CURVES, with minibatches that fit it."""
     monkeypatch.setitem(autoencoders.PROBLEMS._entries, "curves", SMALL)
-    for name, method in autoencoders.METHODS.items():
+    for name, method in autoencoders.OPTIMISERS.items():
         smaller = replace(method, batch={"curves": 20, "mnist": 20}, grid=method.grid[:2])
-        monkeypatch.setitem(autoencoders.METHODS._entries, name, smaller)
+        monkeypatch.setitem(autoencoders.OPTIMISERS._entries, name, smaller)
 
 
 def settings(**others):
@@ -62,11 +62,11 @@ def test_the_floor_is_the_loss_of_perfect_outputs():
     assert autoencoders._floor(images) == pytest.approx(sum(entropy) / 2)
 
 
-@pytest.mark.parametrize("name", autoencoders.METHODS)
+@pytest.mark.parametrize("name", autoencoders.OPTIMISERS)
 def test_every_method_trains_from_the_same_weights(small, name):
     config = settings(updates=12)
     images = SMALL.load(0)
-    method = autoencoders.METHODS[name]
+    method = autoencoders.OPTIMISERS[name]
     found = autoencoders._train(config, "curves", method, method.grid[0], images, 1.0)
     start = autoencoders._errors(autoencoders.network(SMALL.widths, 0), images[0])
     assert found["failure"] == ""
@@ -89,11 +89,11 @@ def test_an_epoch_shows_every_image_once():
 
 
 def test_minibatches_may_grow_to_all_images():
-    method = autoencoders.METHODS["K-FAC, growing batches"]
+    method = autoencoders.OPTIMISERS["K-FAC, growing batches"]
     sizes = [method.size("curves", number, 20_000) for number in (1, 250, 500, 501)]
     assert sizes[0] == 1000 and 4000 < sizes[1] < 5000 and sizes[2:] == [20_000, 20_000]
-    assert autoencoders.METHODS["K-FAC"].size("curves", 500, 20_000) == 1000
-    assert autoencoders.METHODS["K-FAC"].size("curves", 1, 60) == 60
+    assert autoencoders.OPTIMISERS["K-FAC"].size("curves", 500, 20_000) == 1000
+    assert autoencoders.OPTIMISERS["K-FAC"].size("curves", 1, 60) == 60
 
 
 def test_the_average_is_the_mean_at_first_and_leaves_the_weights():
@@ -111,7 +111,7 @@ def test_the_average_is_the_mean_at_first_and_leaves_the_weights():
 def test_a_finished_run_is_used_again_and_another_setting_is_not(small, tmp_path, monkeypatch):
     report = autoencoders.run(settings(methods=["Adam", "K-FAC"]), tmp_path)
     assert set(report.metrics["curves"]) == {"Adam", "K-FAC"}
-    assert report.details["not_run"]["mnist"] == list(autoencoders.METHODS)
+    assert report.details["not_run"]["mnist"] == list(autoencoders.OPTIMISERS)
     assert len(report.details["pilots"]["curves"]["Adam"]) == 2
     made = []
     monkeypatch.setattr(autoencoders, "_tuned", lambda *_: made.append(1))
@@ -123,8 +123,8 @@ def test_a_finished_run_is_used_again_and_another_setting_is_not(small, tmp_path
 
 
 def test_the_best_setting_of_a_grid_gets_the_whole_budget(small, tmp_path, monkeypatch):
-    method = replace(autoencoders.METHODS["SGD"], grid=[{"lr": 1e-6}, {"lr": 0.02}, {"lr": 1e30}])
-    monkeypatch.setitem(autoencoders.METHODS._entries, "SGD", method)
+    method = replace(autoencoders.OPTIMISERS["SGD"], grid=[{"lr": 1e-6}, {"lr": 0.02}, {"lr": 1e30}])
+    monkeypatch.setitem(autoencoders.OPTIMISERS._entries, "SGD", method)
     autoencoders.run(settings(methods=["SGD"], updates=6), tmp_path)
     part = json.loads((tmp_path / "curves-sgd.json").read_text())
     assert part["setting"] == {"lr": 0.02}
@@ -134,8 +134,8 @@ def test_the_best_setting_of_a_grid_gets_the_whole_budget(small, tmp_path, monke
 
 
 def test_a_failure_is_reported(small, tmp_path, monkeypatch):
-    method = replace(autoencoders.METHODS["SGD"], grid=[{"lr": 1e30}])
-    monkeypatch.setitem(autoencoders.METHODS._entries, "SGD", method)
+    method = replace(autoencoders.OPTIMISERS["SGD"], grid=[{"lr": 1e30}])
+    monkeypatch.setitem(autoencoders.OPTIMISERS._entries, "SGD", method)
     report = autoencoders.run(settings(methods=["SGD"], updates=6), tmp_path)
     assert "FloatingPointError" in report.metrics["curves"]["SGD"]["failure"]
     assert any("failed: FloatingPointError" in row[0] for row in report.tables[0].rows)
@@ -155,7 +155,7 @@ def test_the_other_ids_are_rows_of_the_same_table():
     for name in ("E1", "E2", "E12", "E14", "E15"):
         experiment, config = runner.resolve(name)
         assert experiment.id == "E14" and EXPERIMENTS[name].module == "experiments.autoencoders.run"
-        assert set(config.methods) <= set(autoencoders.METHODS)
+        assert set(config.methods) <= set(autoencoders.OPTIMISERS)
     assert runner.resolve("E1")[1].methods == ["Hessian-free", "Hessian-free, Kronecker", "NAG"]
 
 
@@ -206,7 +206,7 @@ def test_verdicts_follow_from_the_numbers():
 
 
 def test_a_grid_goes_on_at_the_end_where_its_best_point_is():
-    method = replace(autoencoders.METHODS["SGD"], grid=[{"lr": 0.4}, {"lr": 0.2}, {"lr": 0.1}])
+    method = replace(autoencoders.OPTIMISERS["SGD"], grid=[{"lr": 0.4}, {"lr": 0.2}, {"lr": 0.1}])
     tried, scores = list(method.grid), [3.0, 2.0, 1.0]
     assert method.beyond(tried, scores) == [{"lr": pytest.approx(0.05)}]
     assert method.beyond([*tried, {"lr": 0.05}], [*scores, 1.5]) == []
@@ -224,9 +224,9 @@ def test_after_the_same_updates():
 
 
 def test_a_method_is_described_by_text_that_lasts():
-    for name, method in autoencoders.METHODS.items():
+    for name, method in autoencoders.OPTIMISERS.items():
         text = json.dumps(method.described())
         assert " 0x" not in text, name
         assert json.loads(text) == method.described()
-    described = autoencoders.METHODS["Hessian-free"].described()
+    described = autoencoders.OPTIMISERS["Hessian-free"].described()
     assert "limit=30" in described["settings"] and described["batch"]["curves"] == 2500

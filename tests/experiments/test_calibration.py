@@ -118,7 +118,7 @@ def test_digits_for_testing_are_not_trained_on():
 
 def test_a_run_keeps_its_splits_and_uses_them_again(tmp_path, monkeypatch):
     for name in (OURS, LINEAR):  # the posteriors play no part here, and take time
-        monkeypatch.setitem(calibration.METHODS, name, calibration.METHODS[MAP])
+        monkeypatch.setitem(calibration.COMPARED, name, calibration.COMPARED[MAP])
     words = ["run", "calibration", *TINY.split(), "sets=[digits]", "peers=false", "--out", str(tmp_path)]
     assert main([*words, "splits=1"]) == 0
     part = tmp_path / "parts/digits.json"
@@ -154,7 +154,7 @@ def test_a_failing_peer_is_recorded_and_a_failing_method_of_ours_is_not_hidden(t
     assert main(words) == 0
     found = json.loads((tmp_path / "result.json").read_text())["splits"]["digits"][0]
     assert found["failures"][MARGLIK] == "RuntimeError: out of luck"
-    monkeypatch.setitem(calibration.METHODS, OURS, fail)
+    monkeypatch.setitem(calibration.COMPARED, OURS, fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         main([*words, "seed=1"])
 

@@ -17,7 +17,7 @@ from experiments.__main__ import main
 from experiments.common import data, files
 from experiments.continual import multiplier_toy, streams
 from experiments.continual import run as continual
-from experiments.continual.methods import METHODS, Averaged
+from experiments.continual.methods import LEARNERS, Averaged
 from experiments.continual.report import numbers, task_table
 from experiments.continual.tasks import joined
 from laplace_kf.continual import OnlineLaplace
@@ -197,10 +197,10 @@ def test_slices_of_a_table_share_out_its_rows_by_the_feature():
 # -- heads -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - {"full online"}))  # P × P is too large for this net
+@pytest.mark.parametrize("name", sorted(set(LEARNERS) - {"full online"}))  # P × P is too large for this net
 def test_penalties_hold_the_trunk_and_pull_only_the_heads_in_use(root, name):
     config = Config(stream="vision", prior_precision=0.5, estimator="sampled", **SMALL)
-    stream, method = streams.STREAMS["vision"], METHODS[name]
+    stream, method = streams.STREAMS["vision"], LEARNERS[name]
     tasks = stream.tasks(config, 0).tasks
     model = stream.network(config, tasks, 0)
     learner = method.make(
@@ -259,13 +259,13 @@ def test_single_task_networks_know_nothing_of_each_other(root):
     config = Config(stream="vision", adam_lr=1e-3, optimizer="adam", **SMALL)
     stream = streams.STREAMS["vision"]
     tasks = stream.tasks(config, 0).tasks
-    found = continual.sequence(config, METHODS["single-task networks"], 1.0, tasks, 0)
+    found = continual.sequence(config, LEARNERS["single-task networks"], 1.0, tasks, 0)
     matrix = torch.tensor(found["test"])
     for t in range(3):
         assert torch.equal(matrix[t, : t + 1], matrix.diagonal()[: t + 1])
         assert matrix[t, t + 1 :].isnan().all()
     assert numbers(found)["forgetting"] == 0
-    alone = continual.sequence(config, METHODS["fine-tuning"], 1.0, tasks[:1], 0)
+    alone = continual.sequence(config, LEARNERS["fine-tuning"], 1.0, tasks[:1], 0)
     assert alone["test"][0][0] == found["test"][0][0]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import laplace_kf as lk
 from laplace_kf.curvature import make_structure
-from laplace_kf.operators import BlockTridiagonal, Isotropic, KroneckerBlock, KroneckerProduct, Link
+from laplace_kf.operators import BlockTridiagonal, CrossFactors, Isotropic, KroneckerBlock, KroneckerProduct
 from laplace_kf.operators.curvature import balance
 from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES
 from laplace_kf.optim.objective import Batch
@@ -95,7 +95,9 @@ def test_layers_that_predict_each_other_perfectly_are_still_solved() -> None:
     def perfect(here: Tensor, there: Tensor) -> Tensor:  # L Lᵀ' with here = L Lᵀ, there = L' L'ᵀ
         return torch.linalg.cholesky(here[0]) @ torch.linalg.cholesky(there[0]).T
 
-    link = Link(one.name, two.name, perfect(first.inputs, second.inputs), perfect(first.outputs, second.outputs))
+    link = CrossFactors(
+        one.name, two.name, perfect(first.inputs, second.inputs), perfect(first.outputs, second.outputs)
+    )
     linked = BlockTridiagonal(matrix.layout, matrix.entries, [link])
     v = torch.randn(linked.size, 5, generator=rng(), dtype=torch.float64)
     solved = linked.solve(v)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import laplace_kf as lk
 from laplace_kf.errors import IncompatiblePair, UnknownName
 from laplace_kf.optim.cg import Progress, Run, conjugate_gradients
-from laplace_kf.optim.linearised import DISTANCES, Linearised
+from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.optim.recipes import backtracked, falling_back, last, smallest, worse_than_before
 from laplace_kf.optim.stepsize import line_search
@@ -195,7 +195,7 @@ def test_structural_damping_products(distance: str, cell: bool, forward_mode: bo
     objective.hidden = [model.squash if model.logistic else model.rnn]
     batch = Batch((x, y), 4, objective.random_state())
     weights = dict(model.named_parameters())
-    matrix = Linearised(objective, [batch], weights, mu, DISTANCES[distance])
+    matrix = ExactCurvature(objective, [batch], weights, mu, DISTANCES[distance])
     v = torch.randn(len(dense), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     parts, start = {}, 0
     for name, p in weights.items():
@@ -227,7 +227,7 @@ def test_diagonal_of_the_structural_damping(distance: str) -> None:
     objective = Objective(model, lk.likelihoods.Categorical(), None)
     objective.hidden = [model.squash if model.logistic else model.rnn]
     batch = Batch((x, torch.tensor([0, 1, 1, 0])), 4, objective.random_state())
-    matrix = Linearised(objective, [batch], dict(model.named_parameters()), mu, DISTANCES[distance])
+    matrix = ExactCurvature(objective, [batch], dict(model.named_parameters()), mu, DISTANCES[distance])
 
     def found(samples: int) -> Tensor:
         parts = matrix.hidden_diagonal(torch.Generator().manual_seed(1), samples)

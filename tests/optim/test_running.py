@@ -29,7 +29,7 @@ def test_ekfac_keeps_its_bases_between_refreshes() -> None:
     bases: list[tuple[Tensor, Tensor]] = []
     grids: list[Tensor] = []
     for step in range(1, 11):
-        x, y = ref.batch(40, 3, 3, step)
+        x, y = ref.batch(12, 3, 3, step)
         theta, g = oracles.flat_parameters(model), ref.gradient(model, x, y, nll)
         exact = oracles.dense_ggn(model, x, y, nll)
         blocks = ref.kflr(nll)(model, x, y)

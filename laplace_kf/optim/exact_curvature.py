@@ -16,7 +16,7 @@ from laplace_kf.outputs.layout import masked
 from laplace_kf.registry import Registry
 from laplace_kf.tape.reach import reached
 
-__all__ = ["DISTANCES", "Linearised"]
+__all__ = ["DISTANCES", "ExactCurvature"]
 
 Distance = Callable[[Tensor], Tensor]
 DISTANCES: Registry[Distance] = Registry("distance of hidden activities")
@@ -43,7 +43,7 @@ def _cross_entropy(activity: Tensor) -> Tensor:
     return 1 / (activity * (1 - activity)).clamp_min(1e-4)
 
 
-class Linearised:
+class ExactCurvature:
     """``v ↦ (G + μ D) v`` on minibatches, with one graph for all vectors (methods 2.7, 7.7).
 
     ``D = E[J_cᵀ H_d J_c]`` is the Gauss-Newton matrix of the distance between the hidden activities ``c`` and what

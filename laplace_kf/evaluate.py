@@ -1,0 +1,159 @@
+"""``python -m laplace_kf evaluate``: a saved posterior, files of inputs, a table and a page.
+
+Files are ``.npz``, ``.safetensors`` or ``.pt`` (tensors only) with the inputs under ``x`` and, where there are labels,
+``y``; or ``.npy`` with inputs alone. The network comes from a function of the user's, named ``module:function``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from laplace_kf.errors import CorruptFile, ShapeMismatch, UnknownName
+from laplace_kf.posterior import LaplacePosterior
+
+if TYPE_CHECKING:
+    from laplace_kf.reports.html import Report
+
+__all__ = ["arguments", "main", "read_file"]
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("posterior", type=Path, help="file written by posterior.save")
+    parser.add_argument("--model", required=True, metavar="MODULE:FUNCTION", help="makes the network")
+    parser.add_argument("--inside", required=True, type=Path, metavar="FILE", help="in-distribution inputs x, labels y")
+    parser.add_argument(
+        "--outside", action="append", default=[], metavar="NAME=FILE", help="out-of-distribution inputs; several times"
+    )
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="in-distribution x, y to compare with ('auto')")
+    parser.add_argument("--kinds", metavar="KIND,KIND", help="kinds of scores (default: all that the posterior has)")
+    parser.add_argument("--layers", choices=("last", "all"), default="last", help="of leverages (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=100, help="weight draws (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("results/evaluation"), help="default: %(default)s")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors ``x (N, ...)`` and, if there are any, ``y (N, ...)`` of a file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CorruptFile: if it cannot be read.
+        UnknownName: for another ending.
+        ShapeMismatch: if it has no ``x``, or ``x`` and ``y`` are not equally long.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    if path.suffix not in READERS:
+        raise UnknownName("file ending", path.suffix, READERS)
+    try:
+        found = READERS[path.suffix](path)
+    except (ValueError, OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    kept = {name: found[name] for name in ("x", "y") if isinstance(found.get(name), Tensor)}
+    if "x" not in kept:
+        raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")
+    if len({value.shape[:1] for value in kept.values()}) > 1 or not kept["x"].dim():
+        raise ShapeMismatch(f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length")
+    return kept
+
+
+def _npz(path: Path) -> dict[str, Tensor]:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: torch.from_numpy(file[name]) for name in file.files}
+
+
+def _npy(path: Path) -> dict[str, Tensor]:
+    return {"x": torch.from_numpy(np.load(path, allow_pickle=False))}
+
+
+def _pt(path: Path) -> dict[str, Any]:
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(found, Tensor):
+        return {"x": found}
+    return dict(found) if isinstance(found, Mapping) else dict(zip("xy", found, strict=False))
+
+
+READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    ".npz": _npz,
+    ".npy": _npy,
+    ".pt": _pt,
+    ".pth": _pt,
+    ".safetensors": lambda path: dict(load_file(path)),
+}
+
+
+def _network(name: str) -> nn.Module:
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise ShapeMismatch(f"--model takes MODULE:FUNCTION, for example my_networks:resnet, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found = importlib.import_module(module)
+    if not hasattr(found, function):
+        names = [known for known, value in vars(found).items() if callable(value)]
+        raise UnknownName(f"function of {module}", function, names)
+    made = getattr(found, function)()
+    if not isinstance(made, nn.Module):
+        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _batches(data: Mapping[str, Tensor], size: int, like: Tensor) -> Any:
+    """``(x, y)`` batches; without labels, inputs and zeros."""
+    x = data["x"].to(like) if data["x"].is_floating_point() else data["x"]
+    parts = x.split(size)
+    labels = data["y"].split(size) if "y" in data else [torch.zeros(len(part)) for part in parts]
+    return list(zip(parts, labels, strict=True))
+
+
+def main(chosen: argparse.Namespace) -> Report:
+    """Runs the command and prints its tables.
+
+    Raises:
+        LaplaceKFError, OSError, ImportError: for a file, a network or a name that is not to be had; says which.
+    """
+    from laplace_kf.reports.evaluation import evaluate  # needs an extra
+
+    if chosen.samples < 1 or chosen.batch_size < 1:
+        raise ShapeMismatch("--samples and --batch-size must be at least 1")
+    outside = {}
+    for item in chosen.outside:
+        name, _, path = item.partition("=")
+        if not name or not path:
+            raise ShapeMismatch(f"--outside takes NAME=FILE, got {item!r}")
+        outside[name] = read_file(Path(path))
+    inside = read_file(chosen.inside)
+    calibration = None if chosen.calibrate is None else read_file(chosen.calibrate)
+    model = _network(chosen.model)
+    posterior = LaplacePosterior.load(chosen.posterior, model)
+    like = next(iter(posterior.mean.values()))
+    if calibration is not None:
+        posterior.calibrate(_batches(calibration, chosen.batch_size, like), samples=chosen.samples)
+    kinds = None if chosen.kinds is None else [kind.strip() for kind in chosen.kinds.split(",") if kind.strip()]
+    report = evaluate(
+        posterior,
+        _batches(inside, chosen.batch_size, like),
+        {name: _batches(data, chosen.batch_size, like) for name, data in outside.items()},
+        chosen.out,
+        kinds=kinds,
+        layers=chosen.layers,
+        samples=chosen.samples,
+        seed=chosen.seed,
+    )
+    print("\n\n".join(table.text() for table in report.tables))
+    print(f"\nwritten to {chosen.out}")
+    return report

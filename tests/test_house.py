@@ -1,0 +1,143 @@
+"""The pages for those who change the package tell the truth: ranks, trails, long files."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from docs.ranks import PICTURE, drawn, ranks, with_table
+from experiments.registry import EXPERIMENTS
+from tests.contracts.toys import FOLDER, unregistered
+from tests.test_architecture import ROOT, python_files
+from tests.test_documentation import PYTHON_BLOCK
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+LONG = 500
+
+
+def section(title: str) -> str:
+    """The text under a heading of the architecture page, down to the next heading of the same level or above."""
+    level, rest = re.search(rf"^(#+) {re.escape(title)}\n(.*)", PAGE, re.MULTILINE | re.DOTALL).groups()  # type: ignore[union-attr]
+    return re.split(rf"^#{{1,{len(level)}}} ", rest, flags=re.MULTILINE)[0]
+
+
+def rows(title: str) -> list[list[str]]:
+    """The rows of the tables under a heading, without their heads."""
+    lines = [line for line in section(title).splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "`" in line]
+
+
+def defined(source: str) -> set[str]:
+    """Qualified names of the classes and functions of a file."""
+    found: set[str] = set()
+
+    def visit(node: ast.AST, prefix: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(prefix + child.name)
+                visit(child, f"{prefix}{child.name}.")
+
+    visit(ast.parse(source), "")
+    return found
+
+
+def test_the_picture_of_the_ranks_is_up_to_date() -> None:
+    assert PICTURE.read_text(encoding="utf-8") == drawn(ranks()), "run python docs/ranks.py"
+
+
+def test_every_rank_is_described() -> None:
+    assert with_table(PAGE, ranks()) == PAGE, "run python docs/ranks.py"
+    assert [row[1].strip("`") for row in rows("Ranks")] == [name for rank in ranks() for name in rank]
+    assert all(row[2] for row in rows("Ranks"))
+
+
+@pytest.mark.parametrize("trail", ["fit", "predict", "tune", "update", "step"])
+def test_trails_resolve(trail: str) -> None:
+    steps = rows(trail)
+    assert len(steps) > 5
+    for file, function, what in steps:
+        path = ROOT / file.strip("`")
+        assert path.is_file(), f"{trail}: {file} is not there"
+        name = function.strip("`")
+        assert name in defined(path.read_text(encoding="utf-8")), f"{trail}: {file} has no {name}"
+        assert what
+
+
+def test_long_files_say_why() -> None:
+    told = {row[0].strip("`") for row in rows("Files above 500 lines")}
+    folders = ("laplace_kf", "experiments", "benchmarks", "examples", "tests", "docs")
+    long = {
+        str(path.relative_to(ROOT))
+        for folder in folders
+        for path in python_files(ROOT / folder)
+        if len(path.read_text(encoding="utf-8").splitlines()) > LONG
+    }
+    assert not long - told, f"longer than {LONG} lines: split them, or say why in docs/architecture.md"
+    assert all((ROOT / file).is_file() for file in told)
+
+
+def test_nested_functions_and_methods_are_found() -> None:
+    assert defined("class A:\n    def f(self):\n        def g(): pass\ndef h(): pass\n") == {"A", "A.f", "A.f.g", "h"}
+
+
+# ------------------------------------------------------------------------------------------------ CONTRIBUTING.md
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def blocks() -> dict[str, list[str]]:
+    """The python blocks of CONTRIBUTING.md by the heading they stand under."""
+    parts = re.split(r"^#+ (.*)$", CONTRIBUTING, flags=re.MULTILINE)
+    found = {title: PYTHON_BLOCK.findall(text) for title, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {title: code for title, code in found.items() if code}
+
+
+@pytest.mark.parametrize(
+    ("title", "toy"),
+    [("layer rule", "layer"), ("estimator",) * 2, ("structure",) * 2, ("likelihood",) * 2],
+)
+def test_rules_are_walked_through_with_the_toys_that_keep_the_contract(title: str, toy: str) -> None:
+    article = "an" if title[0] in "aeiou" else "a"
+    assert blocks()[f"Add {article} {title}"] == [(FOLDER / f"{toy}.py").read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("title", ["Add a preset", "Add a bridge", "Add an experiment"])
+def test_other_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = dict(EXPERIMENTS._entries)
+    module = types.ModuleType("contributed")  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    try:
+        with unregistered(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            for code in blocks()[title]:
+                exec(compile(code, f"CONTRIBUTING.md, {title}", "exec"), vars(module))
+    finally:
+        EXPERIMENTS._entries.clear()
+        EXPERIMENTS._entries.update(before)
+
+
+def test_every_kind_of_addition_is_walked_through() -> None:
+    assert len(blocks()) == 7
+
+
+def test_commands_and_files_named_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z]+)", CONTRIBUTING)) <= targets
+    for name in re.findall(r"`((?:laplace_kf|experiments|tests|docs|configs)/[\w/]+(?:\.py|\.md)?)`", CONTRIBUTING):
+        assert (ROOT / name).exists(), name
+    file, test = re.findall(r'"(tests/[\w/]+\.py)::(\w+)"', CONTRIBUTING)[0]
+    assert test in defined((ROOT / file).read_text(encoding="utf-8"))
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    lint = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint:")[1].split("\n\n")[0]
+    wanted = re.findall(r"\$\(BIN\)/(.*)", lint)
+    hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [hook.replace(" --force-exclude", "") for hook in hooks] == [line.removesuffix(" .") for line in wanted]
