@@ -290,3 +290,39 @@ def test_refusals_name_the_way_out() -> None:
         fit((x, y, w), forward=lambda m, b: (m(b[0]), b[1]))
     with pytest.raises(ShapeMismatch, match="ignored"):
         fit((x, y, torch.zeros(8)))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_empirical_estimator_takes_a_weight_once(weighted: bool) -> None:
+    model, (x, y, w) = network(), data()
+    classes = torch.tensor([0.5, 0.0, 1.25], dtype=F64)
+    named = {name: p.detach() for name, p in model.named_parameters()}
+    wanted: Any = 0.0
+    for one, label, weight in zip(x, y, w, strict=True):
+
+        def loss(v: dict[str, Tensor], one: Tensor = one, label: Tensor = label) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(model, v, (one[None],)), label[None])
+
+        gradient = torch.cat([g.flatten() for g in torch.func.grad(loss)(named).values()])
+        wanted = wanted + classes[label] * (weight if weighted else 1.0) * torch.outer(gradient, gradient)
+    given = [(x, y, w) if weighted else (x, y)]
+    found = lk.curvature.estimate(
+        model, Categorical(class_weights=classes), given, "full", "empirical", weights=weighted
+    )
+    close(found.mean().dense() * found.n_data, wanted)
+    assert found.n_data == int(((classes[y] > 0) & ((w > 0) | (not weighted))).sum())
+
+
+def test_calibration_counts_examples_alike() -> None:
+    model, (x, _, w) = network(2), data(40)
+    y = torch.randn(40, 2, dtype=F64, generator=rng(7))
+    y[3, 1] = math.nan
+    posterior = lk.LaplacePosterior(model, "gaussian", "full", weights=True).fit((x, y, w))
+    plain = lk.LaplacePosterior(model, "gaussian", "full", weights=True).fit((x, y, w)).calibrate((x, y))
+    ones = posterior.calibrate((x, y, torch.ones(40, dtype=F64)))
+    for a, b in zip(ones.predict(x).interval(0.5), plain.predict(x).interval(0.5), strict=True):
+        assert a.shape == b.shape and bool(torch.isfinite(a).all())
+    known = torch.stack(plain.predict(x, method="linearized").interval(0.5))
+    close(torch.stack(ones.predict(x, method="linearized").interval(0.5)), known)
+    with pytest.raises(IncompatiblePair, match="count alike"):
+        posterior.calibrate((x, y, w))
