@@ -15,18 +15,21 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_kf import weighting
-from laplace_kf.batches import Forward, check_batch, run, to_device
+from laplace_kf.agreement import as_read, require_same_loss
+from laplace_kf.batches import Forward, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
-from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.lookups import Plainly
+from laplace_kf.missing import check_batch
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
+from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
-from laplace_kf.tape import FlatLayout, select
+from laplace_kf.tape import UNUSED, FlatLayout, select
 from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
@@ -41,9 +44,13 @@ def estimate(
     parameters: Selection = "all",
     *,
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
-    weights: bool = False,
+    weights: weighting.Weights = False,
+    layout: str | None = None,
+    unused: str = "error",
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -57,11 +64,16 @@ def estimate(
         estimator: ``"exact"``, ``"sampled"`` (``samples=``), ``"projection"`` (``samples=``, ``noise=``),
             ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
         parameters: ``"all"``, ``"last_layer"``, a list of name patterns, or a :class:`Subnetwork` of single weights.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
         weights: batches are ``(x, y, w)``, or mappings with ``"weights"``; the weight ``w (N,)`` of an example
             multiplies its negative log-likelihood and its curvature, and ``n_data`` counts examples (of weight > 0).
+        layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
+            ``"channels_last"``; default: as the targets show.
+        unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
+            their curvature is 0.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -73,9 +85,12 @@ def estimate(
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
-    read = weighting.reader(forward, weights)
-    settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype}
-    job = (model, weighting.batches(data, weights), get_likelihood(likelihood), estimator)
+    _ = UNUSED[unused]
+    read = weighting.reader(reading(forward, inputs, targets), weights)
+    settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
+    rule = get_likelihood(likelihood)
+    data = weighting.batches(data, weights, model)
+    job = (model, data, rule if layout is None else rule.with_layout(layout), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
 
@@ -90,6 +105,19 @@ def make_estimator(estimator: str | Estimator, **options: Any) -> Estimator:
     return estimator if isinstance(estimator, Estimator) else ESTIMATORS[estimator](**options)
 
 
+SETTINGS = (
+    "structure",
+    "estimator",
+    "parameters",
+    "prior_precision",
+    "damping",
+    "forward",
+    "inputs",
+    "targets",
+    "dtype",
+)
+
+
 def make_pair(
     structure: str | Structure, estimator: str | Estimator, options: dict[str, Any]
 ) -> tuple[Structure, Estimator]:
@@ -99,7 +127,7 @@ def make_pair(
 
     Raises:
         UnknownName: for unregistered names.
-        TypeError: for an option that would have no effect; names what is allowed.
+        UnknownOption: for an option that would have no effect; names what is allowed.
     """
     mine, theirs = _accepted(structure, STRUCTURES), _accepted(estimator, ESTIMATORS)
     neutral = {name: value for entry in ESTIMATORS for name, value in _accepted(entry, ESTIMATORS).items()}
@@ -109,10 +137,11 @@ def make_pair(
         if name not in mine and name not in theirs and (name not in neutral or value != neutral[name])
     ]
     if stray:
-        raise TypeError(
-            f"option {stray[0]!r} is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor "
-            f"by estimator {estimator!r} (options: {sorted(theirs) or 'none'})"
+        taken = (
+            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
+            f"(options: {sorted(theirs) or 'none'})"
         )
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),
@@ -134,16 +163,19 @@ def ggn_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
-    weights: bool = False,
+    inputs: Part | None = None,
+    targets: Part | None = None,
+    weights: weighting.Weights = False,
 ) -> Tensor:
     """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
     Raises:
         ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
     """
-    rule = get_likelihood(likelihood)
 
-    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    def product(
+        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
+    ) -> list[Tensor]:
         seed = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, weights, seed, create_graph=True, allow_unused=True)
         used = [(p, d) for p, d in zip(pulled, direction, strict=True) if p is not None]
@@ -153,7 +185,8 @@ def ggn_vector_product(
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
-    return _products(model, rule, data, v, parameters, weighting.reader(forward, weights), weights, product)
+    read = weighting.reader(reading(forward, inputs, targets), weights)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, read, weights, product)
 
 
 def hessian_vector_product(
@@ -164,16 +197,19 @@ def hessian_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
-    weights: bool = False,
+    inputs: Part | None = None,
+    targets: Part | None = None,
+    weights: weighting.Weights = False,
 ) -> Tensor:
     """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
     Raises:
         ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
     """
-    rule = get_likelihood(likelihood)
 
-    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    def product(
+        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
+    ) -> list[Tensor]:
         loss = -rule.log_prob(outputs, targets).sum()
         grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         used = [(g, d) for g, d in zip(grads, direction, strict=True) if g is not None and g.requires_grad]
@@ -183,7 +219,8 @@ def hessian_vector_product(
         second = torch.autograd.grad(along, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
 
-    return _products(model, rule, data, v, parameters, weighting.reader(forward, weights), weights, product)
+    read = weighting.reader(reading(forward, inputs, targets), weights)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, read, weights, product)
 
 
 def _products(
@@ -193,8 +230,8 @@ def _products(
     v: Tensor,
     parameters: str | Sequence[str],
     forward: Forward | None,
-    weighted: bool,
-    product: Callable[[Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
+    weighted: weighting.Weights,
+    product: Callable[[Likelihood, Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Tensor:
     model = usable(model)
     named = dict(model.named_parameters())
@@ -208,12 +245,16 @@ def _products(
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(weighting.batches(data, weighted)):
+        for index, batch in enumerate(weighting.batches(data, weighted, model)):
             check_batch(batch, index, "the batch", forward, likelihood.nan_is_missing)
-            outputs, targets = run(model, to_device(batch, weights[0].device), forward)
-            check_ignored(batch, targets, likelihood, forward)
+            batch = to_device(batch, weights[0].device)
+            if index == 0:
+                require_same_loss(model, batch, forward, likelihood)
+            with Plainly():  # its derivatives are those of the function
+                outputs, targets = run(model, batch, forward)
+            likelihood = as_read(likelihood, batch, forward, outputs, targets)
             likelihood.check(outputs.detach(), targets)
-            parts = product(outputs, targets, weights, direction)
+            parts = product(likelihood, outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])
             count += likelihood.counted_examples(outputs.detach(), targets)
     if count == 0:

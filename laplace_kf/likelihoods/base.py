@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from laplace_kf.likelihoods.noise import Noise
 from laplace_kf.likelihoods.predicting import Predicting
 from laplace_kf.likelihoods.reading import Given, resolve_generator, root_of, times
 from laplace_kf.likelihoods.roots import DenseRoot, Root, ScaledRoot
+from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import from_positions, masked, to_positions
 from laplace_kf.registry import Registry
@@ -56,11 +57,13 @@ class Likelihood(Predicting, Noise):
         natural: True if ``-log p`` has a Hessian that does not depend on the targets, so that GGN = Fisher (methods
             2.6; Botev 2020, 3.5.1).
         psd: True if that Hessian is never indefinite, for whatever outputs and targets (methods 3).
+        has_logits: True if outputs divided by a temperature are less certain predictions of the same classes.
         needs_targets: True if ``hessian_root`` and friends (may) need the targets.
         ignore_index: see above.
     """
 
     natural: bool = False
+    has_logits: ClassVar[bool] = False
 
     @classmethod
     def examples(cls) -> tuple[tuple[Likelihood, int], ...]:
@@ -174,32 +177,6 @@ class Likelihood(Predicting, Noise):
             NonFiniteTarget: for a NaN or infinite target (also a ``ValueError``).
         """
         self._unpack(outputs, self._needed(targets, "check"))
-
-    def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Which outputs count: those of positions with a target that is not ignored.
-
-        Args:
-            outputs, targets: as in :meth:`check`, with the same errors.
-
-        Returns:
-            bool of the shape of the outputs, the same for all outputs of a position; ``None`` if all of them count.
-        """
-        given = self._unpack(outputs, self._needed(targets, "counted"))
-        z, keep = given.z, given.keep
-        if keep is None or bool(keep.all()):
-            return None
-        kept = keep.any(-1, keepdim=True).expand(*z.shape[:2], 1)
-        return None if bool(kept.all()) else from_positions(kept.expand(z.shape), outputs)
-
-    def counted_positions(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """As :meth:`counted`, by position: bool ``(N, T)``."""
-        kept = self.counted(outputs, targets)
-        return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept)[..., 0]
-
-    def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
-        """How many of the examples of outputs ``(N, ...)`` have a position that counts; errors as :meth:`counted`."""
-        kept = self.counted(outputs, targets)
-        return len(outputs) if kept is None else int(kept.flatten(1).any(1).sum())
 
     def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
         """Gradient ``∇_z log p(y | z)`` at targets drawn from the model, of the outputs' shape; zero where ignored.
@@ -443,6 +420,18 @@ class Likelihood(Predicting, Noise):
 
     # -- naming and saving
 
+    def with_layout(self, layout: str) -> Likelihood:
+        """A copy that reads all outputs in one layout; everything it returns is in that layout, too.
+
+        Args:
+            layout: ``"channels_first"`` (``(N, C, T)``, ``(N, C, H, W)``, ...: torch's own) or ``"channels_last"``
+                (``(N, T, C)``, ``(N, H, W, C)``, ...).
+
+        Raises:
+            UnknownName: for another layout.
+        """
+        return arranged(self, layout)
+
     def to_config(self) -> dict[str, Any]:
         """JSON-able description from which :meth:`from_config` rebuilds this likelihood.
 
@@ -466,10 +455,11 @@ class Likelihood(Predicting, Noise):
             ValueError: if its settings are not those of that likelihood.
         """
         settings = dict(config)
-        name = settings.pop("name", None)
+        name, layout = settings.pop("name", None), settings.pop("layout", None)
         rule = LIKELIHOODS[name]  # a missing name is refused there, with the registered ones
         try:
-            return rule(**settings)
+            made = rule(**settings)
+            return made if layout is None else made.with_layout(layout)
         except TypeError as error:
             raise ValueError(f"{sorted(settings)} are not the settings of likelihood {name!r}: {error}") from error
 

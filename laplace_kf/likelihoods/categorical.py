@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from laplace_kf.likelihoods.prediction import (
 )
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
+from laplace_kf.outputs.arranged import CHANNELS_FIRST
 from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
 from laplace_kf.outputs.classes import checked_class_weights, class_masses
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
@@ -78,6 +79,9 @@ class Categorical(Likelihood):
         label_smoothing: ε in [0, 1): targets become ``(1 - ε) t + ε / C``, as in torch's loss.
     """
 
+    has_logits: ClassVar[bool] = True
+    simplex_targets: ClassVar[bool] = True
+
     def __init__(
         self,
         ignore_index: int | None = -100,
@@ -125,19 +129,19 @@ class Categorical(Likelihood):
 
     def _check_outputs(self, shape: Sequence[int]) -> None:
         super()._check_outputs(shape)
-        if (shape[1] if len(shape) == 4 else shape[-1]) < 2:
+        if (shape[1] if len(shape) > 3 else shape[-1]) < 2:
             raise ShapeMismatch(
                 f"Categorical needs at least 2 classes, got outputs of shape {tuple(shape)}. "
                 "Use Bernoulli for a single logit."
             )
 
-        if self.class_weights is not None and len(self.class_weights) != (shape[1] if len(shape) == 4 else shape[-1]):
+        if self.class_weights is not None and len(self.class_weights) != (shape[1] if len(shape) > 3 else shape[-1]):
             raise ShapeMismatch(
                 f"Categorical: {len(self.class_weights)} class_weights do not fit outputs of shape {tuple(shape)}."
             )
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        classes = shape[1] if len(shape) == 4 else shape[-1]
+        classes = shape[1] if len(shape) > 3 else shape[-1]
         refuse_shape("Categorical", shape, targets, scalar_shape(shape), shape)
         refuse_nonfinite("Categorical", targets)
         if targets.ndim == len(shape):
@@ -269,7 +273,9 @@ class Categorical(Likelihood):
         found = super()._counts(targets)
         if not targets.is_floating_point():
             return found
-        return found / (targets.shape[1] if targets.ndim == 4 else targets.shape[-1])  # one target a position
+        layout = getattr(self, "layout", None)
+        first = targets.ndim > 3 if layout is None else layout == CHANNELS_FIRST
+        return found / targets.shape[1 if first else -1]  # one target a position
 
     def links(self) -> dict[str, Link]:
         """``"mc"`` (draws of the logits), ``"probit"`` (variances of the logits) and ``"bridge"`` (Dirichlet)."""

@@ -100,7 +100,7 @@ class Gaussian(ElementwiseLikelihood):
 
     def _check_outputs(self, shape: Sequence[int]) -> None:
         super()._check_outputs(shape)
-        channels = shape[1] if len(shape) == 4 else shape[-1]
+        channels = shape[1] if len(shape) > 3 else shape[-1]
         if self._by_output and len(_numbers(self.scale)) != channels:
             raise ShapeMismatch(
                 f"Gaussian: scale has one number for each of {len(_numbers(self.scale))} outputs, got outputs of shape "

@@ -309,7 +309,7 @@ def _like(keep: Tensor, t: Tensor) -> Tensor:
 def _restored(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """Targets ``(N·T, *rest)`` in the layout that goes with outputs of ``shape``."""
     found = rows.reshape(*scalar_shape(shape), *rows.shape[1:])
-    return found.movedim(-1, 1) if len(shape) == 4 and rows.ndim > 1 else found
+    return found.movedim(-1, 1) if len(shape) > 3 and rows.ndim > 1 else found
 
 
 def _no_entropies(who: str) -> tuple[Tensor, Tensor | None]:

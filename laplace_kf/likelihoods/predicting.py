@@ -49,7 +49,7 @@ class Predicting(Reading):
         Raises:
             ShapeMismatch: if the outputs have no sample dimension, or no samples.
         """
-        if not 3 <= outputs.ndim <= 5 or outputs.shape[0] == 0:
+        if outputs.ndim < 3 or outputs.shape[0] == 0:
             raise ShapeMismatch(
                 f"{type(self).__name__}.predict: expected sampled outputs (S, N, C), (S, N, T, C) or (S, N, C, H, W) "
                 f"with S >= 1, got {tuple(outputs.shape)}. Use outputs[None] for a single set of outputs."

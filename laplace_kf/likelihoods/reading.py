@@ -116,6 +116,31 @@ class Reading(abc.ABC):
             )
         return targets
 
+    def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
+        """Which outputs count: those with a target that is not ignored.
+
+        Args:
+            outputs, targets: as in :meth:`check`, with the same errors.
+
+        Returns:
+            bool of the shape of the outputs; ``None`` if all of them count.
+        """
+        given = self._unpack(outputs, self._needed(targets, "counted"))
+        z, keep = given.z, given.keep
+        if keep is None or bool(keep.all()):
+            return None
+        return from_positions(keep.expand(z.shape), outputs)
+
+    def counted_positions(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """As :meth:`counted`, by position: bool ``(N, T)``."""
+        kept = self.counted(outputs, targets)
+        return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept).any(-1)
+
+    def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
+        """How many of the examples of outputs ``(N, ...)`` have a position that counts; errors as :meth:`counted`."""
+        kept = self.counted(outputs, targets)
+        return len(outputs) if kept is None else int(kept.flatten(1).any(1).sum())
+
     def _ignore(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.ignore_index is None:
             return y, None

@@ -338,6 +338,7 @@ class GaussNewton(SecondOrder):
             damping=damping,
             forward=self.user_forward,
             weights=self.weights,
+            unused=self.unused,
         )
         return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
 

@@ -24,7 +24,9 @@ from laplace_kf.optim.cg import Progress
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
 from laplace_kf.optim.preconditioner import Preconditioner
 from laplace_kf.optim.recipes import Recipe
+from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
+from laplace_kf.weighting import Weights
 
 __all__ = [
     "Curvature",
@@ -181,13 +183,23 @@ class Scope(Settings):
     groups: Sequence[Mapping[str, Any]] = _field(
         (), "parameter groups by name pattern, some of them perhaps ``first_order``."
     )
-    forward: Forward | None = _field(None, "``(model, batch) -> (outputs, targets)`` for other batch forms.")
-    weights: bool = _field(
+    inputs: Part | None = _field(
+        None, "with ``targets``, a function of a batch of another form: ``outputs = model(*inputs(batch))``."
+    )
+    targets: Part | None = _field(None, "the other one.")
+    forward: Forward | None = _field(None, "instead of them, ``(model, batch) -> (outputs, targets)``.")
+    weights: Weights = _field(
         False,
-        'batches are ``(x, y, w)`` or mappings with ``"weights"``: ``step((x, y, w))``. The weight of an example '
-        "multiplies its ``−log p`` and its curvature; means are over examples (of weight > 0; methods 17.11).",
+        'batches are ``(x, y, w)`` or mappings with ``"weights"``: ``step((x, y, w))``; or a function of a batch. The '
+        "weight of an example multiplies its ``−log p`` and its curvature; means are over examples (of weight > 0; "
+        "methods 17.11).",
     )
     generator: torch.Generator | None = _field(None, "random numbers; with one, training is reproducible.")
+    unused: str = _field(
+        "error",
+        'what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their '
+        "curvature is 0 (the damping alone moves them), until one reaches them.",
+    )
 
 
 @dataclass(frozen=True)
@@ -339,9 +351,12 @@ class _Common(TypedDict, total=False):
     max_rise: float
     parameters: str | Sequence[str]
     groups: Sequence[Mapping[str, Any]]
+    inputs: Part | None
+    targets: Part | None
     forward: Forward | None
-    weights: bool
+    weights: Weights
     generator: torch.Generator | None
+    unused: str
     ema: float
     refresh: int
     inverse: str

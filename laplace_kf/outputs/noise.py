@@ -51,4 +51,4 @@ def known_noise(who: str, scale: Tensor, shape: Sequence[int], keep: Tensor | No
 
 def channel(shape: Sequence[int]) -> int:
     """The dimension of the outputs that is no position."""
-    return 1 if len(shape) == 4 else len(shape) - 1
+    return 1 if len(shape) > 3 else len(shape) - 1

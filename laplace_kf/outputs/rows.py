@@ -50,7 +50,7 @@ def target_rows(who: str, targets: Any, shape: Sequence[int]) -> Any:
         raise ShapeMismatch(f"{who}: targets must be tensors, or a tuple or mapping of tensors, got {targets!r}.")
 
     def rows(t: Tensor) -> Tensor:
-        if len(shape) == 4 and t.ndim == 4 and tuple(t.shape[:1] + t.shape[2:]) == lead:
+        if len(shape) > 3 and t.ndim == len(shape) and tuple(t.shape[:1] + t.shape[2:]) == lead:
             return t.movedim(1, -1).reshape(-1, t.shape[1])
         if tuple(t.shape[: len(lead)]) != lead:
             way = "" if len(shape) == 2 else (

@@ -12,7 +12,7 @@ from torch import Tensor
 from laplace_kf.errors import NonFinite, ShapeMismatch
 from laplace_kf.outputs.checks import known_true
 
-__all__ = ["WeightedTargets", "apart", "concatenated"]
+__all__ = ["WeightedTargets", "apart", "bare", "concatenated"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def apart(targets: Any, count: int) -> tuple[Any, Tensor | None]:
         first = int((weights < 0).nonzero()[0])
         raise ValueError(f"the weight {weights[first].item()} of example {first} is negative; weights are at least 0")
     return targets.targets, weights
+
+
+def bare(targets: Any) -> Any:
+    """The targets (N of them, in any form) without weights."""
+    return targets.targets if isinstance(targets, WeightedTargets) else targets
 
 
 def concatenated(parts: Sequence[Any]) -> Any:

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf import weighting
-from laplace_kf.batches import Forward, check_batch, inputs_of, run, tensors_of, to_device
+from laplace_kf.batches import Forward, inputs_of, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.graphs import check_ignored, of_role
+from laplace_kf.missing import check_batch
 from laplace_kf.ood.references import References
 from laplace_kf.ood.scores import Subject, reference_scores
 from laplace_kf.outputs import conformal
 from laplace_kf.outputs.conformal import Conformal
 from laplace_kf.predictive import draw_seeds
+from laplace_kf.replica import stage
 
 __all__ = ["Calibration", "Seen", "calibrate", "references_of"]
 
@@ -30,7 +32,7 @@ class Fitted(Subject, Protocol):
 
     model: nn.Module
     forward: Forward | None
-    weights: bool
+    weights: weighting.Weights
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -39,7 +41,7 @@ class Fitted(Subject, Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a posterior keeps of in-distribution data.
+    """What in-distribution data said: conformal scores, and references of out-of-distribution scores.
 
     Attributes:
         conformal: scores of the calibration data, from ``calibrate``.
@@ -117,14 +119,14 @@ def calibrate(
     scores: list[Tensor] = []
     taken: list[Any] = []
     device = next(iter(posterior.mean.values())).device
-    with preserved(posterior.model):
-        for index, batch in enumerate(weighting.batches(data, posterior.weights)):
-            weighted = posterior.weights and weighting.has_weights(batch, posterior.forward)
-            read = weighting.reader(posterior.forward, weighted)
+    with stage(posterior.model, posterior.forward) as (model, forward), preserved(model):
+        for index, batch in enumerate(weighting.batches(data, posterior.weights, posterior.model)):
+            weighted = weighting.has_weights(batch, forward, posterior.weights)
+            read = weighting.reader(forward, posterior.weights if weighted else False)
             check_batch(batch, index, "the calibration batch", read, posterior.likelihood.nan_is_missing)
             batch = of_role(to_device(batch, device), "val_mask")
             with torch.no_grad():
-                outputs, targets = run(posterior.model, batch, read)
+                outputs, targets = run(model, batch, read)
             posterior.likelihood.check(outputs, targets)
             targets = weighting.counted_alike(targets)
             batch = weighting.inputs_without_weights(batch) if weighted and posterior.forward is None else batch
