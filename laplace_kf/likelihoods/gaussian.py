@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -203,11 +204,13 @@ class Gaussian(ElementwiseLikelihood):
 
     def with_noise_scale(self, value: float | Tensor) -> Gaussian:
         """A copy with another σ; this object keeps its own. Several σ are multiplied by one factor."""
+        other = copy.copy(self)  # in its layout
         if not self._by_output or (isinstance(value, Tensor) and value.ndim):
-            return Gaussian(value, self.ignore_index)
+            other.scale = value
+            return other
         scales = torch.as_tensor(self.scale).detach()
         factor = torch.as_tensor(value, dtype=scales.dtype, device=scales.device) / self.noise_scale
-        other = Gaussian(scales * factor, self.ignore_index)
+        other.scale = scales * factor
         other._moved = scales, factor  # remembered because one factor can be differentiated, several scales cannot
         return other
 

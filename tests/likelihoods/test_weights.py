@@ -326,3 +326,120 @@ def test_calibration_counts_examples_alike() -> None:
     close(torch.stack(ones.predict(x, method="linearized").interval(0.5)), known)
     with pytest.raises(IncompatiblePair, match="count alike"):
         posterior.calibrate((x, y, w))
+
+
+def test_a_function_of_the_batch_reads_the_weights(tmp_path: Any) -> None:
+    model, (x, y, w) = network(), data()
+    total, _ = dense(model, x, y, w)
+    expected = total + torch.eye(len(total), dtype=F64)
+    batch = {"in": x, "out": y, "importance": w}
+    read = {"inputs": lambda b: b["in"], "targets": lambda b: b["out"]}
+    weights = lambda b: b["importance"]  # noqa: E731
+    posterior = lk.LaplacePosterior(model, "categorical", "full", weights=weights, **read).fit([batch])
+    close(posterior.precision.dense(), expected)
+    posterior.tune([batch], samples=2, n_data=[7.0], prior_precision=[0.5, 2.0], generator=rng())
+    assert posterior.predict(x, method="map").probs.shape == (8, 3)
+    forward = lambda m, b: (m(b["in"]), b["out"])  # noqa: E731
+    other = lk.LaplacePosterior(model, "categorical", "full", weights=weights, forward=forward).fit([batch])
+    close(other.precision.dense(), expected)
+    posterior.save(tmp_path / "p.safetensors")
+    again = lk.LaplacePosterior.load(tmp_path / "p.safetensors", model, weights=weights, **read)
+    assert again.update([batch]).n_data == 14
+    optimiser = lk.optim.GaussNewton(network(), "categorical", weights=weights, **read)
+    close(torch.as_tensor(optimiser.step(batch)).detach(), weighted_mean(network(), x, y, w).detach())
+    with pytest.raises(IncompatiblePair, match="weights=lambda batch"):
+        lk.LaplacePosterior(model, "categorical", weights=True, **read)
+    with pytest.raises(ShapeMismatch, match="weights= does not work"):
+        lk.LaplacePosterior(model, "categorical", weights=lambda b: b["none"], **read).fit([batch])
+
+
+def test_arrays_have_weights_too() -> None:
+    model, (x, y, w) = network(), data()
+    tensors = lk.LaplacePosterior(model, "categorical", "full", weights=True).fit((x, y, w))
+    given = (x.numpy(), y.numpy(), w.numpy())
+    arrays = lk.LaplacePosterior(model, "categorical", "full", weights=True).fit(given)
+    close(arrays.precision.dense(), tensors.precision.dense())
+    wide = torch.nan_to_num(torch.randn(8, 3, dtype=F64, generator=rng(4)))
+    wide[1, 2] = math.nan
+    pair = lk.LaplacePosterior(model, "gaussian", "full").fit(x.numpy(), wide.numpy())
+    close(pair.precision.dense(), lk.LaplacePosterior(model, "gaussian", "full").fit(x, wide).precision.dense())
+
+
+class OwnLoss(nn.Module):
+    """A model that returns its own loss, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_a_models_own_loss_knows_no_weights() -> None:
+    (x, y, w), model = data(), OwnLoss()
+    batch = {"x": x, "labels": y, "weights": w}
+    posterior = lk.LaplacePosterior(model, "categorical", "full", weights=True).fit([batch])
+    total, _ = dense(model.net, x, y, w)
+    close(posterior.precision.dense(), total + torch.eye(len(total), dtype=F64))
+    with pytest.raises(ShapeMismatch, match="own loss"):
+        lk.LaplacePosterior(model, Categorical(label_smoothing=0.3), "full", weights=True).fit([batch])
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_channels_first_with_weights_and_soft_targets(soft: bool) -> None:
+    """A Conv1d's (N, C, T): class probabilities show along which axis they add up to 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = nn.Conv1d(2, 3, 1).double()
+    x = torch.randn(4, 2, 3, dtype=F64, generator=rng(1))  # as many positions as classes
+    labels = torch.tensor([[0, 1, 1], [2, 0, 1], [1, 1, 1], [0, 2, 0]])
+    w = torch.tensor([0.5, 2.0, 1.0, 0.0], dtype=F64)
+    targets = F.one_hot(labels, 3).double().movedim(-1, 1) * 0.7 + 0.1 if soft else labels
+    settings: dict[str, Any] = {} if soft else {"layout": "channels_first"}
+    posterior = lk.LaplacePosterior(model, "categorical", "full", weights=True, **settings).fit([(x, targets, w)])
+    plain = nn.Linear(2, 3).double()
+    with torch.no_grad():
+        plain.weight.copy_(model.weight[:, :, 0])
+        plain.bias.copy_(model.bias)  # type: ignore[arg-type]
+    rows = x.movedim(1, -1)
+    total: Any = 0.0
+    for n in range(4):
+        total = total + dense(plain, rows[n], labels[n], w[n].expand(3))[0]
+    close(posterior.precision.dense(), total + torch.eye(9, dtype=F64), 1e-9)
+    assert posterior.n_data == 3
+    likelihood = posterior.likelihood
+    assert likelihood.terms(targets) == 12
+
+
+def test_layouts_of_soft_targets_that_cannot_be_told() -> None:
+    model = nn.Conv1d(2, 3, 1).double()
+    x, even = torch.randn(4, 2, 3, dtype=F64), torch.full((4, 3, 3), 1 / 3, dtype=F64)
+    with pytest.raises(ShapeMismatch, match="two layouts"):
+        lk.LaplacePosterior(model, "categorical").fit([(x, even)])
+
+
+@pytest.mark.parametrize("layout", [None, "channels_first"])
+def test_volumes_and_conv1d_with_holes_and_known_noise(layout: str | None) -> None:
+    shape = (3, 2, 4) if layout else (3, 2, 2, 2, 1)
+    z = torch.randn(shape, dtype=F64, generator=rng(1))
+    y = torch.randn(shape, dtype=F64, generator=rng(2))
+    noise = torch.rand(shape, dtype=F64, generator=rng(3)) + 0.5
+    y.view(-1)[3] = math.nan
+    scale = torch.tensor([0.5, 1.5], dtype=F64)
+    kept = ~y.isnan()
+    by_channel = scale.reshape(1, 2, *[1] * (z.ndim - 2))
+    for likelihood, targets, sigma in (
+        (Gaussian(scale), y, by_channel.expand(shape)),
+        (Gaussian(), (y, noise), noise),
+        (Gaussian(), (y, noise[:, 0]), noise[:, :1].expand(shape)),
+    ):
+        rule = likelihood if layout is None else likelihood.with_layout(layout)
+        elements = torch.distributions.Normal(z, sigma).log_prob(torch.nan_to_num(y)).where(kept, 0.0)
+        close(rule.log_prob(z, targets), elements.flatten(1).sum(1))
+        moved = rule.with_noise_scale(2.0 * float(rule.noise_scale or 1.0))
+        assert getattr(moved, "layout", None) == layout
+        assert torch.equal(rule.root_score(z, targets), rule.score(z, targets))
+        prediction = rule.predict(z[None])
+        close(prediction.log_prob(targets), elements.flatten(1).sum(1))
