@@ -18,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf import conventions
+from laplace_kf import conventions, weighting
 from laplace_kf.batches import Forward, private, run, with_labels
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
+from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import as_called
+from laplace_kf.outputs.arranged import decided
+from laplace_kf.outputs.weighted import bare
 from laplace_kf.returned import as_tensor, own_loss
 
-__all__ = ["require_same_loss"]
+__all__ = ["as_read", "require_same_loss"]
 
 EXACT = frozenset(["Categorical", "Bernoulli"])  # likelihoods whose log-density has no constant that a loss may drop
 FINE, COARSE = 2e-4, 5e-2  # relative differences allowed: float32 and wider, half precision
@@ -46,6 +49,7 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
     Raises:
         ShapeMismatch: if the two differ; says how, where that can be found out, and the line to paste.
     """
+    batch, forward = weighting.without(batch, forward)  # the model's own loss knows no weights of examples
     with torch.enable_grad():
         found = _own(model, batch, forward)
         if found is None:
@@ -67,6 +71,19 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
             f"To have the likelihood see other targets, say which (the model's own loss is then left out): "
             f"{_paste(batch)}"
         )
+
+
+def as_read(likelihood: Likelihood, batch: Any, forward: Forward | None, outputs: Tensor, targets: Any) -> Likelihood:
+    """The likelihood in the layout that the targets of outputs ``(N, ...)`` show.
+
+    Raises:
+        IncompatiblePair: if it would take ignored targets of a graph for real ones.
+        ShapeMismatch: if the targets fit two layouts.
+    """
+    batch, forward = weighting.without(batch, forward)
+    check_ignored(batch, bare(targets), likelihood, forward)
+    found: Likelihood = decided(likelihood, outputs, targets, read_by_rows(batch, forward))
+    return found
 
 
 def _own(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor, Tensor, Any] | None:

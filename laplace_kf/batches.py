@@ -39,9 +39,11 @@ __all__ = [
     "inputs_of",
     "leaves_of",
     "map_examples",
+    "mapped",
     "model_outputs",
     "predicted",
     "run",
+    "slices",
     "to_tensors",
     "with_labels",
 ]
@@ -158,8 +160,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     with as_called(), as_functions(model):
         outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
     outputs = as_tensor(outputs)
-    targets = to_tensors(targets, model)
-    return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+    return outputs, to_device(to_tensors(targets, model), outputs.device)
 
 
 def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
@@ -264,6 +265,8 @@ def as_batches(data: Any, model: nn.Module | None = None) -> Iterable[Any]:
                 f"inputs {[tuple(leaf.shape) for leaf in leaves]} and targets {tuple(targets.shape)} do not all have "
                 "the same length, so they cannot be cut into minibatches; pass a loader, or [(inputs, targets)] as one"
             )
+    if _is_one_pair(data):
+        return slices(data, data[0].shape[0])
     if isinstance(data, Mapping):
         raise ShapeMismatch(
             f"a mapping with keys {_keys(data)} is one batch, not data; pass [batch], or equally long tensors with the "
@@ -290,6 +293,23 @@ class _Batches:
     def __iter__(self) -> Iterator[Any]:
         for batch in self.data:
             yield to_tensors(batch, self.model)
+
+
+def _is_one_pair(data: Any) -> bool:
+    """Whether the data are ``(x, targets)`` with several tensors of targets: ``(x, (y, scale))``."""
+    if not (isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and data[0].dim()):
+        return False
+    return isinstance(data[1], (tuple, Mapping)) and any(True for _ in tensors_of(data[1]))
+
+
+def slices(batch: Any, total: int) -> Iterable[Any]:
+    """Minibatches of nested tensors ``(total, ...)``; raises :class:`ShapeMismatch` for one of another length."""
+    found = [tuple(leaf.shape) for leaf in tensors_of(batch)]
+    if any(shape[:1] != (total,) for shape in found):
+        raise ShapeMismatch(
+            f"the tensors {found} do not all have the same length, so they cannot be cut into minibatches"
+        )
+    return _Slices(batch, total)
 
 
 class _Slices:
@@ -342,6 +362,11 @@ def _parts(structure: Any) -> Iterable[Any]:
 
 def _is_dataclass(structure: Any) -> bool:
     return dataclasses.is_dataclass(structure) and not isinstance(structure, type)
+
+
+def mapped(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The structure with its tensors ``(N, ...)`` changed."""
+    return _map(structure, change)
 
 
 def private(structure: Any) -> Any:

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_kf.agreement import require_same_loss
-from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
+from laplace_kf import weighting
+from laplace_kf.agreement import as_read, require_same_loss
+from laplace_kf.batches import Forward, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
 from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
-from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.lookups import Plainly
+from laplace_kf.missing import check_batch
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
-from laplace_kf.outputs.arranged import decided
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
@@ -48,6 +48,7 @@ def estimate(
     targets: Part | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    weights: weighting.Weights = False,
     layout: str | None = None,
     unused: str = "error",
     **options: Any,
@@ -67,6 +68,8 @@ def estimate(
         forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
+        weights: batches are ``(x, y, w)``, or mappings with ``"weights"``; the weight ``w (N,)`` of an example
+            multiplies its negative log-likelihood and its curvature, and ``n_data`` counts examples (of weight > 0).
         layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
             ``"channels_last"``; default: as the targets show.
         unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
@@ -83,11 +86,11 @@ def estimate(
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
     _ = UNUSED[unused]
-    settings: dict[str, Any] = {
-        "forward": reading(forward, inputs, targets), "generator": generator, "dtype": dtype, "unused": unused,
-    }  # fmt: skip
+    read = weighting.reader(reading(forward, inputs, targets), weights)
+    settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
     rule = get_likelihood(likelihood)
-    job = (model, as_batches(data, model), rule if layout is None else rule.with_layout(layout), estimator)
+    data = weighting.batches(data, weights, model)
+    job = (model, data, rule if layout is None else rule.with_layout(layout), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
 
@@ -162,6 +165,7 @@ def ggn_vector_product(
     forward: Forward | None = None,
     inputs: Part | None = None,
     targets: Part | None = None,
+    weights: weighting.Weights = False,
 ) -> Tensor:
     """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
@@ -181,7 +185,8 @@ def ggn_vector_product(
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
-    return _products(model, get_likelihood(likelihood), data, v, parameters, reading(forward, inputs, targets), product)
+    read = weighting.reader(reading(forward, inputs, targets), weights)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, read, weights, product)
 
 
 def hessian_vector_product(
@@ -194,6 +199,7 @@ def hessian_vector_product(
     forward: Forward | None = None,
     inputs: Part | None = None,
     targets: Part | None = None,
+    weights: weighting.Weights = False,
 ) -> Tensor:
     """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
@@ -213,7 +219,8 @@ def hessian_vector_product(
         second = torch.autograd.grad(along, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
 
-    return _products(model, get_likelihood(likelihood), data, v, parameters, reading(forward, inputs, targets), product)
+    read = weighting.reader(reading(forward, inputs, targets), weights)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, read, weights, product)
 
 
 def _products(
@@ -223,6 +230,7 @@ def _products(
     v: Tensor,
     parameters: str | Sequence[str],
     forward: Forward | None,
+    weighted: weighting.Weights,
     product: Callable[[Likelihood, Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Tensor:
     model = usable(model)
@@ -237,14 +245,14 @@ def _products(
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(as_batches(data, model)):
-            check_finite(batch, index, "the batch")
+        for index, batch in enumerate(weighting.batches(data, weighted, model)):
+            check_batch(batch, index, "the batch", forward, likelihood.nan_is_missing)
+            batch = to_device(batch, weights[0].device)
             if index == 0:
-                require_same_loss(model, to_device(batch, weights[0].device), forward, likelihood)
+                require_same_loss(model, batch, forward, likelihood)
             with Plainly():  # its derivatives are those of the function
-                outputs, targets = run(model, to_device(batch, weights[0].device), forward)
-            check_ignored(batch, targets, likelihood, forward)
-            likelihood = decided(likelihood, outputs, targets, read_by_rows(batch, forward))
+                outputs, targets = run(model, batch, forward)
+            likelihood = as_read(likelihood, batch, forward, outputs, targets)
             likelihood.check(outputs.detach(), targets)
             parts = product(likelihood, outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from random import getstate, setstate
 from typing import Any, ClassVar, Protocol
 
@@ -17,16 +17,16 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.agreement import require_same_loss
-from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.agreement import as_read, require_same_loss
+from laplace_kf.batches import Forward, to_device
 from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
-from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.likelihoods.noise import no_moments
+from laplace_kf.missing import check_batch
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
-from laplace_kf.outputs.arranged import decided
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
@@ -123,6 +123,7 @@ class Statistics:
         log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
         terms: number of scalar densities in that sum.
         outputs: layout of the outputs that the targets showed (``likelihood.with_layout``), or ``None``.
+        moments: sums of what the likelihood needs to change its noise scale later, ``(K,)`` float64, mostly empty.
     """
 
     structure: StructureRule
@@ -133,6 +134,7 @@ class Statistics:
     log_likelihood: Tensor
     terms: float
     outputs: str | None = None
+    moments: Tensor = field(default_factory=no_moments)
 
     @property
     def n_data(self) -> float:
@@ -172,6 +174,7 @@ class Statistics:
             self.log_likelihood + other.log_likelihood,
             self.terms + other.terms,
             self.outputs or other.outputs,
+            self.moments + other.moments if len(self.moments) == len(other.moments) else no_moments(),
         )
 
     @property
@@ -207,6 +210,7 @@ class Statistics:
             count=self.count * factor,
             log_likelihood=self.log_likelihood * factor,
             terms=self.terms * factor,
+            moments=self.moments * factor,
         )
 
     def mean(self) -> Blockwise:
@@ -262,6 +266,7 @@ class Accumulator:
         self.sums: Sums = {}
         self.count = 0
         self.terms = 0.0
+        self.moments = no_moments()
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
         self._announced = False
         self._met = False  # whether a minibatch came
@@ -275,20 +280,15 @@ class Accumulator:
             ShapeMismatch: if targets do not fit the outputs.
             IncompatiblePair: if what is asked for cannot fit into the memory; says how much it needs.
         """
-        check_finite(batch, index, "the batch")
+        check_batch(batch, index, "the batch", self.tracer.forward, self.likelihood.nan_is_missing)
         self.take(self.tracer.observe(batch, index), index)
 
     def take(self, observation: Observation, index: int = 0) -> None:
         """Takes in a forward pass made already (by the same tracer); errors as :meth:`add`."""
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
-        check_ignored(observation.batch, observation.targets, self.likelihood, self.tracer.forward)
-        self.likelihood = decided(
-            self.likelihood,
-            observation.outputs,
-            observation.targets,
-            read_by_rows(observation.batch, self.tracer.forward),
-        )
+        seen = (observation.batch, self.tracer.forward, observation.outputs, observation.targets)
+        self.likelihood = as_read(self.likelihood, *seen)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -317,6 +317,8 @@ class Accumulator:
             log_prob = self.likelihood.log_prob(wide, observation.targets)
         self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
         self.terms += self.likelihood.terms(observation.targets)
+        moments = self.likelihood.moments(wide, observation.targets).cpu()
+        self.moments = self.moments + moments if len(self.moments) else moments
         self.count += number
 
     def _prepare(self, blocks: Mapping[str, Block]) -> None:
@@ -405,8 +407,8 @@ class Accumulator:
                     )
         layout = self.structure.kept_layout(self.tracer.layout)
         shown = getattr(self.likelihood, "layout", None)
-        log_likelihood, terms = self.log_likelihood, self.terms
-        return Statistics(self.structure, layout, blocks, sums, float(self.count), log_likelihood, terms, shown)
+        known = (float(self.count), self.log_likelihood, self.terms, shown, self.moments)
+        return Statistics(self.structure, layout, blocks, sums, *known)
 
 
 def collect(

@@ -14,7 +14,11 @@ from laplace_kf.tape import Observation
 
 @ESTIMATORS.register("empirical")
 class Empirical(ColumnEstimator):
-    """One column ``∇ log p(y)`` per example, at the targets of the data: rank ≤ N, no approximation of curvature."""
+    """One column ``∇ log p(y)`` per example, at the targets of the data: rank ≤ N, no approximation of curvature.
+
+    Weights of examples and classes multiply the outer product once, as they multiply every curvature: an example of
+    weight 2 is one that stands twice (methods 17.11).
+    """
 
     name = "empirical"
     is_ggn = False
@@ -22,4 +26,4 @@ class Empirical(ColumnEstimator):
     def columns(
         self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
     ) -> Iterator[Tensor]:
-        yield likelihood.score(widened(observation.outputs), observation.targets)[None]
+        yield likelihood.root_score(widened(observation.outputs), observation.targets)[None]

@@ -1,7 +1,7 @@
 """Likelihoods: densities of targets given network outputs, with their curvature, samples and predictions.
 
 Registered names: ``"categorical"``, ``"bernoulli"``, ``"gaussian"``, ``"heteroscedastic_gaussian"``, ``"poisson"``
-and ``"bernoulli_mixture"``. :class:`FromDistribution` is used as an object.
+and ``"bernoulli_mixture"``. :class:`FromDistribution` and :class:`FromLoss` are used as objects.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from laplace_kf.likelihoods.elementwise import DiagonalLikelihood, ElementwiseLi
 from laplace_kf.likelihoods.gaussian import Gaussian
 from laplace_kf.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from laplace_kf.likelihoods.joined import joined
+from laplace_kf.likelihoods.loss import FromLoss
 from laplace_kf.likelihoods.mixture import BernoulliMixture
 from laplace_kf.likelihoods.poisson import Poisson
 from laplace_kf.likelihoods.prediction import Prediction
@@ -27,6 +28,7 @@ __all__ = [
     "DiagonalLikelihood",
     "ElementwiseLikelihood",
     "FromDistribution",
+    "FromLoss",
     "Gaussian",
     "HeteroscedasticGaussian",
     "Likelihood",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,11 @@ from laplace_kf.likelihoods.prediction import (
     log_mean_exp,
     without_components,
 )
+from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
+from laplace_kf.outputs.arranged import CHANNELS_FIRST
 from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
+from laplace_kf.outputs.classes import checked_class_weights, class_masses
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
 __all__ = ["Categorical"]
@@ -42,10 +45,6 @@ def _sum_of_others(x: Tensor) -> Tensor:
     return torch.cat([edge, below], -1) + torch.cat([above, edge], -1)
 
 
-def _density(log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-    return masked(log_p.gather(-1, y.unsqueeze(-1)), keep).sum((1, 2))
-
-
 def _distribution(log_p: Tensor, shape: Sequence[int]) -> Distribution:
     return TorchCategorical(logits=log_p.reshape(*scalar_shape(shape), log_p.shape[-1]))
 
@@ -59,18 +58,69 @@ class Categorical(Likelihood):
     """Softmax cross-entropy: outputs are the C logits of one class label per position.
 
     Targets are integer class indices in ``0..C-1`` or ``ignore_index``: ``(N,)`` for outputs ``(N, C)``, ``(N, T)``
-    for ``(N, T, C)`` and ``(N, H, W)`` for ``(N, C, H, W)``.
+    for ``(N, T, C)`` and ``(N, H, W)`` for ``(N, C, H, W)``; or class probabilities (one-hot, soft, smoothed or mixup
+    targets) of the shape of the outputs, each position's at least 0 and adding up to 1. Which of the two is decided by
+    the number of dimensions alone. With probabilities t ``log_prob`` is ``Σ_k t_k log p_k``; a position all of whose
+    entries equal ``ignore_index`` contributes nothing.
 
     The output curvature is ``diag(p) - p pᵀ`` (methods 3; Martens 2016, Table 4.1), of rank C-1; ``position_root`` is
     its exact Cholesky-type root (Tanabe & Sagae 1992), while ``root_product`` uses ``S = diag(√p) - p √pᵀ`` with C
     noise entries, so that nothing of size C by C per example is built.
 
+    Class weights w are those of ``torch.nn.CrossEntropyLoss(weight=, reduction="none")``: ``-log p`` is ``-Σ_k t_k w_k
+    log p_k`` and its Hessian, the output curvature, ``(Σ_k t_k w_k) (diag(p) - p pᵀ)``, the GGN of that loss. N counts
+    examples, whatever their weights. The curvature then depends on the targets of the data; the sampled estimator
+    draws labels from the unweighted model and takes the weight of the data's target, so that it is unbiased for the
+    same matrix. Drawn targets and predicted probabilities know neither weights nor smoothing.
+
     Args:
         ignore_index: label that contributes nothing; None for no such label.
+        class_weights: ``(C,)``, a tensor or numbers, finite and at least 0; a class of weight 0 is ignored.
+        label_smoothing: ε in [0, 1): targets become ``(1 - ε) t + ε / C``, as in torch's loss.
     """
 
-    natural: ClassVar[bool] = True
     has_logits: ClassVar[bool] = True
+    simplex_targets: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        ignore_index: int | None = -100,
+        class_weights: Tensor | Sequence[float] | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__(ignore_index)
+        self.class_weights = None if class_weights is None else checked_class_weights("Categorical", class_weights)
+        if isinstance(label_smoothing, bool) or not 0.0 <= label_smoothing < 1.0:
+            raise ValueError(f"Categorical: label_smoothing {label_smoothing!r} is outside [0, 1).")
+        self.label_smoothing = float(label_smoothing)
+
+    @classmethod
+    def examples(cls) -> tuple[tuple[Likelihood, int], ...]:
+        return ((cls(), 3), (cls(class_weights=[0.5, 2.0, 1.25], label_smoothing=0.1), 3))
+
+    @property
+    def natural(self) -> bool:  # type: ignore[override]
+        """True without class weights: with them the Hessian depends on the target."""
+        return self.class_weights is None
+
+    @property
+    def psd(self) -> bool:
+        """True: the Hessian is a positive multiple of ``diag(p) - p pᵀ``."""
+        return True
+
+    @property
+    def needs_targets(self) -> bool:
+        """True with class weights: the curvature is then that of the weighted loss."""
+        return self.class_weights is not None
+
+    def _settings(self) -> dict[str, Any]:
+        found = super()._settings()
+        if self.class_weights is not None:
+            found["class_weights"] = self.class_weights.tolist()
+        return {**found, "label_smoothing": self.label_smoothing} if self.label_smoothing else found
+
+    def _drawn(self) -> Likelihood:
+        return Categorical(ignore_index=None)
 
     def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """C, for outputs of any layout (one more than the columns of the root)."""
@@ -85,28 +135,72 @@ class Categorical(Likelihood):
                 "Use Bernoulli for a single logit."
             )
 
+        if self.class_weights is not None and len(self.class_weights) != (shape[1] if len(shape) > 3 else shape[-1]):
+            raise ShapeMismatch(
+                f"Categorical: {len(self.class_weights)} class_weights do not fit outputs of shape {tuple(shape)}."
+            )
+
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
         classes = shape[1] if len(shape) > 3 else shape[-1]
-        refuse_shape("Categorical", shape, targets, scalar_shape(shape))
+        refuse_shape("Categorical", shape, targets, scalar_shape(shape), shape)
         refuse_nonfinite("Categorical", targets)
+        if targets.ndim == len(shape):
+            y, keep = class_masses("Categorical", targets, self.ignore_index)
+        else:
+            y, keep = self._labels(shape, targets, classes)
+        if self.label_smoothing:
+            hot = y if y.is_floating_point() else torch.nn.functional.one_hot(y, classes).double()
+            y = hot * (1.0 - self.label_smoothing) + self.label_smoothing / classes
+        weight = self._target_weight(y) if self.class_weights is not None else None
+        if weight is not None:
+            keep = weight > 0 if keep is None else keep & (weight > 0)
+        return y, keep
+
+    def _labels(self, shape: Sequence[int], targets: Tensor, classes: int) -> tuple[Tensor, Tensor | None]:
         allowed = f"0..{classes - 1} (outputs of shape {tuple(shape)}; ignore_index={self.ignore_index})"
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             first = f", first value {targets.flatten()[0].item()}" if targets.numel() else ""
             raise ValueError(
-                f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}."
+                f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}; class "
+                f"probabilities have the shape of the outputs."
             )
         y, keep = self._ignore(targets.long())
         refuse_values("Categorical", targets, (y < 0) | (y >= classes), allowed)
         y = y.unsqueeze(-1).flatten(1)
         return y, None if keep is None else keep.reshape(*y.shape, 1)
 
+    def _masses(self, y: Tensor) -> Tensor:
+        """Soft targets times the class weights, ``(N, T, C)``."""
+        return y if self.class_weights is None else y * self.class_weights.to(y)
+
+    def _target_weight(self, y: Tensor | None) -> Tensor | None:
+        if self.class_weights is None:
+            return None
+        y = self._needed(y, "the curvature with class_weights")
+        if y.is_floating_point():
+            return self._masses(y).sum(-1, keepdim=True)
+        return self.class_weights.to(y.device)[y].unsqueeze(-1)
+
+    def _entropies_of(self, log_p: Tensor, y: Tensor) -> Tensor:
+        """Minus the (weighted) cross-entropy of targets with log probabilities ``(N, T, C)``: ``(N, T, 1)``."""
+        if y.is_floating_point():
+            masses = self._masses(y)
+            return torch.where(masses > 0, masses * log_p, torch.zeros_like(log_p)).sum(-1, keepdim=True)
+        return times(log_p.gather(-1, y.unsqueeze(-1)), self._target_weight(y))
+
     def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
-        return torch.log_softmax(z, -1).gather(-1, y.unsqueeze(-1))
+        return self._entropies_of(torch.log_softmax(z, -1), y)
 
     def _position_score(self, z: Tensor, y: Tensor) -> Tensor:
         p = torch.softmax(z, -1)
+        if y.is_floating_point():  # s - (Σs) p without the difference of two nearly equal terms
+            masses = self._masses(y)
+            return masses * _sum_of_others(p) - p * _sum_of_others(masses)
         hit = torch.arange(p.shape[-1], device=p.device) == y.unsqueeze(-1)
-        return torch.where(hit, _sum_of_others(p), -p)
+        return times(torch.where(hit, _sum_of_others(p), -p), self._target_weight(y))
+
+    def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
+        return self._position_hessian(z, y)
 
     def _position_hessian(self, z: Tensor, y: Tensor | None) -> Tensor:
         p = torch.softmax(z, -1)
@@ -126,10 +220,14 @@ class Categorical(Likelihood):
         p = torch.softmax(z, -1)
         return p * _sum_of_others(p)
 
-    def _position_summed(self, z: Tensor, y: Tensor | None, keep: Tensor | None) -> Tensor:
-        p = masked(torch.softmax(z, -1), keep).flatten(0, 1)
-        total = -(p.T @ p)
-        total.diagonal().copy_((p * _sum_of_others(p)).sum(0))  # the difference Σp − Σp² would cancel
+    def _position_summed(
+        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None = None
+    ) -> Tensor:
+        p = masked(torch.softmax(z, -1), keep)
+        weighted = times(p, weight).flatten(0, 1)
+        p = p.flatten(0, 1)
+        total = -(p.T @ weighted)
+        total.diagonal().copy_((weighted * _sum_of_others(p)).sum(0))  # the difference Σp − Σp² would cancel
         return total
 
     def _curvature_rows(self, z: Tensor, y: Tensor | None, output: int) -> Tensor:
@@ -163,10 +261,21 @@ class Categorical(Likelihood):
         log_mean = log_mean_exp(log_p) if z.shape[0] > 1 else log_p[0]
         return Prediction(
             values={"probs": from_positions(log_mean.exp(), shape)},
-            density=partial(self._density, tuple(shape), z.dtype, partial(_density, log_mean)),
+            density=partial(self._density, tuple(shape), z.dtype, partial(self._mean_density, log_mean)),
             entropies=partial(given, by_position(_entropy(log_mean), shape), by_position(conditional, shape)),
             build=partial(_distribution, log_mean, tuple(shape)),
         )
+
+    def _mean_density(self, log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+        return masked(self._entropies_of(log_p, y), keep).sum((1, 2))
+
+    def _counts(self, targets: Tensor) -> Tensor:
+        found = super()._counts(targets)
+        if not targets.is_floating_point():
+            return found
+        layout = getattr(self, "layout", None)
+        first = targets.ndim > 3 if layout is None else layout == CHANNELS_FIRST
+        return found / targets.shape[1 if first else -1]  # one target a position
 
     def links(self) -> dict[str, Link]:
         """``"mc"`` (draws of the logits), ``"probit"`` (variances of the logits) and ``"bridge"`` (Dirichlet)."""

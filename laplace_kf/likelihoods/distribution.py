@@ -27,6 +27,7 @@ from torch.distributions.constraints import Constraint
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, by_position, gaussian_entropy, log_mean_exp
+from laplace_kf.likelihoods.reading import Given
 from laplace_kf.outputs.checks import known_true, refuse_nonfinite
 from laplace_kf.outputs.derivatives import autograd_hessian, psd_root, usable_by_autograd
 from laplace_kf.outputs.layout import from_positions, scalar_shape
@@ -34,6 +35,8 @@ from laplace_kf.outputs.layout import from_positions, scalar_shape
 __all__ = ["FromDistribution"]
 
 _CURVATURES = ("auto", "fisher", "hessian")
+#: Numbers of outputs that a function is tried with before it was called.
+_TRIED = (3, 2, 1, 4, 5, 6, 8, 10)
 
 # Registered KL divergences whose autograd Hessian is not the Fisher: kinks at coinciding parameters (Laplace), supports
 # that move with the parameters (Uniform, Pareto), and transformed distributions, whose rule looks at the base
@@ -177,6 +180,36 @@ class FromDistribution(Likelihood):
         self._wants_fisher = curvature != "hessian"
         self._wants_hessian = curvature != "fisher"
         self._curvature_name = curvature
+        self._natural: dict[int, bool] = {}  # by the number of outputs
+
+    @property
+    def natural(self) -> bool:  # type: ignore[override]
+        """Whether the outputs are natural parameters, as far as that can be found out (methods 2.6).
+
+        Found by trying: at random outputs, Hessians at several drawn targets are all equal to the exact Fisher. The
+        number of outputs is that of the last call; before the first one, the smallest that ``fn`` takes.
+        """
+        if self._natural:
+            return next(reversed(self._natural.values()))
+        return next((found for c in _TRIED if (found := self._tried(c, torch.device("cpu"))) is not None), False)
+
+    def _tried(self, channels: int, device: torch.device) -> bool | None:
+        """Whether ``channels`` outputs are natural parameters; None if ``fn`` does not take so many."""
+        try:
+            generator = torch.Generator().manual_seed(channels)
+            z = torch.randn(8, 1, channels, dtype=torch.float64, generator=generator).to(device)
+            objective = self._fisher_objective(z)
+            if objective is None:
+                self._rows(z)
+                return False
+            fisher = autograd_hessian(objective, z)
+            with _private_seed(0, device), torch.no_grad():
+                drawn = [self._rows(z).sample() for _ in range(4)]
+            found = [self._position_hessian(z, y.to(z) if y.is_floating_point() else y) for y in drawn]
+        except Exception:  # whatever a function of other shapes or types may raise (or vmap, at random numbers)
+            return None
+        scale = fisher.abs().amax() + 1e-12
+        return bool(torch.stack([(one - fisher).abs().amax() <= 1e-8 * scale for one in found]).all())
 
     @property
     def needs_targets(self) -> bool:
@@ -250,17 +283,32 @@ class FromDistribution(Likelihood):
                 f"{type(distribution).__name__}."
             )
 
-    def _unpack(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        z, _, _ = super()._unpack(outputs, None)
-        if targets is None:
-            return z, None, None
+    def _unpack(self, outputs: Tensor, targets: Any) -> Given:
+        given = super()._unpack(outputs, targets)
+        channels = int(given.z.shape[-1])
+        if channels not in self._natural:
+            found = self._tried(channels, given.z.device)
+            if found is not None:
+                self._natural[channels] = found
+        return given
+
+    def _read(self, z: Tensor, shape: Sequence[int], targets: Any) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             distribution = self._rows(z)
-        rows = self._target_rows(distribution, outputs.shape, targets)
+        rows = self._target_rows(distribution, shape, targets)
         rows = rows.to(z.dtype) if rows.is_floating_point() else rows
         rows, keep = self._ignored_rows(distribution, rows)
         self._check_support(distribution, rows)
-        return z, rows, None if keep is None else keep.reshape(*z.shape[:2], 1)
+        return rows, None if keep is None else keep.reshape(*z.shape[:2], 1)
+
+    @staticmethod
+    def _target_rows_at(y: Tensor, kept: Tensor) -> Tensor:
+        return y[kept.flatten()]
+
+    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
+        """C, for outputs of any layout: a root is made of all eigenvectors."""
+        self._check_outputs(outputs.shape)
+        return int(self.to_positions(outputs).shape[-1])
 
     def _ignored_rows(self, distribution: Distribution, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Rows ``(N·T, *rest)`` with possible values where they are ignored, and which are not, ``(N·T,)``."""
@@ -278,7 +326,7 @@ class FromDistribution(Likelihood):
         return torch.where(keep.reshape(-1, *[1] * (rows.ndim - 1)), rows, possible), keep
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        raise NotImplementedError  # targets are checked against the distribution, in _unpack
+        raise NotImplementedError  # targets are checked against the distribution, in _read
 
     def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
         log_prob = self._rows(z).log_prob(y)
@@ -311,8 +359,13 @@ class FromDistribution(Likelihood):
                 return None
         return lambda leaf: kl_divergence(reference, _without_independent(self._rows(leaf)))
 
+    def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:
+        root = self._position_root(z, y)
+        return torch.einsum("kntc,kntd->ntcd", root, root)
+
     def _position_matrix(self, z: Tensor, y: Tensor | None) -> Tensor:
-        objective = self._fisher_objective(z) if self._wants_fisher else None
+        # of natural parameters the Hessian at any target is the Fisher
+        objective = self._fisher_objective(z) if self._wants_fisher or (y is None and self.natural) else None
         if objective is not None:
             return autograd_hessian(objective, z)
         if not self._wants_hessian:
@@ -322,11 +375,6 @@ class FromDistribution(Likelihood):
                 "Use curvature='hessian' (needs targets)."
             )
         return self._position_hessian(z, y)
-
-    def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
-        """C, for outputs of any layout: a root is made of all eigenvectors."""
-        self._check_outputs(outputs.shape)
-        return int(self.to_positions(outputs).shape[-1])
 
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
         return psd_root(self._position_matrix(z, y))

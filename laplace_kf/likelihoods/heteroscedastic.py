@@ -13,7 +13,7 @@ from torch import Tensor
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import DiagonalLikelihood
 from laplace_kf.likelihoods.prediction import LOG_2PI, GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
-from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape
+from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_shape
 from laplace_kf.outputs.layout import from_positions, to_positions
 
 __all__ = ["HeteroscedasticGaussian"]
@@ -26,13 +26,14 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     Outputs ``(N, 2)`` = (mean, log-variance) with targets ``(N, 1)``; sequences ``(N, T, 2)`` with ``(N, T, 1)``;
     images ``(N, 2, H, W)`` with ``(N, 1, H, W)``. These are not natural parameters: ``hessian`` is the true Hessian,
     which depends on the target and can be indefinite; the PSD output curvature is the Fisher ``diag(e⁻ˢ, ½)``, its
-    mean under the model (methods 2.6).
+    mean under the model (methods 2.6). A target that is NaN is missing and contributes nothing.
 
     Args:
         ignore_index: targets equal to it contribute nothing; off by default, because every real number is a possible
             target.
     """
 
+    nan_is_missing: ClassVar[bool] = True
     _channels: ClassVar[int | None] = 2
 
     def __init__(self, ignore_index: int | None = None) -> None:
@@ -41,8 +42,7 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
         expected = (shape[0], 1, *shape[2:]) if len(shape) > 3 else (*shape[:-1], 1)
         refuse_shape("HeteroscedasticGaussian", shape, targets, expected)
-        refuse_nonfinite("HeteroscedasticGaussian", targets)
-        y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())
+        y, keep = self._ignore_missing(targets if targets.is_floating_point() else targets.double())
         return to_positions(y), None if keep is None else to_positions(keep)
 
     def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:

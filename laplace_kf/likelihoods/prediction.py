@@ -29,7 +29,7 @@ from torch.distributions import (
 from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 
-__all__ = ["GaussianOutputs", "Link", "Prediction"]
+__all__ = ["LOG_2PI", "GaussianOutputs", "Link", "Prediction"]
 
 LOG_2PI = math.log(2.0 * math.pi)
 PositionDensity = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -195,8 +195,9 @@ class Prediction:
         return prediction_set(self, level)
 
     def kept(self, y: Tensor) -> Tensor:
-        """Which targets count, of the shape of ``y`` (bool): all but the likelihood's ``ignore_index``."""
-        return torch.ones_like(y, dtype=torch.bool) if self.ignore_index is None else y != self.ignore_index
+        """Which targets count, of the shape of ``y`` (bool): all but the likelihood's ``ignore_index`` and NaN."""
+        kept = torch.ones_like(y, dtype=torch.bool) if self.ignore_index is None else y != self.ignore_index
+        return kept & ~torch.isnan(y) if y.is_floating_point() else kept
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}={tuple(value.shape)}" for name, value in self.values.items())
@@ -272,7 +273,8 @@ def gaussian_entropy(variance: Tensor) -> Tensor:
     return 0.5 * (LOG_2PI + 1.0 + variance.log())
 
 
-def _normal_density(mean: Tensor, log_variance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+def normal_density(mean: Tensor, log_variance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+    """``(N,)`` log densities of a mixture of normals over ``mean (S, N, T, E)``, joint over the outputs."""
     elements = -0.5 * ((y - mean).square() * (-log_variance).exp() + log_variance + LOG_2PI)
     return log_mean_exp(masked(elements, keep).sum(-1)).sum(1)
 
@@ -303,7 +305,7 @@ def normal_mixture(mean: Tensor, log_variance: Tensor, shape: Sequence[int], den
             "variance": from_positions(variance, shape),
             "epistemic_variance": from_positions(epistemic, shape),
         },
-        density=partial(density, partial(_normal_density, mean, log_variance)),
+        density=partial(density, partial(normal_density, mean, log_variance)),
         entropies=partial(given, by_position(total, shape), by_position(conditional, shape)),
         build=partial(_normal_distribution, mean, log_variance, tuple(shape)),
     )
@@ -410,7 +412,8 @@ def given_total(total: Tensor) -> tuple[Tensor, None]:
     return total, None
 
 
-def _joint_normal_density(mean: Tensor, covariance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+def joint_normal_density(mean: Tensor, covariance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+    """``(N,)`` log densities of normals with ``mean (N, T, E)`` and ``covariance (N, T, E, E)``."""
     residual = masked(y - mean, keep)
     count: Tensor | float = float(mean.shape[-1])
     if keep is not None:  # an output that is left out: an independent standard normal one at its mean
@@ -459,7 +462,7 @@ def normal_outputs(outputs: GaussianOutputs, noise: Tensor, density: Density) ->
         covariance = outputs.covariance + torch.diag_embed(noise)
         prediction = Prediction(
             values={"mean": from_positions(mean, shape)},
-            density=partial(density, partial(_joint_normal_density, mean, covariance)),
+            density=partial(density, partial(joint_normal_density, mean, covariance)),
             entropies=partial(_joint_normal_entropy, covariance, noise, shape),
             build=partial(_joint_normal, mean, covariance, shape),
         )

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-__all__ = ["DenseRoot", "DiagonalRoot", "Root", "SoftmaxRoot"]
+__all__ = ["DenseRoot", "DiagonalRoot", "Root", "ScaledRoot", "SoftmaxRoot"]
 
 
 class Root(ABC):
@@ -135,3 +135,21 @@ class SoftmaxRoot(Root):
         squares = torch.cumsum(p.square().flip(-1), -1).flip(-1)[..., 1:]  # Σ_{j>k} p_j²
         shares = squares / torch.where(tails > 0, tails, torch.ones_like(tails)).square()
         return self.diagonal.double().square() * (1 + torch.nan_to_num(shares, 0.0, 0.0, 0.0))
+
+
+class ScaledRoot(Root):
+    """Columns of another root times a number ``scale (N, T, 1)``, or ``(N, 1, 1)``, for every position."""
+
+    def __init__(self, root: Root, scale: Tensor) -> None:
+        self.root, self.count, self.shape = root, root.count, root.shape
+        self.scale = scale[..., 0].expand(root.shape[:2])
+
+    @property
+    def device(self) -> torch.device:
+        return self.root.device
+
+    def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
+        return self.root.entries(kind, example, position) * self.scale[example, position][..., None]
+
+    def norms(self) -> Tensor:
+        return self.root.norms() * self.scale.double().square()[..., None]

@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.agreement import require_same_loss
+from laplace_kf import weighting
+from laplace_kf.agreement import as_read, require_same_loss
 from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
-from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
+from laplace_kf.missing import check_batch
 from laplace_kf.models import parameters_of, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
@@ -39,7 +40,6 @@ from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
-from laplace_kf.outputs.arranged import decided
 from laplace_kf.reading import reading
 from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
@@ -88,14 +88,16 @@ class SecondOrder(torch.optim.Optimizer):
         self.averaging, self.max_rise = step.averaging, float(step.max_rise)
         self.generator = scope.generator if scope.generator is not None else fresh_generator()
         parameters, groups, lr = scope.parameters, scope.groups, step.lr
+        self.weights: weighting.Weights = scope.weights if callable(scope.weights) else bool(scope.weights)
+        read = weighting.reader(forward, self.weights)
         super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         second = {n for group in self.param_groups if not group["first_order"] for n in group["param_names"]}
         chosen = {n for group in self.param_groups for n in group["param_names"]}
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
-        self.objective = Objective(model, self.likelihood, forward)
-        self.tracer = Tracer(model, forward, [glob.escape(name) for name in self.layout.names], unused=scope.unused)
+        self.objective = Objective(model, self.likelihood, read)
+        self.tracer = Tracer(model, read, [glob.escape(name) for name in self.layout.names], unused=scope.unused)
         self.unused = scope.unused
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
@@ -209,10 +211,10 @@ class SecondOrder(torch.optim.Optimizer):
         self._require_unchanged()
         device = self.tracer.device
         data = to_device(to_tensors(x if y is None else (x, y), self.model), device)
-        check_finite(data, self.steps, "the batch")
+        check_batch(data, self.steps, "the batch", self.tracer.forward, self.likelihood.nan_is_missing)
         if self.steps == 0 and not self.pending.batches:
             with preserved(self.model):
-                require_same_loss(self.model, data, self.user_forward, self.likelihood)
+                require_same_loss(self.model, data, self.tracer.forward, self.likelihood)
         if not self._reached:
             self._require_reached(data)
         batch = Batch(data, 0, self.objective.random_state())
@@ -220,11 +222,9 @@ class SecondOrder(torch.optim.Optimizer):
         if outputs.dim() < 2 or outputs.shape[0] == 0:
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
-        targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
-        check_ignored(data, targets, self.likelihood, self.user_forward)
-        self.likelihood = self.objective.likelihood = decided(
-            self.likelihood, outputs, targets, read_by_rows(data, self.user_forward)
-        )
+        targets = to_device(targets, outputs.device)
+        self.likelihood = as_read(self.likelihood, data, self.tracer.forward, outputs, targets)
+        self.objective.likelihood = self.likelihood
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())

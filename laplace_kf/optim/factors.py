@@ -47,6 +47,7 @@ def averaged(running: Statistics | None, new: Statistics, step: int, limit: floa
         count=new.count + share * running.count,
         log_likelihood=new.log_likelihood + share * running.log_likelihood,
         terms=new.terms + share * running.terms,
+        moments=new.moments + share * running.moments,
     )
 
 

@@ -18,7 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from laplace_kf.batches import Forward, map_examples, run
+from laplace_kf.batches import Forward, map_examples, run, to_device
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
@@ -139,7 +139,7 @@ class Objective:
         replaced = {name: buffer.clone() for name, buffer in self.model.named_buffers()} | dict(weights or {})
         with self._replayed(batch.random):
             outputs, targets = substituted(self.model, replaced, lambda: self.runner(batch.data))
-        return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
+        return outputs, to_device(targets, outputs.device)
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch], weights: Mapping[str, Tensor]) -> float:

@@ -26,6 +26,7 @@ from laplace_kf.optim.preconditioner import Preconditioner
 from laplace_kf.optim.recipes import Recipe
 from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
+from laplace_kf.weighting import Weights
 
 __all__ = [
     "Curvature",
@@ -187,6 +188,12 @@ class Scope(Settings):
     )
     targets: Part | None = _field(None, "the other one.")
     forward: Forward | None = _field(None, "instead of them, ``(model, batch) -> (outputs, targets)``.")
+    weights: Weights = _field(
+        False,
+        'batches are ``(x, y, w)`` or mappings with ``"weights"``: ``step((x, y, w))``; or a function of a batch. The '
+        "weight of an example multiplies its ``−log p`` and its curvature; means are over examples (of weight > 0; "
+        "methods 17.11).",
+    )
     generator: torch.Generator | None = _field(None, "random numbers; with one, training is reproducible.")
     unused: str = _field(
         "error",
@@ -347,6 +354,7 @@ class _Common(TypedDict, total=False):
     inputs: Part | None
     targets: Part | None
     forward: Forward | None
+    weights: Weights
     generator: torch.Generator | None
     unused: str
     ema: float

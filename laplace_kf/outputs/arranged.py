@@ -8,14 +8,15 @@ a likelihood computes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnknownName
+from laplace_kf.outputs.weighted import bare
 
 __all__ = ["CHANNELS_FIRST", "CHANNELS_LAST", "arranged", "decided"]
 
@@ -35,6 +36,8 @@ def _mapped(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return type(structure)(*(_mapped(part, change) for part in structure))
     if isinstance(structure, (tuple, list)):
         return type(structure)(_mapped(part, change) for part in structure)
+    if isinstance(structure, Mapping):
+        return {name: _mapped(part, change) for name, part in structure.items()}
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
         fields = {f.name: _mapped(getattr(structure, f.name), change) for f in dataclasses.fields(structure) if f.init}
         return dataclasses.replace(structure, **fields)
@@ -169,11 +172,11 @@ def _takes(name: str, like_outputs: bool) -> Callable[..., Any]:
     return method
 
 
-for _name in ("counted", "score", "hessian_root"):
+for _name in ("counted", "score", "root_score", "hessian_root"):
     setattr(_Arranged, _name, _takes(_name, True))
 for _name in (
     "check", "counted_positions", "counted_examples", "log_prob", "hessian", "curvature", "position_root", "root",
-    "curvature_diagonal", "summed_curvature",
+    "curvature_diagonal", "summed_curvature", "moments",
 ):  # fmt: skip
     setattr(_Arranged, _name, _takes(_name, False))
 
@@ -213,14 +216,14 @@ def arranged(likelihood: Any, layout: str) -> Any:
     return made
 
 
-def _fits(likelihood: Any, outputs: Tensor, targets: Any) -> bool:
-    """Whether the shapes fit; what the numbers are is not asked."""
+def _fits(likelihood: Any, outputs: Tensor, targets: Any, numbers: bool = False) -> bool:
+    """Whether the shapes fit; what the numbers are is asked only if so said."""
     try:
         likelihood.check(outputs, targets)
     except ShapeMismatch:
         return False
-    except ValueError:
-        return True
+    except (LaplaceKFError, ValueError, RuntimeError, IndexError, TypeError):  # some of them of a user's own loss
+        return not numbers
     return True
 
 
@@ -228,7 +231,8 @@ def decided(likelihood: Any, outputs: Tensor, targets: Any, rows: bool = False) 
     """The likelihood with the layout that the targets of outputs ``(N, A, B)`` show; others as they are.
 
     Targets in the shape of the outputs themselves show nothing, and every output is a variable of its own then: they
-    are read ``(N, T, C)``, as documented, unless a layout was given.
+    are read ``(N, T, C)``, as documented, unless a layout was given. Class probabilities show along which axis they add
+    up to 1.
 
     Args:
         likelihood: any likelihood.
@@ -241,11 +245,16 @@ def decided(likelihood: Any, outputs: Tensor, targets: Any, rows: bool = False) 
     """
     if outputs.ndim != 3 or isinstance(likelihood, _Arranged):
         return likelihood
-    if isinstance(targets, Tensor) and targets.shape == outputs.shape:
+    targets = bare(targets)
+    same = [t.shape == outputs.shape for t in _tensors(targets)]
+    if same and all(same) and not getattr(likelihood, "simplex_targets", False):
         return likelihood
+    if same and same[0] and isinstance(targets, (tuple, list)) and all(t.ndim != 2 for t in targets[1:]):
+        return likelihood  # known noise of the whole outputs, or of examples
     first, last = arranged(likelihood, CHANNELS_FIRST), arranged(likelihood, CHANNELS_LAST)
     outputs = outputs.detach()
-    one, two = _fits(first, outputs, targets), _fits(last, outputs, targets)
+    numbers = bool(same and same[0] and isinstance(targets, Tensor))  # class probabilities: along what they add up to 1
+    one, two = _fits(first, outputs, targets, numbers), _fits(last, outputs, targets, numbers)
     if one and two and rows:
         return last
     if one and two:

@@ -11,6 +11,7 @@ from laplace_kf.errors import NonFinite, ShapeMismatch
 
 __all__ = [
     "NonFiniteTarget",
+    "known_false",
     "known_true",
     "refuse_nonfinite",
     "refuse_nonfinite_parameters",
@@ -31,6 +32,11 @@ def known_true(condition: Tensor) -> bool:
         if "vmap" not in str(error):
             raise
         return False
+
+
+def known_false(condition: Tensor) -> bool:
+    """Whether a 0-dim tensor is known to be False, which it is not inside ``torch.func.vmap``."""
+    return known_true(~condition)
 
 
 def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import NonFinite
+from laplace_kf.outputs.rows import map_rows
 
-__all__ = ["autograd_hessian", "psd_root", "usable_by_autograd"]
+__all__ = ["autograd_hessian", "psd_root", "shifted_root", "usable_by_autograd"]
 
 
 def psd_root(matrix: Tensor, rectify: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
@@ -33,10 +35,18 @@ def psd_root(matrix: Tensor, rectify: Callable[[Tensor], Tensor] = torch.relu) -
     return (vectors * rectify(values).sqrt().unsqueeze(-2)).movedim(-1, 0)
 
 
-def usable_by_autograd(x: Tensor) -> Tensor:
-    """``x`` of any shape, or a copy if it was made in inference mode, whose tensors no backward pass can save."""
+def shifted_root(matrix: Tensor) -> Tensor:
+    """As :func:`psd_root` of ``matrix (N, T, C, C)`` plus the multiple of the identity that makes it PSD, if any."""
+    return psd_root(matrix, lambda values: (values - values[..., :1].clamp_max(0.0)).clamp_min(0.0))
+
+
+def usable_by_autograd(x: Any) -> Any:
+    """``x`` (targets of any structure and shape) with copies of tensors that were made in inference mode.
+
+    No backward pass can save such tensors.
+    """
     with torch.inference_mode(False):
-        return x.clone() if x.is_inference() else x
+        return map_rows(x, lambda t: t.clone() if t.is_inference() else t)
 
 
 def autograd_hessian(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:

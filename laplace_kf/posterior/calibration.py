@@ -9,10 +9,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_batches, check_finite, inputs_of, run, tensors_of, to_device
+from laplace_kf import weighting
+from laplace_kf.batches import Forward, inputs_of, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.graphs import check_ignored, of_role
+from laplace_kf.missing import check_batch
 from laplace_kf.ood.references import References
 from laplace_kf.ood.scores import Subject, reference_scores
 from laplace_kf.outputs import conformal
@@ -30,6 +32,7 @@ class Fitted(Subject, Protocol):
 
     model: nn.Module
     forward: Forward | None
+    weights: weighting.Weights
 
     @property
     def mean(self) -> dict[str, Tensor]:
@@ -87,6 +90,8 @@ class Seen:
         self.taken, room = [], KEPT_BYTES
         for batch in self.batches:
             inputs = inputs_of(batch, self.forward)
+            if self.forward is None:
+                inputs = weighting.inputs_without_weights(inputs)
             room -= sum(t.numel() * t.element_size() for t in tensors_of(inputs))
             if room >= 0 or not self.taken:
                 self.taken.append(inputs)
@@ -115,13 +120,17 @@ def calibrate(
     taken: list[Any] = []
     device = next(iter(posterior.mean.values())).device
     with stage(posterior.model, posterior.forward) as (model, forward), preserved(model):
-        for index, batch in enumerate(as_batches(data, posterior.model)):
-            check_finite(batch, index, "the calibration batch")
+        for index, batch in enumerate(weighting.batches(data, posterior.weights, posterior.model)):
+            weighted = weighting.has_weights(batch, forward, posterior.weights)
+            read = weighting.reader(forward, posterior.weights if weighted else False)
+            check_batch(batch, index, "the calibration batch", read, posterior.likelihood.nan_is_missing)
             batch = of_role(to_device(batch, device), "val_mask")
             with torch.no_grad():
-                outputs, targets = run(model, batch, forward)
-            check_ignored(batch, targets, posterior.likelihood, posterior.forward)
+                outputs, targets = run(model, batch, read)
             posterior.likelihood.check(outputs, targets)
+            targets = weighting.counted_alike(targets)
+            batch = weighting.inputs_without_weights(batch) if weighted and posterior.forward is None else batch
+            check_ignored(batch, targets, posterior.likelihood, posterior.forward)
             inputs = inputs_of(batch, posterior.forward)
             found = posterior.predict(inputs, method, samples, generator=torch.Generator().manual_seed(seed))
             scores.append(conformal.scores(found, targets).detach())

@@ -79,7 +79,8 @@ class EvidenceModel:
         return Evidence(fit * (n / self.statistics.count), by_block.sum(), scatter.sum())
 
     def _rescaled(self, likelihood: Likelihood) -> tuple[float | Tensor, Tensor]:
-        factor, fit = likelihood.rescaled(self.noise, self.statistics.log_likelihood, self.statistics.terms)
+        known = (self.statistics.log_likelihood, self.statistics.terms, self.statistics.moments)
+        factor, fit = likelihood.rescaled(self.noise, *known)
         return factor.double().cpu() if isinstance(factor, Tensor) else factor, fit
 
     def _ratios(self, n: float, factor: float | Tensor, prior: Tensor | dict[str, Tensor]) -> list[Tensor]:

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_batches, check_finite
+from laplace_kf import weighting
+from laplace_kf.batches import Forward, check_finite
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Statistics, collect, lasting
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
@@ -53,6 +54,7 @@ from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import UNUSED, EntryLayout, FlatLayout, select
+from laplace_kf.weighting import Weights
 
 __all__ = ["LaplacePosterior"]
 
@@ -105,6 +107,10 @@ class LaplacePosterior:
         forward: instead of them, ``(model, batch) -> (outputs, targets)``, for outputs that have to be picked or put
             together; ``predict`` calls it with what it was given, a whole batch, and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
+        weights: batches of ``fit`` and ``tune`` are ``(x, y, w)``, or mappings with ``"weights"`` (``forward=`` then
+            returns ``(outputs, targets, weights)``; beside ``inputs=`` and ``targets=`` it is a function of a batch,
+            too): ``w (N,)`` ≥ 0 multiplies each example's ``-log p`` and curvature. N counts the examples, of weight 0
+            excepted; ``tune`` minimises the weighted mean of its objective (methods 17.11).
         layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
             ``"channels_last"``; default: as the targets show at ``fit``.
         unused: what becomes of selected parameters that take no part in any forward pass of ``fit`` (an expert that no
@@ -134,6 +140,7 @@ class LaplacePosterior:
         inputs: Part | None = None,
         targets: Part | None = None,
         dtype: torch.dtype | None = None,
+        weights: Weights = False,
         layout: str | None = None,
         unused: str = "error",
         prior: LaplacePosterior | None = None,
@@ -164,6 +171,8 @@ class LaplacePosterior:
             )
         self.damping = damping
         self.forward = reading(forward, inputs, targets)
+        self.weights: Weights = weights if callable(weights) else bool(weights)
+        _ = weighting.reader(self.forward, self.weights)  # refuses
         self.dtype = dtype
         self._method: str | None = None
         self._temperature: float | None = None
@@ -225,10 +234,11 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        data = paired(train_loader, y)
-        job = (self.model, as_batches(data, self.model), self.likelihood, self.estimator)
+        data = weighting.batches(paired(train_loader, y), self.weights, self.model)
+        job = (self.model, data, self.likelihood, self.estimator)
         settings: dict[str, Any] = {
-            "forward": self.forward, "generator": generator, "dtype": self.dtype, "unused": self.unused,
+            "forward": weighting.reader(self.forward, self.weights), "generator": generator, "dtype": self.dtype,
+            "unused": self.unused,
         }  # fmt: skip
         names, structure = (
             covered(
@@ -479,7 +489,8 @@ class LaplacePosterior:
         """Factor on the curvature and log likelihood, if the likelihood's noise was changed since the fit."""
         state = self._fitted("precision")
         statistics = state.statistics
-        factor, fit = self.likelihood.rescaled(state.noise, statistics.log_likelihood, statistics.terms)
+        known = (statistics.log_likelihood, statistics.terms, statistics.moments)
+        factor, fit = self.likelihood.rescaled(state.noise, *known)
         if isinstance(factor, Tensor):
             factor = factor.to(state.like) if factor.requires_grad else float(factor)
         return factor, fit
@@ -646,6 +657,7 @@ class LaplacePosterior:
             damping=self.damping,
             forward=own if own is not None else self.forward,
             dtype=self.dtype,
+            weights=self.weights,
             unused=self.unused,
             prior=self,
             multiplier=multiplier,
@@ -955,7 +967,7 @@ class LaplacePosterior:
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
-        seen = None if val is None else Seen(as_batches(val, self.model), self.forward)
+        seen = None if val is None else Seen(weighting.batches(val, self.weights, self.model), self.forward)
         with lasting(), stage(self.model, self.forward) as (model, forward):
             working = copy.copy(self)
             working.model, working.forward = model, forward
@@ -1023,6 +1035,7 @@ class LaplacePosterior:
             "damping": self.damping,
             "prior_precision": plain(self._prior),
             "n_data": self._n_data,
+            "weights": self.weights is not False,
             "method": self._method,
             "temperature": self._temperature,
             "noise": state.noise,
@@ -1051,6 +1064,7 @@ class LaplacePosterior:
         forward: Forward | None = None,
         inputs: Part | None = None,
         targets: Part | None = None,
+        weights: Weights | None = None,
     ) -> LaplacePosterior:
         """Reads a posterior for a model of the same architecture; its mean is the file's, not the model's weights.
 
@@ -1058,7 +1072,7 @@ class LaplacePosterior:
             path: file written by :meth:`save`.
             model: module whose parameters have the file's names and shapes.
             likelihood: needed only if the file's one was an object that cannot be written down (``FromDistribution``).
-            forward, inputs, targets: as in the constructor (functions are not saved).
+            forward, inputs, targets, weights: as in the constructor (functions are not saved).
 
         Raises:
             CorruptFile: if the file is truncated, altered or not one of ours.
@@ -1067,7 +1081,7 @@ class LaplacePosterior:
             IncompatiblePair: if the likelihood is needed and missing.
         """
         own = reading(forward, inputs, targets)
-        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own)
+        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own, weights=weights)
 
     @classmethod
     def unpacked(
@@ -1080,6 +1094,7 @@ class LaplacePosterior:
         forward: Forward | None = None,
         inputs: Part | None = None,
         targets: Part | None = None,
+        weights: Weights | None = None,
     ) -> LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
@@ -1094,6 +1109,7 @@ class LaplacePosterior:
             )
         if likelihood is None and header["likelihood"] is None:
             raise IncompatiblePair("the file's likelihood could not be written down; pass it as load(likelihood=...)")
+        own = reading(forward, inputs, targets)
         posterior = cls(
             model,
             likelihood if likelihood is not None else Likelihood.from_config(header["likelihood"]),
@@ -1102,7 +1118,8 @@ class LaplacePosterior:
             parameters=Subnetwork(**chosen) if single else chosen,
             prior_precision=header["prior_precision"],
             damping=header["damping"],
-            forward=reading(forward, inputs, targets),
+            forward=own,
+            weights=weights if weights is not None else header.get("weights", False),
             dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
             unused=header.get("unused", "error"),
             **header["options"],

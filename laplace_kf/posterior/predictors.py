@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
+from laplace_kf.outputs.weighted import concatenated
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
 from laplace_kf.predictive.suffix import Site
 from laplace_kf.registry import Registry
@@ -64,6 +65,10 @@ class Pools:
                     continue
             self.groups.append([index])
         self.sizes = [sum(outputs[k].shape[0] for k in group) for group in self.groups]
+
+    def joined_targets(self, parts: Sequence[Any]) -> list[Any]:
+        """The targets of every pool from those of every batch, of whatever structure."""
+        return [concatenated([parts[k] for k in group]) for group in self.groups]
 
     def joined(self, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
         """One tensor for every pool from one ``(..., N, ...)`` for every batch, with the examples along ``dim``."""

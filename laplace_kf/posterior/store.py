@@ -94,6 +94,7 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
     described = {
         "count": statistics.count,
         "terms": statistics.terms,
+        "moments": statistics.moments.tolist(),
         "names": list(statistics.layout.names),
         "shapes": [list(shape) for shape in statistics.layout.shapes],
         "blocks": [block.to_json() for block in statistics.blocks.values()],
@@ -129,4 +130,5 @@ def unpacked(
         count=float(described["count"]),
         log_likelihood=tensors["log_likelihood"],
         terms=float(described["terms"]),
+        moments=torch.tensor(described.get("moments", []), dtype=torch.float64),
     )

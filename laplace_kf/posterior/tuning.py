@@ -244,7 +244,8 @@ def _tunes_noise(posterior: LaplacePosterior, asked: bool | None, gridded: bool)
     likelihood = posterior.likelihood
     if asked is None:
         default = type(likelihood)().noise_scale if likelihood.noise_scale is not None else None
-        return not gridded and default is not None and default in posterior.fitted_noise.values()
+        fitted = posterior.fitted_noise.values()
+        return not gridded and default is not None and all(value == default for value in fitted)
     if asked:
         likelihood.with_noise_scale(likelihood.noise_scale or 1.0)  # refuses where there is none
     return asked

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from laplace_kf import weighting
 from laplace_kf.agreement import require_same_loss
 from laplace_kf.arrays import is_array
 from laplace_kf.batches import (
@@ -21,12 +22,16 @@ from laplace_kf.batches import (
     inputs_of,
     map_examples,
     run,
+    tensors_of,
     to_device,
     to_tensors,
 )
 from laplace_kf.engine import preserved
-from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch, UnknownName
 from laplace_kf.graphs import check_ignored, of_role
+from laplace_kf.likelihoods import Prediction
+from laplace_kf.missing import check_batch
+from laplace_kf.outputs.weighted import WeightedTargets, bare
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
 from laplace_kf.posterior.prior import positive
@@ -88,7 +93,9 @@ class Part:
 
     def __init__(self, batches: Sequence[Batch], far: tuple[list[Site], list[Tensor]] | None, samples: int) -> None:
         self.inside = Pools([batch.site for batch in batches], [batch.outputs for batch in batches], samples)
-        self.targets = self.inside.joined([batch.targets for batch in batches])
+        given = self.inside.joined_targets([batch.targets for batch in batches])
+        self.targets = [bare(y) for y in given]
+        self.weights = [y.weights if isinstance(y, WeightedTargets) else None for y in given]
         self.outside = None if far is None else Pools(*far, samples)
         self.pools = [self.inside, *([self.outside] if self.outside is not None else [])]
         self.means = [[batch.outputs for batch in batches], *([far[1]] if far is not None else [])]
@@ -200,18 +207,20 @@ class Validation:
 
     def _read(self, val: Any, limit: int | None) -> list[Batch]:
         model, forward = self.posterior.model, self.posterior.forward
+        read = weighting.reader(forward, self.posterior.weights)
         batches: list[Batch] = []
         seen = 0
         with preserved(model), torch.no_grad():
-            for index, batch in enumerate(as_batches(val, model)):
-                check_finite(batch, index, "the validation batch")
+            for index, batch in enumerate(weighting.batches(val, self.posterior.weights, model)):
+                check_batch(batch, index, "the validation batch", read, self.posterior.likelihood.nan_is_missing)
                 batch = of_role(to_device(batch, self.device), "val_mask")
                 if index == 0:
-                    require_same_loss(model, batch, forward, self.posterior.likelihood)
+                    require_same_loss(model, batch, read, self.posterior.likelihood)
                 with multiply_adds(not batches) as work:
-                    found, wanted = run(model, batch, forward)
-                check_ignored(batch, wanted, self.posterior.likelihood, forward)
+                    found, wanted = run(model, batch, read)
+                check_ignored(*weighting.without(batch, read)[:1], bare(wanted), self.posterior.likelihood, forward)
                 self.posterior.likelihood.check(found, wanted)
+                batch = weighting.inputs_without_weights(batch) if getattr(read, "plain", False) else batch
                 site = self._site(inputs_of(batch, forward))
                 at_mean = found if self._trained else outputs_at(site[0], site[1], self.mean, site[2])
                 if not batches:
@@ -238,7 +247,7 @@ class Validation:
         """A minibatch in pieces of ``size``, where pieces of the inputs give pieces of the outputs; else as it is."""
         count, (model, forward, inputs) = batch.outputs.shape[0], batch.site
         targets = batch.targets
-        if not wanted or count <= size or not isinstance(targets, Tensor) or targets.shape[:1] != (count,):
+        if not wanted or count <= size or any(t.shape[:1] != (count,) for t in tensors_of(targets)):
             return [batch]
         parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         try:
@@ -251,7 +260,11 @@ class Validation:
         if first.shape != expected.shape or not torch.allclose(first, expected, rtol=1e-4, atol=1e-5):
             return [batch]
         return [
-            Batch((model, forward, piece), batch.outputs[part], targets[part])
+            Batch(
+                (model, forward, piece),
+                batch.outputs[part],
+                map_examples(targets, count, partial(_rows, part=part)),
+            )
             for piece, part in zip(pieces, parts, strict=True)
         ]
 
@@ -333,7 +346,14 @@ class Scorer:
         found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
-        parts = [_as_scores(objective(p, y)) for p, y in zip(found[:inside], self.part.targets, strict=True)]
+        parts = [
+            weighted(_as_scores(objective(p, y)), w, p, y)
+            for p, y, w in zip(found[:inside], self.part.targets, self.part.weights, strict=True)
+        ]
+        given = [w for w in self.part.weights if w is not None]
+        if given:  # so that the mean over all examples is the weighted mean
+            share = torch.cat(given).double().mean()
+            parts = [part / share.to(part) for part in parts]
         value, scores = _combined(parts, sizes)
         if contrast is not None:
             assert scores is not None
@@ -370,6 +390,25 @@ class Scorer:
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
         return known[centre]
+
+
+def weighted(scores: Tensor, weights: Tensor | None, prediction: Prediction, targets: Any) -> Tensor:
+    """Scores ``(N,)`` times the weights ``(N,)`` of their examples, if there are such.
+
+    Raises:
+        IncompatiblePair: for an objective that is one number for all examples.
+    """
+    if weights is None:
+        return scores
+    weights = weights.to(scores)
+    if scores.dim() == 1 and len(scores) != len(weights):  # those without a target that counts have no score
+        weights = weights[prediction.kept(targets).reshape(len(weights), -1).any(1)]
+    if scores.dim() != 1 or len(scores) != len(weights):
+        raise IncompatiblePair(
+            "with weights=True an objective must give one score an example, (N,): use "
+            'objective="nll" or "brier", or a function (prediction, targets) -> (N,)'
+        )
+    return scores * weights
 
 
 def _rows(tensor: Tensor, part: slice) -> Tensor:

@@ -26,7 +26,7 @@ def test_contract(row: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("factor", NAMES)
 def test_nothing_is_only_ever_refused(factor: str, tmp_path: Path) -> None:
     """A refusal is a choice for a pair; a rule that is refused with the plainest partners would never be tested."""
-    plain = {"layer": "linear.0", "likelihood": "categorical", "estimator": "exact", "structure": "kron"}
+    plain = {"layer": "linear.0", "likelihood": "categorical.0", "estimator": "exact", "structure": "kron"}
     for name in NAMES[factor]:
         assert owes(problem(**{**plain, factor: name}), tmp_path) == "kept", name
 

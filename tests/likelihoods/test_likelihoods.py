@@ -22,6 +22,7 @@ from laplace_kf.likelihoods import (
     BernoulliMixture,
     Categorical,
     FromDistribution,
+    FromLoss,
     Gaussian,
     HeteroscedasticGaussian,
     Likelihood,
@@ -51,6 +52,10 @@ def normal_rows(z: Tensor) -> td.Distribution:
     return td.Independent(td.Normal(z, 0.7), 1)
 
 
+def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(z, y, reduction="none")
+
+
 NATURAL = {
     "categorical": Categorical(),
     "bernoulli": Bernoulli(),
@@ -68,6 +73,9 @@ ALL: dict[str, tuple[Likelihood, int]] = {
     "from-normal": (FromDistribution(normal_rows), 3),
     "from-categorical": (FromDistribution(lambda z: td.Categorical(logits=z), "hessian"), 3),
     "from-bernoulli": (FromDistribution(lambda z: td.Bernoulli(logits=z), "fisher"), 3),
+    "from-loss": (FromLoss(cross_entropy, support=torch.arange(3)), 3),
+    "categorical-weighted": (Categorical(class_weights=[0.5, 2.0, 1.25], label_smoothing=0.1), 3),
+    "gaussian-by-output": (Gaussian(scale=[0.5, 1.5, 0.8]), 3),
 }
 
 
@@ -595,10 +603,10 @@ def test_values_out_of_range(name: str, targets: Tensor, message: str) -> None:
 def test_nan_targets(name: str) -> None:
     likelihood, outputs, targets = case(name, (4, 3))
     targets = targets.to(F64)
-    targets[1] = math.nan
+    targets[1] = math.inf if likelihood.nan_is_missing else math.nan
     with pytest.raises(NonFinite):
         likelihood.log_prob(outputs, targets)
-    with pytest.raises(ValueError, match="nan"):
+    with pytest.raises(ValueError, match="inf" if likelihood.nan_is_missing else "nan"):
         likelihood.check(outputs, targets)
 
 
@@ -608,7 +616,7 @@ def test_other_bad_arguments() -> None:
         with pytest.raises(ValueError, match="scale"):
             Gaussian(scale=scale)
     with pytest.raises(ShapeMismatch, match="0-dim"):
-        Gaussian(scale=torch.ones(3))
+        Gaussian(scale=torch.ones(3, 3))
     with pytest.raises(ValueError, match="floating point"):
         Gaussian().log_prob(z.long(), z)
     with pytest.raises(IncompatiblePair, match="targets"):
@@ -845,7 +853,12 @@ def test_prediction_agrees_with_its_distribution(name: str, shape: tuple[int, ..
         y = y.reshape(with_channels(shape, 1))
     elif len(shape) > 3 and y.ndim == len(shape) and event < 3:
         y = y.movedim(1, -1)
-    torch.testing.assert_close(distribution.log_prob(y).reshape(shape[0], -1).sum(1), prediction.log_prob(targets))
+    elements = distribution.log_prob(y).reshape(shape[0], -1)
+    if name == "categorical-weighted":  # the distribution of labels knows neither weights nor smoothing
+        every = distribution.logits.log_softmax(-1).reshape(shape[0], -1, 3)  # type: ignore[attr-defined]
+        weights = torch.tensor([0.5, 2.0, 1.25], dtype=F64)
+        elements = 0.9 * weights[y].reshape(shape[0], -1) * elements + 0.1 / 3 * (weights * every).sum(-1)
+    torch.testing.assert_close(elements.sum(1), prediction.log_prob(targets))
     if hasattr(prediction, "variance"):
         layout = (lambda x: x.movedim(-1, 1)) if len(shape) > 3 else (lambda x: x)
         torch.testing.assert_close(layout(distribution.mean), prediction.mean)

@@ -1,0 +1,125 @@
+"""The predictions of a likelihood: from sampled outputs, or from normally distributed ones by its links."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction
+from laplace_kf.likelihoods.reading import Reading, resolve_generator
+from laplace_kf.outputs.layout import from_positions, to_positions
+
+__all__ = ["Predicting"]
+
+
+class Predicting(Reading):
+    """The part of a likelihood that makes predictions."""
+
+    @abc.abstractmethod
+    def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
+        """Mixture over the leading dimension of ``z (S, N, T, C)``; ``shape`` is that of one set of outputs."""
+
+    def _density(
+        self,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        density: Callable[[Tensor, Tensor | None], Tensor],
+        targets: Tensor,
+    ) -> Tensor:
+        """Evaluates a predictive's density of ``(y, keep)`` at targets as a user gives them."""
+        y, keep = self._position_targets(shape, targets)
+        return density(y.to(dtype) if y.is_floating_point() else y, keep)
+
+    def predict(self, outputs: Tensor, keep_samples: bool = False) -> Prediction:
+        """Predictive distribution: the equal-weight mixture over sampled outputs (methods 10.1).
+
+        Args:
+            outputs: ``(S, N, C)``, ``(S, N, T, C)`` or ``(S, N, C, H, W)``; everything in the result stays
+                differentiable in them.
+            keep_samples: whether ``prediction.samples`` holds ``outputs``.
+
+        Returns:
+            A :class:`~laplace_kf.likelihoods.prediction.Prediction`.
+
+        Raises:
+            ShapeMismatch: if the outputs have no sample dimension, or no samples.
+        """
+        if outputs.ndim < 3 or outputs.shape[0] == 0:
+            raise ShapeMismatch(
+                f"{type(self).__name__}.predict: expected sampled outputs (S, N, C), (S, N, T, C) or (S, N, C, H, W) "
+                f"with S >= 1, got {tuple(outputs.shape)}. Use outputs[None] for a single set of outputs."
+            )
+        shape = torch.Size(outputs.shape[1:])
+        z = self._unpack(outputs.flatten(0, 1), None).z
+        prediction = self._predict(z.reshape(*outputs.shape[:2], *z.shape[1:]), shape)
+        prediction = dataclasses.replace(prediction, ignore_index=self.ignore_index)
+        if keep_samples:
+            prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": outputs})
+        return prediction
+
+    def links(self) -> dict[str, Link]:
+        """How normally distributed outputs become predictions, by name; the first one is the default.
+
+        Every likelihood has ``"mc"``, the mixture over draws of the outputs.
+        """
+        return {"mc": Link(self._predict_draws, marginal=False)}
+
+    def _predict_draws(self, outputs: GaussianOutputs) -> Prediction:
+        return self._predict(outputs.draws, torch.Size(outputs.shape))
+
+    def link(self, name: str | None) -> Link:
+        """One of :meth:`links`, the default for ``None``.
+
+        Raises:
+            UnknownName: for another name.
+        """
+        links = self.links()
+        if name is None:
+            return next(iter(links.values()))
+        if name not in links:
+            raise UnknownName(f"link of {type(self).__name__}", name, links)
+        return links[name]
+
+    def predict_gaussian(
+        self,
+        outputs: Tensor,
+        variance: Tensor,
+        covariance: Tensor | None = None,
+        link: str | None = None,
+        samples: int = 100,
+        generator: torch.Generator | None = None,
+        keep_samples: bool = False,
+    ) -> Prediction:
+        """Predictive distribution for outputs that are normal around ``outputs``.
+
+        Args:
+            outputs: means, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            variance: of every output, in the same layout.
+            covariance: of the outputs of a position, ``(N, T, C, C)``; not needed by links that are ``marginal``.
+            link: a name of :meth:`links`; ``None`` for the default.
+            samples: draws S of links that draw.
+            generator: their random numbers; None uses a fresh private one.
+            keep_samples: whether ``prediction.samples`` holds draws ``(S, *outputs.shape)`` of the outputs.
+
+        Raises:
+            UnknownName: for a link that this likelihood does not have.
+            ValueError: if ``samples`` is not positive.
+        """
+        rule = self.link(link)
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        z = self._unpack(outputs, None).z
+        spread = to_positions(variance).to(z)
+        full = None if rule.marginal or covariance is None else covariance.to(z)
+        state = resolve_generator(generator, z.device)
+        normal = GaussianOutputs(z, spread, full, tuple(outputs.shape), samples, state)
+        prediction = dataclasses.replace(rule.predict(normal), ignore_index=self.ignore_index)
+        if keep_samples:
+            draws = from_positions(normal.draws, outputs)
+            prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": draws})
+        return prediction
