@@ -116,7 +116,11 @@ def test_all_lists_what_is_there(name: str):
     assert not missing, f"{name}.__all__ lists {missing}"
 
 
-@pytest.mark.parametrize("page", [README, README.parent / "docs" / "optimizers.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [README, *(README.parent / "docs" / name for name in ("optimizers.md", "batches.md"))],
+    ids=lambda page: page.name,
+)
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """All python blocks, in order and in one namespace, as a reader would paste them."""
     text = page.read_text(encoding="utf-8")
