@@ -37,7 +37,7 @@ class Fitted(Subject, Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """See the module's text.
+    """The scores that intervals, sets and strangeness refer to, with how they were predicted.
 
     Attributes:
         conformal: scores of the calibration data, from ``calibrate``.
