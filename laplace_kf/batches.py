@@ -169,7 +169,7 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
             ``inputs`` has examples, or if the model returns no tensor.
     """
     inputs = private(_beside(inputs, model))
-    with as_called(), explained(model, inputs, None):
+    with as_called():
         return called(model, inputs, forward)
 
 
@@ -179,7 +179,8 @@ def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     if at_inputs is not None:
         return as_tensor(at_inputs(model, inputs))
     if forward is None:
-        return model_outputs(model, inputs)
+        with explained(model, inputs, None):
+            return model_outputs(model, inputs)
     try:
         outputs = as_tensor(forward(model, inputs)[0])
     except LaplaceKFError:

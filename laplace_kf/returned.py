@@ -75,8 +75,8 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
     """Around a call of the model: errors that come from the form of the batch say so.
 
     Raises:
-        ShapeMismatch: for an entry that the user's ``forward`` looks for in vain, and for inputs of another number type
-            than the model's.
+        ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
+            looks for in vain, and inputs of another number type than the model's.
     """
     try:
         yield
@@ -86,6 +86,13 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
         raise ShapeMismatch(
             f"forward= does not work on a batch that is a {type(batch).__name__}: {error!r}; look at what the batch "
             "and the model's outputs hold"
+        ) from error
+    except TypeError as error:
+        if not isinstance(batch, (tuple, list)) or forward is not None or "positional argument" not in str(error):
+            raise
+        raise ShapeMismatch(
+            f"the model does not take the {len(batch)} entries of the {type(batch).__name__} it was given ({error}); a "
+            "tuple holds the model's arguments: to predict, leave out the targets, predict(x)"
         ) from error
     except RuntimeError as error:
         wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

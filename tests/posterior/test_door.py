@@ -370,3 +370,11 @@ def test_entries_that_forward_looks_for_in_vain() -> None:
             (lk.errors.ShapeMismatch, TypeError, IndexError), match=r"forward= does not work|indices|str"
         ):
             lk.LaplacePosterior(network(), "categorical", forward=forward).fit([{"x": normal(N, 4), "y": labels(C, N)}])
+
+
+def test_a_whole_pair_in_predict_is_refused_with_what_to_leave_out() -> None:
+    x, y = normal(N, 4), labels(C, N)
+    posterior = lk.LaplacePosterior(network(), "categorical").fit(x, y)
+    for method in ("map", "mc", "linearized"):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"2 entries of the tuple.*predict\(x\)"):
+            posterior.predict((x, y), method=method)
