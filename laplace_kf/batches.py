@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from laplace_kf import conventions, graphs
 from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called
 from laplace_kf.returned import as_tensor, explained
 
@@ -154,7 +155,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     user's data, or what the next pass sees. Targets come back on the device of the outputs, which may be another one.
     """
     batch = private(_beside(batch, model))
-    with as_called(), explained(model, batch, forward):
+    with as_called(), as_functions(model), explained(model, batch, forward):
         outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
     outputs = as_tensor(outputs)
     targets = to_tensors(targets, model)
@@ -169,7 +170,7 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
             ``inputs`` has examples, or if the model returns no tensor.
     """
     inputs = private(_beside(inputs, model))
-    with as_called():
+    with as_called(), as_functions(model):
         return called(model, inputs, forward)
 
 

@@ -6,10 +6,11 @@ import contextlib
 import functools
 import os
 import sys
+import warnings
 
 import torch
 
-__all__ = ["users_line"]
+__all__ = ["users_line", "warn_user"]
 
 _INSIDE = (
     os.path.dirname(os.path.abspath(__file__)) + os.sep,
@@ -30,3 +31,8 @@ def users_line() -> int:
         frame = frame.f_back
         level += 1
     return level
+
+
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warns as from the innermost caller that is neither this package nor torch running it."""
+    warnings.warn(message, category, stacklevel=users_line())

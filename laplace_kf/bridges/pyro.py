@@ -34,6 +34,7 @@ from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior
 from laplace_kf.reading import Part, reading
+from laplace_kf.substitution import substituted
 from laplace_kf.tape import FlatLayout, Tracer, select
 
 try:
@@ -325,8 +326,7 @@ class LiftedModel:
                     f"{name!r} is {found}, the parameter is {tuple(like.shape)}: a lifted module runs one draw at a "
                     "time (parallel=False, no vectorised particles)"
                 )
-        replaced = {f"module.{name}": value for name, value in values.items()}
-        outputs, own = torch.func.functional_call(self.network, replaced, (inputs,))
+        outputs, own = substituted(self.network.module, values, lambda: self.network(inputs))
         return outputs, own if targets is None else to_device(targets, self._device)
 
 

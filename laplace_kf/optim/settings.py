@@ -188,6 +188,11 @@ class Scope(Settings):
     targets: Part | None = _field(None, "the other one.")
     forward: Forward | None = _field(None, "instead of them, ``(model, batch) -> (outputs, targets)``.")
     generator: torch.Generator | None = _field(None, "random numbers; with one, training is reproducible.")
+    unused: str = _field(
+        "error",
+        'what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their '
+        "curvature is 0 (the damping alone moves them), until one reaches them.",
+    )
 
 
 @dataclass(frozen=True)
@@ -343,6 +348,7 @@ class _Common(TypedDict, total=False):
     targets: Part | None
     forward: Forward | None
     generator: torch.Generator | None
+    unused: str
     ema: float
     refresh: int
     inverse: str

@@ -15,6 +15,9 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import is_graph
 from laplace_kf.likelihoods import Prediction, joined
 from laplace_kf.operators import fresh_generator
+from laplace_kf.registry import AUTO
+
+ACTIVATIONS = "activations"  # the space in which every batch draws for itself
 
 __all__ = ["batch_after_batch", "is_loader"]
 
@@ -62,10 +65,10 @@ def batch_after_batch(
                 f"predict was given a loader whose batches are {type(batch).__name__}s of {len(batch)}; say which part "
                 "is what with LaplacePosterior(..., inputs=lambda batch: batch[0], targets=lambda batch: batch[1])"
             )
-        if space != "activations":
+        if space != ACTIVATIONS:
             generator.set_state(state)
         inputs = inputs_of(batch, forward)
-        parts.append(predict(inputs, space="weights" if space == "auto" else space, generator=generator))
+        parts.append(predict(inputs, space="weights" if space == AUTO else space, generator=generator))
     if not parts:
         raise ShapeMismatch("the loader is empty: no batch was yielded, so there is nothing to predict")
     return joined(parts)

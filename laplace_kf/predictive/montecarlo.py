@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite
+from laplace_kf.models import undisturbed
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.activations import activation_outputs, examples
 from laplace_kf.predictive.asked import asked, labelled
@@ -21,6 +22,7 @@ from laplace_kf.predictive.padding import without_padding
 from laplace_kf.predictive.suffix import cut
 from laplace_kf.predictive.weights import WeightDraws
 from laplace_kf.registry import Registry
+from laplace_kf.replica import stage
 
 if TYPE_CHECKING:
     from laplace_kf.likelihoods import Likelihood, Prediction
@@ -157,7 +159,7 @@ class Predictor:
     ) -> None:
         self.likelihood = likelihood
         self._device = next(iter(mean.values())).device
-        with preserved(model):
+        with undisturbed():
             self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
 
     def outputs(self, x: Any) -> Tensor:
@@ -168,8 +170,8 @@ class Predictor:
         """
         x = asked(self._draws.model, self._draws.forward, x)
         check_finite(x, 0, "the input")
-        with preserved(self._draws.model):
-            return _finite(self._draws.outputs(to_device(x, self._device)))
+        with stage(self._draws.model, self._draws.forward) as (model, forward), preserved(model):
+            return _finite(self._draws.outputs(to_device(x, self._device), model, forward))
 
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""

@@ -172,9 +172,9 @@ def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int
 def _labelled(scored: _Scored) -> tuple[Tensor, Tensor]:
     """Class probabilities ``(M, C)`` and labels ``(M,)`` of every prediction that has a target."""
     probs, targets = scored.values["probs"], scored.targets
-    if probs.dim() == 4:  # images: the channel is second
+    if probs.dim() > 3:  # images, volumes: the channel is second
         probs = probs.movedim(1, -1)
-        targets = targets.movedim(1, -1) if targets.dim() == 4 else targets
+        targets = targets.movedim(1, -1) if targets.dim() == probs.dim() else targets
     if targets.shape == probs.shape:  # independent binary outputs
         flat = probs.reshape(-1)
         probs, targets = torch.stack([1 - flat, flat], 1), targets.reshape(-1)
@@ -242,7 +242,7 @@ def _drawn(posterior: LaplacePosterior, scored: _Scored, samples: int, seed: int
 
     def predict(inputs: Tensor) -> Prediction:
         generator = torch.Generator().manual_seed(seed)
-        return posterior.predict(inputs.to(device.device, x.dtype), samples=samples, generator=generator)
+        return posterior.predict(inputs.to(device.device, x.dtype), method="mc", samples=samples, generator=generator)
 
     margin = 0.25 * (x.amax(0) - x.amin(0))
     low, high = x.amin(0) - margin, x.amax(0) + margin

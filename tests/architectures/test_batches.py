@@ -296,7 +296,7 @@ def test_pixel_outputs() -> None:
     found = dense(net(Pixels), [(x, y)]) * N
     same(found, dense(net(), [(x.permute(0, 2, 3, 1)[keep], y[keep])]) * int(keep.sum()))
     posterior = lk.LaplacePosterior(net(Pixels), "categorical").fit([(x, y)])
-    assert posterior.predict(x, samples=2).probs.shape == (N, C, 2, 2)
+    assert posterior.predict(x, method="mc", samples=2).probs.shape == (N, C, 2, 2)
 
 
 class Heads(Net):

@@ -180,7 +180,7 @@ def test_functions_that_do_not_fit_are_refused() -> None:
         lk.LaplacePosterior(model, "categorical", inputs=lambda b: b["x"], targets=lambda b: b["y"]).fit([{"x": x}])
 
 
-@pytest.mark.parametrize("shape", [(20, 7, 4), (N, N, 4), (2, 5, 4), (2, 2, 4), (3, 3, 4), (1, 1, 4), (1, 5, 4)])
+@pytest.mark.parametrize("shape", [(20, 7, 4), (N, N, 4), (2, 5, 4), (2, 2, 4), (4, 4, 4), (1, 1, 4), (1, 5, 4)])
 @pytest.mark.parametrize("forward", [lambda m, b: (m(b[0]), b[1]), lambda m, b: (m(next(iter(b))), None)])
 def test_a_tensor_that_forward_reads_as_a_batch_is_refused_whatever_its_shape(forward: Any, shape: Any) -> None:
     """Also where as many positions as examples hide it."""
