@@ -27,7 +27,7 @@ from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called
-from laplace_kf.returned import as_tensor
+from laplace_kf.returned import as_tensor, explained
 
 __all__ = [
     "Forward",
@@ -157,7 +157,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     user's data, or what the next pass sees. Targets come back on the device of the outputs, which may be another one.
     """
     batch = private(_beside(batch, model))
-    with as_called(), as_functions(model):
+    with as_called(), as_functions(model), explained(model, batch, forward):
         outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
     outputs = as_tensor(outputs)
     return outputs, to_device(to_tensors(targets, model), outputs.device)
@@ -181,7 +181,8 @@ def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     if at_inputs is not None:
         return as_tensor(at_inputs(model, inputs))
     if forward is None:
-        return model_outputs(model, inputs)
+        with explained(model, inputs, None):
+            return model_outputs(model, inputs)
     try:
         outputs = as_tensor(forward(model, inputs)[0])
     except LaplaceKFError:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from laplace_kf.errors import ShapeMismatch
 
-__all__ = ["as_tensor", "own_loss"]
+__all__ = ["as_tensor", "explained", "own_loss"]
 
 
 def as_tensor(outputs: Any) -> Tensor:
@@ -62,3 +65,52 @@ def own_loss(outputs: Any) -> Tensor | None:
     else:
         found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return found if _is_loss(found) else None
+
+
+_TYPES = re.compile(r"dtype|scalar type|[Ii]nput type")
+
+
+@contextmanager
+def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
+    """Around a call of the model: errors that come from the form of the batch say so.
+
+    Raises:
+        ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
+            looks for in vain, and inputs of another number type than the model's.
+    """
+    try:
+        yield
+    except (KeyError, IndexError) as error:
+        if forward is None or isinstance(error, ShapeMismatch):
+            raise
+        raise ShapeMismatch(
+            f"forward= does not work on a batch that is a {type(batch).__name__}: {error!r}; look at what the batch "
+            "and the model's outputs hold"
+        ) from error
+    except TypeError as error:
+        if not isinstance(batch, (tuple, list)) or forward is not None or "positional argument" not in str(error):
+            raise
+        raise ShapeMismatch(
+            f"the model does not take the {len(batch)} entries of the {type(batch).__name__} it was given ({error}); a "
+            "tuple holds the model's arguments: to predict, leave out the targets, predict(x)"
+        ) from error
+    except RuntimeError as error:
+        wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        found = [t.dtype for t in _tensors(batch) if t.dtype not in (wanted, torch.int64, torch.bool)]
+        if wanted is None or not found or not _TYPES.search(str(error)):
+            raise
+        raise ShapeMismatch(
+            f"the model's parameters are {wanted}, and the batch holds {found[0]} ({error}); give it "
+            f"x.to({wanted}), or convert the model"
+        ) from error
+
+
+def _tensors(structure: Any) -> Iterator[Tensor]:
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, Mapping):
+        for value in structure.values():
+            yield from _tensors(value)
+    elif isinstance(structure, (tuple, list)):
+        for value in structure:
+            yield from _tensors(value)

@@ -16,6 +16,7 @@ from laplace_kf.batches import Forward, leaves_of, predicted, to_tensors
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.replica import stage
 
 __all__ = ["asked", "labelled"]
 
@@ -47,8 +48,8 @@ def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
     by_user = forward is not None and not hasattr(forward, "outputs_at")
     if by_user and isinstance(x, Tensor) and x.dim() and x.shape[0]:
         rows = torch.zeros(2 if x.shape[0] != 2 else 3, dtype=torch.long, device=x.device)
-        with preserved(model), torch.no_grad():
-            predicted(model, x.detach()[rows], forward)  # checks its rows
+        with stage(model, forward) as (standing, own), preserved(standing), torch.no_grad():
+            predicted(standing, x.detach()[rows], own)  # checks its rows
     return x
 
 

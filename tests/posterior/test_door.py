@@ -353,3 +353,28 @@ def test_masks_of_minus_infinity_name_the_way_out() -> None:
     mask = torch.zeros(N, 4).double().masked_fill(torch.arange(4) == 2, -torch.inf)
     with pytest.raises(lk.errors.NonFinite, match=r"a boolean mask, or torch\.finfo\(mask\.dtype\)\.min"):
         lk.LaplacePosterior(network(), "categorical").fit([({"input": normal(N, 4), "mask": mask}, labels(C, N))])
+
+
+@pytest.mark.parametrize("change", [lambda x: x.float(), lambda x: (10 * x).byte()])
+def test_inputs_of_another_number_type_are_refused_by_name(change: Any) -> None:
+    model, x, y = network(), normal(N, 4), labels(C, N)
+    posterior = lk.LaplacePosterior(model, "categorical")
+    for call in (lambda: posterior.fit(change(x), y), lambda: posterior.fit(x, y).predict(change(x), method="map")):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"parameters are torch.float64.*x\.to\(torch.float64\)"):
+            call()
+
+
+def test_entries_that_forward_looks_for_in_vain() -> None:
+    for forward in (lambda m, b: (m(b["x"]), b["z"]), lambda m, b: (m(b["x"])["a"], b["y"])):
+        with pytest.raises(
+            (lk.errors.ShapeMismatch, TypeError, IndexError), match=r"forward= does not work|indices|str"
+        ):
+            lk.LaplacePosterior(network(), "categorical", forward=forward).fit([{"x": normal(N, 4), "y": labels(C, N)}])
+
+
+def test_a_whole_pair_in_predict_is_refused_with_what_to_leave_out() -> None:
+    x, y = normal(N, 4), labels(C, N)
+    posterior = lk.LaplacePosterior(network(), "categorical").fit(x, y)
+    for method in ("map", "mc", "linearized"):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"2 entries of the tuple.*predict\(x\)"):
+            posterior.predict((x, y), method=method)

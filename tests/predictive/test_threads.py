@@ -186,6 +186,20 @@ def test_a_forward_that_reads_the_model_from_a_global_variable_is_locked() -> No
     assert GLOBAL.training
 
 
+@pytest.mark.parametrize("way", list(WAYS))
+def test_inputs_and_targets_are_safe_as_well(way: str) -> None:
+    model, _, x = problem()
+    said: dict[str, Any] = {"inputs": lambda b: b[0], "targets": lambda b: b[1]}
+    posterior = lk.LaplacePosterior(model, "categorical", **said).fit([(x, labels(3, 24), None)])
+    expected = [WAYS[way](posterior, x[k : k + 3]) for k in range(3)]
+
+    def job(start: int) -> None:
+        for k in [(start + i) % 3 for i in range(4)]:
+            close(WAYS[way](posterior, x[k : k + 3]), expected[k])
+
+    together([lambda s=s: job(s) for s in range(3)])  # type: ignore[misc]
+
+
 def test_a_double_follows_every_reference() -> None:
     """It gives the eval outputs, and shares parameters but no module, buffer or container."""
     model = problem()[0]

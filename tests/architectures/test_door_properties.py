@@ -1,0 +1,109 @@
+"""Properties at the door over random models: whose loss is meant, and how many rows a prediction has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import laplace_kf as lk
+from laplace_kf import agreement
+from laplace_kf.predictive import asked
+
+SIZES = st.integers(2, 5)
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+
+
+def body(kind: str, inside: int, outputs: int) -> nn.Module:
+    if kind == "linear":
+        return nn.Linear(inside, outputs).double()
+    if kind == "deep":
+        return nn.Sequential(nn.Linear(inside, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, outputs)).double()
+    return nn.Sequential(nn.Linear(inside, 3), nn.GELU(), nn.Linear(3, outputs, bias=False)).double()
+
+
+class Owner(nn.Module):
+    """A model that returns its own loss, made of weighted log-densities of the labels ``shift`` positions later."""
+
+    def __init__(self, inner: nn.Module, reduction: str, smoothing: float, shift: int, extra: float) -> None:
+        super().__init__()
+        self.inner, self.reduction, self.smoothing, self.shift, self.extra = inner, reduction, smoothing, shift, extra
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        z = self.inner(x)
+        if labels is None:
+            return {"logits": z}
+        end = z.shape[1] - self.shift
+        a, b = z[:, :end].flatten(0, 1), labels[:, self.shift :].flatten()
+        loss = F.cross_entropy(a, b, reduction="sum", label_smoothing=self.smoothing)
+        count = {"mean": float((b != -100).sum()), "examples": float(len(x)), "sum": 1.0, "items": 7.3}[self.reduction]
+        return {"loss": loss / count + self.extra, "logits": z}
+
+
+@quick
+@given(
+    kind=st.sampled_from(["linear", "deep", "gelu"]),
+    reduction=st.sampled_from(["mean", "examples", "sum", "items"]),
+    smoothing=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    shift=st.sampled_from([0, 0, 1]),
+    extra=st.sampled_from([0.0, 0.0, 0.01]),
+    sizes=st.tuples(SIZES, SIZES, SIZES, SIZES),
+    ignored=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_losses_agree_if_and_only_if_they_are_one_function(
+    kind: str, reduction: str, smoothing: float, shift: int, extra: float, sizes: Any, ignored: bool, seed: int
+) -> None:
+    n, t, d, c = sizes
+    torch.manual_seed(seed)
+    x, y = torch.randn(n, t, d, dtype=torch.float64), torch.randint(c, (n, t))
+    if ignored:
+        y[0, 0] = -100
+    model = Owner(body(kind, d, c), reduction, smoothing, shift, extra).eval()
+    batch, rule = {"x": x, "labels": y}, lk.likelihoods.Categorical()
+    if smoothing or shift or extra:
+        with pytest.raises(lk.errors.ShapeMismatch, match="own loss of the first minibatch"):
+            agreement.require_same_loss(model, batch, None, rule)
+    else:
+        agreement.require_same_loss(model, batch, None, rule)
+
+
+@quick
+@given(
+    kind=st.sampled_from(["linear", "deep", "gelu"]),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    inside=st.integers(1, 4),
+    outputs=st.integers(1, 4),
+    how=st.sampled_from(["inputs", "both", "first", "unpacked", "iterated"]),
+    seed=st.integers(0, 10**6),
+)
+def test_predictions_have_a_row_for_every_example_or_are_refused(
+    kind: str, shape: list[int], inside: int, outputs: int, how: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    model, x = body(kind, inside, outputs), torch.randn(*shape, inside, dtype=torch.float64)
+
+    def unpacked(m: nn.Module, batch: Any) -> Any:
+        a, b = batch
+        return m(a), b
+
+    forward = {
+        "inputs": lk.reading.Reading(lambda b: b[0], lambda b: b[1]),
+        "both": lambda m, b: (m(b if isinstance(b, Tensor) else b[0]), None),
+        "first": lambda m, b: (m(b[0]), b[1] if len(b) > 1 else None),
+        "unpacked": unpacked,
+        "iterated": lambda m, b: (m(next(iter(b))), None),
+    }[how]
+    if how in ("inputs", "both"):
+        found = lk.predictive.outputs_at(model, forward, None, asked(model, forward, x))
+        torch.testing.assert_close(found, model(x).detach())
+    else:
+        with pytest.raises(lk.errors.ShapeMismatch):  # before anything is computed, or at the first pass
+            lk.predictive.outputs_at(model, forward, None, asked(model, forward, x))
+        found = lk.predictive.outputs_at(model, forward, None, (x, None))
+        torch.testing.assert_close(found, model(x).detach())
