@@ -39,7 +39,7 @@ def run(rounds: int = 5) -> dict[str, Any]:
     for count in INPUTS:
         inputs = x[:count]
         jobs: dict[str, Callable[[], Any]] = {
-            space: partial(posterior.predict, inputs, samples=DRAWS, space=space) for space in SPACES
+            space: partial(posterior.predict, inputs, method="mc", samples=DRAWS, space=space) for space in SPACES
         }
         predictor = posterior.predictor(samples=DRAWS)
         jobs["kept draws"] = partial(predictor, inputs)

@@ -6,7 +6,7 @@ accumulation, moving averages, merging workers and discounting old data are all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from random import getstate, setstate
@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import Forward, check_finite
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
-from laplace_kf.graphs import check_ignored
+from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.outputs.arranged import decided
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
-from laplace_kf.warned import warn_user
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
 
@@ -146,26 +147,49 @@ class Statistics:
         """
         if not isinstance(other, Statistics):
             return NotImplemented
-        if self.structure.name != other.structure.name or self.layout != other.layout:
+        common = self.layout.common(other.layout)
+        if self.structure.name != other.structure.name or common is None:
             raise IncompatiblePair(
                 "statistics can only be added if they have the same structure and cover the same parameters "
                 f"({self.structure.name!r} over {self.layout.size} and {other.structure.name!r} over "
                 f"{other.layout.size} parameters)"
             )
-        blocks = {**self.blocks, **other.blocks}
-        for name in set(self.blocks) & set(other.blocks):
-            if self.blocks[name] != other.blocks[name]:
+        mine, theirs = self.without(other.used), other.without(self.used)
+        blocks = {**mine.blocks, **theirs.blocks}
+        for name in set(mine.blocks) & set(theirs.blocks):
+            if mine.blocks[name] != theirs.blocks[name]:
                 raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
-        structure, sums = self.structure.merged(self.sums, other.structure, other.sums)
+        covered = [name for block in blocks.values() for name in block.parameters]
+        if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
+            _require_one_form(mine.blocks, theirs.blocks, covered)
+        structure, sums = mine.structure.merged(mine.sums, theirs.structure, theirs.sums)
         return Statistics(
             structure,
-            self.layout,
+            common,
             blocks,
             sums,
             self.count + other.count,
             self.log_likelihood + other.log_likelihood,
             self.terms + other.terms,
             self.outputs or other.outputs,
+        )
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters that took part in a forward pass."""
+        return {name for block in self.blocks.values() if not block.unused for name in block.parameters}
+
+    def without(self, names: Collection[str]) -> Statistics:
+        """Without the blocks of unused parameters among ``names``, which say nothing beside others' that are used."""
+        gone = {n for n, block in self.blocks.items() if block.unused and block.parameters[0] in names}
+        if not gone:
+            return self
+        fixed = {name: parts for name, parts in self.structure.fixed.items() if name not in gone}
+        return replace(
+            self,
+            structure=self.structure.with_fixed(fixed) if fixed else self.structure,
+            blocks={name: block for name, block in self.blocks.items() if name not in gone},
+            sums={name: parts for name, parts in self.sums.items() if name not in gone},
         )
 
     def scale(self, factor: float) -> Statistics:
@@ -193,6 +217,22 @@ class Statistics:
     def total(self) -> Matrix:
         """``N · C̄``."""
         return self.mean().scaled(self.count)
+
+
+def _require_one_form(mine: Mapping[str, Block], theirs: Mapping[str, Block], covered: Sequence[str]) -> None:
+    """Refuses parameters that two statistics keep in blocks of different names."""
+    twice = {
+        name
+        for name in set(covered)
+        if {b for b, block in mine.items() if name in block.parameters}
+        != {b for b, block in theirs.items() if name in block.parameters}
+        and any(name in block.parameters for block in mine.values())
+        and any(name in block.parameters for block in theirs.values())
+    }
+    if twice:
+        raise IncompatiblePair(
+            f"parameters {', '.join(sorted(twice))} belong to other blocks in one of the statistics than in the other"
+        )
 
 
 class Accumulator:
@@ -243,7 +283,12 @@ class Accumulator:
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         check_ignored(observation.batch, observation.targets, self.likelihood, self.tracer.forward)
-        self.likelihood = decided(self.likelihood, observation.outputs, observation.targets)
+        self.likelihood = decided(
+            self.likelihood,
+            observation.outputs,
+            observation.targets,
+            read_by_rows(observation.batch, self.tracer.forward),
+        )
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -259,13 +304,14 @@ class Accumulator:
             self._met = True
             self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
         self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)
-        self._prepare(self.dtype)
+        self._prepare(self.tracer.blocks)
         if number == 0:  # not one target counts
             return
         with torch.no_grad():
-            if self.structure.counts_positions:
-                self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
-            self.estimator.measure(observation, self.likelihood, self, self.generator)
+            if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
+                if self.structure.counts_positions:
+                    self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
+                self.estimator.measure(observation, self.likelihood, self, self.generator)
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
             log_prob = self.likelihood.log_prob(wide, observation.targets)
@@ -273,10 +319,10 @@ class Accumulator:
         self.terms += self.likelihood.terms(observation.targets)
         self.count += number
 
-    def _prepare(self, dtype: torch.dtype) -> None:
+    def _prepare(self, blocks: Mapping[str, Block]) -> None:
         """Zero sums for new blocks, each on the device of its parameters (a model may lie on several)."""
-        for name, block in self.tracer.blocks.items():
-            like = torch.zeros((), dtype=dtype, device=self.tracer.named[block.parameters[0]].device)
+        for name, block in blocks.items():
+            like = torch.zeros((), dtype=self.dtype, device=self.tracer.named[block.parameters[0]].device)
             self.structure.prepare(self.sums, {name: block}, self.tracer.layout, like)
 
     def takes_output_signals(self) -> bool:
@@ -346,8 +392,9 @@ class Accumulator:
         if self.count == 0:
             raise ShapeMismatch("the data are empty: no batch was yielded, so there is nothing to fit")
         self.tracer.require_all_seen()
-        blocks = dict(self.tracer.blocks)
+        blocks = self.tracer.all_blocks()
         self._warn_of_poorer(blocks)
+        self._prepare(blocks)
         sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
         for name, parts in sums.items():
             for part in parts:
@@ -375,6 +422,7 @@ def collect(
     dtype: torch.dtype | None = None,
     passes: int = 1,
     progress: bool = False,
+    unused: str = "error",
 ) -> Statistics:
     """Statistics of the data; the model is in eval mode meanwhile and left exactly as it was.
 
@@ -384,6 +432,7 @@ def collect(
         batches: one pass over the data, or more if the structure or ``passes`` asks for it.
         passes: how often to go through the data for one sum (random augmentation).
         progress: show a bar.
+        unused: ``"error"`` or ``"prior"``, see :class:`laplace_kf.tape.Tracer`.
 
     Raises:
         ShapeMismatch: if the data have to be seen again and cannot be.
@@ -393,7 +442,7 @@ def collect(
         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
     model = usable(model)
     with preserved(model):
-        tracer = Tracer(model, forward, parameters)
+        tracer = Tracer(model, forward, parameters, unused=unused)
         following: StructureRule | None = structure
         stage = 0
         while following is not None:
@@ -404,6 +453,8 @@ def collect(
                 label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                 for batch in tqdm(batches, desc=label, disable=not progress):
                     accumulator.add(batch, index)
+                    if index == 0 and stage == 1:
+                        require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)
                     index += 1
                 if (number or stage > 1) and accumulator.count == seen:
                     raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
@@ -448,7 +499,8 @@ class _Snapshot:
                 current.clear()
                 current.extend(contents) if isinstance(contents, list) else current.update(contents)
         for tensor, version, content in self.tensors:
-            if tensor._version != version:
+            # batch normalisation writes its running statistics without a new version
+            if tensor._version != version or not torch.equal(tensor, content):
                 with torch.no_grad():
                     tensor.copy_(content)
 

@@ -51,6 +51,12 @@ def is_graph(value: Any) -> bool:
     return all(hasattr(kind, name) for name in ("num_nodes", "keys", "__getitem__", "__setitem__"))
 
 
+def read_by_rows(batch: Any, forward: Any) -> bool:
+    """Whether the outputs of a batch are ``(N, T, C)`` because it is a graph that no user's ``forward`` read."""
+    graph = is_graph(batch) or (isinstance(batch, (tuple, list)) and len(batch) == 2 and is_graph(batch[0]))
+    return graph and forward is None
+
+
 def is_heterogeneous(graph: Any) -> bool:
     """Whether a graph has nodes of several types, each with its own tensors."""
     return hasattr(type(graph), "node_types") or hasattr(type(graph), "edge_types")

@@ -9,7 +9,10 @@ from laplace_kf.errors import UnknownName
 
 T = TypeVar("T")
 
-__all__ = ["Registry"]
+AUTO = "auto"
+"""What an option is set to where the package chooses."""
+
+__all__ = ["AUTO", "Registry"]
 
 
 class Registry(Mapping[str, T], Generic[T]):

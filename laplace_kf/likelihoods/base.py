@@ -62,11 +62,13 @@ class Likelihood(abc.ABC):
     Attributes:
         natural: True if ``-log p`` has a Hessian that does not depend on the targets, so that GGN = Fisher (methods
             2.6; Botev 2020, 3.5.1).
+        has_logits: True if outputs divided by a temperature are less certain predictions of the same classes.
         needs_targets: True if ``hessian_root`` and friends (may) need the targets.
         ignore_index: see above.
     """
 
     natural: ClassVar[bool] = False
+    has_logits: ClassVar[bool] = False
     _channels: ClassVar[int | None] = None
 
     def __init__(self, ignore_index: int | None = -100) -> None:

@@ -70,6 +70,7 @@ class Categorical(Likelihood):
     """
 
     natural: ClassVar[bool] = True
+    has_logits: ClassVar[bool] = True
 
     def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """C, for outputs of any layout (one more than the columns of the root)."""

@@ -73,7 +73,7 @@ class Prediction:
     calibration: Conformal | None = None
 
     def channel_last(self, x: Tensor) -> Tensor:
-        """A tensor in the layout of the outputs, such as :attr:`probs`, with the channel as its last axis."""
+        """A tensor in the layout of the outputs ``(N, C, ...)``, such as :attr:`probs`, with C as its last axis."""
         first = x.dim() > 3 if self.channel is None else self.channel == 1
         return x.movedim(1, -1) if first else x
 

@@ -224,11 +224,17 @@ def _fits(likelihood: Any, outputs: Tensor, targets: Any) -> bool:
     return True
 
 
-def decided(likelihood: Any, outputs: Tensor, targets: Any) -> Any:
+def decided(likelihood: Any, outputs: Tensor, targets: Any, rows: bool = False) -> Any:
     """The likelihood with the layout that the targets of outputs ``(N, A, B)`` show; others as they are.
 
     Targets in the shape of the outputs themselves show nothing, and every output is a variable of its own then: they
     are read ``(N, T, C)``, as documented, unless a layout was given.
+
+    Args:
+        likelihood: any likelihood.
+        outputs: ``(N, A, B)``; others are not looked at.
+        targets: of any form.
+        rows: whether the outputs are known to be ``(N, T, C)``, as those of graphs are.
 
     Raises:
         ShapeMismatch: if the targets fit both layouts (A = B), with the line to paste.
@@ -240,6 +246,8 @@ def decided(likelihood: Any, outputs: Tensor, targets: Any) -> Any:
     first, last = arranged(likelihood, CHANNELS_FIRST), arranged(likelihood, CHANNELS_LAST)
     outputs = outputs.detach()
     one, two = _fits(first, outputs, targets), _fits(last, outputs, targets)
+    if one and two and rows:
+        return last
     if one and two:
         shapes = [tuple(t.shape) for t in _tensors(targets)]
         raise ShapeMismatch(

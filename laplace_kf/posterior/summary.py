@@ -25,7 +25,7 @@ class BlockRow:
         structure: what its curvature is kept as.
         condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
-        size: number of parameters.
+        size: number of parameters, without entries that are held constant (the padding row of an embedding).
         note: why it is kept as less than the structure promises, or by gradients of single examples; mostly empty.
     """
 
@@ -93,15 +93,20 @@ def summarise(
         notes: why blocks are kept as something else than the structure's own form, by block name.
     """
     prior = prior if isinstance(prior, Tensor) else dict(prior)
-    rows = [_row(block, matrix, n, prior) for block, matrix in curvature.entries]  # type: ignore[arg-type]
-    return Summary([replace(row, note=(notes or {}).get(row.name, "")) for row in rows], title)
+    rows = []
+    for block, matrix in curvature.entries:
+        constants = sum(curvature.layout.held_in(block))
+        row = _row(block, matrix, n, prior, constants)  # type: ignore[arg-type]
+        rows.append(replace(row, note=(notes or {}).get(row.name, "")))
+    return Summary(rows, title)
 
 
-def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:
+def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor], constants: int) -> BlockRow:
     effective = matrix.effective(n, prior_of(block, prior).detach())
     condition = tuple(_condition(values) for values in matrix.leading())
-    kind = matrix.kind + (f" (layer rule {block.failed!r} failed its check)" if block.failed else "")
-    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size)
+    kind = matrix.kind + (f", {constants} held" if constants else "") + (", unused" if block.unused else "")
+    kind += f" (layer rule {block.failed!r} failed its check)" if block.failed else ""
+    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size - constants)
 
 
 def _condition(values: Tensor) -> float:

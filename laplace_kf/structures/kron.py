@@ -146,6 +146,9 @@ class Kronecker(Structure):
             raise ValueError(f"max_side must be positive, got {max_side}")
         self.vector_blocks, self.sharing, self.max_side = vector_blocks, sharing, max_side
 
+    def _form(self, block: Block) -> VectorForm:
+        return VECTOR_FORMS["diag"] if block.unused else self.vector_form
+
     def options(self) -> dict[str, Any]:
         return {"vector_blocks": self.vector_blocks, "sharing": self.sharing, "max_side": self.max_side}
 
@@ -161,7 +164,7 @@ class Kronecker(Structure):
         for block in blocks.values():
             groups, out, inp = block.shape
             if not block.factorises:
-                total += self.vector_form.memory(block)
+                total += self._form(block).memory(block)
                 continue
             factors = groups * (side(out) + side(inp, block.one_hot))
             if block.turned is not None:
@@ -209,7 +212,7 @@ class Kronecker(Structure):
                 if block.turned is not None:
                     sums[name] += (self._side(like, 1, out, block.turned), self._side(like, 1, inp, False), zeros(like))
             else:
-                sums[name] = (self.vector_form.start(block, like),)
+                sums[name] = (self._form(block).start(block, like),)
 
     def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
         for name, signal in signals.items():
@@ -242,7 +245,7 @@ class Kronecker(Structure):
             if block.factorises:
                 out[name] = tuple(symmetrised(part) if part.dim() == 3 else part for part in sums[name])
             else:
-                out[name] = (self.vector_form.finished(sums[name][0]),)
+                out[name] = (self._form(block).finished(sums[name][0]),)
         return out
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
@@ -250,7 +253,7 @@ class Kronecker(Structure):
         for name, block in blocks.items():
             parts = means[name]
             if not block.factorises:
-                entries.append((block, self.vector_form.matrix(parts[0], name)))
+                entries.append((block, self._form(block).matrix(parts[0], name)))
                 continue
             (inputs, outputs), *turned = pairs(parts)
             if not turned:

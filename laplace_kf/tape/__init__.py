@@ -7,9 +7,10 @@ from laplace_kf.tape.entries import EntryBlock, EntryLayout
 from laplace_kf.tape.observation import Observation, Patterns
 from laplace_kf.tape.select import select
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
-from laplace_kf.tape.tracer import Tracer
+from laplace_kf.tape.tracer import UNUSED, Tracer
 
 __all__ = [
+    "UNUSED",
     "Block",
     "Chain",
     "EntryBlock",

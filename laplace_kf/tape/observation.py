@@ -20,7 +20,8 @@ from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached
-from laplace_kf.tape.rows import Rows, occurrences
+from laplace_kf.tape.rows import Rows, copies, occurrences
+from laplace_kf.tape.sharing import pulled_back
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.tape import Call, Portion, Tape
 
@@ -38,6 +39,7 @@ class Source(Protocol):
     example_wise: set[str]
     rows: Rows
     gradients: ExampleGradients
+    named: dict[str, Tensor]
 
     def block_of(self, portion: Portion) -> Block:
         """The block a portion of a parameter belongs to."""
@@ -339,6 +341,13 @@ class Observation:
         total: dict[str, Tensor] = {}
         for call in members:
             rule, bound = call.rule, call.bound
+            if call.source is not None:
+                weights = {name: self.tracer.named[name] for name in block.parameters if name in call.names}
+                rows = copies(grads[self._index(call)], call)
+                summed = self._arrange(rows[:, :, None], call, 1).sum(2)
+                for name, part in pulled_back(call, summed, weights).items():
+                    total[name] = total[name] + part if name in total else part
+                continue
             assert isinstance(rule, AffineRule)
             g = rule.outputs(_flatten_output(grads[self._index(call)], call.leading), bound)  # (V, B, F, T)
             for role, portion in call.portions.items():

@@ -22,7 +22,7 @@ from laplace_kf.ragged import Ragged
 from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
-__all__ = ["Rows", "occurrences"]
+__all__ = ["Rows", "copies", "number", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
@@ -44,24 +44,30 @@ class Rows:
         self._now: dict[Key, int | Ragged] = {}
         self._checks = 0
 
-    def locate(self, calls: Sequence[Call], outputs: Tensor, picked: bool = False, flat: Sequence[Any] = ()) -> None:
+    def locate(
+        self, calls: Sequence[Call], outputs: Tensor, picked: bool = False, flat: Sequence[Any] = ()
+    ) -> list[Call]:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
-        Examples are told apart by the binary digits of their number: one backward pass with the examples whose digit
-        is 1, one with those whose digit is 0, for every digit. A row that answers to both belongs to several.
+        Examples are told apart by the binary digits of their number: one backward pass for every digit, with the
+        examples whose digit is 1, and one with all examples. A row belongs to examples whose digit is 1 if both give it
+        the same gradient, and to several if it has another one from those whose digit is 0, which is then asked for.
 
         Args:
             calls: the recorded uses.
             outputs: the network outputs.
             picked: whether rows were picked or ordered by the data: then what is known is checked in every minibatch.
             flat: as for :func:`laplace_kf.tape.reach.reached`.
+
+        Returns:
+            The calls with rows that belong to several examples, or to examples in no regular order.
         """
         count = outputs.shape[0]
         self._now = {}
         unknown: list[tuple[Call, Key, int]] = []
         known_calls: list[tuple[Call, Key, int]] = []
         for call, key in zip(calls, occurrences(calls), strict=True):
-            total = math.prod(call.shape[: call.leading])
+            total = math.prod(_lead(call))
             mode = self._modes.get((key, total // count)) if total % count == 0 else None
             if mode is None:
                 unknown.append((call, key, total))
@@ -71,7 +77,7 @@ class Rows:
         if picked and known_calls and not self._still(known_calls, outputs):
             unknown += known_calls
         if count < 2 or not unknown or not outputs.requires_grad:
-            return
+            return []
         noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
         def plain(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
@@ -84,13 +90,15 @@ class Rows:
             counted = part.reshape(-1, *[1] * (outputs.dim() - 1)).expand(outputs.shape)
             return reached(outputs, [call.edge for call in calls], counted, flat)
 
+        failed: list[Call] = []
         irregular: list[tuple[Call, Key, _Owners]] = []
         owners = _owners([call for call, _, _ in unknown], outputs, plain)
         for (call, key, total), found in zip(unknown, owners, strict=True):
-            if found.several:
-                self.shared.update(call.names)
+            few = call.source is not None and total < count  # no copy for each, even if one example alone reached it
+            if found.several or few:
+                failed.append(call)
                 continue
-            readings = _readings(call.shape[: call.leading], count, found)
+            readings = _readings(_lead(call), count, found)
             if not readings:
                 irregular.append((call, key, found))
                 continue
@@ -104,6 +112,7 @@ class Rows:
                 irregular[k] = (*irregular[k][:2], found)
         for _, key, found in irregular:
             self._now[key] = Ragged.of(found.example, count, least=2)
+        return failed
 
     def ragged(self, key: Key) -> bool:
         """Whether examples have different numbers of rows of a call."""
@@ -122,9 +131,9 @@ class Rows:
             outputs, [call.edge for call, _, _ in calls], seed, retain_graph=True, allow_unused=True
         )
         for grad, (call, key, total) in zip(grads, calls, strict=True):
-            touched = _touched(grad, call, outputs.device)
-            if touched is None:
+            if grad is None:
                 continue
+            touched = _sizes(grad, call, outputs.device) != 0
             mode = self._now[key]
             assert not isinstance(mode, Ragged)  # never kept
             outer = _outer(mode, call, total // count)
@@ -163,26 +172,50 @@ class Rows:
 
 
 def occurrences(calls: Sequence[Call]) -> list[Key]:
-    """A key for every call that stays the same from batch to batch: parameter names and how often seen before."""
+    """A key for every call that stays the same from batch to batch: what was read, and how often before."""
+    return [call.place for call in calls]
+
+
+def number(calls: Sequence[Call]) -> None:
+    """Numbers the calls of one forward pass that read the same."""
     seen: dict[tuple[str, ...], int] = {}
-    keys = []
     for call in calls:
-        keys.append((call.key, seen.get(call.key, 0)))
-        seen[call.key] = seen.get(call.key, 0) + 1
-    return keys
+        call.occurrence = 0
+        what = call.place[0]
+        call.occurrence = seen.get(what, 0)
+        seen[what] = call.occurrence + 1
 
 
 def _outer(mode: int, call: Call, positions: int) -> int:
     """How many rows there are for every example before its axis."""
-    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(call.shape[:mode])
+    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(_lead(call)[:mode])
 
 
-def _touched(grad: Tensor | None, call: Call, device: torch.device) -> Tensor | None:
-    """Which rows ``(B,)`` a gradient reached; the layer may lie on another device than the outputs."""
-    if grad is None:
-        return None
-    rows = flatten_rows(grad.reshape(call.shape), call.leading)
-    return ((rows.flatten(1) != 0).any(1) if rows.dim() > 1 else rows != 0).to(device)
+def _lead(call: Call) -> tuple[int, ...]:
+    """The axes of a call's output that enumerate rows; of copies those along which they can differ."""
+    if call.source is None:
+        return tuple(call.shape[: call.leading])
+    return tuple(size for size, own in zip(call.shape, call.aligned, strict=True) if own == 1)
+
+
+def copies(gradients: Tensor, call: Call) -> Tensor:
+    """Gradients ``(V, *shape)`` of the copies of a shared tensor as ``(V, B, entries of the tensor)``: a row a copy."""
+    apart = [1 + k for k, own in enumerate(call.aligned) if own == 1]  # none: one copy for all
+    moved = gradients.movedim(apart, list(range(1, 1 + len(apart))))
+    return moved.reshape(len(gradients), math.prod(_lead(call)), -1)
+
+
+def _sizes(grad: Tensor, call: Call, device: torch.device) -> Tensor:
+    """Sum of the absolute entries of every row ``(B,)`` of a gradient in the shape of a call's output.
+
+    Zero exactly where no entry is touched. The layer may lie on another device than the outputs.
+    """
+    grad = grad.reshape(call.shape)
+    if call.source is None:
+        rows = flatten_rows(grad, call.leading)
+    else:
+        rows = copies(grad[None], call)[0]
+    return (rows.flatten(1).abs().sum(1) if rows.dim() > 1 else rows.abs()).to(device)
 
 
 @dataclass(frozen=True)
@@ -208,22 +241,29 @@ def _owners(
         return []
     count, device = outputs.shape[0], outputs.device
     number = torch.arange(count, device=device)
-    totals = [math.prod(call.shape[: call.leading]) for call in calls]
+    totals = [math.prod(_lead(call)) for call in calls]
     example = [torch.zeros(total, dtype=torch.long, device=device) for total in totals]
     known = [torch.zeros(total, dtype=torch.bool, device=device) for total in totals]
     several = [False] * len(calls)
+
+    def passed_back(part: Tensor) -> list[Tensor | None]:
+        pairs = zip(gradients(calls, part), calls, strict=True)
+        return [None if grad is None else _sizes(grad, call, device) for grad, call in pairs]
+
+    every = passed_back(number >= 0)
     for digit in range(max(1, (count - 1).bit_length())):
         ones = (number >> digit) % 2 == 1
-        hits = [
-            [_touched(grad, call, device) for grad, call in zip(gradients(calls, part), calls, strict=True)]
-            for part in (ones, ~ones)
-        ]
-        for k, (one, zero) in enumerate(zip(*hits, strict=True)):
-            if one is None or zero is None:
+        others: list[Tensor | None] | None = None
+        for k, (rows, whole) in enumerate(zip(passed_back(ones), every, strict=True)):
+            if rows is None or whole is None:
                 continue
-            several[k] = several[k] or bool((one & zero).any())
+            one = rows != 0
+            if bool((one & (rows != whole)).any()):
+                others = passed_back(~ones) if others is None else others
+                zero = others[k]
+                several[k] = several[k] or zero is None or bool((one & (zero != 0)).any())
             example[k] += one.long() << digit
-            known[k] |= one | zero
+            known[k] |= one | (whole != 0)
     return [_Owners(*found) for found in zip(example, known, several, strict=True)]
 
 

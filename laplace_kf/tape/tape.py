@@ -13,8 +13,8 @@ it does not matter by which calls they were made. Functions that are fused for s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,10 @@ from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
+from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, meeting
 from laplace_kf.tape.choices import NUMBERS, picks_rows
+from laplace_kf.tape.edges import activates_view, edge_of
+from laplace_kf.tape.made import Made, MadeTensors, writes
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["Call", "Portion", "Step", "Tape"]
@@ -73,6 +76,13 @@ class Call:
         leading: how many leading output axes enumerate rows.
         version: version counter of the input when it was consumed.
         repeated: for a lookup made once for all examples, the shape to which its tokens were repeated.
+        occurrence: how many calls that read the same stood before it in the pass.
+        source: for copies of a tensor made of parameters (:mod:`laplace_kf.layers.shared`), that tensor, of any shape.
+        aligned: its shape among ``shape``, 1 where copies differ.
+        covers: calls with a rule that read the parameters on the way to ``source``.
+        covered: whether these say all about how ``source`` depends on the parameters.
+        kept: something else than copies used what this call made.
+        derivative: of ``source`` by its parameters, kept while the pass is used.
     """
 
     rule: LayerRule
@@ -83,6 +93,13 @@ class Call:
     leading: int
     version: int
     repeated: torch.Size | None = None
+    occurrence: int = 0
+    source: Tensor | None = None
+    aligned: tuple[int, ...] = ()
+    covers: tuple[Call, ...] = ()
+    covered: bool = False
+    kept: bool = False
+    derivative: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def gradient(self, found: Tensor | None) -> Tensor | None:
         """What autograd found at :attr:`edge`, in the shape of the output."""
@@ -102,6 +119,11 @@ class Call:
     def key(self) -> tuple[str, ...]:
         """What was read, in role order."""
         return tuple(str(portion) for portion in self.portions.values())
+
+    @property
+    def place(self) -> tuple[tuple[str, ...], int]:
+        """A key that stays the same from batch to batch: what was read, as what, and how often before."""
+        return (*self.key, self.rule.name), self.occurrence
 
     def input(self) -> Tensor:
         """The input as it was consumed, in its own shape.
@@ -145,6 +167,7 @@ class Tape(TorchFunctionMode):
         on_step: called before every function with (function, args, kwargs); its return value is kept in the step.
         record_steps: also keep every call on tensors (:attr:`steps`).
         wiring: follows the pass.
+        constants: tensors of any shape that are the same for all examples (buffers, parameters that are not tracked).
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
     anything else (with the name of the function); :attr:`order` all uses in order; :attr:`picked` whether rows were
@@ -157,6 +180,7 @@ class Tape(TorchFunctionMode):
         record_steps: bool = False,
         on_step: Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Tensor | None] | None = None,
         wiring: Wiring | None = None,
+        constants: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
         self.tracked = tracked
@@ -171,6 +195,7 @@ class Tape(TorchFunctionMode):
         self.wiring = wiring
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
+        self._made = MadeTensors(constants)
 
     def __torch_function__(
         self,
@@ -187,12 +212,21 @@ class Tape(TorchFunctionMode):
                 with self:
                     return replacement(*args, **kwargs)
         if not self.picked and picks_rows(func, args):
-            hidden = [t for t in _tensors((args, kwargs)) if t.requires_grad and self._root(t) is None]
+            hidden = [
+                t for t in _tensors((args, kwargs)) if t.requires_grad and not (self._root(t) or self._made.get(t))
+            ]
             self.picked = bool(hidden) or func in NUMBERS
+        direct: set[int] = set()
         if func in ADDITIONS and self._lookups:
-            args = self._repeated_lookups(args)
-        used = {id(t): self._root(t) for t in _tensors((args, kwargs))}
+            args, direct = self._repeated_lookups(args)
+        tensors = list(_tensors((args, kwargs)))
+        used = {id(t): self._root(t) for t in tensors}
         used = {key: root for key, root in used.items() if root is not None}
+        known = ((id(t), self._made.get(t)) for t in tensors if id(t) not in used)
+        made = {key: found for key, found in known if found is not None}
+        data = any(
+            id(t) in direct or not (id(t) in used or id(t) in made or self._made.is_constant(t)) for t in tensors
+        )
         source, source_key, before = None, (0, 0), None
         if self.record_steps:
             source = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("input")
@@ -202,21 +236,30 @@ class Tape(TorchFunctionMode):
         rule = RULES.get(func) if used else None
         bound = rule.bind(args, kwargs, used) if rule is not None else None
         version = _version(bound["input"]) if bound is not None and bound["input"] is not None else 0
+        ruled = self._ruled(func, rule, bound, args, kwargs) if used else set()
+        met = None
+        if data and (used or made):
+            mine = [key for key in (*used, *made) if key not in ruled and key not in direct]
+            met = meeting(func, args, kwargs, mine) if mine else None
         wired = self.wiring.before(func, args, kwargs) if self.wiring is not None else None
-        output = func(*args, **kwargs)
+        output = func(*args, **kwargs) if met is None else met.run()
         if self.wiring is not None:
             self.wiring.after(wired, output)
-        if (
-            isinstance(output, Tensor)
-            and output is _first(args, kwargs)
-            and output._base is not None
-            and _activates(func)
-        ):
+        done = set() if met is None else {id(copy.source) for copy in met.copies}
+        if data and writes(func) and isinstance(args[0], Tensor):
+            self._made.wrote(args[0])
+        if activates_view(func, args, kwargs, output):
             self.flat.append(output._base.grad_fn)
         call = None
         if used and self._consumed(output, rule):
             self.order.extend(root[1] for root in used.values() if root is not None)
-            call = self._record(func, rule, bound, args, kwargs, output, version)
+            call = self._record(func, rule, bound, args, kwargs, output, version, done, data)
+        if met is not None:
+            self._meet(met, used, made)
+        if used or made:
+            self._follow(func, output, used, made, ruled, done | direct, data, call)
+        elif not data:
+            self._made.add_constants(_tensors(output))
         if self.record_steps and isinstance(output, Tensor):
             # the tensors are kept alive so that their ids stay theirs
             key = (id(output), _version(output))
@@ -261,24 +304,118 @@ class Tape(TorchFunctionMode):
             return Portion(name, start, stop, True, whole)
         return None
 
-    def _repeated_lookups(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """Repeats what was looked up once for all examples (a position table): each example has its own rows then."""
-        shapes = [a.shape for a in args if isinstance(a, Tensor)]
+    def _repeated_lookups(self, args: Sequence[Any]) -> tuple[tuple[Any, ...], set[int]]:
+        """Repeats what was looked up once for all examples (a position table): each example has its own rows then.
+
+        Returns:
+            The arguments, and the ids of the lookups among them, which their own rule reads.
+        """
+        operands = [a for a in args if isinstance(a, Tensor)]
+        lookups = [a for a in operands if id(a) in self._lookups]
+        others = [a for a in operands if id(a) not in self._lookups]
+        if len(operands) != 2 or not lookups or any(self._root(a) is not None for a in others):
+            return tuple(args), set()
+        try:
+            shape = torch.broadcast_shapes(*(a.shape for a in operands))
+        except RuntimeError:
+            return tuple(args), set()
+        if any(self._made.is_constant(a) or self._made.get(a) is not None for a in others):
+            return tuple(args), set()  # nothing here is of one example
+        if not others and all(a.shape != shape for a in operands):
+            return tuple(args), set()  # a table of rows and one of columns
         changed = list(args)
+        direct: set[int] = set()
         for k, value in enumerate(args):
             found = self._lookups.pop(id(value), None) if isinstance(value, Tensor) else None
-            if found is None or len(shapes) != 2:
-                continue
-            try:
-                shape = torch.broadcast_shapes(*shapes)
-            except RuntimeError:
+            if found is None:
                 continue
             call = found[1]
+            call.kept = True
             if shape != value.shape and shape[-1:] == value.shape[-1:] and value.requires_grad:
                 changed[k] = value.expand(shape)
                 call.edge, call.shape, call.leading = get_gradient_edge(changed[k]), shape, len(shape) - 1
                 call.repeated = shape[:-1]
-        return tuple(changed)
+            direct.add(id(changed[k]))
+        return tuple(changed), direct
+
+    def _ruled(
+        self,
+        func: Callable[..., Any],
+        rule: LayerRule | None,
+        bound: BoundCall | None,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> set[int]:
+        """Ids of the arguments that the function's own rule reads."""
+        if rule is None or bound is None:
+            return set()
+        shape: Sequence[int] = ()
+        if is_broadcast(func):
+            try:
+                shape = torch.broadcast_shapes(*(t.shape for t in _tensors((args, kwargs))))
+            except RuntimeError:
+                return set()
+        elif func in EXPANSIONS:
+            shape = func(*args, **kwargs).shape
+        if rule.refuses(bound, torch.empty(shape, device="meta")) is not None:
+            return set()
+        return {id(t) for t in map(bound.values.get, rule.roles) if self._portion(t) is not None}
+
+    def _meet(self, met: Meeting, used: Mapping[int, Any], made: Mapping[int, Made]) -> None:
+        """Records the copies that were made."""
+        for copy in met.copies:
+            key = id(copy.source)
+            found = made.get(key)
+            sizes = {used[key][1]: used[key][0].numel()} if found is None else found.sizes
+            self.order.extend(sizes)
+            self.calls.append(
+                Call(
+                    SHARED,
+                    BoundCall({"input": None}),
+                    {str(k): Portion(name, 0, size) for k, (name, size) in enumerate(sizes.items())},
+                    get_gradient_edge(copy.copies),
+                    copy.copies.shape,
+                    copy.copies.dim(),
+                    0,
+                    source=copy.source,
+                    aligned=copy.aligned,
+                    covers=() if found is None else found.calls,
+                    covered=found is not None and found.covered,
+                )
+            )
+
+    def _follow(
+        self,
+        func: Callable[..., Any],
+        output: Any,
+        used: Mapping[int, Any],
+        made: Mapping[int, Made],
+        ruled: Collection[int],
+        done: Collection[int],
+        data: bool,
+        call: Call | None,
+    ) -> None:
+        """Follows tensors made of parameters: on to what is made of them alone, or to where data use them."""
+        outputs = list(_tensors(output))
+        if data:
+            if any(t.requires_grad for t in outputs) or writes(func):
+                for found in (m for key, m in made.items() if key not in done):
+                    if not found.covered:
+                        self.opaque.update({n: _name(func) for n in found.sizes if n not in self.opaque})
+                    for earlier in found.calls:
+                        earlier.kept = True
+            return
+        sizes = {root[1]: root[0].numel() for root in used.values()}
+        for found in made.values():
+            sizes.update(found.sizes)
+        calls = {id(c): c for m in made.values() for c in m.calls}
+        calls.update({} if call is None else {id(call): call})
+        covered = all(m.covered for m in made.values()) and (not used or (call is not None and set(used) <= set(ruled)))
+        for tensor in outputs:
+            if not tensor.requires_grad:
+                self._made.add_constants([tensor])
+            elif self._root(tensor) is None or id(tensor) in self._results:
+                self._made.add(tensor, sizes, list(calls.values()), covered)
 
     def _record(
         self,
@@ -289,8 +426,10 @@ class Tape(TorchFunctionMode):
         kwargs: Mapping[str, Any],
         output: Any,
         version: int,
+        done: Collection[int],
+        data: bool,
     ) -> Call | None:
-        reason = str(getattr(func, "__name__", func))
+        reason = _name(func)
         portions: dict[str, Portion] = {}
         if rule is not None and bound is not None:
             refusal = rule.refuses(bound, output)
@@ -302,11 +441,11 @@ class Tape(TorchFunctionMode):
         covered = [bound[role] for role in portions] if bound is not None else []
         for tensor in _tensors((args, kwargs)):
             root = self._root(tensor)
-            if root is not None and all(tensor is not known for known in covered):
+            if data and root is not None and id(tensor) not in done and all(tensor is not known for known in covered):
                 self.opaque.setdefault(root[1], reason)
         if not portions or rule is None or bound is None:
             return None
-        call = Call(rule, bound, portions, _edge(output, func), output.shape, rule.leading(bound, output), version)
+        call = Call(rule, bound, portions, edge_of(output, func), output.shape, rule.leading(bound, output), version)
         self.calls.append(call)
         if rule.keeps_memory:
             self._results[id(output)] = output
@@ -315,28 +454,8 @@ class Tape(TorchFunctionMode):
         return call
 
 
-_IN_PLACE = {
-    "relu", "relu6", "tanh", "sigmoid", "gelu", "silu", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardswish",
-    "hardsigmoid", "threshold", "clamp", "clamp_min", "clamp_max", "abs", "mish", "rrelu",
-}  # fmt: skip
-
-
-def _activates(func: Callable[..., Any]) -> bool:
-    """Whether a function is an elementwise activation that has a form in place."""
-    return str(getattr(func, "__name__", "")).rstrip("_") in _IN_PLACE
-
-
-def _first(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else kwargs.get("input")
-
-
-def _edge(output: Tensor, func: Callable[..., Any]) -> GradientEdge:
-    """Where an output stands in the autograd graph, see :class:`Call`."""
-    base = output._base
-    whole = base is not None and base.numel() == output.numel() and base.is_contiguous() and output.is_contiguous()
-    if base is None or not whole or not base.requires_grad or func in ADDITIONS or base.grad_fn is None:
-        return get_gradient_edge(output)
-    return get_gradient_edge(base)
+def _name(func: Callable[..., Any]) -> str:
+    return str(getattr(func, "__name__", func))
 
 
 def _version(tensor: Tensor) -> int:

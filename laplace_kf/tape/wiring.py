@@ -67,7 +67,7 @@ class Wiring:
     """Follows one forward pass; :meth:`key` is the same for passes that are wired in the same way.
 
     Args:
-        parameters: the model's parameters, in a fixed order.
+        parameters: the model's parameters, of any shape, in a fixed order.
         buffers: its buffers.
     """
 

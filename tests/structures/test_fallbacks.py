@@ -49,7 +49,7 @@ class Shared(nn.Module):
 
 FALLBACKS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str, str]] = {
     "no rule": (Product, {}, "weight", "no rule for"),
-    "several ways": (Twice, {}, "one", "both a matrix and an elementwise factor or summand"),
+    "several ways": (Twice, {}, "one", "both a matrix"),
     "shared rows": (Shared, {}, "table", ""),
     "wide input": (lambda: nn.Sequential(nn.Linear(3, 3)), {"max_side": 3}, "0", "input factor of 4 rows"),
     "wide output": (

@@ -1,0 +1,67 @@
+"""A stand-in for torchvision where its compiled operators do not load (next to another build of torch).
+
+timm and segmentation-models-pytorch import torchvision for transforms, data sets and one frozen layer; the models built
+here use none of them. The stand-in is put into ``sys.modules`` only if the real package is missing or broken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+__all__ = ["ensure_torchvision"]
+
+
+class _Anything(type):
+    """A class whose attributes are classes of the same kind, so that ``Name.ATTRIBUTE`` can be read at import."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name, (), {"__init__": _refuse})
+
+
+def _refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(f"torchvision does not load here: {type(self).__name__} is a stand-in that cannot be used")
+
+
+class _Module(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        found = _Anything(name, (), {"__init__": _refuse})
+        setattr(self, name, found)
+        return found
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> Any:
+        if name.partition(".")[0] != "torchvision":
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__version__ = "0.0.0+standin"  # type: ignore[attr-defined]
+
+
+def ensure_torchvision() -> bool:
+    """Makes ``import torchvision`` work; whether it is the real package."""
+    if "torchvision" in sys.modules:
+        return not isinstance(sys.modules["torchvision"], _Module)
+    with suppress(Exception):  # missing, or operators that do not load: any kind of error
+        importlib.import_module("torchvision")
+        return True
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Finder())
+    importlib.import_module("torchvision")
+    return False
