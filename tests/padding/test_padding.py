@@ -397,3 +397,53 @@ def test_padding_changes_no_factor_of_random_networks(case: Padded, extra: int, 
             same(one, two)
     assert plain.n_data == padded.n_data
     same(plain.log_likelihood, padded.log_likelihood)
+
+
+class Volumes(nn.Module):
+    """A class per point of an image or a volume, each point alone; the channel is where torch has it."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+        self.one, self.two = kind(2, 4, 1), kind(4, CLASSES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))
+
+
+@st.composite
+def segmentations(draw: st.DrawFn) -> Padded:
+    """Ignored points anywhere, other content there and further ignored points at the end of the last axis."""
+    axes, seed = draw(st.integers(1, 3)), draw(st.integers(0, 1000))
+    sizes = [draw(st.integers(1, 2)) for _ in range(axes - 1)] + [draw(st.integers(4, 5))]
+    model = seeded(lambda: Volumes(axes), seed).double()
+    x = torch.randn(4, 2, *sizes, generator=rng(seed)).double()
+    y = torch.randint(0, CLASSES, (4, *sizes), generator=rng(seed))
+    gone = torch.rand(y.shape, generator=rng(seed + 1)) < draw(st.sampled_from([0.0, 0.3, 0.6]))
+    gone.flatten()[0] = False
+    y[gone] = IGNORE
+
+    def batch(extra: int) -> Any:
+        if not extra:
+            return x, y
+        other = torch.where(gone[:, None], torch.randn(x.shape, generator=rng(8)).double(), x)
+        more = torch.randn(*x.shape[:-1], extra, generator=rng(9)).double()
+        return torch.cat([other, more], -1), torch.cat([y, torch.full((*y.shape[:-1], extra), IGNORE)], -1)
+
+    return Padded(model, batch)
+
+
+@settings(max_examples=16, deadline=None, derandomize=True)
+@given(
+    st.one_of(random_cases(), segmentations()),
+    st.integers(1, 4),
+    st.sampled_from(STRUCTURES),
+    st.sampled_from(ESTIMATORS),
+)
+def test_padding_changes_no_structure_of_random_networks(
+    case: Padded, extra: int, structure: str, estimator: str
+) -> None:
+    plain, padded = (estimated(case, e, structure, estimator) for e in (0, extra))
+    same(plain.mean().dense(), padded.mean().dense(), tolerance=1e-6 if structure == "lowrank" else TOLERANCE)
+    assert plain.n_data == padded.n_data and plain.terms == padded.terms
+    same(plain.log_likelihood, padded.log_likelihood)
