@@ -73,8 +73,9 @@ $(VENV)/.installed-experiments: $(VENV)/constraints.txt $(CODE)
 	$(INSTALL) --editable '.[experiments]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/constraints.txt $(CODE)
+$(VENV)/.installed-test: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --editable '.[experiments,test]'
+	$(INSTALL) --no-deps timm
 	@touch $@ $(VENV)/.installed-experiments
 
 $(VENV)/.installed-bench: $(VENV)/constraints.txt $(CODE) Makefile

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from benchmarks.models.problem import Problem, Row
+from benchmarks.models.torchvision import torchvision_or_standin
 
 __all__ = ["Result", "measure", "reference"]
 
@@ -43,7 +44,8 @@ def measure(row: Row, costs: bool = True) -> Result:
     torch.manual_seed(0)
     result = Result(row)
     try:
-        problem = row.make()
+        with torchvision_or_standin():
+            problem = row.make()
         problem.model.double()
         problem.batch = _map(problem.batch, lambda t: t.double() if t.is_floating_point() else t)
         weights = _selected(problem)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from benchmarks.models.torchvision import ensure_torchvision
 
 __all__ = ["FAMILIES", "Problem", "Row", "images", "rows"]
 
@@ -68,15 +67,6 @@ def images(make: Callable[[], nn.Module], size: int = 32) -> Callable[[], Proble
 
 def rows(families: Sequence[str] = FAMILIES) -> tuple[list[Row], list[Row]]:
     """Rows whose package is installed, and those that have to be left out."""
-    ensure_torchvision()
     every = [row for family in families for row in importlib.import_module(f"benchmarks.models.{family}").ROWS]
-    here = {package: _importable(package) for package in {row.package for row in every}}
+    here = {package: importlib.util.find_spec(package) is not None for package in {row.package for row in every}}
     return [row for row in every if here[row.package]], [row for row in every if not here[row.package]]
-
-
-def _importable(package: str) -> bool:
-    try:
-        importlib.import_module(package)
-    except Exception:  # missing, or broken next to this torch
-        return False
-    return True

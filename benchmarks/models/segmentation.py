@@ -22,7 +22,7 @@ def _dense(make: Callable[[], nn.Module], *size: int) -> Callable[[], Problem]:
     def build() -> Problem:
         channels, *space = size
         y = torch.full((2, *space), -100)
-        y.view(2, -1)[:, ::37] = torch.randint(2, y.view(2, -1)[:, ::37].shape)
+        y.view(2, -1)[:, ::131] = torch.randint(2, y.view(2, -1)[:, ::131].shape)
         batch = (torch.randn(2, channels, *space), y)
         return Problem(make().eval(), batch, logits=logits, counted=y.flatten(1) != -100)
 
@@ -35,8 +35,6 @@ def _smp(kind: str) -> nn.Module:
     sizes: dict[str, Any] = {"encoder_weights": None, "classes": 2, "encoder_depth": 3}
     if kind in ("Unet", "UnetPlusPlus"):
         sizes["decoder_channels"] = (8, 8, 4)
-    elif kind == "FPN":
-        sizes |= {"encoder_depth": 5, "decoder_pyramid_channels": 8, "decoder_segmentation_channels": 32}
     found: nn.Module = getattr(smp, kind)("timm-mobilenetv3_small_minimal_100", **sizes)
     return found
 
@@ -56,7 +54,7 @@ def _monai(kind: str) -> nn.Module:
 ROWS = [
     *(
         Row("segmentation_models_pytorch", kind, _dense(lambda kind=kind: _smp(kind), 3, 32, 32))  # type: ignore[misc]
-        for kind in ("Unet", "FPN")
+        for kind in ("Unet", "Linknet")
     ),
     *(
         Row("monai", f"{kind}, volumes", _dense(lambda kind=kind: _monai(kind), 1, *space))  # type: ignore[misc]

@@ -64,6 +64,12 @@ def _mixer(block: str, **options: Any) -> nn.Module:
     return mlp_mixer.MlpMixer(num_classes=3, img_size=32, patch_size=8, embed_dim=12, block_layer=kind, **options)
 
 
+def _gmlp() -> nn.Module:
+    from timm.models import mlp_mixer
+
+    return _mixer("SpatialGatingBlock", num_blocks=2, mlp_ratio=4, mlp_layer=mlp_mixer.GatedMlp)
+
+
 def _convmixer() -> nn.Module:
     from timm.models.convmixer import ConvMixer
 
@@ -100,7 +106,7 @@ ROWS = [
     Row("timm", "MobileNetV3", images(lambda: _mobilenet("v3"))),
     Row("timm", "DenseNet", images(_densenet)),
     Row("timm", "MLP-Mixer", images(lambda: _mixer("MixerBlock", num_blocks=2))),
-    Row("timm", "gMLP", images(lambda: _mixer("SpatialGatingBlock", num_blocks=2, mlp_ratio=4))),
+    Row("timm", "gMLP", images(_gmlp)),
     Row("timm", "ResMLP", images(lambda: _mixer("ResBlock", num_blocks=2, mlp_ratio=4))),
     Row("timm", "ConvMixer", images(_convmixer)),
     Row("timm", "PoolFormer", images(_poolformer)),
