@@ -1,18 +1,18 @@
 """The door: every form of batch a user may bring becomes (outputs, targets) here and nowhere else.
 
-A batch is ``(x, y)``, ``((x1, x2, ...), y)``, or a mapping whose targets stand under ``"labels"`` and whose other
-entries are keyword arguments of the model; entries that the model's ``forward`` does not name (``"idx"``, ``"text"``)
-are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping (keyword
-arguments) of anything. A batch, or ``x``, may be a graph (:mod:`laplace_kf.graphs`). Anything else goes through
-``forward(model, batch) -> (outputs, targets)``, which may take named tuples, dataclasses and nests of all these: the
-package moves and cuts the tensors inside them.
+A batch is ``(x, y)``, ``((x1, x2, ...), y)``, or a mapping whose targets stand under ``"labels"`` (or ``"label"``) and
+whose other entries are keyword arguments of the model; entries that the model's ``forward`` does not name (``"idx"``,
+``"text"``) are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping
+(keyword arguments) of anything. A batch, or ``x``, may be a graph (:mod:`laplace_kf.graphs`). Anything else is said by
+``inputs=`` and ``targets=``, or ``forward=`` (:mod:`laplace_kf.reading`), which may take named tuples, dataclasses and
+nests of all these: the package moves and cuts the tensors inside them. numpy arrays, and whatever else has
+``__array__``, become tensors.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -23,20 +23,27 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf import conventions, graphs
-from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.arrays import is_annotated, is_array, tensor_of
+from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called
+from laplace_kf.returned import as_tensor
 
 __all__ = [
     "Forward",
     "as_batches",
+    "called",
     "check_finite",
     "check_rows",
     "default_forward",
     "inputs_of",
+    "leaves_of",
     "map_examples",
     "model_outputs",
     "predicted",
     "run",
+    "to_tensors",
+    "with_labels",
 ]
 
 Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
@@ -67,22 +74,29 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
     return as_tensor(outputs)
 
 
+def with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What the model returns for a mapping batch, labels included; ``None`` if it does not take them by name."""
+    if "labels" not in batch or not conventions.takes_labels(model):
+        return None
+    return model(**_arguments(model, batch), labels=batch["labels"])
+
+
 def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a mapping that the model's ``forward`` takes; its targets (``"labels"``) are none of them."""
-    given = {key: value for key, value in inputs.items() if key != "labels"}
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # no signature to be had
+    """The entries of a mapping that the model's ``forward`` takes; its targets are none of them."""
+    given = {
+        key: value for key, value in inputs.items() if key not in ("labels", conventions.target_key(model, inputs))
+    }
+    named = conventions.arguments(model)
+    if named is None:
         return given
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return given
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    if missing and len(missing) == 1 and "image" in given:  # MONAI's dictionaries
+        return {missing[0]: given["image"], **{p.name: given[p.name] for p in named if p.name in given}}
     if missing or not any(p.name in given for p in named):
+        key = _target_like(inputs)
         raise ShapeMismatch(
             f"a mapping is given to {type(model).__name__}.forward by keyword: its entries {_keys(given)} lack "
-            f"{missing or [p.name for p in named]}; rename them, or pass forward=lambda model, batch: "
-            '(model(batch["..."]), batch["labels"])'
+            f"{missing or [p.name for p in named]}; rename them, or pass {_line(inputs, key)}"
         )
     return {p.name: given[p.name] for p in named if p.name in given}
 
@@ -91,22 +105,17 @@ def _keys(mapping: Mapping[Any, Any]) -> list[str]:
     return sorted(map(str, mapping))
 
 
-def as_tensor(outputs: Any) -> Tensor:
-    """The output tensor of a model call (``.logits`` or ``["logits"]`` of a structured one)."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    what = type(outputs).__name__
-    if isinstance(outputs, Mapping):
-        what += f" with {_keys(outputs)}"
-    elif isinstance(outputs, (tuple, list)):
-        what += f" of {len(outputs)}"
-    raise ShapeMismatch(
-        f"the model returned {what}, but one tensor of outputs is needed; pick it, or put several together, with "
-        "forward=lambda model, batch: (model(batch[0])[0], batch[1])"
-    )
+def _target_like(mapping: Mapping[Any, Any]) -> str:
+    """The entry of a mapping that by its name holds the targets."""
+    return next((key for key in ("labels", "label", "targets", "target", "y") if key in mapping), "...")
+
+
+def _line(mapping: Mapping[Any, Any], target: str) -> str:
+    """The line that says which entries are inputs and targets, to be pasted."""
+    tensors = [key for key, value in mapping.items() if isinstance(value, Tensor) and key != target]
+    floats = [key for key in tensors if mapping[key].is_floating_point()]
+    first = str((floats or tensors or ["..."])[0])
+    return f'inputs=lambda batch: batch["{first}"], targets=lambda batch: batch["{target}"]'
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -121,13 +130,13 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         raw = as_tensor(graphs.call(model, graph))
         return graphs.outputs(graph, raw), graphs.targets(graph, raw, given)
     if isinstance(batch, Mapping):
-        if "labels" not in batch:
-            near = next((key for key in ("label", "targets", "target", "y") if key in batch), "...")
+        key = conventions.target_key(model, batch)
+        if key is None:
             raise ShapeMismatch(
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
-                f'forward=lambda model, batch: (model(batch["..."]), batch["{near}"])'
+                f"{_line(batch, _target_like(batch))}"
             )
-        return model_outputs(model, batch), conventions.targets(model, batch["labels"])
+        return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return model_outputs(model, batch[0]), batch[1]
     what, picked = type(batch).__name__, ("batch.x", "batch.y")
@@ -135,7 +144,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         what, picked = f"{what} of {len(batch)}", ("batch[0]", "batch[1]")
     raise ShapeMismatch(
         f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
-        f"with forward=lambda model, batch: (model({picked[0]}), {picked[1]})"
+        f"with inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}"
     )
 
 
@@ -146,9 +155,10 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     user's data, or what the next pass sees. Targets come back on the device of the outputs, which may be another one.
     """
     batch = private(_beside(batch, model))
-    with as_called():
+    with as_called(), as_functions(model):
         outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
     outputs = as_tensor(outputs)
+    targets = to_tensors(targets, model)
     return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
 
 
@@ -160,18 +170,29 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
             ``inputs`` has examples, or if the model returns no tensor.
     """
     inputs = private(_beside(inputs, model))
-    with as_called():
-        if forward is None:
-            return model_outputs(model, inputs)
-        try:
-            outputs = as_tensor(forward(model, inputs)[0])
-            check_rows(inputs, outputs)
-            return outputs
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
-            raise ShapeMismatch(
-                f"forward= does not work on the input of predict, {type(inputs).__name__}: {error!r}. It is called as "
-                "in fit, so give it a whole batch of the same form; the targets in it are not looked at"
-            ) from error
+    with as_called(), as_functions(model):
+        return called(model, inputs, forward)
+
+
+def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
+    """As :func:`predicted`, outputs ``(N, ...)``, on the inputs themselves, which the model may then change."""
+    at_inputs = getattr(forward, "outputs_at", None)  # of laplace_kf.reading.Reading
+    if at_inputs is not None:
+        return as_tensor(at_inputs(model, inputs))
+    if forward is None:
+        return model_outputs(model, inputs)
+    try:
+        outputs = as_tensor(forward(model, inputs)[0])
+    except LaplaceKFError:
+        raise
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        raise ShapeMismatch(
+            f"forward= does not work on the input of predict, {type(inputs).__name__}: {error!r}. It is called as "
+            "in fit, so give it a whole batch of the same form; the targets in it are not looked at. With inputs= and "
+            "targets= in place of forward=, predict takes what the model takes"
+        ) from error
+    check_rows(inputs, outputs)
+    return outputs
 
 
 def check_rows(inputs: Any, outputs: Tensor) -> None:
@@ -186,9 +207,10 @@ def check_rows(inputs: Any, outputs: Tensor) -> None:
     """
     if isinstance(inputs, Tensor) and inputs.dim() and (outputs.dim() < 2 or outputs.shape[0] != inputs.shape[0]):
         raise ShapeMismatch(
-            f"predict was given {tuple(inputs.shape)}, {inputs.shape[0]} examples, and forward= made outputs of shape "
-            f"{tuple(outputs.shape)} of it: it is called as in fit, and batch[0] of a tensor is its first example. "
-            "Give it a whole batch of the same form: posterior.predict((x, None))"
+            f"forward= makes outputs of shape {tuple(outputs.shape)} of {inputs.shape[0]} examples, a tensor of shape "
+            f"{tuple(inputs.shape)}: it is called as in fit, and batch[0] of a tensor is its first example. "
+            "Give it a whole batch of the same form, posterior.predict((x, None)); or construct the posterior with "
+            "inputs=lambda batch: batch[0], targets=lambda batch: batch[1] in place of forward=, and predict takes x"
         )
 
 
@@ -200,14 +222,21 @@ def _beside(structure: Any, model: nn.Module) -> Any:
 
 def inputs_of(batch: Any, forward: Forward | None) -> Any:
     """What ``predict`` takes of a batch with targets: the batch itself for ``forward``, else its inputs."""
+    of_tensor = getattr(forward, "inputs_of", None)  # of laplace_kf.reading.Reading
+    if of_tensor is not None:
+        return of_tensor(batch)
     return batch[0] if forward is None and isinstance(batch, (tuple, list)) else batch
 
 
-def as_batches(data: Any) -> Iterable[Any]:
-    """A loader, an iterable of batches, or whole tensors, as an iterable of batches.
+def as_batches(data: Any, model: nn.Module | None = None) -> Iterable[Any]:
+    """A loader, an iterable of batches, or whole tensors, as an iterable of batches of tensors.
 
     A pair ``(x, y)`` with equally long tensors (or ``((x1, x2), y)``), or a mapping of such tensors with ``"labels"``,
     is cut into minibatches of ``BATCH_SIZE``.
+
+    Args:
+        data: what the user gave; arrays become tensors, whole or batch by batch.
+        model: whose floating type arrays get.
 
     Raises:
         ShapeMismatch: for anything else; names its type and the way out.
@@ -215,9 +244,12 @@ def as_batches(data: Any) -> Iterable[Any]:
     targets = None
     if graphs.is_graph(data):  # which would be iterated over entry by entry
         return [data]
+    pair = isinstance(data, (tuple, list)) and len(data) == 2
+    if isinstance(data, Mapping) or (pair and (isinstance(data, tuple) or is_array(data[1]))):
+        data = to_tensors(data, model)
     if isinstance(data, Mapping):
-        targets = data.get("labels")
-    elif isinstance(data, (tuple, list)) and len(data) == 2:
+        targets = data.get("labels", data.get("label"))
+    elif pair:
         targets = data[1]
     if isinstance(targets, Tensor):
         leaves = list(tensors_of(data if isinstance(data, Mapping) else data[0]))
@@ -243,7 +275,21 @@ def as_batches(data: Any) -> Iterable[Any]:
             f"expected a loader, an iterable of batches or a pair (x, y), got {type(data).__name__}"
             + ("" if isinstance(data, Tensor) else way)
         )
-    return data
+    return (to_tensors(batch, model) for batch in data) if isinstance(data, Iterator) else _Batches(data, model)
+
+
+class _Batches:
+    """Batches of a loader with tensors for arrays; as long as it, and iterated as often."""
+
+    def __init__(self, data: Iterable[Any], model: nn.Module | None) -> None:
+        self.data, self.model = data, model
+
+    def __len__(self) -> int:
+        return len(self.data)  # type: ignore[arg-type]  # TypeError where the loader has no length
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.data:
+            yield to_tensors(batch, self.model)
 
 
 class _Slices:
@@ -314,13 +360,57 @@ def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor])
     return _map(structure, lambda t: change(t) if t.dim() and t.shape[0] == count else t, count)
 
 
+def to_tensors(structure: Any, model: nn.Module | None = None) -> Any:
+    """The structure with a tensor (of the same shape) for every array in it.
+
+    Floating arrays get the floating type of the model's first parameter, so that numpy's float64 fits a float32 model;
+    integers keep theirs; text stays as it is. Tensors of a subclass that only carries notes along (MONAI's) are taken
+    as plain ones.
+    """
+    if not any(is_array(leaf) or is_annotated(leaf) for leaf in leaves_of(structure)):
+        return structure
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point()) if model is not None else iter(())
+    return _map(
+        structure,
+        lambda t: t.as_subclass(Tensor) if is_annotated(t) else t,
+        other=partial(tensor_of, next(kinds, None)),
+    )
+
+
+def leaves_of(structure: Any) -> Iterator[Any]:
+    """Everything in a nest that is no container."""
+    if isinstance(structure, Mapping):
+        for value in structure.values():
+            yield from leaves_of(value)
+    elif isinstance(structure, (tuple, list)) and not isinstance(structure, PackedSequence):
+        for value in structure:
+            yield from leaves_of(value)
+    elif _is_dataclass(structure):
+        for field in dataclasses.fields(structure):
+            yield from leaves_of(getattr(structure, field.name, None))
+    else:
+        yield structure
+
+
 def to_device(structure: Any, device: torch.device) -> Any:
     """The structure with its tensors on ``device``."""
     return _map(structure, lambda t: t.to(device, non_blocking=True))
 
 
-def _map(structure: Any, change: Callable[[Tensor], Tensor], cuts: int | None = None) -> Any:
-    """A new structure of the same types with its tensors changed; ``cuts``: of so many examples, some are taken out."""
+def _map(
+    structure: Any,
+    change: Callable[[Tensor], Tensor],
+    cuts: int | None = None,
+    other: Callable[[Any], Any] | None = None,
+) -> Any:
+    """A new structure of the same types with its tensors changed.
+
+    Args:
+        structure: nested tensors (of any shape).
+        change: of a tensor.
+        cuts: of so many examples, some are taken out.
+        other: what becomes of anything that is neither tensor nor container.
+    """
     if isinstance(structure, Tensor):
         return change(structure)
     if isinstance(structure, PackedSequence):
@@ -332,23 +422,23 @@ def _map(structure: Any, change: Callable[[Tensor], Tensor], cuts: int | None = 
         data, sizes, *order = structure  # the sizes stay on the CPU, as torch demands
         return PackedSequence(change(data), sizes, *(None if o is None else change(o) for o in order))
     if isinstance(structure, Mapping):
-        return _refilled(structure, {key: _map(value, change, cuts) for key, value in structure.items()})
+        return _refilled(structure, {key: _map(value, change, cuts, other) for key, value in structure.items()})
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
         named: Any = structure
-        return named._replace(**{n: _map(getattr(named, n), change, cuts) for n in named._fields})
+        return named._replace(**{n: _map(getattr(named, n), change, cuts, other) for n in named._fields})
     if isinstance(structure, (tuple, list)):
-        return type(structure)(_map(value, change, cuts) for value in structure)
+        return type(structure)(_map(value, change, cuts, other) for value in structure)
     if _is_dataclass(structure):
         copied = copy.copy(structure)  # not through __init__, which may do more than store its arguments
         for field in dataclasses.fields(structure):
             if hasattr(structure, field.name):
-                object.__setattr__(copied, field.name, _map(getattr(structure, field.name), change, cuts))
+                object.__setattr__(copied, field.name, _map(getattr(structure, field.name), change, cuts, other))
         return copied
     if graphs.is_graph(structure):
         if cuts is not None:
             return graphs.cut(structure, cuts, change)
-        return graphs.mapped(structure, lambda value: _map(value, change))
-    return structure
+        return graphs.mapped(structure, lambda value: _map(value, change, None, other))
+    return structure if other is None else other(structure)
 
 
 def _refilled(structure: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
@@ -375,7 +465,11 @@ def check_finite(structure: Any, index: int, what: str) -> None:
     for tensor in tensors_of(structure):
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
+            mask = bool((torch.isfinite(tensor) | (tensor == -torch.inf)).all())
+            instead = " In place of a mask of 0 and -inf give a boolean mask, or torch.finfo(mask.dtype).min for -inf."
             raise NonFinite(
                 f"batch {index}: {what} of shape {tuple(tensor.shape)} has {bad} NaN or infinite "
                 f"{'entry' if bad == 1 else 'entries'}; nothing was changed. Clean the data (or the model's outputs)."
+                + instead
+                * mask
             )

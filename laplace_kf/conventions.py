@@ -7,13 +7,14 @@ transformers need not be installed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "decoder_inputs_from_labels", "targets"]
+__all__ = ["IGNORED", "arguments", "decoder_inputs_from_labels", "is_causal", "takes_labels", "target_key", "targets"]
 
 IGNORED = -100  # what transformers and torch.nn.CrossEntropyLoss leave out
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -29,14 +30,48 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
     return getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
 
 
+def arguments(model: nn.Module) -> list[inspect.Parameter] | None:
+    """The arguments that the model's ``forward`` names; ``None`` if it takes any keyword, or does not tell."""
+    try:
+        parameters = list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # no signature to be had
+        return None
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def takes_labels(model: nn.Module) -> bool:
+    """Whether the ``forward`` of the model, or of the one inside an adapter's wrapper, names ``labels``."""
+    for module in (model, _wrapped(model)):
+        try:
+            if "labels" in inspect.signature(module.forward).parameters:
+                return True
+        except (TypeError, ValueError):
+            continue
+    return False
+
+
+def target_key(model: nn.Module, batch: Mapping[Any, Any]) -> str | None:
+    """Where the targets of a mapping batch stand: ``"labels"``, else ``"label"`` unless the model has such an input."""
+    if "labels" in batch:
+        return "labels"
+    takes_it = any(p.name == "label" for p in arguments(model) or ())
+    return "label" if "label" in batch and not takes_it else None
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether the model is a causal language model of transformers, bare or inside an adapter's wrapper."""
+    model = _wrapped(model)
+    return any(kind.__name__.endswith(CAUSAL) for kind in type(model).__mro__) and not _is_encoder_decoder(model)
+
+
 def targets(model: nn.Module, labels: Any) -> Any:
     """The targets of the outputs: ``labels (N, T)`` themselves, or for a causal language model label t + 1 at t.
 
     The last position of a causal language model has no target and is ignored (-100).
     """
-    model = _wrapped(model)
-    causal = any(kind.__name__.endswith(CAUSAL) for kind in type(model).__mro__) and not _is_encoder_decoder(model)
-    if not causal or not isinstance(labels, Tensor) or labels.dim() < 2:
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or not is_causal(model):
         return labels
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 

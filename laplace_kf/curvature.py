@@ -14,18 +14,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from laplace_kf.agreement import require_same_loss
 from laplace_kf.batches import Forward, as_batches, check_finite, run, to_device
 from laplace_kf.engine import Statistics, collect, preserved
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import ShapeMismatch, UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.lookups import Plainly
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
+from laplace_kf.outputs.arranged import decided
+from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
-from laplace_kf.tape import FlatLayout, select
+from laplace_kf.tape import UNUSED, FlatLayout, select
 from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
@@ -40,8 +44,12 @@ def estimate(
     parameters: Selection = "all",
     *,
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
     generator: torch.Generator | None = None,
     dtype: torch.dtype | None = None,
+    layout: str | None = None,
+    unused: str = "error",
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -55,9 +63,14 @@ def estimate(
         estimator: ``"exact"``, ``"sampled"`` (``samples=``), ``"projection"`` (``samples=``, ``noise=``),
             ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
         parameters: ``"all"``, ``"last_layer"``, a list of name patterns, or a :class:`Subnetwork` of single weights.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         generator: random numbers of the estimator; a fresh private one by default.
         dtype: type of the sums; default: the model's, float32 at least.
+        layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
+            ``"channels_last"``; default: as the targets show.
+        unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
+            their curvature is 0.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -69,8 +82,12 @@ def estimate(
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
     generator = generator if generator is not None else fresh_generator()
-    settings: dict[str, Any] = {"forward": forward, "generator": generator, "dtype": dtype}
-    job = (model, as_batches(data), get_likelihood(likelihood), estimator)
+    _ = UNUSED[unused]
+    settings: dict[str, Any] = {
+        "forward": reading(forward, inputs, targets), "generator": generator, "dtype": dtype, "unused": unused,
+    }  # fmt: skip
+    rule = get_likelihood(likelihood)
+    job = (model, as_batches(data, model), rule if layout is None else rule.with_layout(layout), estimator)
     names, structure = covered(parameters, structure, *job, **settings)
     return collect(*job, structure, parameters=names, **settings)
 
@@ -85,6 +102,19 @@ def make_estimator(estimator: str | Estimator, **options: Any) -> Estimator:
     return estimator if isinstance(estimator, Estimator) else ESTIMATORS[estimator](**options)
 
 
+SETTINGS = (
+    "structure",
+    "estimator",
+    "parameters",
+    "prior_precision",
+    "damping",
+    "forward",
+    "inputs",
+    "targets",
+    "dtype",
+)
+
+
 def make_pair(
     structure: str | Structure, estimator: str | Estimator, options: dict[str, Any]
 ) -> tuple[Structure, Estimator]:
@@ -94,7 +124,7 @@ def make_pair(
 
     Raises:
         UnknownName: for unregistered names.
-        TypeError: for an option that would have no effect; names what is allowed.
+        UnknownOption: for an option that would have no effect; names what is allowed.
     """
     mine, theirs = _accepted(structure, STRUCTURES), _accepted(estimator, ESTIMATORS)
     neutral = {name: value for entry in ESTIMATORS for name, value in _accepted(entry, ESTIMATORS).items()}
@@ -104,10 +134,11 @@ def make_pair(
         if name not in mine and name not in theirs and (name not in neutral or value != neutral[name])
     ]
     if stray:
-        raise TypeError(
-            f"option {stray[0]!r} is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor "
-            f"by estimator {estimator!r} (options: {sorted(theirs) or 'none'})"
+        taken = (
+            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
+            f"(options: {sorted(theirs) or 'none'})"
         )
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),
@@ -129,15 +160,18 @@ def ggn_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
 ) -> Tensor:
     """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
     Raises:
         ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
     """
-    rule = get_likelihood(likelihood)
 
-    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    def product(
+        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
+    ) -> list[Tensor]:
         seed = torch.zeros_like(outputs, requires_grad=True)
         pulled = torch.autograd.grad(outputs, weights, seed, create_graph=True, allow_unused=True)
         used = [(p, d) for p, d in zip(pulled, direction, strict=True) if p is not None]
@@ -147,7 +181,7 @@ def ggn_vector_product(
         grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, reading(forward, inputs, targets), product)
 
 
 def hessian_vector_product(
@@ -158,15 +192,18 @@ def hessian_vector_product(
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
 ) -> Tensor:
     """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
 
     Raises:
         ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
     """
-    rule = get_likelihood(likelihood)
 
-    def product(outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]) -> list[Tensor]:
+    def product(
+        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
+    ) -> list[Tensor]:
         loss = -rule.log_prob(outputs, targets).sum()
         grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         used = [(g, d) for g, d in zip(grads, direction, strict=True) if g is not None and g.requires_grad]
@@ -176,7 +213,7 @@ def hessian_vector_product(
         second = torch.autograd.grad(along, weights, allow_unused=True)
         return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
 
-    return _products(model, rule, data, v, parameters, forward, product)
+    return _products(model, get_likelihood(likelihood), data, v, parameters, reading(forward, inputs, targets), product)
 
 
 def _products(
@@ -186,7 +223,7 @@ def _products(
     v: Tensor,
     parameters: str | Sequence[str],
     forward: Forward | None,
-    product: Callable[[Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
+    product: Callable[[Likelihood, Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
 ) -> Tensor:
     model = usable(model)
     named = dict(model.named_parameters())
@@ -200,12 +237,16 @@ def _products(
     total, count = torch.zeros_like(v), 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(as_batches(data)):
+        for index, batch in enumerate(as_batches(data, model)):
             check_finite(batch, index, "the batch")
-            outputs, targets = run(model, to_device(batch, weights[0].device), forward)
+            if index == 0:
+                require_same_loss(model, to_device(batch, weights[0].device), forward, likelihood)
+            with Plainly():  # its derivatives are those of the function
+                outputs, targets = run(model, to_device(batch, weights[0].device), forward)
             check_ignored(batch, targets, likelihood, forward)
+            likelihood = decided(likelihood, outputs, targets)
             likelihood.check(outputs.detach(), targets)
-            parts = product(outputs, targets, weights, direction)
+            parts = product(likelihood, outputs, targets, weights, direction)
             total = total + torch.cat([part.detach().reshape(-1) for part in parts])
             count += likelihood.counted_examples(outputs.detach(), targets)
     if count == 0:

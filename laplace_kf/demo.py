@@ -169,13 +169,17 @@ def _predictions(config: Config) -> tuple[dict[str, Tensor], dict[str, dict[str,
         )
         posterior.fit(parts["train"])
         settings[f"{name}, untuned"] = {"n_data": float(n_data), "prior_precision": config.prior_precision}
-        probs[f"{name}, untuned"] = posterior.predict(inputs, samples=config.samples, generator=generator).probs
+        probs[f"{name}, untuned"] = posterior.predict(
+            inputs, method="mc", samples=config.samples, generator=generator
+        ).probs
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a best value on the grid's edge: the table marks it
-            tuning = posterior.tune(parts["val"], samples=config.tune_samples, generator=generator)
+            tuning = posterior.tune(parts["val"], method="mc", samples=config.tune_samples, generator=generator)
         best = {key: tuning.best[key] for key in ("n_data", "prior_precision")}
         settings[f"{name}, tuned"] = {**best, "at_edge": float(tuning.at_edge)}
-        probs[f"{name}, tuned"] = posterior.predict(inputs, samples=config.samples, generator=generator).probs
+        probs[f"{name}, tuned"] = posterior.predict(
+            inputs, method="mc", samples=config.samples, generator=generator
+        ).probs
     return probs, settings, parts["test"][1], n_data
 
 

@@ -6,8 +6,7 @@ accumulation, moving averages, merging workers and discounting old data are all 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from random import getstate, setstate
@@ -18,19 +17,23 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import Forward, check_finite
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.batches import Forward, check_finite, to_device
+from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import require_memory, undisturbed, usable
 from laplace_kf.operators import Blockwise, Matrix
-from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Signals, Tracer
+from laplace_kf.outputs.arranged import decided
+from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
 
 __all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
+MANY_BLOCKS = 5  # named in one warning
 MANY_COLUMNS = 2000  # backward passes per minibatch from which a fit is announced as slow
 INSTEAD = (
     'Use structure="diag" or "kron", fewer parameters (parameters="last_layer" or patterns), estimator="sampled", '
@@ -82,6 +85,9 @@ class StructureRule(Protocol):
     def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
         """Whether the closed forms of the layer at the output are taken."""
 
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        """Blocks that are kept as less than the structure's own form, and why."""
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         """Bytes per column of ``count`` examples."""
 
@@ -116,6 +122,7 @@ class Statistics:
         count: number of examples behind the sums (a float once scaled); one whose targets are all ignored is none.
         log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
         terms: number of scalar densities in that sum.
+        outputs: layout of the outputs that the targets showed (``likelihood.with_layout``), or ``None``.
     """
 
     structure: StructureRule
@@ -125,6 +132,7 @@ class Statistics:
     count: float
     log_likelihood: Tensor
     terms: float
+    outputs: str | None = None
 
     @property
     def n_data(self) -> float:
@@ -139,25 +147,49 @@ class Statistics:
         """
         if not isinstance(other, Statistics):
             return NotImplemented
-        if self.structure.name != other.structure.name or self.layout != other.layout:
+        common = self.layout.common(other.layout)
+        if self.structure.name != other.structure.name or common is None:
             raise IncompatiblePair(
                 "statistics can only be added if they have the same structure and cover the same parameters "
                 f"({self.structure.name!r} over {self.layout.size} and {other.structure.name!r} over "
                 f"{other.layout.size} parameters)"
             )
-        blocks = {**self.blocks, **other.blocks}
-        for name in set(self.blocks) & set(other.blocks):
-            if self.blocks[name] != other.blocks[name]:
+        mine, theirs = self.without(other.used), other.without(self.used)
+        blocks = {**mine.blocks, **theirs.blocks}
+        for name in set(mine.blocks) & set(theirs.blocks):
+            if mine.blocks[name] != theirs.blocks[name]:
                 raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
-        structure, sums = self.structure.merged(self.sums, other.structure, other.sums)
+        covered = [name for block in blocks.values() for name in block.parameters]
+        if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
+            _require_one_form(mine.blocks, theirs.blocks, covered)
+        structure, sums = mine.structure.merged(mine.sums, theirs.structure, theirs.sums)
         return Statistics(
             structure,
-            self.layout,
+            common,
             blocks,
             sums,
             self.count + other.count,
             self.log_likelihood + other.log_likelihood,
             self.terms + other.terms,
+            self.outputs or other.outputs,
+        )
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters that took part in a forward pass."""
+        return {name for block in self.blocks.values() if not block.unused for name in block.parameters}
+
+    def without(self, names: Collection[str]) -> Statistics:
+        """Without the blocks of unused parameters among ``names``, which say nothing beside others' that are used."""
+        gone = {n for n, block in self.blocks.items() if block.unused and block.parameters[0] in names}
+        if not gone:
+            return self
+        fixed = {name: parts for name, parts in self.structure.fixed.items() if name not in gone}
+        return replace(
+            self,
+            structure=self.structure.with_fixed(fixed) if fixed else self.structure,
+            blocks={name: block for name, block in self.blocks.items() if name not in gone},
+            sums={name: parts for name, parts in self.sums.items() if name not in gone},
         )
 
     def scale(self, factor: float) -> Statistics:
@@ -185,6 +217,22 @@ class Statistics:
     def total(self) -> Matrix:
         """``N · C̄``."""
         return self.mean().scaled(self.count)
+
+
+def _require_one_form(mine: Mapping[str, Block], theirs: Mapping[str, Block], covered: Sequence[str]) -> None:
+    """Refuses parameters that two statistics keep in blocks of different names."""
+    twice = {
+        name
+        for name in set(covered)
+        if {b for b, block in mine.items() if name in block.parameters}
+        != {b for b, block in theirs.items() if name in block.parameters}
+        and any(name in block.parameters for block in mine.values())
+        and any(name in block.parameters for block in theirs.values())
+    }
+    if twice:
+        raise IncompatiblePair(
+            f"parameters {', '.join(sorted(twice))} belong to other blocks in one of the statistics than in the other"
+        )
 
 
 class Accumulator:
@@ -217,6 +265,7 @@ class Accumulator:
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
         self._announced = False
         self._met = False  # whether a minibatch came
+        self._patterns: Patterns = {}  # kept no longer than the weights
 
     def add(self, batch: Any, index: int) -> None:
         """Takes in one minibatch.
@@ -234,6 +283,7 @@ class Accumulator:
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         check_ignored(observation.batch, observation.targets, self.likelihood, self.tracer.forward)
+        self.likelihood = decided(self.likelihood, observation.outputs, observation.targets)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -249,13 +299,14 @@ class Accumulator:
             self._met = True
             self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
         self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)
-        self._prepare(self.dtype)
+        self._prepare(self.tracer.blocks)
         if number == 0:  # not one target counts
             return
         with torch.no_grad():
-            if self.structure.counts_positions:
-                self.structure.add_inputs(self.sums, observation.input_signals(counted))
-            self.estimator.measure(observation, self.likelihood, self, self.generator)
+            if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
+                if self.structure.counts_positions:
+                    self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
+                self.estimator.measure(observation, self.likelihood, self, self.generator)
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
             log_prob = self.likelihood.log_prob(wide, observation.targets)
@@ -263,10 +314,10 @@ class Accumulator:
         self.terms += self.likelihood.terms(observation.targets)
         self.count += number
 
-    def _prepare(self, dtype: torch.dtype) -> None:
+    def _prepare(self, blocks: Mapping[str, Block]) -> None:
         """Zero sums for new blocks, each on the device of its parameters (a model may lie on several)."""
-        for name, block in self.tracer.blocks.items():
-            like = torch.zeros((), dtype=dtype, device=self.tracer.named[block.parameters[0]].device)
+        for name, block in blocks.items():
+            like = torch.zeros((), dtype=self.dtype, device=self.tracer.named[block.parameters[0]].device)
             self.structure.prepare(self.sums, {name: block}, self.tracer.layout, like)
 
     def takes_output_signals(self) -> bool:
@@ -277,11 +328,10 @@ class Accumulator:
         """Warns, once, before very many columns are sent back (called by the estimator)."""
         if count > MANY_COLUMNS and not self._announced:
             self._announced = True
-            warnings.warn(
+            warn_user(
                 f"estimator {self.estimator.name!r} sends {count} columns back through the network for every minibatch "
                 f"(outputs {tuple(observation.outputs.shape)}), which takes about {count} backward passes each. "
-                'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.',
-                stacklevel=2,
+                'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.'
             )
 
     def add_columns(self, signals: Mapping[str, Signals]) -> None:
@@ -308,6 +358,19 @@ class Accumulator:
         require_memory(each, observation.outputs.device, what, INSTEAD)
         return max(1, MEMORY_BYTES // max(1, each))
 
+    def _warn_of_poorer(self, blocks: Mapping[str, Block]) -> None:
+        """Warns, once a block, where less is kept than the structure promises."""
+        found = {n: why for n, why in self.structure.poorer(blocks).items() if n not in self.tracer.warned}
+        self.tracer.warned.update(found)
+        if found:
+            listed = "; ".join(f"{name!r}: {why}" for name, why in list(found.items())[:MANY_BLOCKS])
+            more = f"; and {len(found) - MANY_BLOCKS} more" if len(found) > MANY_BLOCKS else ""
+            warn_user(
+                f"structure {self.structure.name!r} keeps less than a pair of factors for {len(found)} block(s): "
+                f'{listed}{more}. It is in summary(), too; vector_blocks="full" keeps dense blocks, max_side= allows '
+                "wider factors, parameters=[patterns] leaves parameters out."
+            )
+
     def freeze(self) -> Statistics:
         """The statistics of everything taken in.
 
@@ -324,7 +387,9 @@ class Accumulator:
         if self.count == 0:
             raise ShapeMismatch("the data are empty: no batch was yielded, so there is nothing to fit")
         self.tracer.require_all_seen()
-        blocks = dict(self.tracer.blocks)
+        blocks = self.tracer.all_blocks()
+        self._warn_of_poorer(blocks)
+        self._prepare(blocks)
         sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
         for name, parts in sums.items():
             for part in parts:
@@ -334,7 +399,9 @@ class Accumulator:
                         "weights or activations are too large for this floating-point type"
                     )
         layout = self.structure.kept_layout(self.tracer.layout)
-        return Statistics(self.structure, layout, blocks, sums, float(self.count), self.log_likelihood, self.terms)
+        shown = getattr(self.likelihood, "layout", None)
+        log_likelihood, terms = self.log_likelihood, self.terms
+        return Statistics(self.structure, layout, blocks, sums, float(self.count), log_likelihood, terms, shown)
 
 
 def collect(
@@ -350,6 +417,7 @@ def collect(
     dtype: torch.dtype | None = None,
     passes: int = 1,
     progress: bool = False,
+    unused: str = "error",
 ) -> Statistics:
     """Statistics of the data; the model is in eval mode meanwhile and left exactly as it was.
 
@@ -359,6 +427,7 @@ def collect(
         batches: one pass over the data, or more if the structure or ``passes`` asks for it.
         passes: how often to go through the data for one sum (random augmentation).
         progress: show a bar.
+        unused: ``"error"`` or ``"prior"``, see :class:`laplace_kf.tape.Tracer`.
 
     Raises:
         ShapeMismatch: if the data have to be seen again and cannot be.
@@ -368,7 +437,7 @@ def collect(
         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
     model = usable(model)
     with preserved(model):
-        tracer = Tracer(model, forward, parameters)
+        tracer = Tracer(model, forward, parameters, unused=unused)
         following: StructureRule | None = structure
         stage = 0
         while following is not None:
@@ -379,10 +448,12 @@ def collect(
                 label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                 for batch in tqdm(batches, desc=label, disable=not progress):
                     accumulator.add(batch, index)
+                    if index == 0 and stage == 1:
+                        require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)
                     index += 1
                 if (number or stage > 1) and accumulator.count == seen:
                     raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
-            statistics = accumulator.freeze()
+            statistics, likelihood = accumulator.freeze(), accumulator.likelihood
             following = statistics.structure.refined(statistics)
         return statistics
 

@@ -18,8 +18,75 @@ __all__ = [
     "NotPositiveDefinite",
     "ShapeMismatch",
     "UnknownName",
+    "UnknownOption",
     "UnsupportedLayer",
 ]
+
+
+# What neighbours and torch call the same things.
+NAMES = {
+    "classification": "categorical",
+    "multiclass": "categorical",
+    "softmax": "categorical",
+    "cross_entropy": "categorical",
+    "crossentropyloss": "categorical",
+    "nllloss": "categorical",
+    "binary": "bernoulli",
+    "binary_classification": "bernoulli",
+    "multilabel": "bernoulli",
+    "bce": "bernoulli",
+    "bceloss": "bernoulli",
+    "bcewithlogitsloss": "bernoulli",
+    "regression": "gaussian",
+    "mse": "gaussian",
+    "mseloss": "gaussian",
+    "normal": "gaussian",
+    "heteroscedastic_regression": "heteroscedastic_gaussian",
+    "gaussiannllloss": "heteroscedastic_gaussian",
+    "poissonnllloss": "poisson",
+    "kfac": "kron",
+    "kronecker": "kron",
+    "diagonal": "diag",
+    "dense": "full",
+    "gp": "full",
+    "low_rank": "lowrank",
+    "scalar": "isotropic",
+    "ggn": "exact",
+    "fisher": "sampled",
+    "ef": "empirical",
+    "glm": "linearized",
+    "nn": "mc",
+    "sampling": "mc",
+    "monte_carlo": "mc",
+    "marglik": "evidence",
+    "gridsearch": "nll",
+    "last": "last_layer",
+}
+ARGUMENTS = {
+    "hessian_structure": "structure",
+    "subset_of_weights": "parameters",
+    "prior_prec": "prior_precision",
+    "prior_precision_diag": "prior_precision",
+    "sigma_noise": "likelihood=lk.likelihoods.Gaussian(scale=...)",
+    "n_samples": "samples",
+    "num_data": "posterior.n_data = ...",
+    "weight_decay": "prior_precision",
+    "pred_type": "predict(method=...)",
+    "link_approx": "predict(method=...)",
+    "backend": "estimator",
+    "last_layer_name": "parameters=[patterns]",
+}
+
+
+def nearest(name: object, allowed: Iterable[str]) -> str | None:
+    """The allowed name that is meant by another one: what neighbours call so, else the most similar."""
+    allowed = tuple(allowed)
+    word = name if isinstance(name, str) else type(name).__name__
+    known = NAMES.get(word.lower())
+    if known in allowed:
+        return known
+    near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
+    return near[0] if near else None
 
 
 class LaplaceKFError(Exception):
@@ -35,9 +102,19 @@ class UnknownName(LaplaceKFError, ValueError):
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str]) -> None:
         self.kind, self.name, self.allowed = kind, name, tuple(sorted(allowed))
-        near = difflib.get_close_matches(str(name), self.allowed, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        near = nearest(name, self.allowed)
+        hint = f" Did you mean {near!r}?" if near else ""
         super().__init__(f"Unknown {kind} {name!r}; registered: {', '.join(map(repr, self.allowed))}.{hint}")
+
+
+class UnknownOption(LaplaceKFError, TypeError):
+    """An argument that nothing takes; lists those that are taken and the nearest one."""
+
+    def __init__(self, name: str, taken: str, allowed: Iterable[str]) -> None:
+        self.name, self.allowed = name, tuple(sorted(allowed))
+        near = ARGUMENTS.get(name) or nearest(name, self.allowed)
+        hint = f" Did you mean {near if '=' in near else near + '='}?" if near else ""
+        super().__init__(f"option {name!r} is taken {taken}.{hint}")
 
 
 class IncompatiblePair(LaplaceKFError, ValueError):

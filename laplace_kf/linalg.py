@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotPositiveDefinite
 
 __all__ = ["all_finite", "cholesky", "eigh", "require_positive"]
@@ -82,5 +83,7 @@ def _jitter(matrix: Tensor) -> Tensor:
 
 def _report(block: str) -> None:
     warnings.warn(
-        f"block {block!r} needed a jitter of 1e-8 of its mean diagonal to be factorised", RuntimeWarning, stacklevel=4
+        f"block {block!r} needed a jitter of 1e-8 of its mean diagonal to be factorised",
+        RuntimeWarning,
+        stacklevel=users_line(),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
+from laplace_kf.replica import Shared
 
 __all__ = [
     "as_called",
     "autocasting",
     "coarsest",
     "memory_bytes",
+    "parameters_of",
     "plain_name",
     "require_memory",
     "undisturbed",
@@ -64,6 +66,34 @@ def usable(model: nn.Module) -> nn.Module:
             "trainable parameters, such as adapters, in floating point: the quantised ones then stay as they are)"
         )
     return model
+
+
+def parameters_of(
+    model: nn.Module, names: Sequence[str], shapes: Sequence[tuple[int, ...]], whose: str
+) -> dict[str, Tensor]:
+    """The model's parameters ``names``, each of its shape, by name.
+
+    Args:
+        model: the module.
+        names, shapes: what it has to have.
+        whose: who says so, for the message.
+
+    Raises:
+        ShapeMismatch: if it does not have one, or in another shape (a layer was replaced); names it.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    wrong = [
+        f"{name!r} of shape {shape}, the model has {tuple(named[name].shape) if name in named else 'no such parameter'}"
+        for name, shape in zip(names, shapes, strict=True)
+        if name not in named or tuple(named[name].shape) != shape
+    ]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more that do not fit)" if len(wrong) > 1 else ""
+        raise ShapeMismatch(
+            f"{whose} has parameter {wrong[0]}{more}: a layer of the model was replaced, or it is another "
+            "architecture. Put the layer back, or fit a new posterior (make a new optimiser) for the model as it is now"
+        )
+    return {name: named[name] for name in names}
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -120,6 +150,8 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- settings
 
 
+# for the whole process, whatever thread asks for it
+_EAGER = Shared(lambda: torch.compiler.set_stance("force_eager"))
 _AUTOCAST: ContextVar[tuple[tuple[str, torch.dtype], ...]] = ContextVar("autocast", default=())
 
 
@@ -134,7 +166,7 @@ def undisturbed() -> Iterator[None]:
         for kind, _ in active:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_EAGER())
         yield
 
 

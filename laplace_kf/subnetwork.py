@@ -7,6 +7,7 @@ is fitted first. A flat vector then has ``k`` entries, in model order.
 from __future__ import annotations
 
 import glob
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from laplace_kf.engine import collect, preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.lookups import padding_rows
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.tape import EntryLayout, FlatLayout, Tracer, select
@@ -87,12 +89,14 @@ def _magnitude(job: _Job) -> tuple[FlatLayout, Tensor]:
     named = dict(job.model.named_parameters())
     if job.within == "last_layer":  # which one that is shows at a forward pass
         _require_again(job, "in the last layer")
-        with preserved(job.model):
-            tracer = Tracer(job.model, job.settings["forward"], job.within)
-            tracer.observe(next(iter(job.batches)))
-        layout = tracer.layout
-    else:
+    if isinstance(job.batches, Iterator):
         layout = flat_layout(named, select(job.model, job.within))
+    else:  # which entries are constants shows there, too
+        with preserved(job.model):
+            tracer = Tracer(job.model, job.settings["forward"], job.within, unused="prior")
+            for batch in itertools.islice(job.batches, 1):
+                tracer.observe(batch)
+        layout = tracer.layout
     return layout, torch.cat([named[name].detach().reshape(-1).abs() for name in layout.names])
 
 
@@ -138,7 +142,7 @@ def covered(
         parameters, structure, model, batches, likelihood, estimator: as of a fit.
         prior: λ by parameter name for a layout, or ``None`` if it is the same for all.
         n_data: N, if it is not the number of examples.
-        **settings: ``forward``, ``generator`` and ``dtype`` of the fit.
+        **settings: ``forward``, ``generator``, ``dtype`` and ``unused`` of the fit.
 
     Raises:
         IncompatiblePair: for a structure that single weights do not have.
@@ -148,6 +152,14 @@ def covered(
         return parameters, structure
     job = _Job(parameters.within, model, batches, likelihood, estimator, settings, prior, n_data)
     layout, scores = CRITERIA[parameters.by](job)
-    best = scores.sort(descending=True, stable=True).indices[: parameters.size]
+    constant = torch.zeros(layout.size, dtype=torch.bool)
+    constant[layout.held_positions()] = True
+    for name, row in padding_rows(model).items():
+        if name in layout.names:
+            start = sum(layout.sizes[: layout.names.index(name)])
+            width = layout.sizes[layout.names.index(name)] // layout.shapes[layout.names.index(name)][0]
+            constant[start + row * width : start + (row + 1) * width] |= isinstance(batches, Iterator)
+    scores = scores.masked_fill(constant.to(scores.device), -torch.inf)  # no weights
+    best = scores.sort(descending=True, stable=True).indices[: min(parameters.size, int((~constant).sum()))]
     entries = EntryLayout.of(layout, best)
     return [glob.escape(name) for name in entries.names], structure.of_entries(entries)

@@ -645,7 +645,7 @@ _case(
 _case(
     "sequence-outputs-ignored",
     lambda: mlp(2, 3, 3),
-    lambda: (normal(4, 3, 2), _sequence_targets(3, 4, 3)),
+    lambda: (normal(4, 2, 2), _sequence_targets(3, 4, 2)),
     CATEGORICAL,
     tags=["core"],
 )

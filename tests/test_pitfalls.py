@@ -61,7 +61,7 @@ def test_grid_search_scores_every_candidate_on_its_own() -> None:
         # equal up to Monte Carlo error: the draws of a candidate may depend on the grid, its score may not
         assert abs(alone["objective"] - row["objective"]) < 0.05
         posterior.n_data, posterior.prior_precision = 30.0, row["prior_precision"]
-        direct = -posterior.predict(vx, samples=300, generator=rng(1)).log_prob(vy).mean()
+        direct = -posterior.predict(vx, method="mc", samples=300, generator=rng(1)).log_prob(vy).mean()
         assert abs(float(direct) - row["objective"]) < 0.05
     assert together.best == min(together.table, key=lambda row: row["objective"])
 
@@ -126,7 +126,7 @@ def test_every_generator_has_its_effect() -> None:
     calls: dict[str, Any] = {
         "sample": lambda g: posterior.sample(2, generator=g)["0.weight"],
         "Matrix.sample": lambda g: posterior.precision.sample(2, generator=g),
-        "predict": lambda g: posterior.predict(problem.x, samples=2, generator=g).probs,
+        "predict": lambda g: posterior.predict(problem.x, method="mc", samples=2, generator=g).probs,
         "estimate": lambda g: (
             lk.curvature.estimate(
                 problem.model, "categorical", problem.uneven(), estimator="projection", samples=3, generator=g
@@ -219,7 +219,7 @@ def test_lower_precision_models(dtype: torch.dtype, structure: str) -> None:
     assert error < (1e-5 if dtype is torch.float32 else 0.05)
     draws = posterior.sample(2, generator=rng(0))
     assert all(value.dtype == dtype and torch.isfinite(value).all() for value in draws.values())
-    probs = posterior.predict(x, samples=3, generator=rng(0)).probs
+    probs = posterior.predict(x, method="mc", samples=3, generator=rng(0)).probs
     assert torch.isfinite(probs).all()
 
 
@@ -235,7 +235,7 @@ def test_float64_models_give_float64_matrices(structure: str) -> None:
     assert all(value.dtype == torch.float64 for value in posterior.sample(2).values())
     assert posterior.log_evidence().dtype == torch.float64
     assert posterior.penalty().dtype == torch.float64
-    assert posterior.predict(problem.x, samples=2).probs.dtype == torch.float64
+    assert posterior.predict(problem.x, method="mc", samples=2).probs.dtype == torch.float64
 
 
 @over_structures
@@ -253,10 +253,10 @@ def test_batches_of_one_and_outputs_of_one(structure: str) -> None:
         assert prediction.probs.shape == (1, 1)
         assert prediction.entropy.shape == prediction.mutual_information.shape == (1,)
         assert prediction.log_prob(y[:1]).shape == (1,)
-    one = posterior.predict(x, samples=1)
+    one = posterior.predict(x, method="mc", samples=1)
     assert one.probs.shape == (3, 1)
     regression = lk.LaplacePosterior(model, "gaussian", structure=structure).fit([(x[:1], y[:1])])
-    prediction = regression.predict(x[:1], samples=2)
+    prediction = regression.predict(x[:1], method="mc", samples=2)
     assert prediction.mean.shape == prediction.variance.shape == prediction.epistemic_variance.shape == (1, 1)
     conv = build(lambda: nn.Sequential(nn.Conv1d(1, 1, 2), nn.Flatten(), nn.Linear(1, 2)))
     single = Problem(conv, normal(1, 1, 2), labels(2, 1), CATEGORICAL)
@@ -395,7 +395,7 @@ def test_normalisation_with_parameters(name: str, structure: str) -> None:
     assert set(posterior.sample(1)) == set(problem.names)
     for method in ("mc", "map"):
         assert posterior.predict(problem.x, method=method, samples=2).probs.shape == (problem.n, 2)
-    assert posterior.predict(problem.x, samples=2, space="weights").probs.shape == (problem.n, 2)
+    assert posterior.predict(problem.x, method="mc", samples=2, space="weights").probs.shape == (problem.n, 2)
 
 
 @over_structures
@@ -523,7 +523,7 @@ def test_fitting_scales_with_the_factors() -> None:
         posterior = lk.LaplacePosterior(model, "categorical").fit([(x, y)])
         posterior.log_evidence()
         posterior.sample(2, generator=rng(0))
-        posterior.predict(x, samples=2, generator=rng(0))
+        posterior.predict(x, method="mc", samples=2, generator=rng(0))
         posterior.penalty()
     assert largest.numel < 20 * size
 
@@ -569,6 +569,6 @@ def test_probabilities_stay_finite_for_confident_outputs() -> None:
     for likelihood, targets in (("categorical", y), ("bernoulli", binary(5, 3))):
         posterior = lk.LaplacePosterior(model, likelihood).fit([(x, targets)])
         assert math.isfinite(float(posterior.log_evidence()))
-        prediction = posterior.predict(x, samples=3, generator=rng(0))
+        prediction = posterior.predict(x, method="mc", samples=3, generator=rng(0))
         assert torch.isfinite(prediction.entropy).all() and torch.isfinite(prediction.mutual_information).all()
         assert torch.isfinite(posterior.predict(x, method="map").log_prob(targets)).all()

@@ -222,9 +222,9 @@ def test_a_model_that_changes_its_input() -> None:
     before = x.clone()
     posterior = lk.LaplacePosterior(model, "categorical").fit((x, y))
     posterior.n_data = 1e14
-    drawn = posterior.predict(x, samples=7).probs
+    drawn = posterior.predict(x, method="mc", samples=7).probs
     torch.testing.assert_close(drawn, posterior.predict(x, method="map").probs, rtol=1e-5, atol=1e-6)
-    posterior.tune((x, y), n_data=[6.0], prior_precision=[1.0], samples=2)
+    posterior.tune((x, y), n_data=[6.0], prior_precision=[1.0], method="mc", samples=2)
     assert torch.equal(x, before)
 
 
@@ -331,7 +331,7 @@ def test_load_into_another_type_or_architecture(tmp_path: Path) -> None:
     x, y = data()
     lk.LaplacePosterior(net(3, 4, 3), "categorical").fit((x, y)).save(tmp_path / "p")
     single = lk.LaplacePosterior.load(tmp_path / "p", net(3, 4, 3).float())
-    assert single.predict(x.float(), samples=3).probs.dtype == torch.float32
+    assert single.predict(x.float(), method="mc", samples=3).probs.dtype == torch.float32
     with pytest.raises(lk.errors.ShapeMismatch, match="architecture"):
         lk.LaplacePosterior.load(tmp_path / "p", net(3, 4, 3, 5, 3))
 
@@ -393,8 +393,8 @@ def test_whatever_the_forward_pass_writes_is_put_back() -> None:
     keys = {name: set(module.__dict__) for name, module in model.named_modules()}
     flat = list(model.head._flat_weights)
     posterior = lk.LaplacePosterior(model, "categorical", "diag").fit((tokens, y))
-    posterior.predict(tokens, samples=2)
-    posterior.tune((tokens, y), n_data=[3.0], prior_precision=[1.0], samples=2)
+    posterior.predict(tokens, method="mc", samples=2)
+    posterior.tune((tokens, y), n_data=[3.0], prior_precision=[1.0], method="mc", samples=2)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == keys
     assert model.seen == []

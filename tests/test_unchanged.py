@@ -171,8 +171,8 @@ FITTED: dict[str, Operation] = {
     "tune-with-generator": lambda p, m, path: p.tune(VALIDATION, generator=rng(0), **GRIDS),
     "tune-linearized": lambda p, m, path: p.tune(VALIDATION, method="linearized", **GRIDS),
     "tune-evidence": lambda p, m, path: p.tune(objective="evidence", **GRIDS),
-    "predict": lambda p, m, path: p.predict(X, samples=3),
-    "predict-weights": lambda p, m, path: p.predict(X, samples=3, space="weights", generator=rng(0)),
+    "predict": lambda p, m, path: p.predict(X, method="mc", samples=3),
+    "predict-weights": lambda p, m, path: p.predict(X, method="mc", samples=3, space="weights", generator=rng(0)),
     "predict-map": lambda p, m, path: p.predict(X, method="map"),
     "predict-linearized": lambda p, m, path: p.predict(X, method="linearized", samples=3),
     "predict-probit": lambda p, m, path: p.predict(X, method="probit"),
@@ -356,7 +356,7 @@ def test_the_loader_and_its_tensors_are_left_alone() -> None:
     model = make()
     x, y = X.clone().requires_grad_(), Y.clone()
     posterior = lk.LaplacePosterior(model, "categorical").fit([(x, y)])
-    posterior.predict(x, samples=2)
+    posterior.predict(x, method="mc", samples=2)
     assert x.grad is None and torch.equal(x, X) and torch.equal(y, Y) and x.requires_grad
 
 

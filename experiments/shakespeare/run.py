@@ -26,7 +26,7 @@ what not, is measured (``docs/shakespeare.md``).
 4. **Predict**. Entropies come by position; the sampled logits ``(S, N, T, C)`` are there for anything else, such as the
    mutual information by character (:func:`by_character`)::
 
-       prediction = posterior.predict(inputs, samples=30, keep_samples=True)
+       prediction = posterior.predict(inputs, method="mc", samples=30, keep_samples=True)
        prediction.probs, prediction.position_entropy, prediction.samples
 
 Text: tiny Shakespeare (A. Karpathy, char-rnn); nine tenths are for training, a twentieth for validation, a twentieth

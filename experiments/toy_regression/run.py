@@ -236,7 +236,7 @@ def _repetition(config: Config, seed: int) -> Outcome:
             model, likelihood, structure=structure, estimator=config.estimator, prior_precision=config.prior_precision
         ).fit(train, generator=rng)
         settings[f"{name}, untuned"] = {"n_data": posterior.n_data, "prior_precision": config.prior_precision}
-        predictions[f"{name}, untuned"] = posterior.predict(inputs, samples=config.samples, generator=rng)
+        predictions[f"{name}, untuned"] = posterior.predict(inputs, method="mc", samples=config.samples, generator=rng)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a best value on the grid's edge: the table marks it
             result = posterior.tune(
@@ -245,7 +245,7 @@ def _repetition(config: Config, seed: int) -> Outcome:
             )  # fmt: skip
         tuning[name] = {"best": result.best, "at_edge": result.at_edge, "table": result.table}
         settings[f"{name}, tuned"] = {key: result.best[key] for key in ("n_data", "prior_precision")}
-        predictions[f"{name}, tuned"] = posterior.predict(inputs, samples=config.samples, generator=rng)
+        predictions[f"{name}, tuned"] = posterior.predict(inputs, method="mc", samples=config.samples, generator=rng)
     lap("Laplace")
     if config.vi_steps:
         predictions["mean field"] = likelihood.predict(_mean_field(config, model, likelihood, train, inputs, seed))

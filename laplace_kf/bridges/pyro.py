@@ -33,6 +33,8 @@ from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior
+from laplace_kf.reading import Part, reading
+from laplace_kf.substitution import substituted
 from laplace_kf.tape import FlatLayout, Tracer, select
 
 try:
@@ -324,8 +326,7 @@ class LiftedModel:
                     f"{name!r} is {found}, the parameter is {tuple(like.shape)}: a lifted module runs one draw at a "
                     "time (parallel=False, no vectorised particles)"
                 )
-        replaced = {f"module.{name}": value for name, value in values.items()}
-        outputs, own = torch.func.functional_call(self.network, replaced, (inputs,))
+        outputs, own = substituted(self.network.module, values, lambda: self.network(inputs))
         return outputs, own if targets is None else to_device(targets, self._device)
 
 
@@ -362,6 +363,8 @@ def lift(
     *,
     prior: LaplacePosterior | None = None,
     forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
     n_data: float | None = None,
 ) -> LiftedModel:
     """Lifts a module into a Pyro model over its parameters.
@@ -377,8 +380,9 @@ def lift(
         parameters: ``"all"`` trainable parameters (the default), ``"last_layer"``, or a list of ``fnmatch`` patterns
             over names; those of ``prior`` if there is one.
         prior: a fitted posterior that takes the place of the isotropic prior (chained inference).
-        forward: ``(model, batch) -> (outputs, targets)`` for batches of another form; the Pyro model then takes the
-            batch.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``; the Pyro model
+            then takes the batch.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         n_data: number of examples of the whole data set, if the model will see minibatches: their log-likelihood counts
             ``n_data`` over their size.
 
@@ -398,7 +402,9 @@ def lift(
     if parameters is None:
         parameters = "all" if prior is None else list(prior.mean)
     chosen = checked_prior(prior_precision) if prior is None else prior
-    return LiftedModel(module, get_likelihood(likelihood), chosen, parameters, forward, n_data)
+    return LiftedModel(
+        module, get_likelihood(likelihood), chosen, parameters, reading(forward, inputs, targets), n_data
+    )
 
 
 def guide(posterior: LaplacePosterior) -> PosteriorGuide:

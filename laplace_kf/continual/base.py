@@ -17,6 +17,7 @@ from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
+from laplace_kf.reading import Part, reading
 from laplace_kf.structures import Structure
 from laplace_kf.tape import select
 from laplace_kf.tape.blocks import flat_layout
@@ -68,7 +69,8 @@ class Learner(ABC):
             for a head that no finished task has seen, and then around the value the head had at the latest
             :meth:`after_task`: where a later task does not use a head, nothing moves it, frozen or not. Create a head
             when its task comes; one that was there before keeps its initial value as its centre.
-        forward: ``(model, batch) -> (outputs, targets)`` for other batch forms.
+        inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``.
         **options: further options of the posterior (``estimator``, ``samples``, ``dtype``, ...).
 
     Attributes:
@@ -86,6 +88,8 @@ class Learner(ABC):
         *,
         head_precision: PriorPrecision | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         **options: Any,
     ) -> None:
         self.model = usable(model)
@@ -96,7 +100,7 @@ class Learner(ABC):
         self.parameters = parameters if isinstance(parameters, str) else tuple(parameters)
         self.head_precision = None if head_precision is None else checked_prior(head_precision)
         self._heads: dict[str, Tensor] = {}  # what finished tasks left, by parameter name
-        self.forward = forward
+        self.forward = reading(forward, inputs, targets)
         self.options = options
         self.tasks = 0
         names = self._names()
@@ -184,20 +188,27 @@ class Learner(ABC):
         return
 
     def after_task(
-        self, loader: Loader, *, forward: Forward | None = None, generator: torch.Generator | None = None
+        self,
+        loader: Loader,
+        *,
+        forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """To be called when the network is trained on a task; goes over its data once.
 
         Args:
             loader: the task's data: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
-            forward: as in the constructor, if this task needs another one (its own head).
+            forward, inputs, targets: as in the constructor, if this task needs others (its own head).
             generator: random numbers of the estimator; a fresh private one by default.
 
         Raises:
             ShapeMismatch, NonFinite, UnsupportedLayer: as of :meth:`laplace_kf.LaplacePosterior.fit`; the learner is
                 then what it was.
         """
-        self._after_task(loader, forward if forward is not None else self.forward, generator)
+        own = reading(forward, inputs, targets)
+        self._after_task(loader, own if own is not None else self.forward, generator)
         self._heads.update(self._finished_heads())
         self.tasks += 1
 

@@ -18,6 +18,7 @@ from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.chain import TERMS
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.prior import PriorPrecision
+from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
 
 __all__ = ["EWC", "NonOnlineLaplace", "OnlineLaplace"]
@@ -97,7 +98,13 @@ class NonOnlineLaplace(_Chained):
         self.seen = list(zip(loaders, own, strict=True))
 
     def after_task(
-        self, loader: Loader, *, forward: Forward | None = None, generator: torch.Generator | None = None
+        self,
+        loader: Loader,
+        *,
+        forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
         """As of :class:`Learner`; goes over the data of all tasks.
 
@@ -105,7 +112,7 @@ class NonOnlineLaplace(_Chained):
             IncompatiblePair: after :meth:`load_state_dict` without :meth:`revisit`.
         """
         require_data(len(self.seen), self.tasks, AGAIN)
-        super().after_task(loader, forward=forward, generator=generator)
+        super().after_task(loader, forward=forward, inputs=inputs, targets=targets, generator=generator)
 
 
 class EWC(Learner):

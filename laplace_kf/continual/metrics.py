@@ -13,11 +13,19 @@ from laplace_kf.conventions import IGNORED
 from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import of_role
+from laplace_kf.reading import Part, reading
 
 __all__ = ["accuracy", "average_accuracy", "forgetting", "forward_transfer"]
 
 
-def accuracy(model: nn.Module, loader: Iterable[Any] | tuple[Any, Tensor], *, forward: Forward | None = None) -> float:
+def accuracy(
+    model: nn.Module,
+    loader: Iterable[Any] | tuple[Any, Tensor],
+    *,
+    forward: Forward | None = None,
+    inputs: Part | None = None,
+    targets: Part | None = None,
+) -> float:
     """Share of examples whose largest output ``(N, C)`` is the target ``(N,)``, in eval mode; the model stays as it is.
 
     Targets of -100 are left out; of a graph, those outside ``test_mask``.
@@ -25,13 +33,14 @@ def accuracy(model: nn.Module, loader: Iterable[Any] | tuple[Any, Tensor], *, fo
     Raises:
         ShapeMismatch: if there are no examples.
     """
+    read = reading(forward, inputs, targets)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     right = count = 0
     with preserved(model), torch.no_grad():
-        for batch in as_batches(loader):
-            outputs, targets = run(model, of_role(to_device(batch, device), "test_mask"), forward)
-            right += int((outputs.argmax(-1) == targets.to(outputs.device)).sum())
-            count += int((targets != IGNORED).sum())
+        for batch in as_batches(loader, model):
+            outputs, wanted = run(model, of_role(to_device(batch, device), "test_mask"), read)
+            right += int((outputs.argmax(-1) == wanted.to(outputs.device)).sum())
+            count += int((wanted != IGNORED).sum())
     if not count:
         raise ShapeMismatch("accuracy needs at least one example")
     return right / count

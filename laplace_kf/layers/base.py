@@ -127,6 +127,10 @@ class LayerRule(ABC):
         """A reason why this call (``output`` of any shape) must go through the per-example fallback, or ``None``."""
         return None
 
+    def constant_row(self, call: BoundCall) -> int | None:
+        """The row of the weight that this call takes for a constant (a padding row), or ``None``."""
+        return None
+
 
 class MatrixRule(LayerRule):
     """A weight that multiplies inputs: ``h = W [a; 1]`` at every position (methods 1.1, 4.5)."""

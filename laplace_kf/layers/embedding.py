@@ -1,4 +1,7 @@
-"""``F.embedding``: a linear map of one-hot inputs, whose input factor is diagonal (token counts)."""
+"""``F.embedding`` and bags: a linear map of one-hot inputs, whose input factor is diagonal (token counts).
+
+The row of ``padding_idx`` is a constant: no gradient reaches it, so no draw moves it (:attr:`FlatLayout.held`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, register
+from laplace_kf.lookups import lookup
 
 
 class EmbeddingRule(MatrixRule):
@@ -18,15 +22,6 @@ class EmbeddingRule(MatrixRule):
 
     def leading(self, call: BoundCall, output: Tensor) -> int:
         return output.dim() - 1
-
-    def refuses(self, call: BoundCall, output: Tensor) -> str | None:
-        if call["max_norm"] is not None:
-            return "an embedding with max_norm, which rewrites its weight in the forward pass"
-        if call["scale_grad_by_freq"]:
-            return "an embedding with scale_grad_by_freq, whose gradient is not the derivative"
-        if call["sparse"]:
-            return "an embedding with sparse gradients"
-        return None
 
     def view(self, weight: Tensor, call: BoundCall) -> MatrixView:
         vocabulary, dimension = weight.shape
@@ -43,6 +38,10 @@ class EmbeddingRule(MatrixRule):
     def outputs(self, rows: Tensor, call: BoundCall, groups: int) -> Tensor:
         return rows[..., None, None, :]
 
+    def constant_row(self, call: BoundCall) -> int | None:
+        padding = call["padding_idx"]
+        return None if padding is None else int(padding) % int(call["weight"].shape[0])
+
 
 EMBEDDING = register(
     EmbeddingRule(
@@ -56,3 +55,9 @@ EMBEDDING = register(
         (lambda: (nn.Embedding(6, 3), torch.randint(6, (5, 2))),),
     )
 )  # fmt: skip
+# what laplace_kf.lookups makes of a bag: its places without a token are -1
+register(
+    EmbeddingRule(
+        "embedding_bag", (lookup,), ("nn.EmbeddingBag",), {"input": None, "weight": None, "padding_idx": None}
+    )
+)

@@ -3,7 +3,8 @@
 Attention (``F.multi_head_attention_forward``) runs as its own Python body, whose projections are ``F.linear`` calls on
 rows of the packed weight. Recurrent layers (``nn.RNN``, ``nn.LSTM``, ``nn.GRU``) run cell by cell, so that a weight is
 one Kronecker block whose positions are the time steps (methods 4.5: sum in A, mean in G). Both give the fused
-function's values; packed sequences keep the fused function, and with it per-example gradients.
+function's values; packed sequences keep the fused function, and with it per-example gradients. Bags of embeddings run
+as lookups and a sum, mean or maximum (:mod:`laplace_kf.lookups`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from laplace_kf.lookups import plain
 
 __all__ = ["PARTS"]
 
@@ -120,6 +123,13 @@ def _lstm(x: Tensor, state: tuple[Tensor, Tensor], w: Sequence[Tensor | None]) -
     return (F.linear(h, w[4]) if len(w) > 4 else h), c  # type: ignore[arg-type]
 
 
+def _lookup(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Body | None:
+    """A lookup as the function that it is, where autograd is told something else of it."""
+    instead = plain(function, args, kwargs)
+    return None if instead is None else lambda *_, **__: instead()
+
+
+PARTS[F.embedding] = PARTS[F.embedding_bag] = _lookup
 PARTS[F.multi_head_attention_forward] = _attention
 PARTS[torch.lstm] = _recurrent(_lstm, 2)
 PARTS[torch.gru] = _recurrent(_gru, 1)

@@ -13,6 +13,7 @@ from laplace_kf.likelihoods.distribution import FromDistribution
 from laplace_kf.likelihoods.elementwise import DiagonalLikelihood, ElementwiseLikelihood
 from laplace_kf.likelihoods.gaussian import Gaussian
 from laplace_kf.likelihoods.heteroscedastic import HeteroscedasticGaussian
+from laplace_kf.likelihoods.joined import joined
 from laplace_kf.likelihoods.mixture import BernoulliMixture
 from laplace_kf.likelihoods.poisson import Poisson
 from laplace_kf.likelihoods.prediction import Prediction
@@ -33,5 +34,6 @@ __all__ = [
     "Prediction",
     "from_positions",
     "get_likelihood",
+    "joined",
     "to_positions",
 ]

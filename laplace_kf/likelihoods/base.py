@@ -25,6 +25,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods.roots import DenseRoot, Root
+from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import check_layout, from_positions, masked, to_positions
 from laplace_kf.registry import Registry
@@ -61,11 +62,13 @@ class Likelihood(abc.ABC):
     Attributes:
         natural: True if ``-log p`` has a Hessian that does not depend on the targets, so that GGN = Fisher (methods
             2.6; Botev 2020, 3.5.1).
+        has_logits: True if outputs divided by a temperature are less certain predictions of the same classes.
         needs_targets: True if ``hessian_root`` and friends (may) need the targets.
         ignore_index: see above.
     """
 
     natural: ClassVar[bool] = False
+    has_logits: ClassVar[bool] = False
     _channels: ClassVar[int | None] = None
 
     def __init__(self, ignore_index: int | None = -100) -> None:
@@ -226,24 +229,23 @@ class Likelihood(abc.ABC):
         self._unpack(outputs, self._needed(targets, "check"))
 
     def counted(self, outputs: Tensor, targets: Tensor) -> Tensor | None:
-        """Which outputs count: those of positions with a target that is not ignored.
+        """Which outputs count: those with a target that is not ignored.
 
         Args:
             outputs, targets: as in :meth:`check`, with the same errors.
 
         Returns:
-            bool of the shape of the outputs, the same for all outputs of a position; ``None`` if all of them count.
+            bool of the shape of the outputs; ``None`` if all of them count.
         """
         z, _, keep = self._unpack(outputs, self._needed(targets, "counted"))
         if keep is None or bool(keep.all()):
             return None
-        kept = keep.any(-1, keepdim=True)
-        return None if bool(kept.all()) else from_positions(kept.expand(z.shape), outputs)
+        return from_positions(keep.expand(z.shape), outputs)
 
     def counted_positions(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """As :meth:`counted`, by position: bool ``(N, T)``."""
         kept = self.counted(outputs, targets)
-        return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept)[..., 0]
+        return to_positions(torch.ones_like(outputs, dtype=torch.bool) if kept is None else kept).any(-1)
 
     def counted_examples(self, outputs: Tensor, targets: Tensor) -> int:
         """How many of the examples of outputs ``(N, ...)`` have a position that counts; errors as :meth:`counted`."""
@@ -477,7 +479,7 @@ class Likelihood(abc.ABC):
         Raises:
             ShapeMismatch: if the outputs have no sample dimension, or no samples.
         """
-        if not 3 <= outputs.ndim <= 5 or outputs.shape[0] == 0:
+        if outputs.ndim < 3 or outputs.shape[0] == 0:
             raise ShapeMismatch(
                 f"{type(self).__name__}.predict: expected sampled outputs (S, N, C), (S, N, T, C) or (S, N, C, H, W) "
                 f"with S >= 1, got {tuple(outputs.shape)}. Use outputs[None] for a single set of outputs."
@@ -558,6 +560,18 @@ class Likelihood(abc.ABC):
 
     # -- naming and saving
 
+    def with_layout(self, layout: str) -> Likelihood:
+        """A copy that reads all outputs in one layout; everything it returns is in that layout, too.
+
+        Args:
+            layout: ``"channels_first"`` (``(N, C, T)``, ``(N, C, H, W)``, ...: torch's own) or ``"channels_last"``
+                (``(N, T, C)``, ``(N, H, W, C)``, ...).
+
+        Raises:
+            UnknownName: for another layout.
+        """
+        return arranged(self, layout)
+
     def terms(self, targets: Tensor) -> float:
         """How many scalar densities make up :meth:`log_prob` of these targets (of any shape), ignored ones left out."""
         return float(targets.numel() if self.ignore_index is None else int((targets != self.ignore_index).sum()))
@@ -617,10 +631,11 @@ class Likelihood(abc.ABC):
             ValueError: if its settings are not those of that likelihood.
         """
         settings = dict(config)
-        name = settings.pop("name", None)
+        name, layout = settings.pop("name", None), settings.pop("layout", None)
         rule = LIKELIHOODS[name]  # a missing name is refused there, with the registered ones
         try:
-            return rule(**settings)
+            made = rule(**settings)
+            return made if layout is None else made.with_layout(layout)
         except TypeError as error:
             raise ValueError(f"{sorted(settings)} are not the settings of likelihood {name!r}: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,8 @@ class Bernoulli(ElementwiseLikelihood):
     Args:
         ignore_index: targets equal to it contribute nothing, one output at a time; None for no such value.
     """
+
+    has_logits: ClassVar[bool] = True
 
     def _check_values(self, y: Tensor) -> None:
         refuse_values("Bernoulli", y, (y < 0) | (y > 1), f"[0, 1] (ignore_index={self.ignore_index})")

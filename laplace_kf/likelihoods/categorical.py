@@ -70,6 +70,7 @@ class Categorical(Likelihood):
     """
 
     natural: ClassVar[bool] = True
+    has_logits: ClassVar[bool] = True
 
     def root_width(self, outputs: Tensor, targets: Tensor | None = None) -> int:
         """C, for outputs of any layout (one more than the columns of the root)."""
@@ -78,14 +79,14 @@ class Categorical(Likelihood):
 
     def _check_outputs(self, shape: Sequence[int]) -> None:
         super()._check_outputs(shape)
-        if (shape[1] if len(shape) == 4 else shape[-1]) < 2:
+        if (shape[1] if len(shape) > 3 else shape[-1]) < 2:
             raise ShapeMismatch(
                 f"Categorical needs at least 2 classes, got outputs of shape {tuple(shape)}. "
                 "Use Bernoulli for a single logit."
             )
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        classes = shape[1] if len(shape) == 4 else shape[-1]
+        classes = shape[1] if len(shape) > 3 else shape[-1]
         refuse_shape("Categorical", shape, targets, scalar_shape(shape))
         refuse_nonfinite("Categorical", targets)
         allowed = f"0..{classes - 1} (outputs of shape {tuple(shape)}; ignore_index={self.ignore_index})"

@@ -232,7 +232,7 @@ class FromDistribution(Likelihood):
                 f"{tuple(event)}; expected {expected}."
             )
         refuse_nonfinite("FromDistribution", targets)
-        if len(shape) == 4 and len(expected) == 4:
+        if len(shape) > 3 and len(expected) == len(shape):
             targets = targets.movedim(1, -1)
         return targets.reshape(-1, *batch, *event)
 

@@ -39,7 +39,7 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
         super().__init__(ignore_index)
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        expected = (shape[0], 1, *shape[2:]) if len(shape) == 4 else (*shape[:-1], 1)
+        expected = (shape[0], 1, *shape[2:]) if len(shape) > 3 else (*shape[:-1], 1)
         refuse_shape("HeteroscedasticGaussian", shape, targets, expected)
         refuse_nonfinite("HeteroscedasticGaussian", targets)
         y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())

@@ -128,7 +128,7 @@ class BernoulliMixture(Likelihood):
         return self._treatment.width
 
     def _position_targets(self, shape: Sequence[int], targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        with_channel = (shape[0], 1, *shape[2:]) if len(shape) == 4 else (*shape[:-1], 1)
+        with_channel = (shape[0], 1, *shape[2:]) if len(shape) > 3 else (*shape[:-1], 1)
         refuse_shape("BernoulliMixture", shape, targets, scalar_shape(shape), with_channel)
         refuse_nonfinite("BernoulliMixture", targets)
         y, keep = self._ignore(targets if targets.is_floating_point() else targets.double())

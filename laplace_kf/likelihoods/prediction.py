@@ -60,6 +60,7 @@ class Prediction:
         entropies: () → entropy by position and mean entropy of the components by position (None if unknown).
         build: () → the ``torch.distributions`` object.
         ignore_index: the likelihood's; see :meth:`kept`.
+        channel: the axis of classes and outputs, 1 or -1; ``None``: last for up to three axes, else the second.
         calibration: conformal scores of this way to predict, see :meth:`interval`.
     """
 
@@ -68,7 +69,13 @@ class Prediction:
     entropies: Callable[[], tuple[Tensor, Tensor | None]]
     build: Callable[[], Distribution]
     ignore_index: int | None = None
+    channel: int | None = None
     calibration: Conformal | None = None
+
+    def channel_last(self, x: Tensor) -> Tensor:
+        """A tensor in the layout of the outputs, such as :attr:`probs`, with the channel as its last axis."""
+        first = x.dim() > 3 if self.channel is None else self.channel == 1
+        return x.movedim(1, -1) if first else x
 
     def _value(self, name: str) -> Tensor:
         if name not in self.values:

@@ -26,6 +26,7 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, UnknownName
 from laplace_kf.operators import Blockwise, KroneckerBlock, Matrix, Spectral
 from laplace_kf.predictive.linearized import Stand
+from laplace_kf.replica import current, standing
 from laplace_kf.tape import Block, EntryLayout, LookupSignals, MatrixSignals, OuterSignals, TiedSignals, Tracer
 
 __all__ = ["Leverage"]
@@ -83,6 +84,7 @@ class Leverage:
                 "a posterior over single weights has no leverages of layers; take another kind of score "
                 '("entropy", "mutual_information", "variance", "max_prob")'
             )
+        model, forward = standing(model, forward)
         self.model, self.curvature, self.n_data, self.prior, self.damping = model, curvature, n_data, prior, damping
         self.sharing = sharing
         self.device = next(iter(mean.values())).device
@@ -111,7 +113,7 @@ class Leverage:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         check_finite(x, 0, "the input")
-        with self._lock, preserved(self.model):
+        with self._lock, current(self.model), preserved(self.model):
             observation = self._tracer.observe(to_device(x, self.device))
             with torch.no_grad():
                 signals = observation.input_signals()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.linalg import cholesky, require_positive
 
@@ -66,7 +67,7 @@ class Matrix(ABC):
             warnings.warn(
                 f"{type(self).__name__} of size {self.size} has no fast path here and goes through a dense matrix",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=users_line(),
             )
         return cholesky(self.dense(), self.label)
 

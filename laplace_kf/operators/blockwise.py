@@ -81,10 +81,13 @@ class Blockwise(Matrix):
         return self._joined(self.draw(n, generator))
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """``n`` draws from ``N(0, Λ⁻¹)`` as parameter-shaped tensors ``(n, *shape)`` by name."""
+        """``n`` draws from ``N(0, Λ⁻¹)`` as parameter-shaped tensors ``(n, *shape)`` by name.
+
+        Entries that are constants (:attr:`FlatLayout.held`) do not move; they are independent of all others.
+        """
         generator = generator if generator is not None else fresh_generator()
-        return merged(
-            block.unpack(matrix.sample(n, generator).reshape(n, *block.shape)) for block, matrix in self.entries
+        return self.layout.hold(
+            merged(block.unpack(matrix.sample(n, generator).reshape(n, *block.shape)) for block, matrix in self.entries)
         )
 
     def scaled(self, factor: float | Tensor) -> Blockwise:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import KNOB, cholesky, eigh
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, product_of_sum
@@ -223,7 +224,7 @@ class TermSum(Matrix):
             f"block {self.label!r}: conjugate gradients stopped after {ITERATIONS} steps with a relative residual of "
             f"{reached:.2g}. {KNOB}",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=users_line(),
         )
         return x
 

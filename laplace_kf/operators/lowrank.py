@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.linalg import cholesky, require_positive
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, standard_normal
@@ -166,7 +167,7 @@ class LowRankBlock(CurvatureBlock):
             warnings.warn(
                 f"the spectrum of low rank plus diagonal of size {self.size} goes through a dense matrix",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=users_line(),
             )
         return torch.linalg.eigvalsh(self.dense()).clamp_min(0).reshape(self.shape)
 

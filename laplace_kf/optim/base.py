@@ -12,6 +12,7 @@ and ``opt.step(x, y)`` is both for one minibatch.
 
 from __future__ import annotations
 
+import glob
 import math
 import warnings
 from abc import abstractmethod
@@ -21,12 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import check_finite, to_device
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.batches import check_finite, to_device, to_tensors
+from laplace_kf.callers import users_line
+from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.graphs import check_ignored
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
-from laplace_kf.models import usable
+from laplace_kf.models import parameters_of, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
@@ -35,6 +39,10 @@ from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.pending import Pending, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
+from laplace_kf.outputs.arranged import decided
+from laplace_kf.reading import reading
+from laplace_kf.returned import as_tensor
+from laplace_kf.substitution import require_reached
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
@@ -74,11 +82,12 @@ class SecondOrder(torch.optim.Optimizer):
         tau: float | None,
     ) -> None:
         model = usable(model)
-        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), scope.forward
+        forward = reading(scope.forward, scope.inputs, scope.targets)
+        self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
         self.l2, self.tau = float(step.l2), tau
         self.averaging, self.max_rise = step.averaging, float(step.max_rise)
         self.generator = scope.generator if scope.generator is not None else fresh_generator()
-        parameters, groups, forward, lr = scope.parameters, scope.groups, scope.forward, step.lr
+        parameters, groups, lr = scope.parameters, scope.groups, step.lr
         super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         second = {n for group in self.param_groups if not group["first_order"] for n in group["param_names"]}
@@ -86,12 +95,14 @@ class SecondOrder(torch.optim.Optimizer):
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
         self.objective = Objective(model, self.likelihood, forward)
-        self.tracer = Tracer(model, forward, list(self.layout.names))
+        self.tracer = Tracer(model, forward, [glob.escape(name) for name in self.layout.names], unused=scope.unused)
+        self.unused = scope.unused
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
         self.pending = Pending(self.objective, self.tracer, self.named, self.names, self.l2)
+        self._reached = False  # whether trial steps can put other weights into the model; asked once
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 
     # -- what a subclass adds ----------------------------------------------------------------------------------------
@@ -195,9 +206,15 @@ class SecondOrder(torch.optim.Optimizer):
 
     @torch.enable_grad()
     def _take_in(self, x: Any, y: Any) -> None:
+        self._require_unchanged()
         device = self.tracer.device
-        data = to_device(x if y is None else (x, y), device)
+        data = to_device(to_tensors(x if y is None else (x, y), self.model), device)
         check_finite(data, self.steps, "the batch")
+        if self.steps == 0 and not self.pending.batches:
+            with preserved(self.model):
+                require_same_loss(self.model, data, self.user_forward, self.likelihood)
+        if not self._reached:
+            self._require_reached(data)
         batch = Batch(data, 0, self.objective.random_state())
         outputs, targets, observation = self.pending.outputs(data, self.steps, self._wants_tape(data))
         if outputs.dim() < 2 or outputs.shape[0] == 0:
@@ -205,6 +222,7 @@ class SecondOrder(torch.optim.Optimizer):
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = targets.to(outputs.device) if isinstance(targets, Tensor) else targets
         check_ignored(data, targets, self.likelihood, self.user_forward)
+        self.likelihood = self.objective.likelihood = decided(self.likelihood, outputs, targets)
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)
         made = Batch(data, 0, batch.random, observation, losses.detach())
@@ -223,6 +241,27 @@ class SecondOrder(torch.optim.Optimizer):
         except BaseException:
             self._clear()  # its part of the sums cannot be taken out again
             raise
+
+    def _require_reached(self, data: Any) -> None:
+        """Refuses weights that a trial step could not move, by a pass in the mode of the steps."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        with preserved(self.model):
+            for module, mode in modes:
+                module.training = mode
+            call = lambda: as_tensor(self.objective.runner(data)[0])  # noqa: E731
+            require_reached(self.model, self.user_forward, self.names, call)
+        self._reached = True
+
+    def _require_unchanged(self) -> None:
+        """Refuses a model whose layers were replaced since the optimiser was made."""
+        shapes = [tuple(self.named[name].shape) for name in self.names]
+        now = parameters_of(self.model, self.names, shapes, "the optimiser")
+        replaced = [name for name in self.names if now[name] is not self.named[name]]
+        if replaced:
+            raise ShapeMismatch(
+                f"parameter {replaced[0]!r} is another object than when the optimiser was made (its layer was "
+                "replaced, or it was assigned anew), so that steps would not reach it; make a new optimiser"
+            )
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -303,12 +342,12 @@ class SecondOrder(torch.optim.Optimizer):
                 if after is not None:
                     if rejected:
                         what = "update(s) with a loss that rose too much or was not finite were refused"
-                        self._say(f"{rejected} {what}; the damping is now", 7)
+                        self._say(f"{rejected} {what}; the damping is now")
                     return proposal, moved, after, rejected
             self._more_damping(BOOST)
         # says nothing about the damping: the next minibatch starts with a little more than before
         self._more_damping(BOOST**-RETRIES)
-        self._say("no update had a loss to accept and the weights are unchanged; the damping is now", 7)
+        self._say("no update had a loss to accept and the weights are unchanged; the damping is now")
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
 
     def _checked(self, batches: Sequence[Batch], proposal: Proposal, moved: Mapping[str, Tensor]) -> float | None:
@@ -331,9 +370,9 @@ class SecondOrder(torch.optim.Optimizer):
         rise, size = after - float(before.sum()) / count + change, float(before.abs().sum()) / count
         return rise / max(size, torch.finfo(torch.float32).tiny) if rise else 0.0
 
-    def _say(self, what: str, level: int) -> None:
+    def _say(self, what: str) -> None:
         damping = ", ".join(f"{key} = {value:.3g}" for key, value in self._damping().items())
-        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=level)
+        warnings.warn(f"step {self.steps}: {what} {damping}", RuntimeWarning, stacklevel=users_line())
 
     def _moved(self, delta: Tensor) -> dict[str, Tensor]:
         """The weights by name, parameter-shaped, after an update ``(P,)``."""
@@ -414,6 +453,15 @@ class SecondOrder(torch.optim.Optimizer):
         }
         return out
 
+    def _require_state(self, state: Mapping[str, Any]) -> None:
+        for name, shape in _shapes_in(state).items():
+            found = tuple(self.named[name].shape) if name in self.names else "no such parameter"
+            if found != shape:
+                raise ShapeMismatch(
+                    f"the state has parameter {name!r} of shape {shape}, the optimiser has {found}; load it into an "
+                    "optimiser of the model that it was saved for"
+                )
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`, for an optimiser constructed in the same way.
 
@@ -423,6 +471,7 @@ class SecondOrder(torch.optim.Optimizer):
         if "second_order" not in state_dict:
             raise ShapeMismatch("this state was not written by a laplace_kf optimiser: it has no key 'second_order'")
         state = state_dict["second_order"]
+        self._require_state(state)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "second_order"})
         self.steps, self.tau = state["steps"], state["tau"]
         self.diagnostics = dict(state["diagnostics"])
@@ -430,6 +479,16 @@ class SecondOrder(torch.optim.Optimizer):
         self.generator.set_state(state["generator"].cpu())
         self._clear()
         self._import(state)
+
+
+def _shapes_in(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a state speaks of, by name."""
+    found = {name: tuple(value.shape) for name, value in state["average"].items()}
+    for key in ("factors", "inverted"):
+        if state.get(key) is not None:
+            described = state[key]["described"]
+            found.update(zip(described["names"], map(tuple, described["shapes"]), strict=True))
+    return found
 
 
 def _gradient(parameter: Tensor) -> Tensor:

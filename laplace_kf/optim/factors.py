@@ -31,7 +31,7 @@ def averaged(running: Statistics | None, new: Statistics, step: int, limit: floa
     if running is None or weight == 0.0:
         return new
     share = weight / (1 - weight) * new.count / running.count
-    if not _in_common(running.structure, new.structure):
+    if not _in_common(running.structure, new.structure) or running.used != new.used:
         return running.scale(share) + new
     sums = dict(new.sums)
     for name, parts in running.sums.items():

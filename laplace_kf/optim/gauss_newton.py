@@ -337,6 +337,7 @@ class GaussNewton(SecondOrder):
             prior_precision=prior_precision,
             damping=damping,
             forward=self.user_forward,
+            unused=self.unused,
         )
         return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
 

@@ -46,6 +46,9 @@ class Linked(Structure):
     def options(self) -> dict[str, Any]:
         return self.inner.options()
 
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        return self.inner.poorer(blocks)
+
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         shapes = [block.shape for block in blocks.values() if block.factorises]
         between = sum(o1 * o2 + i1 * i2 for (_, o1, i1), (_, o2, i2) in pairwise(shapes))

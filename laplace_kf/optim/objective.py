@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from laplace_kf.batches import Forward, map_examples, run
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
+from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
 
@@ -91,18 +93,6 @@ def counting(batch: Batch, likelihood: Likelihood, outputs: Tensor, targets: Any
     return replace(batch, count=int(examples.sum()), counted=examples)
 
 
-class _Runner(nn.Module):
-    """Runs a model on a batch, so that ``functional_call`` can put other weights in for the call."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, batch: Any) -> tuple[Tensor, Any]:
-        return run(self.model, batch, self._forward)
-
-
 class Objective:
     """``E(θ)`` of one model: its loss, its outputs, and products ``Vᵀ G V``, all of the same function.
 
@@ -114,7 +104,7 @@ class Objective:
 
     def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> None:
         self.likelihood = likelihood
-        self.runner = _Runner(model, forward)
+        self.runner = partial(run, model, forward=forward)
         self.model = model
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
         self.listened: list[nn.Module] = []  # the one behind every activity of the last pass
@@ -146,10 +136,9 @@ class Objective:
 
     def outputs(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Any]:
         """Outputs ``(N, ...)`` and targets of a replayed pass with some parameters replaced, by name."""
-        replaced = {f"model.{name}": buffer.clone() for name, buffer in self.model.named_buffers()}
-        replaced |= {f"model.{name}": value for name, value in (weights or {}).items()}
+        replaced = {name: buffer.clone() for name, buffer in self.model.named_buffers()} | dict(weights or {})
         with self._replayed(batch.random):
-            outputs, targets = torch.func.functional_call(self.runner, replaced, (batch.data,))
+            outputs, targets = substituted(self.model, replaced, lambda: self.runner(batch.data))
         return outputs, targets.to(outputs.device) if isinstance(targets, Tensor) else targets
 
     @torch.no_grad()

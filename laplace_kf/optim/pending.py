@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.engine import preserved
+from laplace_kf.lookups import padding_rows
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.tape import Observation, Tracer
 
@@ -57,6 +58,7 @@ class Pending:
         self, objective: Objective, tracer: Tracer, named: Mapping[str, Tensor], names: Sequence[str], l2: float
     ) -> None:
         self.objective, self.tracer, self.named, self.names, self.l2 = objective, tracer, named, names, l2
+        self._padding = padding_rows(objective.model)
         self._mode_matters: bool | None = None  # whether training mode changes the outputs; measured once
         self.clear()
 
@@ -109,7 +111,19 @@ class Pending:
             own = self.l2 * value if grad is None else torch.add(grad.to_dense(), value, alpha=self.l2)
             if before and parameter.grad is not None:
                 own = (1 - share) * parameter.grad + share * own
-            parameter.grad = own.to(parameter.dtype)
+            parameter.grad = self._free(name, own, grad).to(parameter.dtype)
+
+    def _free(self, name: str, own: Tensor, grad: Tensor | None) -> Tensor:
+        """The gradient ``own`` without what weight decay says of the rows that are constants (``grad``: the loss's)."""
+        if not self.l2:
+            return own
+        width = own[0].numel() if own.dim() else 1
+        rows = {start // width for n, start, _ in self.tracer.layout.held if n == name}
+        rows |= {self._padding[name]} if name in self._padding else set()
+        for row in rows:
+            if grad is None or not bool(grad.to_dense()[row].any()):
+                own[row] = 0
+        return own
 
     @torch.no_grad()
     def regularised(self, like: Tensor) -> Tensor:

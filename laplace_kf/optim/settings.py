@@ -24,6 +24,7 @@ from laplace_kf.optim.cg import Progress
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
 from laplace_kf.optim.preconditioner import Preconditioner
 from laplace_kf.optim.recipes import Recipe
+from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
 
 __all__ = [
@@ -181,8 +182,17 @@ class Scope(Settings):
     groups: Sequence[Mapping[str, Any]] = _field(
         (), "parameter groups by name pattern, some of them perhaps ``first_order``."
     )
-    forward: Forward | None = _field(None, "``(model, batch) -> (outputs, targets)`` for other batch forms.")
+    inputs: Part | None = _field(
+        None, "with ``targets``, a function of a batch of another form: ``outputs = model(*inputs(batch))``."
+    )
+    targets: Part | None = _field(None, "the other one.")
+    forward: Forward | None = _field(None, "instead of them, ``(model, batch) -> (outputs, targets)``.")
     generator: torch.Generator | None = _field(None, "random numbers; with one, training is reproducible.")
+    unused: str = _field(
+        "error",
+        'what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their '
+        "curvature is 0 (the damping alone moves them), until one reaches them.",
+    )
 
 
 @dataclass(frozen=True)
@@ -334,8 +344,11 @@ class _Common(TypedDict, total=False):
     max_rise: float
     parameters: str | Sequence[str]
     groups: Sequence[Mapping[str, Any]]
+    inputs: Part | None
+    targets: Part | None
     forward: Forward | None
     generator: torch.Generator | None
+    unused: str
     ema: float
     refresh: int
     inverse: str

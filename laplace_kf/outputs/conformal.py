@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 
 __all__ = ["Conformal", "Predictive", "interval", "prediction_set", "scores"]
@@ -70,7 +71,7 @@ class Conformal:
             warnings.warn(
                 f"{int(counts.min())} calibration examples are too few for level {level:g} (it takes "
                 f"{math.ceil(level / (1 - level) - 1e-9)}): intervals are infinite, sets hold every class",
-                stacklevel=4,
+                stacklevel=users_line(),
             )
         return torch.tensor(found, dtype=torch.float64)
 

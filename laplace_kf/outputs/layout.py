@@ -14,11 +14,11 @@ __all__ = ["check_layout", "from_positions", "masked", "scalar_shape", "to_posit
 
 def check_layout(shape: Sequence[int]) -> None:
     """Raises :class:`ShapeMismatch` for outputs that fit none of the layouts."""
-    if not 2 <= len(shape) <= 4:
+    if len(shape) < 2:
         hint = " Use outputs[:, None] for one output per example." if len(shape) == 1 else ""
         raise ShapeMismatch(
             f"Outputs of shape {tuple(shape)} fit no layout: expected (N, C), sequences (N, T, C) with the channel "
-            f"last, or images (N, C, H, W) with the channel second.{hint}"
+            f"last, or images and volumes (N, C, H, W), (N, C, D, H, W), ... with the channel second.{hint}"
         )
 
 
@@ -26,13 +26,14 @@ def to_positions(outputs: Tensor) -> Tensor:
     """Brings network outputs to the layout ``(N, T, C)``.
 
     Args:
-        outputs: ``(N, C)`` (T = 1), ``(N, T, C)`` (channel last) or ``(N, C, H, W)`` (channel second, T = H·W).
+        outputs: ``(N, C)`` (T = 1), ``(N, T, C)`` (channel last) or ``(N, C, H, W)`` (channel second, T = H·W), with
+            two spatial axes or more.
 
     Returns:
         A ``(N, T, C)`` tensor; a view where the memory layout allows one.
 
     Raises:
-        ShapeMismatch: for fewer than 2 or more than 4 dimensions.
+        ShapeMismatch: for fewer than 2 dimensions.
     """
     check_layout(outputs.shape)
     if outputs.ndim == 2:
@@ -59,7 +60,7 @@ def from_positions(x: Tensor, like: Tensor | Sequence[int]) -> Tensor:
 
 def scalar_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Shape of a tensor with one number per position: ``(N,)``, ``(N, T)`` or ``(N, H, W)``."""
-    return {2: (shape[0],), 3: tuple(shape[:2]), 4: (shape[0], *shape[2:])}[len(shape)]
+    return tuple(shape[:2]) if len(shape) == 3 else (shape[0], *shape[2:])
 
 
 def masked(x: Tensor, keep: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from laplace_kf.ood.scores import Subject, reference_scores
 from laplace_kf.outputs import conformal
 from laplace_kf.outputs.conformal import Conformal
 from laplace_kf.predictive import draw_seeds
+from laplace_kf.replica import stage
 
 __all__ = ["Calibration", "Seen", "calibrate", "references_of"]
 
@@ -37,7 +38,7 @@ class Fitted(Subject, Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """See the module's text.
+    """What in-distribution data said: conformal scores, and references of out-of-distribution scores.
 
     Attributes:
         conformal: scores of the calibration data, from ``calibrate``.
@@ -113,12 +114,12 @@ def calibrate(
     scores: list[Tensor] = []
     taken: list[Any] = []
     device = next(iter(posterior.mean.values())).device
-    with preserved(posterior.model):
-        for index, batch in enumerate(as_batches(data)):
+    with stage(posterior.model, posterior.forward) as (model, forward), preserved(model):
+        for index, batch in enumerate(as_batches(data, posterior.model)):
             check_finite(batch, index, "the calibration batch")
             batch = of_role(to_device(batch, device), "val_mask")
             with torch.no_grad():
-                outputs, targets = run(posterior.model, batch, posterior.forward)
+                outputs, targets = run(model, batch, forward)
             check_ignored(batch, targets, posterior.likelihood, posterior.forward)
             posterior.likelihood.check(outputs, targets)
             inputs = inputs_of(batch, posterior.forward)

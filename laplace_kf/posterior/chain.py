@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import (
@@ -37,11 +38,11 @@ from laplace_kf.operators import (
 )
 from laplace_kf.operators.base import DENSE_WARNING
 from laplace_kf.operators.blockwise import prior_of
-from laplace_kf.posterior.evidence import Evidence, EvidenceModel
+from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_block
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, FlatLayout
 
-__all__ = ["TERMS", "Chain", "ChainedEvidence", "TermsRule"]
+__all__ = ["TERMS", "Chain", "ChainedEvidence", "TermsRule", "in_one_form"]
 
 Joined = tuple[CurvatureBlock, float]  # and its relative Frobenius error against the exact sum
 
@@ -53,6 +54,10 @@ class TermsRule(ABC):
         """The block of both together, and its relative error; exact for diagonal and dense blocks."""
         terms: list[CurvatureBlock] = []
         for term in map(_known, (*previous.terms, *newest.terms)):
+            if terms and _is_zero(term):
+                continue
+            if len(terms) == 1 and _is_zero(terms[0]):
+                terms = []
             for k, have in enumerate(terms):
                 both = have.absorbed(term)
                 if both is not None:
@@ -65,6 +70,35 @@ class TermsRule(ABC):
     @abstractmethod
     def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock) -> Joined:
         """One block from terms that have no sum of their kind (or from one that has grown)."""
+
+
+def _is_zero(term: CurvatureBlock) -> bool:
+    """Whether a term is that of parameters that took no part."""
+    return isinstance(term, DiagonalBlock) and not bool(term.values.any())
+
+
+def in_one_form(curvatures: Sequence[Blockwise]) -> list[Blockwise]:
+    """The same curvatures; parameters that only some of them have used stand as zeros in the blocks of those."""
+    used: dict[str, list[Block]] = {}
+    for one in curvatures:
+        for block, _ in one.entries:
+            for name in () if block.unused else block.parameters:
+                known = used.setdefault(name, [])
+                known += [block] if block not in known else []
+    found: list[Blockwise] = []
+    for one in curvatures:
+        kept = [(block, matrix) for block, matrix in one.entries if not (block.unused and block.name in used)]
+        have = {block.name for block, _ in kept}
+        missing = {b.name: b for block, _ in one.entries if block.unused for b in used.get(block.name, ())}
+        like = one.entries[0][1].diag()
+        for name, block in missing.items():
+            if name not in have:
+                zeros = torch.zeros(block.shape, dtype=like.dtype, device=like.device)
+                kept.append((block, DiagonalBlock(zeros, name)))
+        order = {b.name: k for k, (b, _) in enumerate(found[0].entries)} if found else {}
+        kept.sort(key=lambda entry: order.get(entry[0].name, len(order)))
+        found.append(Blockwise(one.layout, kept))
+    return found
 
 
 TERMS: Registry[TermsRule] = Registry("way to chain curvature terms")
@@ -184,10 +218,12 @@ class Chain:
             IncompatiblePair: if the task covers other parameters, or its blocks have another form.
         """
         mine, theirs = (
-            {block.name: (block, matrix) for block, matrix in one.entries} for one in (self.curvature, newest)
+            {block.name: (block, matrix) for block, matrix in one.entries}
+            for one in in_one_form([self.curvature, newest])
         )
         differing = [n for n in {**mine, **theirs} if n not in mine or n not in theirs or mine[n][0] != theirs[n][0]]
-        if self.curvature.layout != newest.layout or differing:
+        layout = self.curvature.layout.common(newest.layout)
+        if layout is None or differing:
             raise IncompatiblePair(
                 f"the prior and the new task do not cover the same parameters in the same form (prior: "
                 f"{self.curvature.size} in {len(mine)} blocks, task: {newest.size} in {len(theirs)}; differing: "
@@ -202,7 +238,7 @@ class Chain:
             assert isinstance(old, CurvatureBlock) and isinstance(new, CurvatureBlock)
             both, errors[name] = TERMS[self.terms].joined(old, new)
             entries.append((block, both.scaled(1 / total)))
-        return Blockwise(newest.layout, entries), total, (*self.errors, errors)
+        return Blockwise(layout, entries), total, (*self.errors, errors)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors (any shapes, by name; at most three for every term of a block) and JSON-able values."""
@@ -269,8 +305,7 @@ class ChainedEvidence(EvidenceModel):
     def of(cls, made: EvidenceModel, chain: Chain, reference: float, mean: Tensor) -> ChainedEvidence:
         """From the model without a chain, and the newest mean ``(P,)``; ``reference`` is the N of all tasks."""
         shift = mean - chain.centre.to(mean)
-        parts = made.statistics.layout.split(shift[None].double())
-        squares = {name: part.square().sum().cpu() for name, part in parts.items()}
+        squares = squares_by_block(made.curvature, shift)
         like = next(iter(made.statistics.sums.values()))[0]
         energy = chain.curvature.energy(shift.to(like)).double().cpu()
         counted = replace(made.statistics, count=reference)
@@ -285,8 +320,12 @@ class ChainedEvidence(EvidenceModel):
         """With the part of the scatter that moves with the noise, so that its maximiser sees it."""
         scale = n / self.statistics.count
         found = super()._ratios(n, factor, prior)
-        for k, (block, matrix) in enumerate(self.previous.entries):
+        number = {block.name: k for k, (block, _) in enumerate(self.curvature.entries)}
+        for block, matrix in self.previous.entries:
             assert isinstance(matrix, CurvatureBlock)
+            if block.unused and block.name not in number:
+                continue  # no curvature
+            k = number[block.name]
             found[k] = found[k] - matrix.log_det_ratio(scale, factor, prior_of(block, prior), self.damping)
         return [found[0] + factor * scale * self.energy, *found[1:]]
 
@@ -313,7 +352,7 @@ def _known(term: CurvatureBlock) -> CurvatureBlock:
             f"block {term.label!r} is a {type(term).__name__}, a kind that chains do not know: it is kept as a dense "
             f"matrix over {term.size} parameters. Register it in laplace_kf.posterior.chain.STORED to keep its form",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=users_line(),
         )
     return DenseBlock(term.dense(), term.label)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Blockwise, CurvatureBlock
 from laplace_kf.operators.blockwise import prior_of
 
-__all__ = ["Evidence", "EvidenceModel", "ascend"]
+__all__ = ["Evidence", "EvidenceModel", "ascend", "squares_by_block"]
 
 STEP = 3.0  # longest Newton step, in nats of λ or σ
 LIMIT = 30.0  # |log λ| beyond which a maximum counts as infinitely far away
@@ -59,14 +60,14 @@ class EvidenceModel:
     Args:
         statistics: of the fit.
         curvature: its mean.
-        squares: ``‖θ*‖²`` by parameter name, 0-dim in float64.
+        squares: ``‖θ*‖²`` by block and parameter name, 0-dim in float64 (:func:`squares_by_block`).
         noise: the likelihood's parameters at the time of the fit.
         damping: how Kronecker blocks are damped.
     """
 
     statistics: Statistics
     curvature: Blockwise
-    squares: dict[str, Tensor]
+    squares: dict[str, dict[str, Tensor]]
     noise: dict[str, float]
     damping: str
 
@@ -90,15 +91,29 @@ class EvidenceModel:
 
     def _scatters(self, prior: Tensor | dict[str, Tensor]) -> list[Tensor]:
         """``λ_b ‖θ_b*‖²`` of every block."""
-        return [
-            torch.stack([(prior if isinstance(prior, Tensor) else prior[p]) * self.squares[p] for p in b.parameters])
-            .sum()
-            for b, _ in self.curvature.entries
-        ]  # fmt: skip
+        found = []
+        for block, _ in self.curvature.entries:
+            own = self.squares[block.name].items()
+            found.append(torch.stack([(prior if isinstance(prior, Tensor) else prior[p]) * s for p, s in own]).sum())
+        return found
+
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """For every block the number of its group: blocks that are parts of one parameter have one λ."""
+        numbers: list[int] = []
+        for k, (block, _) in enumerate(self.curvature.entries):
+            numbers.append(k)
+            before = [
+                numbers[j] for j in range(k) if set(self.curvature.entries[j][0].parameters) & {*block.parameters}
+            ]
+            numbers = [min(before) if number in (k, *before) else number for number in numbers] if before else numbers
+        order = {number: k for k, number in enumerate(dict.fromkeys(numbers))}
+        return tuple(order[number] for number in numbers)
 
     def by_name(self, prior: Tensor) -> dict[str, Tensor]:
-        """λ by parameter name from one value a block, ``(B,)``."""
-        return {p: value for (b, _), value in zip(self.curvature.entries, prior, strict=True) for p in b.parameters}
+        """λ by parameter name from one value a group of blocks, ``(B,)``."""
+        pairs = zip(self.curvature.entries, self.groups, strict=True)
+        return {p: prior[group] for (block, _), group in pairs for p in block.parameters}
 
     def patterns(self, prior: Tensor) -> dict[str, float]:
         """:meth:`by_name` of ``(B,)`` as numbers, by patterns that match one name each."""
@@ -111,7 +126,7 @@ class EvidenceModel:
 
         Args:
             n: data count.
-            start: λ where to begin: ``(1,)`` for one shared by all blocks, or ``(B,)`` for one a block; float64.
+            start: λ where to begin, float64: ``(1,)`` for one shared by all blocks, or ``(B,)`` for one a group.
             likelihood: with the noise scale where to begin.
             noise: whether to move it.
 
@@ -120,6 +135,7 @@ class EvidenceModel:
             is the maximum, and no step goes down.
         """
         shared = len(start) == 1
+        groups = torch.tensor(self.groups)
         sigma = likelihood.noise_scale if noise else None
         path: list[tuple[Tensor, float | None, float]] = []
         current = start
@@ -129,7 +145,7 @@ class EvidenceModel:
             prior = u.exp()
             given = prior[0] if shared else self.by_name(prior)
             parts = -(torch.stack(self._ratios(n, factor, given)) + torch.stack(self._scatters(given))) / 2
-            return parts.sum()[None] if shared else parts
+            return parts.sum()[None] if shared else torch.zeros_like(u).index_add(0, groups, parts)
 
         def of_noise(v: Tensor) -> Tensor:
             factor, fit = self._rescaled(likelihood.with_noise_scale(v.exp()[0]))
@@ -155,6 +171,16 @@ class EvidenceModel:
             if sigma is None or value - before <= 1e-9 * abs(value):
                 break
         return path
+
+
+def squares_by_block(curvature: Blockwise, vector: Tensor) -> dict[str, dict[str, Tensor]]:
+    """``‖v‖²`` of ``vector (P,)`` by block and parameter, of the entries that belong to the block and are not held."""
+    parts = curvature.layout.hold(curvature.layout.split(vector[None].double()))
+    found = {}
+    for block, _ in curvature.entries:
+        own = block.unpack(block.pack({name: parts[name] for name in block.parameters}))
+        found[block.name] = {name: part.square().sum().cpu() for name, part in own.items()}
+    return found
 
 
 def ascend(objective: Callable[[Tensor], Tensor], start: Tensor, tolerance: float = 1e-6) -> list[Tensor]:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, CurvatureBlock, Isotropic, Matrix, in_common_bases
 from laplace_kf.operators.blockwise import prior_of
-from laplace_kf.posterior.chain import TERMS
+from laplace_kf.posterior.chain import TERMS, in_one_form
 from laplace_kf.posterior.prior import positive
 from laplace_kf.tape import Block
 
@@ -39,6 +40,8 @@ class ImplicitPenalty:
     """
 
     def __init__(self, penalties: Sequence[tuple[Blockwise, Tensor | dict[str, Tensor]]]) -> None:
+        aligned = in_one_form([curvature for curvature, _ in penalties])
+        penalties = [(curvature, own) for curvature, (_, own) in zip(aligned, penalties, strict=True)]
         self.layout = penalties[0][0].layout
         self._entries: list[tuple[Block, Matrix, Tensor]] = []  # and a 1 of the block's type, where the block is
         for k, (block, first) in enumerate(penalties[0][0].entries):
@@ -68,7 +71,7 @@ class ImplicitPenalty:
             ValueError: for a rate that is not positive and finite.
         """
         rate = positive("rate", rate)
-        named = dict(model.named_parameters())
+        named = parameters_of(model, self.layout.names, self.layout.shapes, "the penalty")
         given = {name: named[name].grad for name in self.layout.names}
         like, device = self._entries[0][2], named[self.layout.names[0]].device
         parts = {

@@ -6,11 +6,12 @@ negative log-likelihood at the trained weights ``θ*`` (methods 9.1).
 
 from __future__ import annotations
 
+import copy
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,13 +24,13 @@ from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
-from laplace_kf.models import usable
+from laplace_kf.models import parameters_of, usable
 from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.chain import Chain, ChainedEvidence
-from laplace_kf.posterior.evidence import Evidence, EvidenceModel
+from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_block
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.penalty import Penalty
@@ -43,11 +44,14 @@ from laplace_kf.posterior.prior import (
 )
 from laplace_kf.posterior.summary import Summary, summarise
 from laplace_kf.posterior.tuning import Options, TuningResult, tune
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request
+from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
+from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
+from laplace_kf.reading import Part, one_argument, paired, reading
+from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
-from laplace_kf.tape import EntryLayout, FlatLayout, select
+from laplace_kf.tape import UNUSED, EntryLayout, FlatLayout, select
 
 __all__ = ["LaplacePosterior"]
 
@@ -73,10 +77,9 @@ class _Fitted:
         return next(iter(self.statistics.sums.values()))[0]
 
     @cached_property
-    def squares(self) -> dict[str, Tensor]:
-        """``‖θ*‖²`` of every parameter by name, 0-dim in float64."""
-        parts = self.statistics.layout.split(self.mean[None].double())
-        return {name: part.square().sum().cpu() for name, part in parts.items()}
+    def squares(self) -> dict[str, dict[str, Tensor]]:
+        """``‖θ*‖²`` by block and parameter name, 0-dim in float64."""
+        return squares_by_block(self.curvature, self.mean)
 
 
 class LaplacePosterior:
@@ -95,9 +98,16 @@ class LaplacePosterior:
         prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).
         damping: how Kronecker blocks take λ: ``"exact"`` (eigenbasis), ``"factored"`` or ``"balanced"``
             (methods 5.2, 5.3, 9.2).
-        forward: ``(model, batch) -> (outputs, targets)`` for batches that are neither ``(x, y)`` nor a mapping with
-            ``"labels"``; ``predict(x)`` then calls it with ``x`` and uses the outputs.
+        inputs, targets: for batches that are neither ``(x, y)`` nor a mapping with ``"labels"``: two functions of a
+            batch, with ``outputs = model(*inputs(batch))`` (``inputs=lambda batch: batch[0], targets=lambda batch:
+            batch[1]`` for batches of three); ``predict`` takes what the model takes, or a whole batch.
+        forward: instead of them, ``(model, batch) -> (outputs, targets)``, for outputs that have to be picked or put
+            together; ``predict`` calls it with what it was given, a whole batch, and uses the outputs.
         dtype: floating type of the curvature; default: the model's, float32 at least.
+        layout: where the channel of the outputs stands (``likelihood.with_layout``): ``"channels_first"`` or
+            ``"channels_last"``; default: as the targets show at ``fit``.
+        unused: what becomes of selected parameters that take no part in any forward pass of ``fit`` (an expert that no
+            example reached): ``"error"`` refuses and names them, ``"prior"`` keeps their prior: their curvature is 0.
         prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
             what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
         multiplier, terms, forgetting: with ``prior``, as in :meth:`update`.
@@ -120,7 +130,11 @@ class LaplacePosterior:
         damping: str = "exact",
         forward: Forward | None = None,
         *,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         dtype: torch.dtype | None = None,
+        layout: str | None = None,
+        unused: str = "error",
         prior: LaplacePosterior | None = None,
         multiplier: float = 1.0,
         terms: str = "keep",
@@ -129,6 +143,8 @@ class LaplacePosterior:
     ) -> None:
         self.model = model = usable(model)
         self.likelihood = get_likelihood(likelihood)
+        if layout is not None:
+            self.likelihood = self.likelihood.with_layout(layout)
         self.structure, self.estimator = make_pair(structure, estimator, dict(options))
         self._asked = self.structure
         self.parameters = parameters if isinstance(parameters, (str, Subnetwork)) else tuple(parameters)
@@ -146,8 +162,12 @@ class LaplacePosterior:
                 'use structure="kron" over whole parameters'
             )
         self.damping = damping
-        self.forward = forward
+        self.forward = reading(forward, inputs, targets)
         self.dtype = dtype
+        self._method: str | None = None
+        self._temperature: float | None = None
+        _ = UNUSED[unused]
+        self.unused = unused
         self._n_data: float | None = None
         self._prior: PriorPrecision = 1.0
         self._state: _Fitted | None = None
@@ -174,6 +194,7 @@ class LaplacePosterior:
     def fit(
         self,
         train_loader: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
         *,
         progress: bool = False,
         n_data: float | None = None,
@@ -183,7 +204,8 @@ class LaplacePosterior:
         """Estimates the curvature at the model's current weights.
 
         Args:
-            train_loader: loader, iterable of batches, or a pair of tensors ``(x (N, ...), y (N, ...))``.
+            train_loader: loader, iterable of batches, or a pair of tensors or arrays ``(x (N, ...), y (N, ...))``.
+            y: targets ``(N, ...)``, where the first argument is the inputs alone.
             progress: show a bar.
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
@@ -202,8 +224,11 @@ class LaplacePosterior:
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        job = (self.model, as_batches(train_loader), self.likelihood, self.estimator)
-        settings: dict[str, Any] = {"forward": self.forward, "generator": generator, "dtype": self.dtype}
+        data = paired(train_loader, y)
+        job = (self.model, as_batches(data, self.model), self.likelihood, self.estimator)
+        settings: dict[str, Any] = {
+            "forward": self.forward, "generator": generator, "dtype": self.dtype, "unused": self.unused,
+        }  # fmt: skip
         names, structure = (
             covered(
                 self.parameters,
@@ -239,6 +264,8 @@ class LaplacePosterior:
             rest = {name: named[name].detach() - part[0].to(named[name]) for name, part in parts.items()}
         state = _Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters(), rest)
         self._accept(self._chained(state, n_data), n_data)
+        if statistics.outputs is not None:
+            self.likelihood = self.likelihood.with_layout(statistics.outputs)
         return self
 
     def _chained(self, state: _Fitted, n_data: float | None) -> _Fitted:
@@ -292,6 +319,35 @@ class LaplacePosterior:
             raise NotFitted(f"{what} needs a fitted posterior: call posterior.fit(train_loader) first")
         return self._state
 
+    def _in_model(self, what: str) -> _Fitted:
+        """The fitted state, for what needs the model's own parameters.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: if the model no longer has the posterior's parameters: a layer was replaced or removed.
+        """
+        state = self._fitted(what)
+        named = dict(self.model.named_parameters())
+        layout = state.statistics.layout
+        for name, shape in zip(layout.names, layout.shapes, strict=True):
+            found = tuple(named[name].shape) if name in named else None
+            if found != tuple(shape):
+                there = "no such parameter" if found is None else f"{found}"
+                raise ShapeMismatch(
+                    f"{what}: the posterior has parameter {name!r} of shape {tuple(shape)}, the model has {there}; a "
+                    f"layer was replaced or removed after the fit (module {name.rpartition('.')[0]!r}). Put the old "
+                    "one back, or fit a new posterior: LaplacePosterior(model, ...).fit(train_loader)"
+                )
+        return state
+
+    def _parameters(self, layout: FlatLayout) -> dict[str, Tensor]:
+        """The model's parameters of a layout by name, each of its shape.
+
+        Raises:
+            ShapeMismatch: if the model has not all of them in these shapes any more.
+        """
+        return parameters_of(self.model, layout.names, layout.shapes, "the posterior")
+
     # -- settings ----------------------------------------------------------------------------------------------------
 
     @property
@@ -305,6 +361,29 @@ class LaplacePosterior:
     def n_data(self, value: float) -> None:
         self._fitted("n_data")
         self._n_data, self._calibration = positive("n_data", value), None
+
+    @property
+    def method(self) -> str:
+        """What ``"auto"`` stands for in :meth:`predict`: what :meth:`tune` chose, or what was set here.
+
+        Before that ``"probit"`` for likelihoods with logits (categorical, Bernoulli) and ``"linearized"`` for others.
+        """
+        return self._method or ("probit" if self.likelihood.has_logits else "linearized")
+
+    @method.setter
+    def method(self, value: str) -> None:
+        if value != "auto":
+            _ = METHODS[value]
+        self._method, self._calibration = None if value == "auto" else value, None
+
+    @property
+    def temperature(self) -> float | None:
+        """What ``method="temperature"`` divides the logits of the mean weights by; ``None`` until :meth:`tune`."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float | None) -> None:
+        self._temperature, self._calibration = None if value is None else positive("temperature", value), None
 
     @property
     def fitted_noise(self) -> dict[str, float]:
@@ -343,18 +422,18 @@ class LaplacePosterior:
     @property
     def mean(self) -> dict[str, Tensor]:
         """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
-        state = self._fitted("mean")
+        state = self._in_model("mean")
         parts = state.statistics.layout.split(state.mean[None])
         whole = {
             name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
         }
         # of each parameter's own type and device, which the flat vector cannot keep
-        named = dict(self.model.named_parameters())
+        named = self._parameters(state.statistics.layout)
         return {name: part.to(named[name], copy=True).detach() for name, part in whole.items()}
 
     def _flat_weights(self, layout: FlatLayout) -> Tensor:
         """The model's selected parameters ``(P,)``, on the device of the first and in the widest of their types."""
-        named = dict(self.model.named_parameters())
+        named = self._parameters(layout)
         device = named[layout.names[0]].device
         return layout.join({name: named[name][None].to(device) for name in layout.names})[0]
 
@@ -476,7 +555,7 @@ class LaplacePosterior:
         Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
         term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
         """
-        state = self._fitted("penalty")
+        state = self._in_model("penalty")
         centre = state.statistics.layout.split(state.mean[None])
         settings = (self._rescaled()[0], *_values(self._prior))
         constant = not any(isinstance(value, Tensor) and value.requires_grad for value in settings)
@@ -486,7 +565,7 @@ class LaplacePosterior:
             self._prior,
             lambda c, given: Penalty(c.products(self.n_data, given, self.damping), centre, state.like, constant),
         )
-        return quadratic({name: self.model.get_parameter(name) for name in quadratic.names})
+        return quadratic(self._parameters(state.statistics.layout))
 
     @lasting()
     def precondition_gradients(self, rate: float) -> None:
@@ -504,6 +583,7 @@ class LaplacePosterior:
             NotFitted: before ``fit``.
             ValueError: for another rate.
         """
+        self._in_model("precondition_gradients")
         key = (self.n_data, self.precision_factor, plain(self._prior))
         if self._implicit is None or self._implicit[0] != key:
             self._implicit = key, ImplicitPenalty([self.summed_curvature()])
@@ -528,6 +608,8 @@ class LaplacePosterior:
         *,
         forgetting: float = 1.0,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
@@ -551,7 +633,7 @@ class LaplacePosterior:
                 all but ``"keep"``.
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
-            forward: as in the constructor, if the task needs another one (its own head, for instance).
+            forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
             n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
 
         Raises:
@@ -561,7 +643,9 @@ class LaplacePosterior:
                 structure whose blocks cannot be chained in that way.
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
-        self._fitted("update")
+        self._parameters(self._in_model("update").statistics.layout)
+        one_argument("update", multiplier)
+        own = reading(forward, inputs, targets)
         following = LaplacePosterior(
             self.model,
             self.likelihood,
@@ -569,8 +653,9 @@ class LaplacePosterior:
             self.estimator,
             self.parameters,
             damping=self.damping,
-            forward=forward if forward is not None else self.forward,
+            forward=own if own is not None else self.forward,
             dtype=self.dtype,
+            unused=self.unused,
             prior=self,
             multiplier=multiplier,
             terms=terms,
@@ -584,7 +669,7 @@ class LaplacePosterior:
     def predict(
         self,
         x: Any,
-        method: str = "mc",
+        method: str = "auto",
         samples: int = 100,
         space: str = "auto",
         generator: torch.Generator | None = None,
@@ -592,14 +677,19 @@ class LaplacePosterior:
         link: str | None = None,
         draws: str = "independent",
         keep_samples: bool = False,
+        progress: bool = False,
     ) -> Prediction:
         """Predictive distribution at inputs.
 
         Args:
-            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments.
-            method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights;
-                ``"linearized"`` takes the network as linear in its weights around their mean, so that its outputs are
-                normal, ``N(f, J Λ⁻¹ Jᵀ)``; ``"probit"`` is that with the probit approximation of the link.
+            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments; or a
+                loader of batches as in :meth:`fit` (or of inputs alone), for one prediction over all its examples.
+            method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights, and
+                ``"temperature"`` with logits divided by :attr:`temperature`; ``"linearized"`` takes the network as
+                linear in its weights around their mean, so that its outputs are normal, ``N(f, J Λ⁻¹ Jᵀ)``;
+                ``"probit"`` is that with the probit approximation of the link. ``"auto"`` is :attr:`method`, what
+                :meth:`tune` chose; but ``"linearized"`` where a ``link`` is given, and ``"mc"`` where ``space`` or
+                ``draws`` are.
             samples: number of draws S (of weights, or of outputs).
             space: of ``"mc"``. ``"weights"``: one set of weight draws for the whole batch; ``"activations"``: exact
                 draws of every example's pre-activations, independent between examples, with no weight drawn;
@@ -612,6 +702,7 @@ class LaplacePosterior:
             draws: of ``"mc"``. ``"independent"``, ``"antithetic"`` (pairs ``±ε``) or ``"sobol"`` (quasi-random, at
                 most 21,201 directions).
             keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
+            progress: of a loader: show a bar.
 
         Raises:
             NotFitted: before ``fit``.
@@ -621,16 +712,27 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("predict")
+        if method == "auto":
+            drawn = space != "auto" or draws != "independent"
+            method = "linearized" if link is not None else "mc" if drawn else self.method
         rule = METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
-        check_finite(x, 0, "the input")
-        found = rule(
-            Request(
-                self.model, self.forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
-                generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
+        if is_loader(x):
+            one = partial(
+                self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
             )
-        )  # fmt: skip
-        found = without_padding(found, x, self.forward)
+            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
+        x = asked(self.model, self.forward, x)
+        check_finite(x, 0, "the input")
+        with stage(self.model, self.forward) as (model, forward):
+            found = rule(
+                Request(
+                    model, forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
+                    generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
+                    temperature=self._temperature,
+                )
+            )  # fmt: skip
+        found = without_padding(labelled(self.model, self.forward, x, found), x, self.forward)
         kept = None if self._calibration is None else self._calibration.conformal
         return replace(found, calibration=kept) if kept is not None and kept.method == method else found
 
@@ -673,7 +775,7 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
-        chosen = {"auto": str(getattr(self, "method", "mc"))}.get(method, method)
+        chosen = self.method if method == "auto" else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self
 
@@ -709,6 +811,7 @@ class LaplacePosterior:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("ood_score")
+        x = asked(self.model, self.forward, x)
         return score(self, x, kind, layers, samples, generator)
 
     def leverage(self) -> Leverage:
@@ -761,11 +864,13 @@ class LaplacePosterior:
         self._fitted("functional_covariance")
         if diagonal_only and joint:
             raise ValueError("diagonal_only and joint exclude each other")
+        x = asked(self.model, self.forward, x)
         check_finite(x, 0, "the input")
-        network = Linearization(self.model, self.forward, self.mean, x, keep=False)
-        if diagonal_only:
-            return network.variance(self.precision)
-        return network.covariance(self.precision, joint=joint)
+        with stage(self.model, self.forward) as (model, forward):
+            network = Linearization(model, forward, self.mean, x, keep=False)
+            if diagonal_only:
+                return network.variance(self.precision)
+            return network.covariance(self.precision, joint=joint)
 
     @lasting()
     def predictor(
@@ -792,12 +897,13 @@ class LaplacePosterior:
         self,
         val: Iterable[Any] | tuple[Any, Tensor] | None = None,
         objective: str | Objective = "nll",
-        method: str = "mc",
+        method: str = "auto",
         n_data: Sequence[float] | None = None,
         prior_precision: Sequence[float] | None = None,
         samples: int = 20,
         generator: torch.Generator | None = None,
         *,
+        budget: float | None = 10.0,
         extend: int = 0,
         progress: bool = False,
         noise: bool | None = None,
@@ -805,24 +911,32 @@ class LaplacePosterior:
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
     ) -> TuningResult:
-        """Finds (N, λ), and the noise scale of a regression, on validation data or by the evidence; sets them.
+        """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
-        Without grids the search goes from coarse to fine in coordinates that do not trade off, some 30 points (see
-        :mod:`laplace_kf.posterior.search`), and the result is never worse than MAP on the validation data: if no
-        point beats the trained weights by more than one standard error of the paired difference, (N, λ) is set to a
-        finite point that is MAP in effect, and the result says so (``map_wins``). With a grid for N or λ every pair is
-        measured and the smallest objective wins (methods 9.3).
+        Without grids the predictives compete: the trained weights alone (MAP), those with a temperature on their
+        logits, the linearised network through the probit approximation or in full, and Monte Carlo, each at its own
+        best setting and within a ``budget`` (:mod:`laplace_kf.posterior.candidates`). The winner, which has to beat the
+        others beyond the noise of the validation data, becomes :attr:`method`. Settings are searched from coarse to
+        fine in coordinates that do not trade off (:mod:`laplace_kf.posterior.search`), and the result is never worse
+        than MAP on the validation data: if no posterior beats the trained weights by more than one standard error of
+        the paired difference, (N, λ) is set to a finite point that is MAP in effect, and the result says so
+        (``map_wins``). With a grid for N or λ every pair is measured with one method and the smallest objective wins
+        (methods 9.3).
 
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; ``objective="evidence"`` needs
                 none.
             objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``
                 or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
-            method: how to predict, ``"mc"`` by default; ``"map"`` ignores (N, λ).
+            method: ``"auto"`` for a competition; a name of :meth:`predict`'s methods to tune that one alone (beside
+                MAP and the temperature, as references) and to set :attr:`method` to it. With grids ``"auto"`` is the
+                method that the posterior has.
             n_data: grid for N; if only the other is given ``N · 10^{-1 … 4}`` in half decades.
             prior_precision: grid for λ; if only the other is given ``10^{-4 … 4}`` in half decades.
             samples: weight draws per point, the same for all of them.
             generator: random numbers; with one, the search is reproducible.
+            budget: training epochs of the validation examples that the search may take, all work included, by count of
+                multiply-adds; None for no limit. A grid is measured in full whatever it takes.
             extend: how often to extend the grid where the best value lies on its edge.
             progress: show a bar.
             noise: whether to tune the noise scale σ of a Gaussian likelihood too, by the same objective. Default: if
@@ -834,24 +948,34 @@ class LaplacePosterior:
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
 
         Returns:
-            Everything measured, the best, how MAP compares, and whether the best lies on the edge (which is also
-            warned about, as is a win of MAP). Prints as a few lines.
+            Everything measured, every candidate with its gain over MAP and standard error, the best, what the search
+            cost, and whether the best lies on the edge (which is also warned about, as is a win of MAP). Prints as a
+            few lines.
 
         Raises:
             NotFitted: before ``fit``.
             UnknownName: for an unknown objective or method.
-            IncompatiblePair: for options that do not go together.
+            IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
         """
         self._fitted("tune")
-        options = Options(objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples)
-        seen = None if val is None else Seen(as_batches(val), self.forward)
-        with lasting():
-            found, settings = tune(self, seen, n_data, prior_precision, options)
-        found.warn(stacklevel=3)  # first: where warnings are errors, the call fails and nothing is set
+        one_argument("tune", objective)
+        options = Options(
+            objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
+        )
+        seen = None if val is None else Seen(as_batches(val, self.model), self.forward)
+        with lasting(), stage(self.model, self.forward) as (model, forward):
+            working = copy.copy(self)
+            working.model, working.forward = model, forward
+            found, settings = tune(working, seen, n_data, prior_precision, options)
+        found.warn()  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
             self.likelihood = self.likelihood.with_noise_scale(settings.noise)
+        if settings.method is not None:
+            self._method = settings.method
+        if settings.temperature is not None:
+            self._temperature = settings.temperature
         self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
@@ -872,7 +996,10 @@ class LaplacePosterior:
         failed = sorted({block.failed for block in state.statistics.blocks.values() if block.failed})
         title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
         factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
-        return summarise(state.curvature.scaled(factor), self.n_data, prior, title)
+        blocks = state.statistics.blocks
+        notes = {name: f"by gradients of single examples: {block.note}" for name, block in blocks.items() if block.note}
+        notes |= state.statistics.structure.poorer(blocks)
+        return summarise(state.curvature.scaled(factor), self.n_data, prior, title, notes)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.
@@ -904,8 +1031,11 @@ class LaplacePosterior:
             "damping": self.damping,
             "prior_precision": plain(self._prior),
             "n_data": self._n_data,
+            "method": self._method,
+            "temperature": self._temperature,
             "noise": state.noise,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "unused": self.unused,
         }
         tensors, described = store.packed(state.statistics)
         tensors.update({f"rest/{name}": value for name, value in state.rest.items()})
@@ -927,6 +1057,8 @@ class LaplacePosterior:
         *,
         likelihood: str | Likelihood | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
     ) -> LaplacePosterior:
         """Reads a posterior for a model of the same architecture; its mean is the file's, not the model's weights.
 
@@ -934,7 +1066,7 @@ class LaplacePosterior:
             path: file written by :meth:`save`.
             model: module whose parameters have the file's names and shapes.
             likelihood: needed only if the file's one was an object that cannot be written down (``FromDistribution``).
-            forward: as in the constructor (functions are not saved).
+            forward, inputs, targets: as in the constructor (functions are not saved).
 
         Raises:
             CorruptFile: if the file is truncated, altered or not one of ours.
@@ -942,7 +1074,8 @@ class LaplacePosterior:
                 others in this model.
             IncompatiblePair: if the likelihood is needed and missing.
         """
-        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=forward)
+        own = reading(forward, inputs, targets)
+        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own)
 
     @classmethod
     def unpacked(
@@ -953,15 +1086,13 @@ class LaplacePosterior:
         *,
         likelihood: str | Likelihood | None = None,
         forward: Forward | None = None,
+        inputs: Part | None = None,
+        targets: Part | None = None,
     ) -> LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
         layout = store.layout_of(header["statistics"])
-        named = dict(model.named_parameters())
-        for name, shape in zip(layout.names, layout.shapes, strict=True):
-            found = tuple(named[name].shape) if name in named else None
-            if found != shape:
-                raise ShapeMismatch(f"the file has parameter {name!r} of shape {shape}, the model has {found}")
+        named = parameters_of(model, layout.names, layout.shapes, "the file")
         chosen = header["parameters"]
         single = isinstance(chosen, Mapping)
         if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
@@ -979,8 +1110,9 @@ class LaplacePosterior:
             parameters=Subnetwork(**chosen) if single else chosen,
             prior_precision=header["prior_precision"],
             damping=header["damping"],
-            forward=forward,
+            forward=reading(forward, inputs, targets),
             dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
+            unused=header.get("unused", "error"),
             **header["options"],
         )
         first = named[layout.names[0]]
@@ -992,6 +1124,7 @@ class LaplacePosterior:
             posterior._chain = Chain.unpacked(tensors, header["chain"], layout, first.device)
         posterior._accept(posterior._chained(state, header.get("n_newest")), header["n_data"])
         posterior._n_data = header["n_data"]
+        posterior._method, posterior._temperature = header.get("method"), header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))
         posterior.structure.reason = header.get("reason", "")
         return posterior

@@ -43,9 +43,9 @@ def brier(prediction: Prediction, targets: Any) -> Tensor:
         IncompatiblePair: if the prediction has no probabilities.
     """
     probs = _probabilities(prediction, "brier")
-    if probs.dim() == 4 and probs.shape == targets.shape:
-        targets = targets.movedim(1, -1)
-    probs = _channel_last(probs)
+    if probs.shape == targets.shape:
+        targets = prediction.channel_last(targets)
+    probs = prediction.channel_last(probs)
     if targets.dtype == torch.long and targets.shape == probs.shape[:-1]:
         keep = prediction.kept(targets)
         wanted = torch.nn.functional.one_hot(targets.where(keep, 0), probs.shape[-1]).to(probs.dtype)
@@ -68,7 +68,7 @@ def ece(prediction: Prediction, targets: Any) -> Tensor:
     Raises:
         IncompatiblePair: if the prediction has no class probabilities.
     """
-    probs = _channel_last(_probabilities(prediction, "ece"))
+    probs = prediction.channel_last(_probabilities(prediction, "ece"))
     if targets.dtype != torch.long or targets.shape != probs.shape[:-1]:
         raise IncompatiblePair('objective "ece" needs class labels; use "nll" or "brier" for this likelihood')
     keep = prediction.kept(targets)
@@ -84,7 +84,7 @@ def missing_entropy(prediction: Prediction) -> Tensor:
     Raises:
         IncompatiblePair: if the prediction has no probabilities.
     """
-    probs = _channel_last(_probabilities(prediction, "ood"))
+    probs = prediction.channel_last(_probabilities(prediction, "ood"))
     entropy = prediction.entropy
     each = math.log(probs.shape[-1]) if _sums_to_one(probs) else probs.shape[-1] * math.log(2)
     positions = prediction.position_entropy.numel() / max(1, entropy.numel())
@@ -122,10 +122,6 @@ def _probabilities(prediction: Prediction, what: str) -> Tensor:
         raise IncompatiblePair(
             f'objective "{what}" needs predicted probabilities, which this likelihood does not have; use "nll"'
         ) from error
-
-
-def _channel_last(probs: Tensor) -> Tensor:
-    return probs.movedim(1, -1) if probs.dim() == 4 else probs
 
 
 def _sums_to_one(probs: Tensor) -> bool:

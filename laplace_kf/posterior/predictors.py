@@ -23,9 +23,9 @@ from laplace_kf.predictive.suffix import Site
 from laplace_kf.registry import Registry
 
 if TYPE_CHECKING:
-    from laplace_kf.posterior.validation import Validation
+    from laplace_kf.posterior.validation import Part, Validation
 
-__all__ = ["MAP", "METHODS", "Point", "Pools", "Predictions", "Predictor"]
+__all__ = ["MAP", "METHODS", "OUTPUT_DRAWS", "Linearised", "Point", "Pools", "Predictions", "Predictor", "rounded"]
 
 Point = tuple[float, float]
 MAP: Point = (math.inf, math.inf)
@@ -36,7 +36,12 @@ Predictions = Callable[[Likelihood], list[Prediction]]
 
 POOL = 2**24  # sampled outputs that are scored at once
 OUTPUT_DRAWS = 100  # least number of draws of outputs: they cost next to nothing
-KEPT = 4000  # examples up to which the signals of linearised networks are kept between calls
+KEPT_NOISE = 2**26  # numbers of the draws of one ratio that are kept between calls
+
+
+def rounded(ratio: float) -> float:
+    """The ratio ``λ / N`` as settings are told apart by it."""
+    return float(f"{ratio:.9e}")
 
 
 class Pools:
@@ -68,24 +73,17 @@ class Pools:
 class Predictor(ABC):
     """Predictions at points; one object for all points of a search, so that it can keep what they share."""
 
-    def __init__(self, validation: Validation) -> None:
-        self.validation, self.posterior = validation, validation.posterior
-        self.pools = [validation.inside, *([validation.outside] if validation.outside is not None else [])]
+    def __init__(self, validation: Validation, part: Part) -> None:
+        self.validation, self.part, self.posterior = validation, part, validation.posterior
+        self.pools = part.pools
 
     @abstractmethod
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         """Every point with its predictions, in any order; None where outputs are not finite. ``MAP`` is not asked."""
 
-    def at_mean(self) -> Predictions | None:
-        """Predictions at the mean weights."""
-        mean = self.posterior.mean
-        with torch.no_grad():
-            return self.from_samples(
-                [
-                    [outputs_at(model, forward, mean, inputs)[None] for model, forward, inputs in pool.sites]
-                    for pool in self.pools
-                ]
-            )
+    def at_mean(self, temperature: float = 1.0) -> Predictions | None:
+        """Predictions at the mean weights, the outputs divided by a temperature."""
+        return self.from_samples([[z[None] / temperature for z in found] for found in self.part.means])
 
     def from_samples(self, outputs: Sequence[Sequence[Tensor]]) -> Predictions | None:
         """Predictions from sampled outputs ``(S, N, ...)`` of every batch of every set of pools."""
@@ -115,24 +113,23 @@ class Sampled(Predictor):
     what the spread really does is of second order: a search would find draws that happen to be better weights.
     """
 
+    def __init__(self, validation: Validation, part: Part) -> None:
+        super().__init__(validation, part)
+        self._drawn: tuple[float, float, list[dict[str, Tensor]]] | None = None
+
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         groups: dict[float, list[Point]] = {}
         for n, p in points:
-            groups.setdefault(float(f"{p / n:.9e}"), []).append((n, p))
-        for members in groups.values():
-            yield from self._with_one_ratio(members)
+            groups.setdefault(rounded(p / n), []).append((n, p))
+        for ratio, members in groups.items():
+            yield from self._with_one_ratio(ratio, members)
 
-    def _with_one_ratio(self, members: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
-        posterior = self.posterior
-        precision, mean = posterior.precision_at(*members[0]), posterior.mean
+    def _with_one_ratio(self, ratio: float, members: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
+        mean = self.validation.mean
         drawn = {point: [[[] for _ in pool.sites] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
-        noise: dict[str, Tensor] = {}
-        for number, seed in enumerate(self.validation.seeds):
-            sign = -1.0 if self.validation.pairs and number % 2 else 1.0
-            if sign > 0:
-                noise = weight_noise(precision, seed)
+        for sign, count, noise in self._noises(ratio, members[0]):
             for n, p in members:
-                weights = shifted(mean, noise, sign * math.sqrt(members[0][0] / n))
+                weights = shifted(mean, noise, sign * math.sqrt(count / n))
                 for pool, lists in zip(self.pools, drawn[n, p], strict=True):
                     for (model, forward, inputs), found in zip(pool.sites, lists, strict=True):
                         with torch.no_grad():
@@ -141,6 +138,24 @@ class Sampled(Predictor):
             stacked = [[torch.stack(parts) for parts in lists] for lists in drawn.pop(point)]
             yield point, self.from_samples(stacked)
 
+    def _noises(self, ratio: float, point: Point) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
+        """Sign, the N it was drawn at, and the draw, for every sample; those of the last ratio are kept if small."""
+        seeds, pairs = self.validation.seeds, self.validation.pairs
+        if self._drawn is None or self._drawn[0] != ratio:
+            precision = self.posterior.precision_at(*point)
+            fresh = (weight_noise(precision, seed) for seed in (seeds[::2] if pairs else seeds))
+            if len(seeds) * precision.size > KEPT_NOISE:
+                self._drawn = None
+                for number, noise in enumerate(fresh):
+                    yield 1.0, point[0], noise
+                    if pairs and 2 * number + 1 < len(seeds):
+                        yield -1.0, point[0], noise
+                return
+            self._drawn = ratio, point[0], list(fresh)
+        _, count, kept = self._drawn
+        for number in range(len(seeds)):
+            yield (-1.0 if pairs and number % 2 else 1.0), count, kept[number // 2 if pairs else number]
+
 
 @METHODS.register("linearized")
 class Linearised(Predictor):
@@ -148,39 +163,65 @@ class Linearised(Predictor):
 
     link: ClassVar[str | None] = None
 
-    def __init__(self, validation: Validation) -> None:
-        super().__init__(validation)
+    def __init__(self, validation: Validation, part: Part) -> None:
+        super().__init__(validation, part)
         likelihood = self.posterior.likelihood
         if self.link is not None and self.link not in likelihood.links():
             raise IncompatiblePair(f'{likelihood!r} has no {self.link} approximation; use method="linearized"')
         self.marginal = likelihood.link(self.link).marginal
-        keep = sum(sum(pool.sizes) for pool in self.pools) <= KEPT
-        mean = self.posterior.mean
-        self.networks = [
-            [Linearization(model, forward, mean, inputs, keep=keep) for model, forward, inputs in pool.sites]
-            for pool in self.pools
-        ]
+        self._spreads: dict[float, tuple[float, list[Tensor], list[Tensor] | None]] = {}
+
+    @property
+    def ratios(self) -> set[float]:
+        """The ratios ``λ / N`` that no further pass is needed for."""
+        return set(self._spreads)
+
+    def prepare(self, points: Sequence[Point]) -> None:
+        """Passes over the data once for all points whose ratio is new, ``K`` of them; what it finds is kept.
+
+        Kept are variances ``(K, N, ...)`` and, for links that need them, covariances of positions ``(K, N, T, C, C)``.
+        """
+        new = {rounded(p / n): (n, p) for n, p in points if rounded(p / n) not in self._spreads}
+        if not new:
+            return
+        precisions = [self.posterior.precision_at(*point) for point in new.values()]
+        mean, found = self.validation.mean, []
+        with torch.no_grad():
+            for pool in self.pools:
+                found.append(
+                    [
+                        self._spread(Linearization(model, forward, mean, inputs, keep=False), precisions)
+                        for model, forward, inputs in pool.sites
+                    ]
+                )
+        for k, (ratio, (n, _)) in enumerate(new.items()):
+            variances = self._joined([[spread[0][k] for spread in spreads] for spreads in found])
+            full = None if self.marginal else self._joined([[spread[1][k] for spread in spreads] for spreads in found])
+            self._spreads[ratio] = n, variances, full
+
+    def shared(self, other: Linearised) -> None:
+        """Takes over what another one found on the same examples, as far as it is enough for this link."""
+        for ratio, (n, variances, full) in other._spreads.items():
+            if self.marginal or full is not None:
+                self._spreads.setdefault(ratio, (n, variances, None if self.marginal else full))
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
-        if not points:
-            return
-        precisions = [self.posterior.precision_at(*point) for point in points]
-        with torch.no_grad():
-            spreads = [[self._spread(network, precisions) for network in networks] for networks in self.networks]
-        outputs = self._joined([[network.outputs for network in networks] for networks in self.networks])
-        for k, point in enumerate(points):
-            variances = self._joined([[spread[0][k] for spread in found] for found in spreads])
-            full = (
-                self._joined([[spread[1][k] for spread in found] for found in spreads]) if not self.marginal else None
+        self.prepare(points)
+        outputs = self._joined(self.part.means)
+        for n, p in points:
+            count, variances, full = self._spreads[rounded(p / n)]
+            scale = count / n  # the covariance of a ratio goes with 1 / N
+            yield (
+                (n, p),
+                self._predictions(outputs, [scale * v for v in variances], full and [scale * c for c in full]),
             )
-            yield point, self._predictions(outputs, variances, full)
 
     def _spread(self, network: Linearization, precisions: list[Blockwise]) -> tuple[Tensor, Tensor]:
         """Variances in the layout of the outputs, and covariances of a position (unless only variances count)."""
         if self.marginal:
             return network.variances(precisions), torch.empty(0)
-        found = network.position_covariances(precisions)
         like, likelihood = network.outputs, self.posterior.likelihood
+        found = network.position_covariances(precisions, likelihood.to_positions)
         return torch.stack([likelihood.from_positions(part.diagonal(dim1=-2, dim2=-1), like) for part in found]), found
 
     def _joined(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -11,15 +11,16 @@ In ``(N, λ)`` good settings lie on a curve over many decades (methods 9.3). Two
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import Tensor
 
 from laplace_kf.errors import NonFinite
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score
 
-__all__ = ["Plane", "Search", "coarse_to_fine", "compared", "grid"]
+__all__ = ["Plane", "Search", "champion", "coarse_to_fine", "compared", "grid", "nearby"]
 
 
 @dataclass
@@ -30,23 +31,30 @@ class Search:
         measure: scores points.
         name: of the objective, for messages.
         progress: passed on to the measure.
+        afford: whether some points may be measured; asked right before they are.
     """
 
     measure: Measure
     name: str
     progress: bool = False
     scores: dict[Point, Score] = field(default_factory=dict)
+    afford: Callable[[Sequence[Point]], bool] | None = None
 
     def look(self, points: Sequence[Point]) -> None:
-        """Measures what has not been measured, all in one call so that points can share draws."""
+        """Measures what has not been measured, all in one call so that points can share draws.
+
+        Points that cannot be afforded are left out, from the last one on.
+        """
         missing = [point for point in dict.fromkeys(points) if point not in self.scores]
+        while missing and self.afford is not None and not self.afford(missing):
+            missing.pop()
         if missing:
             self.scores.update(self.measure(missing, self.progress))
 
     def value(self, point: Point) -> float:
-        """The objective at a point, infinite where it is not finite."""
+        """The objective at a point, infinite where it is not finite, and where it cannot be afforded."""
         self.look([point])
-        value = self.scores[point].value
+        value = self.scores[point].value if point in self.scores else math.inf
         return value if math.isfinite(value) else math.inf
 
     def best(self) -> Point:
@@ -72,24 +80,45 @@ class Search:
             over_others: and after that.
         """
         self.look([MAP])
-        champion = MAP
-        while True:
-            bounds, caution = {}, over_map if champion == MAP else over_others
-            for point, score in self.scores.items():
-                gain, error = compared(self.scores[champion], score)
-                bounds[point] = gain - caution * (error or 0.0) if math.isfinite(score.value) else -math.inf
-            best = max(bounds, key=lambda point: bounds[point])
-            if not bounds[best] > 0:
-                return champion
-            champion = best
+        return champion(self.scores, MAP, over_map, over_others)
+
+
+K = TypeVar("K", bound=Hashable)
+
+
+def champion(scores: Mapping[K, Score], first: K, over_first: float, over_others: float) -> K:
+    """What is left after challenges: ``first``, unless others beat it, and then each other, beyond the noise.
+
+    Args:
+        scores: by whatever names the challengers.
+        first: the champion to begin with.
+        over_first: by how many standard errors of the paired difference it has to be beaten.
+        over_others: and those after it.
+    """
+    best_yet = first
+    while True:
+        bounds, caution = {}, over_first if best_yet == first else over_others
+        for name, score in scores.items():
+            gain, error = compared(scores[best_yet], score)
+            bounds[name] = gain - caution * (error or 0.0) if math.isfinite(score.value) else -math.inf
+        best = max(bounds, key=lambda name: bounds[name])
+        if best == best_yet or not bounds[best] > 0:
+            return best_yet
+        best_yet = best
 
 
 def compared(one: Score, other: Score) -> tuple[float, float | None]:
-    """By how much ``one`` is above ``other``, and the standard error of that over examples (paired differences)."""
+    """By how much ``one`` is above ``other``, and the standard error of that over examples (paired differences).
+
+    Of scores of a different number of examples, the first ones that both have count.
+    """
+    if one.parts is not None and other.parts is not None and math.isfinite(one.value) and math.isfinite(other.value):
+        both = min(len(one.parts), len(other.parts))
+        if both >= 2:
+            gaps = one.parts[:both] - other.parts[:both]
+            return float(gaps.mean()), float(gaps.std() / math.sqrt(both))
     gain = one.value - other.value if math.isfinite(one.value) else math.inf
-    if one.parts is None or other.parts is None or one.parts.shape != other.parts.shape or len(one.parts) < 2:
-        return gain, None
-    return gain, float((one.parts - other.parts).std() / math.sqrt(len(one.parts)))
+    return gain, None
 
 
 def grid(search: Search, counts: list[float], priors: list[float], extend: int) -> tuple[Point, bool]:
@@ -145,6 +174,12 @@ class Plane:
         n = self.scale * self.effective(ratio) / (2 * 10**y)
         return n, ratio * n
 
+    def place(self, point: Point) -> tuple[float, float]:
+        """The coordinates of a point; the inverse of :meth:`point`."""
+        ratio = point[1] / point[0]
+        x = math.log10(max(ratio, 1e-300) / self.largest)
+        return x, math.log10(self.scale * self.effective(ratio) / (2 * point[0]))
+
 
 ROWS = (-2.5, -1.0, -4.0, 0.5, -5.5)
 """First values of x, from the middle outwards."""
@@ -155,11 +190,50 @@ X_STEP, Y_STEP, Y_START = 1.5, 1.0, -1.0
 REFINEMENTS = 2
 
 
-def coarse_to_fine(search: Search, plane: Plane) -> tuple[Point, bool]:
+def rows(step: float = X_STEP) -> list[float]:
+    """Values of x that :func:`coarse_to_fine` can come to with this finest step, in increasing order."""
+    first, last = (math.ceil((limit - ROWS[0]) / step) for limit in X_LIMITS)
+    return [ROWS[0] + step * k for k in range(first, last + 1) if X_LIMITS[0] <= ROWS[0] + step * k <= X_LIMITS[1]]
+
+
+def nearby(search: Search, plane: Plane, start: Point, turns: int = 3) -> Point:
+    """The best point around a start, by a compass search: sizes first, then shapes, then both more finely."""
+    here: dict[tuple[float, float], Point] = {}
+
+    def look(places: Sequence[tuple[float, float]]) -> None:
+        search.look([here.setdefault(place, plane.point(*place)) for place in places])
+
+    def value(place: tuple[float, float]) -> float:
+        return search.scores[here[place]].value if here.get(place) in search.scores else math.inf
+
+    centre = plane.place(start)
+    here[centre] = start
+    look([centre])
+    for turn in range(turns):
+        dx, dy = X_STEP / 2**turn, Y_STEP / 2**turn
+        while True:
+            x, y = centre
+            look([(x, y - dy), (x, y + dy)])
+            best = min([centre, (x, y - dy), (x, y + dy)], key=value)
+            if best == centre:
+                break
+            centre = best
+        x, y = centre
+        look([(x - dx, y), (x + dx, y)])
+        centre = min([centre, (x - dx, y), (x + dx, y)], key=value)
+    return search.best()
+
+
+def coarse_to_fine(search: Search, plane: Plane, finest: float = 0.0) -> tuple[Point, bool]:
     """The best point, and whether it lies at the limits of the search.
 
     First, for a few shapes x, downhill in the size y by decades from where the row before had its best; further shapes
     while the outermost is the best. Then a compass search around the best with half the steps, and half again.
+
+    Args:
+        search: what measures.
+        plane: the coordinates.
+        finest: the smallest step in x.
 
     Raises:
         NonFinite: if the objective is finite at no point.
@@ -200,9 +274,12 @@ def coarse_to_fine(search: Search, plane: Plane) -> tuple[Point, bool]:
         dx, dy = X_STEP / 2**halving, Y_STEP / 2**halving
         for _ in range(2):
             x, y = centre
-            look([(x, y - dy), (x, y + dy)])
-            look([(x - dx, y), (x + dx, y)])
-            best = min([centre, (x, y - dy), (x, y + dy), (x - dx, y), (x + dx, y)], key=value)
+            around = [(x, y - dy), (x, y + dy)]
+            look(around)
+            if dx >= finest:
+                around += [(x - dx, y), (x + dx, y)]
+                look(around[2:])
+            best = min([centre, *around], key=value)
             if best == centre:
                 break
             centre = best

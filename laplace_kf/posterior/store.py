@@ -100,13 +100,15 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "parts": {name: len(parts) for name, parts in statistics.sums.items()},
         "fixed": {name: len(parts) for name, parts in fixed.items()},
         "entries": statistics.layout.to_json(),
+        "held": [list(place) for place in statistics.layout.held],
     }
     return tensors, described
 
 
 def layout_of(described: Mapping[str, Any]) -> FlatLayout:
     """The flat layout of packed statistics."""
-    whole = FlatLayout(tuple(described["names"]), tuple(tuple(shape) for shape in described["shapes"]))
+    held = tuple((name, start, stop) for name, start, stop in described.get("held", ()))
+    whole = FlatLayout(tuple(described["names"]), tuple(tuple(shape) for shape in described["shapes"]), held=held)
     chosen = described.get("entries")
     return whole if chosen is None else EntryLayout(whole.names, whole.shapes, tuple(map(tuple, chosen)))
 

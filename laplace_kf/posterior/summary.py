@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,7 +25,8 @@ class BlockRow:
         structure: what its curvature is kept as.
         condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
-        size: number of parameters.
+        size: number of parameters, without entries that are held constant (the padding row of an embedding).
+        note: why it is kept as less than the structure promises, or by gradients of single examples; mostly empty.
     """
 
     name: str
@@ -35,6 +36,7 @@ class BlockRow:
     condition: tuple[float, ...]
     effective: float
     size: int
+    note: str = ""
 
 
 class Summary(Sequence[BlockRow]):
@@ -68,22 +70,43 @@ class Summary(Sequence[BlockRow]):
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in
                  (head, *body)]  # fmt: skip
         rule = "-" * max(map(len, lines))
-        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        notes = [f"{row.name}: {row.note}" for row in self.rows if row.note]
+        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
     __repr__ = __str__
 
 
-def summarise(curvature: Blockwise, n: float, prior: Tensor | Mapping[str, Tensor], title: str) -> Summary:
-    """The rows of a curvature with data count ``n`` and prior precision (0-dim, or one per parameter name)."""
+def summarise(
+    curvature: Blockwise,
+    n: float,
+    prior: Tensor | Mapping[str, Tensor],
+    title: str,
+    notes: Mapping[str, str] | None = None,
+) -> Summary:
+    """The rows of a curvature.
+
+    Args:
+        curvature: mean curvature.
+        n: data count.
+        prior: prior precision, 0-dim or one per parameter name.
+        title: first line.
+        notes: why blocks are kept as something else than the structure's own form, by block name.
+    """
     prior = prior if isinstance(prior, Tensor) else dict(prior)
-    return Summary([_row(block, matrix, n, prior) for block, matrix in curvature.entries], title)  # type: ignore[arg-type]
+    rows = []
+    for block, matrix in curvature.entries:
+        constants = sum(curvature.layout.held_in(block))
+        row = _row(block, matrix, n, prior, constants)  # type: ignore[arg-type]
+        rows.append(replace(row, note=(notes or {}).get(row.name, "")))
+    return Summary(rows, title)
 
 
-def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor]) -> BlockRow:
+def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor], constants: int) -> BlockRow:
     effective = matrix.effective(n, prior_of(block, prior).detach())
     condition = tuple(_condition(values) for values in matrix.leading())
-    kind = matrix.kind + (f" (layer rule {block.failed!r} failed its check)" if block.failed else "")
-    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size)
+    kind = matrix.kind + (f", {constants} held" if constants else "") + (", unused" if block.unused else "")
+    kind += f" (layer rule {block.failed!r} failed its check)" if block.failed else ""
+    return BlockRow(block.name, block.parameters, block.shape, kind, condition, effective, block.size - constants)
 
 
 def _condition(values: Tensor) -> float:

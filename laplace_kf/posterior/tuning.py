@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
-from laplace_kf.operators import CurvatureBlock
+from laplace_kf.posterior.candidates import METHODS, Candidate, Contest, described, setting
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
-from laplace_kf.posterior.prior import positive
-from laplace_kf.posterior.search import Plane, Search, coarse_to_fine, compared, grid
+from laplace_kf.posterior.prior import plain, positive
+from laplace_kf.posterior.search import Search, compared, grid
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
 
 if TYPE_CHECKING:
@@ -22,11 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
-CAUTION = 1.0, 0.5
-"""Standard errors by which the default search discounts what a point gains over MAP, and over another point.
-
-Settled, with the floor of the noise scale, on splits 5 to 12 of UCI tables, not on those of the published comparison.
-"""
+CHOICES = ("auto", *METHODS)
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -36,7 +34,7 @@ class Options:
     """Arguments of :meth:`LaplacePosterior.tune` that are not grids or data; see there."""
 
     objective: str | Objective = "nll"
-    method: str = "mc"
+    method: str = "auto"
     samples: int = 20
     generator: torch.Generator | None = None
     extend: int = 0
@@ -45,15 +43,18 @@ class Options:
     per_block: bool = False
     ood: Iterable[Any] | None = None
     max_examples: int | None = None
+    budget: float | None = 10.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What tuning decided: N, λ (one number, or numbers by name) and the noise scale (None: as it was)."""
+    """What tuning decided: N, λ (one number, or numbers by name); the rest stays as it was where it is None."""
 
     n_data: float
     prior_precision: float | dict[str, float]
     noise: float | None = None
+    method: str | None = None
+    temperature: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class TuningResult:
         gain_error: standard error of ``gain`` over the validation examples, from paired differences; None where the
             objective is not a mean of scores by example.
         searched: whether this was the default search, not a grid.
+        method: how ``predict`` predicts from now on, the winner of the candidates; None where that was not asked.
+        candidates: one dict per predictive that was compared, with ``method``, ``objective``, ``gain`` over MAP,
+            ``gain_error``, and ``temperature``, ``n_data``, ``prior_precision``, ``noise`` where it has them; one that
+            the budget was too small for has ``left_out``, the reason, and an infinite objective. Objectives are those
+            of all validation examples: of a candidate that saw some of them, MAP's on all less the gain on those.
+        cost: training epochs of the validation examples that the search took, by count; None for the evidence.
     """
 
     table: list[dict[str, Any]]
@@ -86,42 +93,61 @@ class TuningResult:
     gain: float | None = None
     gain_error: float | None = None
     searched: bool = field(default=False, repr=False)
+    method: str | None = None
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    cost: float | None = None
 
     def __repr__(self) -> str:
         edge = ", at the edge of the search" if self.at_edge else ""
+        method = "" if self.method is None else f"method {self.method!r}, "
         return (
-            f"TuningResult({len(self.table)} points; best {_shown(self.best)}: "
+            f"TuningResult({len(self.table)} points; {method}best {_shown(self.best)}: "
             f"{self.objective} {self.best['objective']:.4f}{edge}{', MAP wins' if self.map_wins else ''})"
         )
 
     def __str__(self) -> str:
         lines = [f"Tuned on {self.objective}, {len(self.table)} points:"]
         lines.append(f"  best  {self.best['objective']:.4f}  at {_shown(self.best)}")
-        if self.map_objective is not None:
+        if not self.candidates and self.map_objective is not None:
             lines.append(f"  MAP   {self.map_objective:.4f}")
-        if self.gain is not None:
+        if not self.candidates and self.gain is not None:
             error = "" if self.gain_error is None else f" ± {self.gain_error:.4f}"
             lines.append(f"  gain  {self.gain:.4f}{error}")
+        if self.candidates:
+            lines.append(f"  {'candidate':12} {self.objective:>9}  gain over MAP")
+            lines += [f"{'>' if each['method'] == self.method else ' ':>2}{_line(each)}" for each in self.candidates]
         if self.map_wins:
             lines.append("  No point tried beats the trained weights alone (MAP) beyond the noise.")
         if self.at_edge:
             lines.append("  The best point lies at the edge of the search.")
+        if self.cost is not None:
+            lines.append(f"  cost  {self.cost:.2g} training epochs of the validation examples")
         return "\n".join(lines)
 
-    def warn(self, stacklevel: int) -> None:
-        """Warns of a best point on the edge and of a win of MAP, as from the caller ``stacklevel`` frames up."""
+    def warn(self) -> None:
+        """Warns of a best point on the edge and of a win of MAP, at the user's line."""
         if self.at_edge:
             warnings.warn(
                 f"the best {self.objective} lies on the edge of the grid ({_shown(self.best)}); widen the grid, or "
                 "pass extend=k to extend it up to k times",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
         elif self.map_wins and self.searched:
             warnings.warn(
                 f"no posterior tried beats the trained weights alone (MAP, {self.objective} {self.map_objective:.4f}) "
                 f"beyond the noise of the validation data; set to {_shown(self.best)}, which is MAP in effect",
-                stacklevel=stacklevel + 1,
+                stacklevel=users_line(),
             )
+
+
+def _line(each: Mapping[str, Any]) -> str:
+    """One candidate in the table."""
+    if "left_out" in each:
+        return f"{each['method']:12} {'-':>9}  left out: {each['left_out']}"
+    error = "" if each["gain_error"] is None else f" ± {each['gain_error']:.4f}"
+    more = f"  T = {each['temperature']:.3g}" if "temperature" in each else ""
+    more += f"  {_shown(each)}" if "n_data" in each else ""
+    return f"{each['method']:12} {each['objective']:9.4f}  {each['gain']:.4f}{error}{more}"
 
 
 def _shown(row: Mapping[str, Any]) -> str:
@@ -171,14 +197,15 @@ def tune(
         return _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
     if val is None:
         raise ShapeMismatch('tune needs validation data for this objective; only objective="evidence" needs none')
+    if options.method not in CHOICES:
+        raise UnknownName("method of tune", options.method, CHOICES)
     validation = Validation(
-        posterior, val, _objective(options), options.method, options.samples, options.generator,
-        options.max_examples, noise, pairs=not gridded,
+        posterior, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
+        pairs=not gridded, mixed=not gridded,
     )  # fmt: skip
-    search = Search(validation, name, options.progress)
     if gridded:
-        return _over_grid(search, validation, counts, priors, options.extend)
-    return _default(posterior, search)
+        return _over_grid(posterior, validation, name, counts, priors, options)
+    return _contest(posterior, validation, name, options)
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -235,8 +262,7 @@ def _evidence(posterior: LaplacePosterior) -> Measure:
 def _by_evidence(posterior: LaplacePosterior, noise: bool, per_block: bool) -> tuple[TuningResult, Settings]:
     """The maximum over λ and the noise at the N that the posterior has: in N the evidence has no inner maximum."""
     model, n = posterior.evidence_model(), posterior.n_data
-    blocks = len(model.curvature.entries)
-    start = torch.ones(blocks if per_block else 1, dtype=torch.float64)
+    start = torch.ones(max(model.groups) + 1 if per_block else 1, dtype=torch.float64)
     path = model.maximise(n, start, posterior.likelihood, noise)
     rows = []
     for prior, sigma, value in path:
@@ -253,51 +279,107 @@ def _by_evidence(posterior: LaplacePosterior, noise: bool, per_block: bool) -> t
 
 
 def _over_grid(
-    search: Search, validation: Validation, counts: list[float], priors: list[float], extend: int
+    posterior: LaplacePosterior,
+    validation: Validation,
+    name: str,
+    counts: list[float],
+    priors: list[float],
+    options: Options,
 ) -> tuple[TuningResult, Settings]:
     """The grid as it is given; a noise scale that is to be tuned is MAP's best at all of its points."""
+    method = posterior.method if options.method == "auto" else options.method
+    scorer = validation.scorer("map" if method == "temperature" else method)
+    search = Search(scorer, name, options.progress)
     search.look([MAP])
     if validation.noise:
-        validation.hold_noise(search.scores[MAP].noise)
-    best, at_edge = grid(search, counts, priors, extend)
-    return _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
+        scorer.hold_noise(search.scores[MAP].noise)
+    best, at_edge = grid(search, counts, priors, options.extend)
+    found, settings = _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
+    chosen = None if options.method == "auto" else method
+    return replace(found, method=chosen), replace(settings, method=chosen)
 
 
-def _default(posterior: LaplacePosterior, search: Search) -> tuple[TuningResult, Settings]:
-    """Coarse to fine, then the champion of all points, or MAP where nothing beats it beyond the noise.
+def _contest(
+    posterior: LaplacePosterior, validation: Validation, name: str, options: Options
+) -> tuple[TuningResult, Settings]:
+    """All candidates, or the one that was asked for, beside MAP and the temperature; the winner is set.
 
-    The noise is that of the validation set (:meth:`Search.champion`). Over many small data sets this choice loses to
-    MAP on test data less often than the smallest objective does, and gains about as much.
+    What a gain has to exceed is the noise of the validation set (:func:`laplace_kf.posterior.search.champion`). Over
+    many small data sets this choice loses to MAP on test data less often than the smallest objective does, and gains
+    about as much.
     """
-    search.look([MAP])
-    sigma, before = search.scores[MAP].noise, posterior.likelihood.noise_scale
-    scale = 1.0 if sigma is None or before is None else (before / sigma) ** 2
-    best, at_edge = coarse_to_fine(search, _plane(posterior, scale))
-    champion = search.champion(*CAUTION)
-    map_wins = champion == MAP
-    if map_wins:
-        best = _map_in_effect(search, best)
-    at_edge, best = at_edge and best == champion, best if map_wins else champion
-    points = [point for point in search.scores if point != MAP]
-    found, settings = _result(search, best, at_edge, points, before if sigma is not None else None)
-    return replace(found, map_wins=map_wins, searched=True), settings
+    if options.budget is not None:
+        positive("budget", options.budget)
+    contest = Contest(posterior, validation, name, options.budget, options.progress)
+    offered, asked = contest.offered(), options.method
+    if asked == "probit" and asked in posterior.likelihood.links():  # for others the same as "linearized"
+        offered = [*offered, asked]
+    if asked != "auto" and asked not in offered:
+        raise IncompatiblePair(
+            f"{posterior.likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"
+        )
+    contest.run(offered if asked == "auto" else [each for each in ("map", "temperature", asked) if each in offered])
+    before = posterior.likelihood.noise_scale if validation.noise else None
+    found, overall = contest.found, contest.found["map"].score
+    if asked != "auto" and found[asked].left_out:
+        raise IncompatiblePair(
+            f"method={asked!r} cannot be tuned within budget={options.budget:g}: {found[asked].left_out}"
+        )
+    winner = contest.winner() if asked == "auto" else found[asked]
+    of = {method: candidate for method, candidate in found.items() if candidate.search is not None}
+    # a winner without a posterior leaves (N, λ) to the best of those that have one, for all else that needs them
+    source = winner if winner.search is not None else _best_of(of)
+    map_wins = not any(candidate.wins for candidate in of.values())
+    table: list[dict[str, Any]] = []
+    best: dict[str, Any]
+    if source is None:  # no posterior was measured
+        best = {"n_data": posterior.n_data, "prior_precision": plain(posterior.prior_precision)}
+        best["objective"] = winner.score.value
+        if winner.score.noise is not None:
+            best["noise"] = winner.score.noise
+        table.append(best)
+    else:
+        point = source.point if source.wins else _map_in_effect(source.search, source.point)
+        for method, candidate in of.items():
+            assert candidate.search is not None
+            for place, score in candidate.search.scores.items():
+                if place != MAP:
+                    gain, _ = compared(candidate.reference, score)
+                    row = {**setting(place, score, before), "objective": overall.value - gain, "method": method}
+                    table.append(row)
+                    if method == source.method and place == point:
+                        best = row
+    candidates = [described(found[method], overall, before) for method in METHODS if method in found]
+    gain, error = compared(winner.reference, winner.score)
+    if winner is source and not winner.wins:
+        gain, error = overall.value - best["objective"], None
+    result = TuningResult(
+        table, best, source is not None and source.at_edge and source.wins, name,
+        map_objective=overall.value, map_wins=map_wins, gain=gain, gain_error=error, searched=True,
+        method=winner.method, candidates=candidates, cost=contest.budget.cost,
+    )  # fmt: skip
+    temperature = found["temperature"].temperature if "temperature" in found else None
+    return result, replace(_settings(best), method=winner.method, temperature=temperature)
 
 
-def _map_in_effect(search: Search, best: Point) -> Point:
+def _best_of(candidates: Mapping[str, Candidate]) -> Candidate | None:
+    """The candidate with a posterior whose gain over MAP is largest."""
+    ranked = sorted(candidates.values(), key=lambda each: compared(each.reference, each.score)[0])
+    return ranked[-1] if ranked else None
+
+
+def _map_in_effect(search: Search | None, best: Point) -> Point:
     """A finite point on the ray from ``best`` to MAP whose objective is MAP's up to ``MAP_TOLERANCE``."""
+    assert search is not None
+    search.afford = None  # the same ratio: of linearised networks free, of draws a few points
     wanted = search.value(MAP)
     n, p = best
+    tolerance = MAP_TOLERANCE * (1 + abs(wanted))
     # not below it either: a gain within the noise is no reason to keep the spread that it came from
-    while abs(search.value((n, p)) - wanted) > MAP_TOLERANCE * (1 + abs(wanted)) and n < 1e30:
-        n, p = n * 10, p * 10
+    while (gap := abs(search.value((n, p)) - wanted)) > tolerance and n < 1e30:
+        step = max(10.0, 2 * gap / tolerance) if math.isfinite(gap) else 10.0  # what a small spread does goes with 1/N
+        n, p = n * step, p * step
     return n, p
-
-
-def _plane(posterior: LaplacePosterior, scale: float) -> Plane:
-    factor = posterior.precision_factor
-    parts = [matrix.nodes() for _, matrix in posterior.curvature.entries if isinstance(matrix, CurvatureBlock)]
-    values, weights = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Plane(factor * values, weights, scale)
 
 
 def _result(
@@ -305,16 +387,12 @@ def _result(
     best: Point,
     at_edge: bool,
     points: Sequence[Point],
-    before: float | None = None,
 ) -> tuple[TuningResult, Settings]:
-    """The result; ``before`` is the noise scale that N is counted at where every point has its own."""
+    """What a grid gives; N counts data at the noise scale that all of its points have."""
 
     def row(point: Point) -> dict[str, Any]:
         score = search.scores[point]
-        # the curvature goes with 1/σ²: at another σ the same precision has another N
-        n = point[0] if before is None or score.noise is None else point[0] * (score.noise / before) ** 2
-        found = {"n_data": n, "prior_precision": point[1], "objective": score.value}
-        return found if score.noise is None else {**found, "noise": score.noise}
+        return {**setting(point, score, None), "objective": score.value}
 
     chosen, reference = row(best), search.scores.get(MAP)
     if reference is None:

@@ -5,26 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from laplace_kf.batches import as_batches, check_finite, inputs_of, run, to_device
+from laplace_kf.agreement import require_same_loss
+from laplace_kf.arrays import is_array
+from laplace_kf.batches import (
+    BATCH_SIZE,
+    as_batches,
+    check_finite,
+    inputs_of,
+    map_examples,
+    run,
+    to_device,
+    to_tensors,
+)
 from laplace_kf.engine import preserved
-from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnknownName
 from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
 from laplace_kf.posterior.prior import positive
+from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 
 if TYPE_CHECKING:
     from laplace_kf.posterior.laplace import LaplacePosterior
 
-__all__ = ["MAP", "Measure", "Point", "Score", "Validation"]
+__all__ = ["MAP", "Measure", "Part", "Point", "Score", "Scorer", "Validation"]
 
 FLOOR = 0.5  # least noise scale, in units of MAP's
 EXPONENTS = 12.0  # decades that a tuned noise scale may move
@@ -49,22 +62,63 @@ class Score:
 Measure = Callable[[Sequence[Point], bool], dict[Point, Score]]
 
 
+@dataclass(frozen=True)
+class Batch:
+    """One minibatch of validation examples.
+
+    Attributes:
+        site: what to run for it at other weights.
+        outputs: at the posterior's mean, ``(N, ...)``.
+        targets: as the likelihood takes them.
+    """
+
+    site: Site
+    outputs: Tensor
+    targets: Any
+
+
+class Part:
+    """The first examples of the validation data, put together to be scored; and the far ones of a contrast.
+
+    Args:
+        batches: in the order of the data.
+        far: sites and outputs of out-of-distribution inputs.
+        samples: S.
+    """
+
+    def __init__(self, batches: Sequence[Batch], far: tuple[list[Site], list[Tensor]] | None, samples: int) -> None:
+        self.inside = Pools([batch.site for batch in batches], [batch.outputs for batch in batches], samples)
+        self.targets = self.inside.joined([batch.targets for batch in batches])
+        self.outside = None if far is None else Pools(*far, samples)
+        self.pools = [self.inside, *([self.outside] if self.outside is not None else [])]
+        self.means = [[batch.outputs for batch in batches], *([far[1]] if far is not None else [])]
+
+    @property
+    def count(self) -> int:
+        """Number of validation examples."""
+        return sum(self.inside.sizes)
+
+
 class Validation:
-    """Measures points on validation data; the posterior is read, never changed.
+    """Validation data, read once; the posterior is read, never changed.
 
     Args:
         posterior: fitted.
         val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; gone through once.
         objective: ``(prediction, targets) -> (N,) scores, or their mean``.
-        method: a name of :data:`METHODS`.
         samples: weight draws S.
         generator: where their seeds come from.
         max_examples: look at the first batches only, until there are so many examples.
         noise: whether every point gets the noise scale at which it scores best, down to half of MAP's.
         pairs: whether weight draws come in pairs ``θ* ± ε``.
+        mixed: cut large minibatches and bring them into a random order, so that the first of them stand for all.
+
+    Attributes:
+        epoch: multiply-adds of a training epoch over the data; three forward passes (forward, gradients of inputs and
+            of weights).
+        forward: multiply-adds of one example at other weights.
 
     Raises:
-        UnknownName: for an unknown method.
         ShapeMismatch: if the data are empty or do not fit.
         NonFinite: for NaN or infinity in the data.
     """
@@ -74,36 +128,63 @@ class Validation:
         posterior: LaplacePosterior,
         val: Iterable[Any] | tuple[Any, Tensor],
         objective: Objective,
-        method: str,
-        samples: int,
-        generator: torch.Generator | None,
+        samples: int = 20,
+        generator: torch.Generator | None = None,
         max_examples: int | None = None,
         noise: bool = False,
         pairs: bool = False,
+        mixed: bool = False,
     ) -> None:
-        if method not in METHODS:
-            raise UnknownName(METHODS.kind, method, METHODS)
         if max_examples is not None:
             positive("max_examples", max_examples)
         self.posterior, self.objective, self.noise, self.pairs = posterior, objective, noise, pairs
+        self.mixed = mixed
         self.seeds = draw_seeds(samples, generator)
-        self.device = next(iter(posterior.mean.values())).device
+        self.mean = posterior.mean
+        self.device = next(iter(self.mean.values())).device
+        self._trained = self._at_mean()
         self._kept = 0
-        inputs, outputs, targets = self._read(val, max_examples)
-        self.inside = Pools(inputs, outputs, samples)
-        self.targets = self.inside.joined(targets)
+        self._passes = [0.0, 0.0, 0]  # multiply-adds of whole passes, of passes at other weights, examples counted
+        self.batches = self._read(val, max_examples)
+        if mixed:
+            order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seeds[0]))
+            self.batches = [self.batches[k] for k in order.tolist()]
         self.contrast = objective if isinstance(objective, OODContrast) else None
-        far = None if self.contrast is None else self._read_inputs(self.contrast.inputs)
-        self.outside = None if far is None else Pools(*far, samples)
-        self._predictor = METHODS[method](self)
-        self._exponent, self._lowest = 0.0, -EXPONENTS
-        self._held: float | None = None
-        self._factor = 1.0
+        self._far = None if self.contrast is None else self._read_inputs(self.contrast.inputs)
+        self._parts: dict[int, Part] = {}
+        whole, again, counted = self._passes
+        self.forward = again / counted
+        self.epoch = EPOCH * self.count * whole / counted
+        self.exponent, self.lowest = 0.0, -EXPONENTS  # of the noise scale
 
     @property
     def count(self) -> int:
         """Number of validation examples."""
-        return sum(self.inside.sizes)
+        return sum(batch.outputs.shape[0] for batch in self.batches)
+
+    def part(self, examples: float = math.inf) -> Part:
+        """The first examples, this many at most; with a contrast, or where minibatches cannot be cut, maybe more."""
+        if self.contrast is not None:
+            examples = math.inf
+        taken: list[Batch] = []
+        seen = 0
+        for batch in self.batches:
+            size = batch.outputs.shape[0]
+            if seen + size > examples:
+                pieces = self._cut(batch, max(1, int(examples - seen)), seen < examples)
+                taken += pieces[:1] if len(pieces) > 1 else [batch] if not taken else []
+                break
+            taken.append(batch)
+            seen += size
+        count = sum(batch.outputs.shape[0] for batch in taken)
+        if count not in self._parts:
+            self._parts[count] = Part(taken, self._far, len(self.seeds))
+        return self._parts[count]
+
+    def _at_mean(self) -> bool:
+        """Whether the model's own weights are the posterior's mean."""
+        named = dict(self.posterior.model.named_parameters())
+        return all(torch.equal(named[name].detach(), value) for name, value in self.mean.items())
 
     def _site(self, inputs: Any) -> Site:
         """What to run for one minibatch; features are kept up to ``FEATURE_BYTES`` in all."""
@@ -111,45 +192,111 @@ class Validation:
         plain: Site = (posterior.model, posterior.forward, inputs)
         if self._kept >= FEATURE_BYTES:
             return plain
-        site = cut(posterior.model, posterior.forward, posterior.mean, inputs)
+        site = cut(posterior.model, posterior.forward, self.mean, inputs)
         if site[0] is posterior.model:
             return plain
         self._kept += feature_bytes(site[2])
         return site if self._kept <= FEATURE_BYTES else plain
 
-    def _read(self, val: Any, limit: int | None) -> tuple[list[Site], list[Tensor], list[Any]]:
+    def _read(self, val: Any, limit: int | None) -> list[Batch]:
         model, forward = self.posterior.model, self.posterior.forward
-        inputs, outputs, targets, seen = [], [], [], 0
-        with preserved(model):
-            for index, batch in enumerate(as_batches(val)):
+        batches: list[Batch] = []
+        seen = 0
+        with preserved(model), torch.no_grad():
+            for index, batch in enumerate(as_batches(val, model)):
                 check_finite(batch, index, "the validation batch")
                 batch = of_role(to_device(batch, self.device), "val_mask")
-                with torch.no_grad():
+                if index == 0:
+                    require_same_loss(model, batch, forward, self.posterior.likelihood)
+                with multiply_adds(not batches) as work:
                     found, wanted = run(model, batch, forward)
                 check_ignored(batch, wanted, self.posterior.likelihood, forward)
                 self.posterior.likelihood.check(found, wanted)
-                inputs.append(self._site(inputs_of(batch, self.posterior.forward)))
-                outputs.append(found)
-                targets.append(wanted)
+                site = self._site(inputs_of(batch, forward))
+                at_mean = found if self._trained else outputs_at(site[0], site[1], self.mean, site[2])
+                if not batches:
+                    self._count_passes(work[0], site, found)
+                made = Batch(site, at_mean, wanted)
+                batches += self._cut(made) if self.mixed else [made]
                 seen += found.shape[0]
                 if limit is not None and seen >= limit:
                     break
         if not seen:
             raise ShapeMismatch("the validation data are empty: no batch was yielded")
-        return inputs, outputs, targets
+        return batches
+
+    def _count_passes(self, whole: float, site: Site, outputs: Tensor) -> None:
+        again = whole
+        if site[0] is not self.posterior.model:
+            with multiply_adds() as work:
+                outputs_at(site[0], site[1], self.mean, site[2])
+            again = work[0]
+        least = float(outputs.numel())  # a network without products
+        self._passes = [max(whole, least), max(again, least), outputs.shape[0]]
+
+    def _cut(self, batch: Batch, size: int = BATCH_SIZE, wanted: bool = True) -> list[Batch]:
+        """A minibatch in pieces of ``size``, where pieces of the inputs give pieces of the outputs; else as it is."""
+        count, (model, forward, inputs) = batch.outputs.shape[0], batch.site
+        targets = batch.targets
+        if not wanted or count <= size or not isinstance(targets, Tensor) or targets.shape[:1] != (count,):
+            return [batch]
+        parts = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        try:
+            pieces = [map_examples(inputs, count, partial(_rows, part=part)) for part in parts]
+            with preserved(model), torch.no_grad():
+                first = outputs_at(model, forward, self.mean, pieces[0])
+        except (LaplaceKFError, RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError):
+            return [batch]
+        expected = batch.outputs[parts[0]]
+        if first.shape != expected.shape or not torch.allclose(first, expected, rtol=1e-4, atol=1e-5):
+            return [batch]
+        return [
+            Batch((model, forward, piece), batch.outputs[part], targets[part])
+            for piece, part in zip(pieces, parts, strict=True)
+        ]
 
     def _read_inputs(self, data: Any) -> tuple[list[Site], list[Tensor]]:
-        batches = [data] if isinstance(data, Tensor) else as_batches(data) if isinstance(data, tuple) else data
+        data = to_tensors(data, self.posterior.model) if is_array(data) else data
+        batches = [data] if isinstance(data, Tensor) else as_batches(data, self.posterior.model)
         inputs, outputs = [], []
-        with preserved(self.posterior.model):
+        with preserved(self.posterior.model), torch.no_grad():
             for index, batch in enumerate(batches):
                 check_finite(batch, index, "the out-of-distribution batch")
                 inputs.append(self._site(inputs_of(to_device(batch, self.device), self.posterior.forward)))
                 model, forward, taken = inputs[-1]
-                outputs.append(outputs_at(model, forward, None, taken))
+                outputs.append(outputs_at(model, forward, self.mean, taken))
         if not sum(len(found) for found in outputs):
             raise ShapeMismatch("the out-of-distribution data are empty: no batch was yielded")
         return inputs, outputs
+
+    def scorer(self, method: str, examples: float = math.inf) -> Scorer:
+        """What measures points by a prediction method (a name of :data:`METHODS`) on the first examples.
+
+        Raises:
+            UnknownName: for an unknown method.
+            IncompatiblePair: for one that the likelihood does not have.
+        """
+        if method not in METHODS:
+            raise UnknownName(METHODS.kind, method, METHODS)
+        return Scorer(self, self.part(examples), method)
+
+
+class Scorer:
+    """Scores of points by one prediction method on a part of the validation data.
+
+    Args:
+        validation: the data.
+        part: of them.
+        method: a name of :data:`METHODS`.
+    """
+
+    def __init__(self, validation: Validation, part: Part, method: str) -> None:
+        self.validation, self.part = validation, part
+        self.posterior = validation.posterior
+        with preserved(self.posterior.model):
+            self.predictor = METHODS[method](validation, part)
+        self._held: float | None = None
+        self._factor = 1.0
 
     def __call__(self, points: Sequence[Point], progress: bool = False) -> dict[Point, Score]:
         """The score of every point; ``MAP`` may be among them."""
@@ -158,14 +305,17 @@ class Validation:
         origin = {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
         with preserved(self.posterior.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
             for point, predictions in self._predictions(list(origin)):
-                if predictions is None:
-                    found[origin[point]] = Score(math.inf)
-                elif self.noise and self._held is None:
-                    found[origin[point]] = self._tuned(predictions, point == MAP)
-                else:
-                    found[origin[point]] = self._score(predictions, self._held)
+                found[origin[point]] = self.score(predictions, point == MAP)
                 bar.update()
         return found
+
+    def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
+        """The score of predictions of the part, at their best noise scale where that is tuned."""
+        if predictions is None:
+            return Score(math.inf)
+        if self.validation.noise and self._held is None:
+            return self._tuned(predictions, at_map)
+        return self._score(predictions, self._held)
 
     def hold_noise(self, scale: float | None) -> None:
         """From now on measure all points at this noise scale; their N counts data at it."""
@@ -175,18 +325,19 @@ class Validation:
 
     def _predictions(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         if MAP in points:
-            yield MAP, self._predictor.at_mean()
-        yield from self._predictor([point for point in points if point != MAP])
+            yield MAP, self.predictor.at_mean()
+        yield from self.predictor([point for point in points if point != MAP])
 
     def _score(self, predictions: Predictions, noise: float | None = None) -> Score:
         likelihood = self.posterior.likelihood
         found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
-        inside = len(self.inside.sizes)
-        parts = [_as_scores(self.objective(p, y)) for p, y in zip(found[:inside], self.targets, strict=True)]
-        value, scores = _combined(parts, self.inside.sizes)
-        if self.contrast is not None:
+        objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
+        inside = len(sizes)
+        parts = [_as_scores(objective(p, y)) for p, y in zip(found[:inside], self.part.targets, strict=True)]
+        value, scores = _combined(parts, sizes)
+        if contrast is not None:
             assert scores is not None
-            far = torch.cat([self.contrast.outside(p) for p in found[inside:]]).double().cpu()
+            far = torch.cat([contrast.outside(p) for p in found[inside:]]).double().cpu()
             count = len(scores) + len(far)  # weights under which one mean over both is the sum of the two means
             scores = torch.cat([scores * (count / len(scores)), far * (count / len(far))])
             value = float(scores.mean())
@@ -207,17 +358,22 @@ class Validation:
                 known[exponent] = self._score(predictions, start * 10**exponent)
             return known[exponent].value
 
-        centre = self._exponent
+        centre = self.validation.exponent
         for step in (0.5, 0.05, 0.005, 0.0005):
             while True:
                 best = min((centre, round(centre - step, 5), round(centre + step, 5)), key=score)
-                if best == centre or not self._lowest <= best <= EXPONENTS:
+                if best == centre or not self.validation.lowest <= best <= EXPONENTS:
                     break
                 centre = best
         if math.isfinite(known[centre].value):
-            self._exponent = max(round(centre, 1), self._lowest)
-            self._lowest = centre + math.log10(FLOOR) if at_map else self._lowest
+            validation = self.validation
+            validation.exponent = max(round(centre, 1), validation.lowest)
+            validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
         return known[centre]
+
+
+def _rows(tensor: Tensor, part: slice) -> Tensor:
+    return tensor[part]
 
 
 def _as_scores(value: Tensor | float) -> Tensor:

@@ -1,5 +1,6 @@
 """Predictive distributions from a posterior over weights."""
 
+from laplace_kf.predictive.asked import asked, labelled
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.draws import DRAWS, draw_seeds
 from laplace_kf.predictive.linearized import Linearization
@@ -13,7 +14,9 @@ __all__ = [
     "Linearization",
     "Predictor",
     "Request",
+    "asked",
     "draw_seeds",
+    "labelled",
     "monte_carlo",
     "outputs_at",
     "sampled_outputs",

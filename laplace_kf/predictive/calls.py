@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,26 +13,28 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
+from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
-from laplace_kf.models import autocasting
+from laplace_kf.models import autocasting, parameters_of
+from laplace_kf.replica import Shared, original
+from laplace_kf.substitution import reached, require_reached, substituted
 
-__all__ = ["Uses", "outputs_at", "over_draws"]
+__all__ = ["Uses", "outputs_at", "over_draws", "require_movable"]
 
 Handler = Callable[[LayerRule, BoundCall, Mapping[str, str], Callable[[], Tensor]], Tensor]
 _VECTORISES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-class _Caller(nn.Module):
-    """Calls a model on one input structure, so that ``functional_call`` can put other weights in for the call."""
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
+        warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+        yield
 
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
 
-    def forward(self, inputs: Any) -> Tensor:
-        return predicted(self.model, inputs, self._forward)
+QUIET = Shared(_without_advice)
+"""No advice about batching rules, for the whole process: the filters of warnings are."""
 
 
 def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor] | None, inputs: Any) -> Tensor:
@@ -46,16 +49,33 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
     Raises:
         ShapeMismatch: if the outputs have no example and output axes.
     """
-    caller = _Caller(model, forward)
     track = torch.is_grad_enabled() and any(t.requires_grad for t in tensors_of(inputs))
     with torch.set_grad_enabled(track):
-        replaced = {f"model.{name}": value for name, value in (weights or {}).items()}
-        outputs: Tensor = torch.func.functional_call(caller, replaced, (inputs,))
+        if weights:
+            parameters_of(model, list(weights), [tuple(value.shape) for value in weights.values()], "the posterior")
+        outputs = substituted(model, weights or {}, lambda: predicted(model, inputs, forward))
     if outputs.dim() < 2:
         raise ShapeMismatch(
             f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"
         )
     return outputs
+
+
+def require_movable(model: nn.Module, forward: Forward | None, names: Collection[str], inputs: Any) -> None:
+    """Refuses parameters in whose place no draw can be put; asked once for a model and its parameters.
+
+    Args:
+        model: the module; left as it was.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        names: parameters that will be replaced.
+        inputs: what the model takes, on its device.
+
+    Raises:
+        UnsupportedLayer: if the forward pass reaches one in another way; names it.
+    """
+    if not reached(model, forward, names):
+        with preserved(model):
+            require_reached(model, forward, names, lambda: predicted(model, inputs, forward))
 
 
 class Uses(TorchFunctionMode):
@@ -123,11 +143,11 @@ def over_draws(model: nn.Module, run: Callable[[dict[str, Tensor]], Tensor], sta
     def one(k: int) -> Tensor:
         return run({name: value[k] for name, value in stacked.items()})
 
+    model = original(model)
     count = next(iter(stacked.values())).shape[0]
     if count > 1 and not autocasting() and _VECTORISES.get(model, True):  # autocast does not reach into vmap
         try:
-            with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
-                warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
+            with QUIET():
                 together: Tensor | None = torch.func.vmap(run, randomness="different")(dict(stacked))
         except IncompatiblePair:
             raise

@@ -15,12 +15,12 @@ What the rest of the network costs is the same in both spaces and is left out, a
 
 from __future__ import annotations
 
-from laplace_kf.operators import Blockwise, Matrix, Spectral
+from laplace_kf.operators import Blockwise, LowRank, Matrix, Spectral
 from laplace_kf.predictive.activations import factorises, is_linear, refusal
 from laplace_kf.predictive.weights import chain_is_cheaper
 from laplace_kf.tape import Block
 
-__all__ = ["NOISE", "activation_cost", "activations_are_cheaper", "weight_cost"]
+__all__ = ["NOISE", "activation_cost", "activations_are_cheaper", "draw_cost", "rotations", "weight_cost"]
 
 NOISE = 250
 
@@ -32,7 +32,7 @@ def weight_cost(precision: Blockwise, inputs: int, samples: int) -> float:
         each = float(NOISE * block.size)
         if is_linear(block) and isinstance(matrix, Spectral) and factorises(block, matrix):
             _, out, inp = block.shape
-            right, left = _bases(matrix)
+            right, left = rotations(matrix)
             chain = inputs * (right + out * inp + left)
             formed = _draw(block, matrix) + inputs * out * inp
             each += chain if chain_is_cheaper(inputs, matrix) else formed
@@ -53,7 +53,7 @@ def activation_cost(precision: Blockwise, inputs: int, samples: int) -> float:
             total += samples * inputs * NOISE * block.size
             continue
         _, out, inp = block.shape
-        right, left = _bases(matrix)
+        right, left = rotations(matrix)
         total += inputs * (right + 2 * out * inp) * (samples if number else 1) + out * inp
         total += samples * inputs * (left + NOISE * out)
     return total
@@ -64,16 +64,23 @@ def activations_are_cheaper(precision: Blockwise, inputs: int, samples: int) -> 
     return activation_cost(precision, inputs, samples) < weight_cost(precision, inputs, samples)
 
 
-def _bases(matrix: Spectral) -> tuple[int, int]:
+def rotations(matrix: Spectral) -> tuple[int, int]:
     """Multiply-adds per input of the input side's and of the output side's rotation."""
     _, out, inp = matrix.grid.shape
     return (inp * inp if matrix.inputs.dual is not None else 0), (out * out if matrix.outputs.dual is not None else 0)
 
 
+def draw_cost(precision: Blockwise) -> float:
+    """Multiply-adds of one draw of all weights."""
+    return sum(NOISE * block.size + _draw(block, matrix) for block, matrix in precision.entries)
+
+
 def _draw(block: Block, matrix: Matrix) -> float:
     """Multiply-adds of making one draw of a block from its noise."""
+    if isinstance(matrix, LowRank):
+        return 2.0 * matrix.values.shape[0] * block.size
     if not isinstance(matrix, Spectral):
         return float(block.size) ** 2
     groups, out, inp = matrix.grid.shape
-    right, left = _bases(matrix)
+    right, left = rotations(matrix)
     return float(groups) * (out * right + left * inp)

@@ -93,23 +93,22 @@ class Sobol(Draws):
 
     def __init__(self, samples: int, generator: torch.Generator | None) -> None:
         super().__init__(samples, generator)
-        self._points: Tensor | None = None
-        self._shift: Tensor | None = None
+        self._made: tuple[Tensor, Tensor] | None = None  # replaced as a whole: several threads may draw
 
     def normal(self, index: int, shapes: Sequence[tuple[int, int]], like: Tensor) -> list[Tensor]:
         widths = [width for _, width in shapes]
         total, copies = sum(widths), shapes[0][0]
-        if self._points is None or self._points.shape[1] != total:
+        made = self._made
+        if made is None or made[1].shape != (copies, total):
             if total > self.LIMIT:
                 raise IncompatiblePair(
                     f'draws="sobol" has points in at most {self.LIMIT} directions, and {total} are drawn here; use '
                     'draws="antithetic" or "independent", parameters="last_layer", or space="activations"'
                 )
             engine = torch.quasirandom.SobolEngine(total, scramble=True, seed=self.seeds[0])
-            self._points, self._shift = engine.draw(self.samples, dtype=torch.float64), None
-        if self._shift is None or self._shift.shape[0] != copies:
             generator = torch.Generator().manual_seed(self.seeds[0])
-            self._shift = torch.rand(copies, total, generator=generator, dtype=torch.float64)
+            shift = torch.rand(copies, total, generator=generator, dtype=torch.float64)
+            made = self._made = engine.draw(self.samples, dtype=torch.float64), shift
         tiny = math.ulp(1.0)
-        uniform = ((self._points[index] + self._shift) % 1).clamp(tiny, 1 - tiny)
+        uniform = ((made[0][index] + made[1]) % 1).clamp(tiny, 1 - tiny)
         return [part.to(like) for part in torch.special.ndtri(uniform).split(widths, 1)]

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, check_rows, map_examples, model_outputs, run, tensors_of, to_device
+from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
+from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
+from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
 
 __all__ = ["Linearization", "Stand"]
@@ -47,22 +49,12 @@ class Stand:
 
     def __call__(self, model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
         now = dict(model.named_parameters())
-        replaced = {f"model.{name}": value for name, value in self.weights.items() if now[name] is self.own[name]}
-        return torch.func.functional_call(_Caller(model, self.forward), replaced, (inputs,)), None
+        replaced = {name: value for name, value in self.weights.items() if now[name] is self.own[name]}
 
+        def call() -> Tensor:
+            return called(model, inputs, self.forward)
 
-class _Caller(nn.Module):
-    """Makes ``forward(model, inputs)`` callable through ``functional_call`` (which wants a module)."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, inputs: Any) -> Tensor:
-        if self._forward is not None:
-            return as_tensor(self._forward(self.model, inputs)[0])
-        return model_outputs(self.model, inputs)
+        return substituted(model, replaced, call), None
 
 
 @dataclass(frozen=True)
@@ -95,13 +87,7 @@ class Linearization:
     def __init__(
         self, model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, *, keep: bool = True
     ) -> None:
-        named = dict(model.named_parameters())
-        for name, value in mean.items():
-            found = tuple(named[name].shape) if name in named else None
-            if found != tuple(value.shape):
-                raise ShapeMismatch(
-                    f"the posterior has parameter {name!r} of shape {tuple(value.shape)}, the model has {found}"
-                )
+        parameters_of(model, list(mean), [tuple(value.shape) for value in mean.values()], "the posterior")
         x = to_device(x, next(iter(mean.values())).device)
         model, forward, self.x = cut(model, forward, mean, x)
         if isinstance(model, Suffix) and not model.divisible:  # some ways need single examples
@@ -109,7 +95,6 @@ class Linearization:
         self.model, self.keep = model, keep
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
-            self._batches = forward is not None  # x is a batch for the user's forward, not what the model takes
             self.forward = Stand(model, forward, leaves)
             self.tracer = Tracer(model, self.forward, weights=leaves)
             with torch.no_grad():
@@ -123,10 +108,7 @@ class Linearization:
         self._pieces: dict[bytes, list[Piece]] = {}
 
     def _run(self, x: Any) -> Tensor:
-        outputs = run(self.model, x, self.forward)[0]
-        if self._batches:
-            check_rows(x, outputs)
-        return outputs
+        return run(self.model, x, self.forward)[0]
 
     # -- what is asked for -------------------------------------------------------------------------------------------
 
@@ -167,8 +149,15 @@ class Linearization:
         """Variances of all outputs in the layout of :attr:`outputs`, such as ``(N, C)``."""
         return self.variances([precision])[0]
 
-    def position_covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
-        """Covariances of the outputs of one position (sequence step, pixel), ``(K, N, T, C, C)``."""
+    def position_covariances(
+        self, precisions: Sequence[Blockwise], to_positions: Callable[[Tensor], Tensor] = to_positions
+    ) -> Tensor:
+        """Covariances of the outputs of one position (sequence step, pixel), ``(K, N, T, C, C)``.
+
+        Args:
+            precisions: K of them.
+            to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
+        """
         index = torch.arange(self._flat).reshape(1, *self.outputs.shape[1:])
         index = to_positions(index)[0]  # (T, C)
         return self._grouped(precisions, _Wanted(index.reshape(-1), index.shape[1])).transpose(1, 2)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import IncompatiblePair, NonFinite
+from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
-from laplace_kf.predictive.calls import outputs_at
+from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import monte_carlo
@@ -40,6 +40,7 @@ class Request:
         draws: kind of Monte Carlo draws, a name of :data:`laplace_kf.predictive.DRAWS`.
         link: name of a link of the likelihood, or ``None``.
         keep_samples: whether the prediction keeps the drawn outputs ``(S, N, ...)``.
+        temperature: what ``"temperature"`` divides the logits by, or ``None`` if none was chosen.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Request:
     draws: str = "independent"
     link: str | None = None
     keep_samples: bool = False
+    temperature: float | None = None
 
     def without_link(self, method: str) -> None:
         """Raises :class:`IncompatiblePair` if a link was given to a method that has no use for one."""
@@ -82,11 +84,32 @@ def _monte_carlo(request: Request) -> Prediction:
 def _mean_weights(request: Request) -> Prediction:
     """The network at the mean weights."""
     request.without_link("map")
+    return request.likelihood.predict(_outputs(request), keep_samples=request.keep_samples)
+
+
+@METHODS.register("temperature")
+def _tempered(request: Request) -> Prediction:
+    """The network at the mean weights with its logits divided by a temperature."""
+    request.without_link("temperature")
+    if not request.likelihood.has_logits:
+        raise IncompatiblePair(
+            f'{request.likelihood!r} has no logits that a temperature could divide; use method="map" or "linearized"'
+        )
+    if request.temperature is None:
+        raise NotFitted(
+            'method="temperature" needs a temperature: call posterior.tune(val) first, or set posterior.temperature'
+        )
+    return request.likelihood.predict(_outputs(request) / request.temperature, keep_samples=request.keep_samples)
+
+
+def _outputs(request: Request) -> Tensor:
+    """At the mean weights, ``(1, N, ...)``."""
     inputs = to_device(request.inputs, next(iter(request.mean.values())).device)
+    require_movable(request.model, request.forward, request.mean, inputs)
     with preserved(request.model):
         outputs = outputs_at(request.model, request.forward, request.mean, inputs)[None]
     check_finite(outputs, 0, "the model's output")
-    return request.likelihood.predict(outputs, keep_samples=request.keep_samples)
+    return outputs
 
 
 @METHODS.register("linearized")
@@ -121,7 +144,7 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
     if rule.marginal:
         variances = network.variances(precisions)
     else:
-        found = network.position_covariances(precisions)  # (K, N, T, C, C)
+        found = network.position_covariances(precisions, request.likelihood.to_positions)  # (K, N, T, C, C)
         covariances = list(found)
         diagonal = found.diagonal(dim1=-2, dim2=-1)
         variances = torch.stack([request.likelihood.from_positions(part, network.outputs) for part in diagonal])

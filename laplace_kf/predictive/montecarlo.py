@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, check_finite, to_device
 from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite
+from laplace_kf.models import undisturbed
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.activations import activation_outputs, examples
+from laplace_kf.predictive.asked import asked, labelled
 from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.cost import activations_are_cheaper
 from laplace_kf.predictive.draws import DRAWS, Draws
@@ -20,6 +22,7 @@ from laplace_kf.predictive.padding import without_padding
 from laplace_kf.predictive.suffix import cut
 from laplace_kf.predictive.weights import WeightDraws
 from laplace_kf.registry import Registry
+from laplace_kf.replica import stage
 
 if TYPE_CHECKING:
     from laplace_kf.likelihoods import Likelihood, Prediction
@@ -156,7 +159,7 @@ class Predictor:
     ) -> None:
         self.likelihood = likelihood
         self._device = next(iter(mean.values())).device
-        with preserved(model):
+        with undisturbed():
             self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
 
     def outputs(self, x: Any) -> Tensor:
@@ -165,11 +168,13 @@ class Predictor:
         Raises:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
+        x = asked(self._draws.model, self._draws.forward, x)
         check_finite(x, 0, "the input")
-        with preserved(self._draws.model):
-            return _finite(self._draws.outputs(to_device(x, self._device)))
+        with stage(self._draws.model, self._draws.forward) as (model, forward), preserved(model):
+            return _finite(self._draws.outputs(to_device(x, self._device), model, forward))
 
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
         """Predictive distribution at inputs; see :meth:`laplace_kf.LaplacePosterior.predict`."""
         found = self.likelihood.predict(self.outputs(x), keep_samples=keep_samples)
+        found = labelled(self._draws.model, self._draws.forward, x, found)
         return without_padding(found, x, self._draws.forward)

@@ -25,6 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.engine import preserved
+from laplace_kf.predictive.calls import require_movable
+from laplace_kf.replica import original
+from laplace_kf.substitution import substituted
 
 __all__ = ["FEATURE_BYTES", "Site", "Suffix", "cut", "feature_bytes", "verdicts"]
 
@@ -305,20 +308,10 @@ class Suffix(nn.Module):
         return slots[self.output]
 
 
-class _Whole(nn.Module):
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._forward = forward
-
-    def forward(self, inputs: Any) -> Tensor:
-        return predicted(self.model, inputs, self._forward)
-
-
 def verdicts(model: nn.Module) -> dict[tuple[str, ...], str]:
     """For each set of parameter names that was tried: ``"cut"``, or why the whole network is run."""
     with _LOCK:
-        return dict(_VERDICTS.get(model, {}))
+        return dict(_VERDICTS.get(original(model), {}))
 
 
 def feature_bytes(inputs: Any) -> int:
@@ -337,10 +330,14 @@ def cut(model: nn.Module, forward: Forward | None, names: Collection[str], input
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
         names: parameters that will be replaced.
         inputs: what the model takes, on its device.
+
+    Raises:
+        UnsupportedLayer: for parameters in whose place no other values can be put; names them.
     """
     plain: Site = (model, forward, inputs)
     if isinstance(model, Suffix):
         return plain
+    require_movable(model, forward, names, inputs)
     named = dict(model.named_parameters())
     key = tuple(name for name in named if name in names)
     if len(key) == len(named) or len(key) != len(names):
@@ -355,7 +352,7 @@ def cut(model: nn.Module, forward: Forward | None, names: Collection[str], input
     except _NoCut as reason:
         found, verdict = plain, str(reason)
     with _LOCK:
-        _VERDICTS.setdefault(model, {})[key] = verdict
+        _VERDICTS.setdefault(original(model), {})[key] = verdict
     return found
 
 
@@ -368,9 +365,7 @@ def _cut(
     with preserved(model):
         before = _random_states(named)
         with torch.enable_grad(), recorder:
-            outputs = torch.func.functional_call(
-                _Whole(model, forward), {f"model.{n}": v for n, v in replaced.items()}, (inputs,)
-            )
+            outputs = substituted(model, replaced, lambda: predicted(model, inputs, forward))
         if not all(map(torch.equal, before, _random_states(named))):
             raise _NoCut("the forward pass draws random numbers")
     if recorder.refused is not None:

@@ -116,6 +116,7 @@ class WeightDraws:
         keep: bool = False,
     ) -> None:
         self.model, self.forward, self.mean, self.draws, self.entries = model, forward, mean, draws, precision.entries
+        self.layout = precision.layout
         self.like = _like(self.entries[0][1])
         self.bytes_of_one = precision.size * self.like.element_size()
         self.keep = keep and draws.samples * self.bytes_of_one <= KEEP_BYTES
@@ -132,8 +133,9 @@ class WeightDraws:
                 folded = matrix.rotate(packed.to(matrix.grid))[0, 0]
             self.factored[block.name] = _Factored(block, matrix, matrix.grid[0].rsqrt(), folded)
 
-    def make(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def make(self, indices: Sequence[int], factored: Mapping[str, _Factored] | None = None) -> dict[str, Tensor]:
         """Draws with a leading axis of K: ``(K, O, I)`` by block where they stay factored, else by parameter name."""
+        factored = self.factored if factored is None else factored
         shapes = [(1, matrix.noise_size) for _, matrix in self.entries]
         drawn = [self.draws.normal(index, shapes, self.like) for index in indices]
         made: dict[str, Tensor] = {}
@@ -141,25 +143,34 @@ class WeightDraws:
         for number, (block, matrix) in enumerate(self.entries):
             parts = [one[number] for one in drawn]
             noise = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(matrix.device)
-            if block.name in self.factored:
-                made[_key(block)] = self.factored[block.name].draws(noise)
+            if block.name in factored:
+                made[_key(block)] = factored[block.name].draws(noise)
             else:
                 formed.append(block.unpack(matrix.colour(noise).reshape(-1, *block.shape)))
-        made.update({name: self.mean[name] + value.to(self.mean[name]) for name, value in merged(formed).items()})
+        moved = self.layout.hold(merged(formed))
+        made.update({name: self.mean[name] + value.to(self.mean[name]) for name, value in moved.items()})
         return made
 
-    def outputs(self, inputs: Any) -> Tensor:
-        """Outputs ``(S, N, ...)`` of one batch of inputs."""
-        site = cut(self.model, self.forward, self.mean, inputs)
-        try:
-            return self._outputs(site)
-        except IncompatiblePair:  # a weight is used by something else than a linear layer: draw it as it is
-            if not self.factored:
-                raise
-            self.factored = {}
-            return self._outputs(site)
+    def outputs(self, inputs: Any, model: nn.Module | None = None, forward: Forward | None = None) -> Tensor:
+        """Outputs ``(S, N, ...)`` of one batch of inputs.
 
-    def _outputs(self, site: Site) -> Tensor:
+        Args:
+            inputs: what the model takes.
+            model, forward: run these instead, a double of the model (:mod:`laplace_kf.replica`).
+        """
+        plain = (self.model, self.forward) if model is None else (model, forward)
+        site = cut(*plain, self.mean, inputs)
+        factored = self.factored  # several threads may draw from this object
+        try:
+            return self._outputs(site, factored)
+        except IncompatiblePair:  # a weight is used by something else than a linear layer: draw it as it is
+            if not factored:
+                raise
+            found = self._outputs(site, {})
+            self.factored = {}
+            return found
+
+    def _outputs(self, site: Site, factored: Mapping[str, _Factored]) -> Tensor:
         samples, count = self.draws.samples, examples(site[2])
         widths = sum(sum(block.shape[1:]) for block, _ in self.entries if is_linear(block))
         size = min(samples, MEMORY_BYTES // max(1, 2 * self.bytes_of_one + 2 * count * widths * self.like.itemsize))
@@ -167,14 +178,14 @@ class WeightDraws:
             size = min(size, TOGETHER // max(1, count))
         size = max(1, size)
         parts = []
-        for made in self._chunks(size):
+        for made in self._chunks(size, factored):
             held = next(iter(made.values())).shape[0]
             for start in range(0, held, size):
                 some = {name: value[start : start + size] for name, value in made.items()}
-                parts.append(over_draws(site[0], partial(self._run, site, min(size, held - start)), some))
+                parts.append(over_draws(site[0], partial(self._run, site, factored, min(size, held - start)), some))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _chunks(self, size: int) -> Iterator[dict[str, Tensor]]:
+    def _chunks(self, size: int, factored: Mapping[str, _Factored]) -> Iterator[dict[str, Tensor]]:
         """All draws, at most ``size`` at once, unless they are kept."""
         if self.kept:
             yield from self.kept
@@ -183,16 +194,16 @@ class WeightDraws:
             size = max(1, MEMORY_BYTES // (3 * self.bytes_of_one))
         made = []
         for start in range(0, self.draws.samples, size):
-            chunk = self.make(range(start, min(start + size, self.draws.samples)))
+            chunk = self.make(range(start, min(start + size, self.draws.samples)), factored)
             if self.keep:
                 made.append(chunk)
             yield chunk
         self.kept = made
 
-    def _run(self, site: Site, shared: int, drawn: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, site: Site, factored: Mapping[str, _Factored], shared: int, drawn: Mapping[str, Tensor]) -> Tensor:
         """Outputs ``(N, ...)`` at one draw; ``shared`` draws are run together."""
         formed = {name: value for name, value in drawn.items() if name in self.mean}
-        owner = {name: found for found in self.factored.values() for name in found.block.parameters}
+        owner = {name: found for found in factored.values() for name in found.block.parameters}
         weights: dict[str, dict[str, Tensor]] = {}
         met: set[str] = set()
 

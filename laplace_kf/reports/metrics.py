@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from laplace_kf.conventions import IGNORED
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.reports.environment import missing_extra
 
@@ -43,7 +44,7 @@ def classification(probs: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str
 
     Args:
         probs: ``(N, C)`` predicted probabilities.
-        labels: ``(N,)`` integer classes.
+        labels: ``(N,)`` integer classes; those of -100 are left out.
         bins: equal-width confidence bins of the expected calibration error.
 
     Returns:
@@ -59,6 +60,10 @@ def classification(probs: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str
             f"Expected probabilities (N, C) and labels (N,) with N >= 1, got {tuple(probs.shape)} and "
             f"{tuple(labels.shape)}."
         )
+    kept = labels != IGNORED
+    if not bool(kept.any()):
+        raise ShapeMismatch(f"all labels are ignored ({IGNORED}), so there is nothing to measure")
+    probs, labels = probs[kept], labels[kept]
     classes = probs.shape[1]
     hit = probs.gather(1, labels[:, None])[:, 0]
     one_hot = torch.nn.functional.one_hot(labels, classes).to(probs)

@@ -126,7 +126,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
     device = next(iter(posterior.mean.values())).device
     parts: dict[str, list[Tensor]] = {}
     targets, log_prob, entropy, inputs = [], [], [], []
-    for batch in as_batches(loader):
+    for batch in as_batches(loader, posterior.model):
         batch = of_role(to_device(batch, device), "test_mask")
         with preserved(posterior.model), torch.no_grad():
             wanted = run(posterior.model, batch, posterior.forward)[1]
@@ -140,7 +140,12 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
             inputs.append(batch[0].cpu())  # few enough to draw
         for name, value in prediction.values.items():
             parts.setdefault(name, []).append(value.detach().cpu())
-        log_prob.append(prediction.log_prob(wanted).detach().cpu())
+        raw = (
+            batch["labels"]
+            if posterior.forward is None and isinstance(batch, Mapping) and "labels" in batch
+            else wanted
+        )
+        log_prob.append(prediction.log_prob(raw).detach().cpu())  # in the batch's own convention
         if "probs" in prediction.values:  # what is ignored has no label, whichever number stands for it
             wanted = wanted.where(prediction.kept(wanted), -1)
         targets.append(wanted.cpu())
@@ -155,7 +160,7 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
 def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int, seed: int) -> Tensor:
     """Entropy ``(N,)`` of predictions at inputs whose targets, if there are any, may be of other classes."""
     found = []
-    for batch in as_batches(loader):
+    for batch in as_batches(loader, posterior.model):
         generator = torch.Generator().manual_seed(seed)
         inputs = inputs_of(batch, posterior.forward)
         found.append(posterior.predict(inputs, method=method, samples=samples, generator=generator).entropy)
@@ -167,9 +172,9 @@ def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int
 def _labelled(scored: _Scored) -> tuple[Tensor, Tensor]:
     """Class probabilities ``(M, C)`` and labels ``(M,)`` of every prediction that has a target."""
     probs, targets = scored.values["probs"], scored.targets
-    if probs.dim() == 4:  # images: the channel is second
+    if probs.dim() > 3:  # images, volumes: the channel is second
         probs = probs.movedim(1, -1)
-        targets = targets.movedim(1, -1) if targets.dim() == 4 else targets
+        targets = targets.movedim(1, -1) if targets.dim() == probs.dim() else targets
     if targets.shape == probs.shape:  # independent binary outputs
         flat = probs.reshape(-1)
         probs, targets = torch.stack([1 - flat, flat], 1), targets.reshape(-1)
@@ -237,7 +242,7 @@ def _drawn(posterior: LaplacePosterior, scored: _Scored, samples: int, seed: int
 
     def predict(inputs: Tensor) -> Prediction:
         generator = torch.Generator().manual_seed(seed)
-        return posterior.predict(inputs.to(device.device, x.dtype), samples=samples, generator=generator)
+        return posterior.predict(inputs.to(device.device, x.dtype), method="mc", samples=samples, generator=generator)
 
     margin = 0.25 * (x.amax(0) - x.amin(0))
     low, high = x.amin(0) - margin, x.amax(0) + margin

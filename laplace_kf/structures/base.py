@@ -154,6 +154,10 @@ class Structure(ABC):
         """Takes in an output factor ``(O, O)`` computed otherwise (KFRA); ``False`` if this structure has none."""
         return False
 
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        """Names of blocks that are kept as less than the structure's own form, and why."""
+        return {}
+
     def with_diagonal(self, sums: Sums, values: Mapping[str, Tensor]) -> Sums:
         """Sums plus diagonal matrices ``(R, O, I)`` by block name; unchanged where there is no place for them."""
         return sums

@@ -52,6 +52,9 @@ class EigenvalueCorrected(Structure):
         grids = sum(block.size for block in blocks.values() if block.factorises)
         return self.kron.memory(blocks, layout, itemsize) + grids * itemsize
 
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        return self.kron.poorer(blocks)
+
     def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
         return self.kron.takes_output_signals(blocks, layout)
 
@@ -128,6 +131,9 @@ class InBases(Structure):
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         out = {n: (*self.factors[n], *sums[n]) for n, block in blocks.items() if block.factorises}
         return {**out, **self.rule.kron.finished(sums, _vectors(blocks), layout)}
+
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        return self.rule.poorer(blocks)
 
     def again(self, statistics: Statistics) -> Structure:
         factors = _factors(statistics)

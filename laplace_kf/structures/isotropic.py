@@ -14,7 +14,10 @@ from laplace_kf.tape import Block, FlatLayout, Signals
 
 @STRUCTURES.register("isotropic")
 class IsotropicCurvature(Structure):
-    """``tr(C̄)/P · I``: the trace is the one thing kept of every block."""
+    """``tr(C̄)/P · I``: the trace is the one thing kept of every block.
+
+    P counts parameters: entries that are held or that took no part in any forward pass have curvature 0.
+    """
 
     name = "isotropic"
 
@@ -33,6 +36,8 @@ class IsotropicCurvature(Structure):
             sums[name][0].add_(squares.sum())
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
-        value = torch.stack([part for (part,) in means.values()]).sum() / layout.size
-        entries = [(b, DiagonalBlock(value.expand(b.shape).clone(), name)) for name, b in blocks.items()]
+        total = torch.stack([part for (part,) in means.values()]).sum()
+        free = {name: layout.free(block).to(total) for name, block in blocks.items()}
+        value = total / torch.stack([part.sum() for part in free.values()]).sum().clamp_min(1)
+        entries = [(block, DiagonalBlock(value * free[name], name)) for name, block in blocks.items()]
         return Blockwise(layout, entries)

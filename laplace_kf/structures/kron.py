@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -36,6 +36,9 @@ __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
 
 class VectorForm(ABC):
     """What a block that does not factorise is kept as: one tensor of sums."""
+
+    #: Whether nothing of the block is left out.
+    dense: ClassVar[bool] = False
 
     @abstractmethod
     def start(self, block: Block, like: Tensor) -> Tensor:
@@ -79,6 +82,8 @@ class _DiagonalForm(VectorForm):
 
 
 class _DenseForm(VectorForm):
+    dense = True
+
     def start(self, block: Block, like: Tensor) -> Tensor:
         return zeros(like, block.size, block.size)
 
@@ -141,6 +146,9 @@ class Kronecker(Structure):
             raise ValueError(f"max_side must be positive, got {max_side}")
         self.vector_blocks, self.sharing, self.max_side = vector_blocks, sharing, max_side
 
+    def _form(self, block: Block) -> VectorForm:
+        return VECTOR_FORMS["diag"] if block.unused else self.vector_form
+
     def options(self) -> dict[str, Any]:
         return {"vector_blocks": self.vector_blocks, "sharing": self.sharing, "max_side": self.max_side}
 
@@ -156,7 +164,7 @@ class Kronecker(Structure):
         for block in blocks.values():
             groups, out, inp = block.shape
             if not block.factorises:
-                total += self.vector_form.memory(block)
+                total += self._form(block).memory(block)
                 continue
             factors = groups * (side(out) + side(inp, block.one_hot))
             if block.turned is not None:
@@ -166,6 +174,25 @@ class Kronecker(Structure):
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(b.size for b in blocks.values() if not b.factorises) * count * itemsize
+
+    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
+        found = {}
+        for name, block in blocks.items():
+            if not block.factorises:
+                matrices = [shape for shape in block.shapes if sum(size > 1 for size in shape) > 1]
+                if block.note and matrices and not self.vector_form.dense:
+                    found[name] = f"its diagonal only, by gradients of single examples: {block.note}"
+                continue
+            _, out, inp = block.shape
+            sides = [("input", inp, block.one_hot), ("output", out, False)]
+            if block.turned is not None:
+                sides += [("output", out, block.turned), ("input", inp, False)]
+            wide = dict.fromkeys(
+                f"{side} factor of {n} rows" for side, n, hot in sides if not hot and n > self.max_side
+            )
+            if wide:
+                found[name] = f"diagonal of the {' and the '.join(wide)}, more than max_side={self.max_side}"
+        return found
 
     def _side(self, like: Tensor, groups: int, width: int, diagonal: bool) -> Tensor:
         wide = diagonal or width > self.max_side
@@ -185,7 +212,7 @@ class Kronecker(Structure):
                 if block.turned is not None:
                     sums[name] += (self._side(like, 1, out, block.turned), self._side(like, 1, inp, False), zeros(like))
             else:
-                sums[name] = (self.vector_form.start(block, like),)
+                sums[name] = (self._form(block).start(block, like),)
 
     def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
         for name, signal in signals.items():
@@ -218,7 +245,7 @@ class Kronecker(Structure):
             if block.factorises:
                 out[name] = tuple(symmetrised(part) if part.dim() == 3 else part for part in sums[name])
             else:
-                out[name] = (self.vector_form.finished(sums[name][0]),)
+                out[name] = (self._form(block).finished(sums[name][0]),)
         return out
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
@@ -226,7 +253,7 @@ class Kronecker(Structure):
         for name, block in blocks.items():
             parts = means[name]
             if not block.factorises:
-                entries.append((block, self.vector_form.matrix(parts[0], name)))
+                entries.append((block, self._form(block).matrix(parts[0], name)))
                 continue
             (inputs, outputs), *turned = pairs(parts)
             if not turned:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from laplace_kf.operators import Blockwise, DenseBlock
+from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, Matrix
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
 from laplace_kf.tape import Block, FlatLayout, Signals
 from laplace_kf.tape.signals import symmetrised
@@ -30,14 +30,19 @@ class Layerwise(Structure):
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         for name, block in blocks.items():
             if name not in sums:
-                sums[name] = (zeros(like, block.size, block.size),)
+                shape = block.shape if block.unused else (block.size, block.size)
+                sums[name] = (zeros(like, *shape),)
 
     def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
         for name, signal in signals.items():
             signal.add_outer(sums[name][0])
 
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
-        return {name: (symmetrised(sums[name][0]),) for name in blocks}
+        return {n: (sums[n][0] if block.unused else symmetrised(sums[n][0]),) for n, block in blocks.items()}
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
-        return Blockwise(layout, [(block, DenseBlock(means[name][0], name)) for name, block in blocks.items()])
+        entries: list[tuple[Block, Matrix]] = []
+        for name, block in blocks.items():
+            kind = DiagonalBlock if block.unused else DenseBlock
+            entries.append((block, kind(means[name][0], name)))
+        return Blockwise(layout, entries)

@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.layers.base import MatrixView
 
-__all__ = ["Block", "FlatLayout", "merged"]
+__all__ = ["Block", "FlatLayout", "flat_layout", "merged", "unused_blocks"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Block:
         pieces: for each parameter the range of entries that belong to the block, ``None`` for all of them.
         turned: the weight is also used as its transpose (tied embedding and output matrix, tied autoencoder); says
             whether the inputs there are tokens.
+        note: why the parameters have no matrix form, where a rule could not be taken; says nothing about equality.
+        unused: one parameter that took no part in any forward pass; its curvature is 0.
         failed: name of the layer rule that failed its check against autograd here, so that per-example gradients take
             its place; says nothing about equality.
     """
@@ -49,6 +51,8 @@ class Block:
     one_hot: bool = False
     pieces: tuple[tuple[int, int] | None, ...] = ()
     turned: bool | None = None
+    note: str = field(default="", compare=False)
+    unused: bool = False
     failed: str = field(default="", compare=False, kw_only=True)
 
     @property
@@ -136,6 +140,8 @@ class Block:
             "one_hot": self.one_hot,
             "pieces": [None if piece is None else list(piece) for piece in self.pieces],
             "turned": self.turned,
+            "note": self.note,
+            "unused": self.unused,
             "failed": self.failed,
         }
 
@@ -153,6 +159,8 @@ class Block:
             one_hot=data["one_hot"],
             pieces=tuple(None if piece is None else (piece[0], piece[1]) for piece in data.get("pieces", ())),
             turned=data.get("turned"),
+            note=data.get("note", ""),
+            unused=data.get("unused", False),
             failed=data.get("failed", ""),
         )
 
@@ -168,10 +176,18 @@ def merged(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Names and shapes of the selected parameters in flat order."""
+    """Names and shapes of the selected parameters in flat order.
+
+    Attributes:
+        names: parameter names.
+        shapes: their shapes.
+        held: entries that are constants, not parameters (the padding row of an embedding), as a name with the first
+            entry and one past the last. They have curvature 0, and no draw moves them.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    held: tuple[tuple[str, int, int], ...] = field(default=(), kw_only=True)
 
     @property
     def sizes(self) -> list[int]:
@@ -209,6 +225,38 @@ class FlatLayout:
             start += size
         return block.pack({name: offsets[name] for name in block.parameters}).reshape(-1)
 
+    def common(self, other: FlatLayout) -> FlatLayout | None:
+        """The layout of two data sets together: held is what is in both. ``None`` if they cover other parameters."""
+        held = tuple(place for place in self.held if place in other.held)
+        mine, theirs = replace(self, held=held), replace(other, held=held)
+        return mine if mine == theirs else None
+
+    def hold(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Changes ``{name: (K, *shape)}`` of the parameters, with zeros where entries are held."""
+        out = dict(parts)
+        for name, start, stop in self.held:
+            if name in out:
+                out[name] = out[name].clone()
+                out[name].view(len(out[name]), -1)[:, start:stop] = 0
+        return out
+
+    def free(self, block: Block) -> Tensor:
+        """1 at the entries of a block that are parameters, 0 where they are held or unused, ``(R, O, I)``."""
+        if block.unused:
+            return torch.zeros(block.shape)
+        pairs = zip(block.parameters, block.shapes, strict=True)
+        return block.pack(self.hold({name: torch.ones(1, *shape) for name, shape in pairs}))[0]
+
+    def held_in(self, block: Block) -> list[int]:
+        """How many entries of a block are held, range by range (a range belongs to one block whole)."""
+        return [stop - start for name, start, stop in self.held if block.covers(name, start, stop)]
+
+    def held_positions(self) -> Tensor:
+        """Flat positions of the held entries, ``(k,)`` of int64."""
+        starts = dict(zip(self.names, torch.tensor([0, *self.sizes[:-1]]).cumsum(0).tolist(), strict=True))
+        found = [torch.arange(starts[name] + start, starts[name] + stop) for name, start, stop in self.held]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
     def to_json(self) -> list[list[int]] | None:
         """Which entries it covers, as plain values: ``None`` for whole parameters."""
         return None
@@ -216,6 +264,12 @@ class FlatLayout:
     def whole(self, name: str) -> Block:
         """One vector block ``(1, P, 1)`` over all of it, in flat order."""
         return Block(name, self.names, self.shapes, (1, self.size, 1), None, False)
+
+
+def unused_blocks(layout: FlatLayout, names: Sequence[str]) -> dict[str, Block]:
+    """Blocks of parameters that took no part: one for each, so that another data set may use them as it likes."""
+    shapes = dict(zip(layout.names, layout.shapes, strict=True))
+    return {n: Block(n, (n,), (shapes[n],), (1, math.prod(shapes[n]), 1), None, False, unused=True) for n in names}
 
 
 def flat_layout(parameters: Mapping[str, Tensor], names: Sequence[str]) -> FlatLayout:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, as_tensor, graphs_of, map_examples, run, tensors_of
+from laplace_kf.batches import Forward, graphs_of, map_examples, run, tensors_of
 from laplace_kf.errors import UnsupportedLayer
+from laplace_kf.returned import as_tensor
+from laplace_kf.substitution import substituted
 
 __all__ = ["ExampleGradients"]
 
@@ -135,8 +137,7 @@ class ExampleGradients:
         return _agree(alone, outputs[n : n + 1])
 
     def _vectorised(self, batch: Any, count: int, names: Sequence[str], columns: Tensor) -> tuple[Tensor, Tensor]:
-        wrapper = _Forward(self.model, self.forward)
-        prefixed = {f"model.{name}": self.named[name].detach() for name in names}
+        values = {name: self.named[name].detach() for name in names}
         leaves = enumerate(tensors_of(batch))
         sliced = [t for k, t in leaves if t.dim() and t.shape[0] == count and k not in self._shared]
 
@@ -145,12 +146,15 @@ class ExampleGradients:
             example = self._cut(batch, count, lambda _: next(queue).unsqueeze(0), self._shared)
 
             def outputs(parameters: dict[str, Tensor]) -> Tensor:
-                return torch.func.functional_call(wrapper, parameters, (example,))[0]
+                return as_tensor(substituted(self.model, parameters, call)[0])[0]
 
-            found = torch.func.vjp(outputs, prefixed)
+            def call() -> Any:
+                return run(self.model, example, self.forward)
+
+            found = torch.func.vjp(outputs, values)
             alone, pull = found[0], found[1]
             (grads,) = torch.func.vmap(pull)(column)
-            parts = [grads[f"model.{name}"] for name in names]
+            parts = [grads[name] for name in names]
             for part, name in zip(parts, names, strict=True):
                 if part.shape[1:] != self.named[name].shape:
                     raise RuntimeError(f"vmap returned a gradient of shape {tuple(part.shape[1:])} for {name}")
@@ -189,15 +193,3 @@ def _dependent() -> UnsupportedLayer:
         "of a graph make the nodes positions of one example: "
         "forward=lambda model, batch: (model(*batch[0])[None], batch[1][None])"
     )
-
-
-class _Forward(nn.Module):
-    """Makes ``forward(model, batch)`` callable through ``functional_call`` (which wants a module)."""
-
-    def __init__(self, model: nn.Module, forward: Forward | None) -> None:
-        super().__init__()
-        self.model = model
-        self._run: Callable[[nn.Module, Any], tuple[Tensor, Any]] = lambda m, b: run(m, b, forward)
-
-    def forward(self, batch: Any) -> Tensor:
-        return as_tensor(self._run(self.model, batch)[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,13 @@ from laplace_kf.tape.reach import reached
 from laplace_kf.tape.rows import Rows, copies, occurrences
 from laplace_kf.tape.sharing import pulled_back
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
-from laplace_kf.tape.tape import Call, Portion
+from laplace_kf.tape.tape import Call, Portion, Tape
 
-__all__ = ["Observation", "Source"]
+__all__ = ["Observation", "Patterns", "Source"]
+
+#: Which positions ``(N, T)`` of every use of a block are reached (``None`` for all), by the wiring of a pass.
+Patterns = dict[Hashable, dict[str, list["Tensor | None"]]]
+MANY_PATTERNS = 64  # kept at a time; data of more different sizes are asked about
 
 
 class Source(Protocol):
@@ -56,7 +60,7 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
-        flat: autograd nodes of activations that changed a view in place (:func:`laplace_kf.tape.reach.reached`).
+        flat, wiring: of the tape that recorded the pass.
     """
 
     def __init__(
@@ -68,12 +72,13 @@ class Observation:
         calls: Sequence[Call],
         chain: Chain | None,
         whole: Tensor | None = None,
-        flat: Sequence[Any] = (),
+        made: Tape | None = None,
     ) -> None:
         self.tracer, self.batch, self.outputs, self.targets = tracer, batch, outputs, targets
         self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
-        self.flat = list(flat)
+        self.flat = [] if made is None else made.flat
+        self.wiring = None if made is None or made.wiring is None else made.wiring.key(outputs)
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
@@ -94,23 +99,47 @@ class Observation:
         vectors = sum(b.size for b in self.tracer.blocks.values() if not b.factorises) * self.count
         return (rows + vectors) * self.outputs.element_size()
 
-    def input_signals(self, counted: Tensor | None = None) -> dict[str, MatrixSignals]:
+    def input_signals(
+        self, counted: Tensor | None = None, patterns: Patterns | None = None
+    ) -> dict[str, MatrixSignals]:
         """Signals of the matrix blocks with inputs only (no columns), and which of their positions count.
 
         Args:
             counted: which outputs count, bool of the shape of the outputs; ``None`` for all of them.
+            patterns: what was found with the same weights, to be used and filled; ``None`` to ask.
         """
         members = {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
         found = {name: self._matrix_signals(self.tracer.blocks[name], calls, None) for name, calls in members.items()}
         several = any(_positions(signal) > 1 for signal in found.values())
         if counted is None and not several:
             return found
-        examples = None if counted is None or bool(counted.all()) else counted.flatten(1).any(1)
-        reach = self._reach(counted) if several and self.outputs.requires_grad else None
-        for name, signal in found.items():
-            gone = None if reach is None else self._matrix_signals(self.tracer.blocks[name], members[name], reach)
-            found[name] = _marked(signal, gone, examples)
-        return found
+        examples = None if counted is None else counted.flatten(1).any(1)
+        if examples is not None and bool(examples.all()):
+            examples = None
+        several = several and self.outputs.requires_grad
+        reach = self._pattern(found, members, counted, patterns) if several else {}
+        return {name: _marked(signal, reach.get(name), examples) for name, signal in found.items()}
+
+    def _pattern(
+        self,
+        found: Mapping[str, MatrixSignals],
+        members: Mapping[str, Sequence[Call]],
+        counted: Tensor | None,
+        patterns: Patterns | None,
+    ) -> dict[str, list[Tensor | None]]:
+        """Which positions ``(N, T)`` of every use of a block are reached, ``None`` for all.
+
+        Without ignored targets, passes that are wired in the same way have the same answer: then it is asked once.
+        """
+        key = (self.wiring, tuple(found))
+        lasting = patterns is not None and counted is None and self.wiring is not None
+        if patterns is not None and lasting and key in patterns:
+            return patterns[key]
+        reach = self._reach(counted)
+        masks = {n: _reached_positions(self._matrix_signals(self.tracer.blocks[n], members[n], reach)) for n in found}
+        if patterns is not None and lasting and len(patterns) < MANY_PATTERNS:
+            patterns[key] = masks
+        return masks
 
     def _reach(self, counted: Tensor | None) -> list[Tensor]:
         """As :meth:`_backward` for one column, which is zero exactly where no counted output is reached."""
@@ -343,29 +372,34 @@ def _positions(signal: MatrixSignals) -> int:
     return int((signal.tokens if isinstance(signal, LookupSignals) else signal.a).shape[1])
 
 
-def _marked(signal: MatrixSignals, reach: MatrixSignals | None, examples: Tensor | None) -> MatrixSignals:
+def _reached_positions(signal: MatrixSignals) -> list[Tensor | None]:
+    """Where the only column of every use is not zero, ``(N, T)``; ``None`` for everywhere."""
+    uses = [signal.straight, signal.turned] if isinstance(signal, TiedSignals) else [signal]
+    found = [(use.g[0] != 0).flatten(2).any(2) for use in uses]
+    return [None if bool(mask.all()) else mask for mask in found]
+
+
+def _marked(signal: MatrixSignals, reach: Sequence[Tensor | None] | None, examples: Tensor | None) -> MatrixSignals:
     """Signals that know which of their positions count.
 
     Args:
         signal: inputs.
-        reach: the same with one column that is zero where nothing is reached; ``None`` where it was not asked.
+        reach: which positions are reached by use; ``None`` where it was not asked.
         examples: which examples have a counted target, ``(N,)``; ``None`` for all of them.
     """
     if isinstance(signal, TiedSignals):
-        assert reach is None or isinstance(reach, TiedSignals)
-        straight = _marked(signal.straight, None if reach is None else reach.straight, examples)
-        turned = _marked(signal.turned, None if reach is None else reach.turned, examples)
+        straight, turned = (
+            _marked(use, None if reach is None else reach[k : k + 1], examples)
+            for k, use in enumerate((signal.straight, signal.turned))
+        )
         assert isinstance(straight, OuterSignals) and not isinstance(turned, TiedSignals)
         return TiedSignals(signal.block, straight, turned)
     counted: Tensor | None
     if _positions(signal) == 1:  # the position is the example
         counted = None if examples is None else examples[:, None]
-    elif reach is None:
-        return signal
     else:
-        assert not isinstance(reach, TiedSignals)
-        counted = (reach.g[0] != 0).flatten(2).any(2)
-    if counted is None or bool(counted.all()):
+        counted = None if reach is None else reach[0]
+    if counted is None:
         return signal
     if isinstance(signal, LookupSignals):
         return dataclasses.replace(signal, tokens=torch.where(counted.to(signal.tokens.device), signal.tokens, -1))

@@ -80,7 +80,7 @@ def _scattered(places: Collection[Place], sizes: Mapping[str, int]) -> set[str]:
 
 
 def plan(
-    calls: Sequence[Call], unruled: Collection[str], layout: FlatLayout, named: Mapping[str, Tensor]
+    calls: Sequence[Call], unruled: Mapping[str, str], layout: FlatLayout, named: Mapping[str, Tensor]
 ) -> tuple[list[Block], set[str]]:
     """The blocks of the parameters seen in one forward pass.
 
@@ -91,7 +91,7 @@ def plan(
 
     Args:
         calls: the recorded uses that have a rule.
-        unruled: parameters that were (also) used otherwise.
+        unruled: parameters that were (also) used otherwise, and how.
         layout: flat order of the selected parameters.
         named: parameters by name, each in its own shape.
 
@@ -100,10 +100,16 @@ def plan(
     """
     uses = _Uses(calls)
     sizes = {name: named[name].numel() for name in layout.names}
-    opaque = {name for name in layout.names if name in unruled} | uses.refused
-    opaque |= _scattered(uses.partners, sizes)
-    opaque |= {place[0] for place in uses.views if uses.reading(place) is None}
-    opaque |= uses.affine & {place[0] for place in uses.partners}
+    reasons = {name: unruled[name] for name in layout.names if name in unruled}
+    for found, why in (
+        (uses.refused, "read by a table lookup or transposed, and in other ways"),
+        (_scattered(uses.partners, sizes), "read in parts that overlap or leave entries out"),
+        ({place[0] for place in uses.views if uses.reading(place) is None}, "read as several different matrices"),
+        (uses.affine & {place[0] for place in uses.partners}, "both a matrix and an elementwise factor or summand"),
+    ):
+        for name in sorted(found):
+            reasons.setdefault(name, why)
+    opaque = set(reasons)
     affine = uses.affine - opaque
 
     blocks: list[Block] = []
@@ -112,6 +118,7 @@ def plan(
 
     def vector(members: Sequence[str]) -> Block:
         size = sum(sizes[n] for n in members)
+        notes = dict.fromkeys(reasons[n] for n in members if n in reasons)
         return Block(
             _title([Portion(n, 0, sizes[n]) for n in members], layout),
             tuple(members),
@@ -119,6 +126,7 @@ def plan(
             (1, size, 1),
             None,
             False,
+            note="; ".join(notes),
         )
 
     def matrix(places: Sequence[Place]) -> Block:

@@ -30,6 +30,7 @@ from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, 
 from laplace_kf.tape.choices import NUMBERS, picks_rows
 from laplace_kf.tape.edges import activates_view, edge_of
 from laplace_kf.tape.made import Made, MadeTensors, writes
+from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["Call", "Portion", "Step", "Tape"]
 
@@ -165,6 +166,7 @@ class Tape(TorchFunctionMode):
         tracked: ``id(parameter)`` to parameter name.
         on_step: called before every function with (function, args, kwargs); its return value is kept in the step.
         record_steps: also keep every call on tensors (:attr:`steps`).
+        wiring: follows the pass.
         constants: tensors of any shape that are the same for all examples (buffers, parameters that are not tracked).
 
     After the pass, :attr:`calls` lists the uses that have a rule, in order; :attr:`opaque` the names consumed by
@@ -177,6 +179,7 @@ class Tape(TorchFunctionMode):
         tracked: Mapping[int, str],
         record_steps: bool = False,
         on_step: Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], Tensor | None] | None = None,
+        wiring: Wiring | None = None,
         constants: Iterable[Tensor] = (),
     ) -> None:
         super().__init__()
@@ -189,6 +192,7 @@ class Tape(TorchFunctionMode):
         self.steps: list[Step] = []
         self.picked = False
         self.flat: list[Any] = []
+        self.wiring = wiring
         self._results: dict[int, Tensor] = {}
         self._lookups: dict[int, tuple[Tensor, Call]] = {}
         self._made = MadeTensors(constants)
@@ -237,7 +241,10 @@ class Tape(TorchFunctionMode):
         if data and (used or made):
             mine = [key for key in (*used, *made) if key not in ruled and key not in direct]
             met = meeting(func, args, kwargs, mine) if mine else None
+        wired = self.wiring.before(func, args, kwargs) if self.wiring is not None else None
         output = func(*args, **kwargs) if met is None else met.run()
+        if self.wiring is not None:
+            self.wiring.after(wired, output)
         done = set() if met is None else {id(copy.source) for copy in met.copies}
         if data and writes(func) and isinstance(args[0], Tensor):
             self._made.wrote(args[0])

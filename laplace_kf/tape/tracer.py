@@ -11,10 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, run, to_device
+from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
 from laplace_kf.models import coarsest
-from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout
+from laplace_kf.registry import Registry
+from laplace_kf.returned import as_tensor
+from laplace_kf.substitution import leaves_of, require_reached
+from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout, unused_blocks
 from laplace_kf.tape.chain import Chain, derivative
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.observation import Observation
@@ -23,8 +27,13 @@ from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
 from laplace_kf.tape.sharing import Readings
 from laplace_kf.tape.tape import Portion, Tape
+from laplace_kf.tape.wiring import Wiring
 
-__all__ = ["Tracer"]
+__all__ = ["UNUSED", "Tracer"]
+
+UNUSED: Registry[bool] = Registry("treatment of unused parameters")  # whether they are let be
+UNUSED.register("error")(False)
+UNUSED.register("prior")(True)
 
 
 class Tracer:
@@ -36,6 +45,7 @@ class Tracer:
         parameters: selection as in :func:`laplace_kf.tape.select.select`.
         weights: differentiable stand-ins for some parameters by name, each of its parameter's shape, which ``forward``
             puts into the model; they are then what is selected.
+        unused: what becomes of selected parameters that never take part: ``"error"``, or ``"prior"``: curvature 0.
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
@@ -43,6 +53,7 @@ class Tracer:
         example_wise: names of the vector blocks that need per-example gradients (no rule for their use).
         rows: which rows belong to which example.
         gradients: per-example gradients.
+        warned: names of blocks whose poorer form was warned of.
     """
 
     def __init__(
@@ -51,10 +62,12 @@ class Tracer:
         forward: Forward | None,
         parameters: str | Sequence[str] = "all",
         weights: Mapping[str, Tensor] | None = None,
+        unused: str = "error",
     ) -> None:
         self.model = model
         self.forward = forward
         self.parameters = parameters
+        self.unused = UNUSED[unused]
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         self.blocks: dict[str, Block] = {}
         self.layout: FlatLayout
@@ -64,14 +77,17 @@ class Tracer:
             self._selected = [name for name in self.named if name in weights]
         else:
             self._selected = None if parameters == "last_layer" else select(model, parameters)
+        self._guarded = weights is not None  # who puts weights in watches over them
         self.example_wise: set[str] = set()
         self._hidden: set[str] = set()
+        self._constant: dict[str, int | None] = {}  # by parameter, the row that all its uses take for a constant
         self._failed: dict[str, str] = {}  # parameter to the layer rules that failed the check
         self._counts: dict[str, int] = {}
         self._verified: set[str] = set()
         self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
         self._blocks_of: dict[str, list[str]] = {}
         self.rows = Rows()
+        self.warned: set[str] = set()
         self._readings = Readings()
         self.gradients = ExampleGradients(model, forward, self.named)
         self._may_be_chain = True
@@ -98,16 +114,29 @@ class Tracer:
         return [name for name in self.layout.names if name not in self._blocks_of]
 
     def require_all_seen(self) -> None:
-        """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass."""
+        """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass.
+
+        Not with ``unused="prior"``, as long as one of them did.
+        """
         unseen = self.unseen()
-        if not unseen:
+        if not unseen or (self.unused and len(unseen) < len(self.layout.names)):
             return
         modules = sorted({owner(name) or "(root)" for name in unseen})
-        raise UnsupportedLayer(
-            f"selected parameters that never took part in the forward pass: {', '.join(unseen)} (modules: "
-            f"{', '.join(modules)}). Freeze them (requires_grad_(False)), leave them out with parameters=[patterns], "
-            "or make the model use them (scripted or compiled code is not visible: pass the plain module)."
+        way = (
+            "None of them did: leave out unused=, and make the model use them"
+            if self.unused
+            else 'Pass unused="prior" to keep their prior (their curvature on these data is 0), freeze them '
+            "(requires_grad_(False)), leave them out with parameters=[patterns], or make the model use them"
         )
+        raise UnsupportedLayer(
+            f"{len(unseen)} of {len(self.layout.names)} selected parameters never took part in the forward pass: "
+            f"{_some(unseen)} (modules: {_some(modules)}). {way} (scripted or compiled code is not visible: pass the "
+            "plain module)."
+        )
+
+    def all_blocks(self) -> dict[str, Block]:
+        """The blocks of all selected parameters by name; last, one for each that never took part."""
+        return {**self.blocks, **unused_blocks(self.layout, self.unseen())}
 
     def observe(self, batch: Any, index: int = 0) -> Observation:
         """One forward pass on the tape.
@@ -125,10 +154,12 @@ class Tracer:
         # to find the last layer, frozen parameters have to be seen as well
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
+        wiring = Wiring(self.named.values(), self.model.buffers())
         tape = Tape(
             tracked,
             record_steps=self._may_be_chain,
             on_step=derivative if self._may_be_chain else None,
+            wiring=wiring,
             constants=self._constants(tracked),
         )
         with torch.enable_grad(), tape:
@@ -137,6 +168,11 @@ class Tracer:
         if self._selected is None:
             self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
             self.layout = flat_layout(self.named, self._selected)
+        if not self._guarded:
+            require_reached(
+                self.model, self.forward, self._selected, lambda: as_tensor(run(self.model, batch, self.forward)[0])
+            )
+            self._guarded = True
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
         for call in tape.calls:
@@ -145,7 +181,8 @@ class Tracer:
         number(tape.calls)
         for step in tape.steps:
             step.call = step.call if step.call is not None and step.call.portions else None
-        if not outputs.requires_grad:
+        self._note_constants(tape)
+        if not outputs.requires_grad and not self.unused:
             self.require_all_seen()
         try:
             return self._observation(batch, tape, outputs, targets)
@@ -157,6 +194,24 @@ class Tracer:
                 "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
             ) from error
 
+    def _note_constants(self, tape: Tape) -> None:
+        """Rows of tables that are constants: every use of the table so far has to take them for that."""
+        for call in tape.calls:
+            for role, portion in call.portions.items():
+                plain = role == "weight" and portion.whole and not portion.transposed
+                row = call.rule.constant_row(call.bound) if plain else None
+                if self._constant.setdefault(portion.name, row) != row:
+                    self._constant[portion.name] = None
+        self._constant.update(dict.fromkeys((*tape.opaque, *self._hidden)))
+        held = []
+        for name in self.layout.names:
+            row = self._constant.get(name)
+            if row is not None:
+                width = self.named[name][0].numel()
+                held.append((name, row * width, (row + 1) * width))
+        if tuple(held) != self.layout.held:
+            self.layout = replace(self.layout, held=tuple(held))
+
     def _observation(self, batch: Any, tape: Tape, outputs: Tensor, targets: Any) -> Observation:
         """What was recorded, with rows located and blocks planned and checked."""
         chain = self._chain(tape, outputs)
@@ -165,12 +220,12 @@ class Tracer:
             failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
             tape.calls, shared = self._readings.settle(tape.calls, failed)
             self.rows.shared |= shared
-        observation = Observation(self, batch, outputs, targets, tape.calls, chain, flat=tape.flat)
+        observation = Observation(self, batch, outputs, targets, tape.calls, chain, made=tape)
         self._plan(tape)
         if self._verify(observation):
             return observation
         self._plan(tape)
-        return Observation(self, batch, outputs, targets, tape.calls, None, flat=tape.flat)
+        return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
 
     def _constants(self, tracked: Collection[int]) -> list[Tensor]:
         """What is the same for all examples: buffers, and parameters that are not tracked."""
@@ -207,7 +262,13 @@ class Tracer:
 
     def _plan(self, tape: Tape) -> None:
         """Blocks of parameters met for the first time; those known already must be used as before."""
-        unruled = set(tape.opaque) | self.rows.shared | self._hidden
+        unruled = {
+            **dict.fromkeys(
+                self._hidden, "also used where its calls do not tell its gradient (an own autograd function?)"
+            ),
+            **dict.fromkeys(self.rows.shared, "rows that belong to several examples, or to examples in no order"),
+            **{name: f"no rule for: {why}" for name, why in tape.opaque.items()},
+        }
         planned, example_wise = plan(tape.calls, unruled, self.layout, self.named)
         parameters = {name for block in planned for name in block.parameters}
         known = {name for found in map(self._blocks_of.get, parameters) for name in found or ()}
@@ -303,24 +364,24 @@ class Tracer:
             "right, but slower, and without Kronecker factors. If the rule is yours, mend it; if it is not, the "
             "parameters act where no rule sees them (a gradient taken in the forward pass, an own autograd function)",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=users_line(),
         )
 
 
 def _uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:
     """How often each parameter (name by id) enters the autograd graph of ``outputs (N, ...)``."""
     found: dict[str, int] = {}
-    stack, seen = [outputs.grad_fn], {outputs.grad_fn}
-    while stack:
-        node = stack.pop()
-        for following, _ in node.next_functions if node is not None else ():
-            name = names.get(id(getattr(following, "variable", None)))
-            if name is not None:
-                found[name] = found.get(name, 0) + 1
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
+    for leaf in leaves_of(outputs):
+        name = names.get(id(leaf))
+        if name is not None:
+            found[name] = found.get(name, 0) + 1
     return found
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    """The first ten names, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _changed(names: Collection[str]) -> UnsupportedLayer:

@@ -168,7 +168,7 @@ def test_an_output_in_another_order_takes_the_columns() -> None:
             return self.conv(x)  # (N, 4, 4), read as 4 positions with 4 classes
 
     model, x, y = build(Turned), normal(3, 2, 4), labels(4, 3, 4)
-    found = lk.curvature.estimate(model, "categorical", [(x, y)], "full").mean().dense()
+    found = lk.curvature.estimate(model, "categorical", [(x, y)], "full", layout="channels_last").mean().dense()
     weights = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
     def outputs(flat: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ def test_a_vocabulary_of_fifty_thousand(estimator: str, structure: str) -> None:
     with Largest() as largest:
         posterior = lk.LaplacePosterior(model, "categorical", structure, estimator, "last_layer")
         posterior.fit([(x, y)], generator=rng(0))
-        posterior.predict(x, samples=2, generator=rng(0))
+        posterior.predict(x, method="mc", samples=2, generator=rng(0))
     assert largest.numel <= 4 * max(n, width + 1) * classes
     if estimator == "exact":
         p = torch.softmax(model(x).detach().double(), -1)

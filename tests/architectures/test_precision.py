@@ -72,8 +72,8 @@ def test_end_to_end(dtype: torch.dtype, name: str, structure: str, tmp_path: Pat
     assert error(*spread) < limit
     mapped = posterior.predict(x, method="map").probs
     assert error(mapped, truth.predict(wide(x), method="map").probs) < 3 * limit
-    prediction = posterior.predict(x, samples=60, generator=rng(0))
-    wanted = truth.predict(wide(x), samples=60, generator=rng(0))
+    prediction = posterior.predict(x, method="mc", samples=60, generator=rng(0))
+    wanted = truth.predict(wide(x), method="mc", samples=60, generator=rng(0))
     assert error(prediction.probs, wanted.probs) < 0.1
     assert torch.isfinite(prediction.log_prob(y)).all()
     path = tmp_path / "posterior.safetensors"
@@ -83,7 +83,9 @@ def test_end_to_end(dtype: torch.dtype, name: str, structure: str, tmp_path: Pat
     assert {value.dtype for value in loaded.mean.values()} == {dtype}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        best = posterior.tune([(x, y)], n_data=[8.0], prior_precision=[0.5, 2.0], samples=20, generator=rng(0)).best
+        best = posterior.tune(
+            [(x, y)], n_data=[8.0], prior_precision=[0.5, 2.0], method="mc", samples=20, generator=rng(0)
+        ).best
     assert torch.isfinite(torch.tensor(best["objective"]))
 
 
@@ -118,7 +120,7 @@ def test_models_of_several_types(structure: str) -> None:
     wanted = {name: p.dtype for name, p in model.named_parameters()}
     assert {name: value.dtype for name, value in posterior.mean.items()} == wanted
     assert {name: value.dtype for name, value in posterior.sample(2).items()} == wanted
-    assert torch.isfinite(posterior.predict(x, samples=3).probs).all()
+    assert torch.isfinite(posterior.predict(x, method="mc", samples=3).probs).all()
     assert torch.isfinite(posterior.penalty()) and torch.isfinite(posterior.log_evidence())
 
 
@@ -142,13 +144,13 @@ def test_autocast_fits_and_predicts(name: str, structure: str, used_before: bool
                 model(x)  # leaves weights without a graph in autocast's cache
         posterior.fit([(x, y)])
         assert torch.is_autocast_enabled("cpu")
-        prediction = posterior.predict(x, samples=60, generator=rng(0))
+        prediction = posterior.predict(x, method="mc", samples=60, generator=rng(0))
     hook.remove()
     assert set(seen) == {torch.bfloat16}, "the model did not run under the caller's autocast"
     dense = posterior.curvature.dense()
     assert dense.dtype == torch.float32
     assert error(dense, plain.curvature.dense()) < 0.03
-    assert error(prediction.probs, plain.predict(x, samples=60, generator=rng(0)).probs) < 0.1
+    assert error(prediction.probs, plain.predict(x, method="mc", samples=60, generator=rng(0)).probs) < 0.1
 
 
 def test_sums_are_not_rounded_under_autocast() -> None:
@@ -289,7 +291,7 @@ def test_models_spread_over_devices(structure: str) -> None:
     }
     mapped = posterior.predict(x, method="map").probs
     assert error(mapped.cpu(), plain.predict(x, method="map").probs) < 1e-10
-    assert torch.isfinite(posterior.predict(x, samples=3).log_prob(y.cuda())).all()
+    assert torch.isfinite(posterior.predict(x, method="mc", samples=3).log_prob(y.cuda())).all()
 
 
 # ------------------------------------------------------------------------------------------------ parametrisations
@@ -336,4 +338,4 @@ def test_parametrised_weights(structure: str, make: Callable[[], nn.Module]) -> 
         assert error(found, exact) < 1e-10
     behind = torch.cat([torch.full((k,), "original" in name) for name, k in zip(names, sizes, strict=True)])
     assert error(found.diagonal()[behind], exact.diagonal()[behind]) < 1e-10
-    assert torch.isfinite(posterior.predict(x, samples=3).probs).all()
+    assert torch.isfinite(posterior.predict(x, method="mc", samples=3).probs).all()

@@ -71,8 +71,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids).transpose(0, 1)
-        mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype)
-        return self.head(self.decoder(x[:3], x, tgt_mask=mask).transpose(0, 1))
+        mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=x.dtype)
+        return self.head(self.decoder(x[:4], x, tgt_mask=mask).transpose(0, 1))
 
 
 class Separate(nn.Module):
@@ -168,7 +168,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Any, Tensor]] = {
     ),
     "encoder": (Encoder, TEXT, labels(3, 3)),
     "encoder-time-first": (lambda: Encoder(False, True), TEXT, labels(3, 3)),
-    "decoder": (Decoder, IDS, labels(3, 3, 3)),
+    "decoder": (Decoder, IDS, labels(3, 3, 4)),
     "separate-projections": (
         Separate, (normal(3, 2, 4), normal(3, 4, 3, seed=1), normal(3, 4, 5, seed=2)), labels(3, 3)
     ),
@@ -216,11 +216,13 @@ def test_fit_predict_and_save(family: str, tmp_path: Path) -> None:
     for name in norms:
         owner = model.get_submodule(name.rpartition(".")[0])
         assert owner in allowed or name.endswith(extra), f"{name} has no Kronecker factors"
-    prediction = posterior.predict(x, samples=3, generator=rng(1))
+    prediction = posterior.predict(x, method="mc", samples=3, generator=rng(1))
     total = prediction.probs.sum(-1)
     torch.testing.assert_close(total, torch.ones_like(total))
     posterior.save(tmp_path / "posterior.safetensors")
-    again = lk.LaplacePosterior.load(tmp_path / "posterior.safetensors", model).predict(x, samples=3, generator=rng(1))
+    again = lk.LaplacePosterior.load(tmp_path / "posterior.safetensors", model).predict(
+        x, method="mc", samples=3, generator=rng(1)
+    )
     assert torch.equal(prediction.probs, again.probs)
 
 

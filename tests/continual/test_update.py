@@ -414,9 +414,9 @@ def test_settings_after_chaining() -> None:
     close(posterior.precision.dense(), 2 * (dense - LAM * eye) + 5 * eye)
     x, y = task(0)
     with pytest.warns(UserWarning, match="edge"):
-        posterior.tune((x, y), n_data=[10.0, 20.0], prior_precision=[0.1, 1.0], samples=3)
+        posterior.tune((x, y), n_data=[10.0, 20.0], prior_precision=[0.1, 1.0], method="mc", samples=3)
     assert posterior.summary()[0].structure == "3 x kron"
-    assert posterior.predict(x, samples=3).probs.shape == (N, 3)
+    assert posterior.predict(x, method="mc", samples=3).probs.shape == (N, 3)
 
 
 def test_evidence_of_kept_terms_is_differentiable_in_the_prior() -> None:

@@ -443,7 +443,7 @@ def test_predict_categorical_in_the_default_space(structure: str, damping: str) 
     problem = case.make()
     posterior = fitted(problem, structure=structure, damping=damping, prior_precision=2.0)
     x = normal(6, 3, seed=50)
-    prediction = posterior.predict(x, samples=DRAWS, generator=rng(2))
+    prediction = posterior.predict(x, method="mc", samples=DRAWS, generator=rng(2))
     probs = torch.softmax(run_draws(problem.model, draw(case, structure, damping, 5, 2.0, DRAWS, 1), x), -1)
     error = (2 * probs.var(0) / DRAWS).sqrt()
     assert float(((prediction.probs - probs.mean(0)) / error).abs().max()) < 5
@@ -514,7 +514,7 @@ def test_predict_bernoulli_and_poisson() -> None:
     posterior = fitted(problem, structure="full", prior_precision=0.5)
     x, y = normal(6, 3, seed=50), binary(6, 2, seed=51)
     probs = torch.sigmoid(run_draws(problem.model, draw(case, "full", "exact", 5, 0.5, DRAWS, 1), x))
-    prediction = posterior.predict(x, samples=DRAWS, space="weights", generator=rng(2))
+    prediction = posterior.predict(x, method="mc", samples=DRAWS, space="weights", generator=rng(2))
     assert prediction.probs.shape == (6, 2)
     error = (2 * probs.var(0) / DRAWS).sqrt()
     assert float(((prediction.probs - probs.mean(0)) / error).abs().max()) < 5
@@ -525,7 +525,9 @@ def test_predict_bernoulli_and_poisson() -> None:
 
     problem = BY_NAME["tanh-mlp-poisson"].make()
     posterior = fitted(problem, structure="kron", prior_precision=5.0)
-    assert posterior.predict(problem.x, samples=50, generator=rng(0)).log_prob(problem.y).shape == (problem.n,)
+    assert posterior.predict(problem.x, method="mc", samples=50, generator=rng(0)).log_prob(problem.y).shape == (
+        problem.n,
+    )
 
 
 def test_mixture_of_both_outputs_is_joint() -> None:
@@ -537,7 +539,7 @@ def test_mixture_of_both_outputs_is_joint() -> None:
     z = run_draws(problem.model, draw(case, "full", "exact", 5, 0.05, DRAWS, 1), x)
     parts = torch.distributions.Normal(z, 0.7).log_prob(y)
     joint = parts.sum(-1).exp()
-    value = posterior.predict(x, samples=DRAWS, space="weights", generator=rng(2)).log_prob(y)
+    value = posterior.predict(x, method="mc", samples=DRAWS, space="weights", generator=rng(2)).log_prob(y)
     error = (2 * joint.var(0) / DRAWS).sqrt()
     assert float(((value.exp() - joint.mean(0)) / error).abs().max()) < 5
 
@@ -546,7 +548,7 @@ def test_mixture_of_both_outputs_is_joint() -> None:
 def test_predict_runs_on_every_input_form(case: Case) -> None:
     problem = case.make()
     posterior = fitted(problem, structure="kron")
-    prediction = posterior.predict(problem.x, samples=3, generator=rng(0))
+    prediction = posterior.predict(problem.x, method="mc", samples=3, generator=rng(0))
     assert prediction.log_prob(problem.y).shape == (problem.n,)
 
 
@@ -576,7 +578,7 @@ def test_save_and_load(case: Case, structure: str, damping: str, tmp_path: Path)
     assert float(loaded.log_evidence()) == pytest.approx(float(posterior.log_evidence()), rel=1e-12)
     if problem.y.ndim == 1:
         x = problem.x
-        a, b = (p.predict(x, samples=4, generator=rng(3)).log_prob(problem.y) for p in (posterior, loaded))
+        a, b = (p.predict(x, method="mc", samples=4, generator=rng(3)).log_prob(problem.y) for p in (posterior, loaded))
         close(b, a)
     loaded.n_data, loaded.prior_precision = problem.n, 1.7
     dense = truth(case).precision(structure, problem.n, constant(problem, 1.7), damping)
@@ -860,7 +862,9 @@ def test_tune_does_not_depend_on_the_order_of_the_grid() -> None:
     for grid in (PRIOR_GRID, PRIOR_GRID[::-1], PRIOR_GRID[3:] + PRIOR_GRID[:3]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = posterior.tune(val, n_data=[30.0], prior_precision=grid, samples=300, generator=rng(1))
+            result = posterior.tune(
+                val, n_data=[30.0], prior_precision=grid, method="mc", samples=300, generator=rng(1)
+            )
         best.append(float(result.best["prior_precision"]))
     assert len(set(best)) == 1
 
@@ -1200,10 +1204,10 @@ def test_a_failing_tune_leaves_the_hyperparameters() -> None:
 
     for bad in (halfway(), [(x, y + 7)], []):
         with pytest.raises((RuntimeError, *ANY)):
-            posterior.tune(bad, n_data=[6.0, 60.0], prior_precision=[0.1, 1.0], samples=3)
+            posterior.tune(bad, n_data=[6.0, 60.0], prior_precision=[0.1, 1.0], method="mc", samples=3)
         assert float(posterior.n_data) == 6 and float(posterior.prior_precision) == 1.0
     with pytest.raises(ANY):
-        posterior.tune((x, y), n_data=[6.0], prior_precision=[1.0, -3.0], samples=3)
+        posterior.tune((x, y), n_data=[6.0], prior_precision=[1.0, -3.0], method="mc", samples=3)
     assert float(posterior.prior_precision) == 1.0
 
 

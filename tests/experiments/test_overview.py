@@ -30,7 +30,9 @@ def outside_of_pictures(page):
 
 def test_report_on_a_classifier(tmp_path):
     posterior, x, y = fitted("categorical", 3, classes)
-    tuning = posterior.tune((x, y), n_data=[10, 30, 90], prior_precision=[1.0, 5.0, 25.0], samples=5, generator=rng())
+    tuning = posterior.tune(
+        (x, y), n_data=[10, 30, 90], prior_precision=[1.0, 5.0, 25.0], method="mc", samples=5, generator=rng()
+    )
     modes, state = [m.training for m in posterior.model.modules()], torch.get_rng_state()
     loader = [(x[:7], y[:7]), (x[7:], y[7:])]
     result = lk.reports.report(
@@ -63,7 +65,7 @@ def test_report_on_a_classifier(tmp_path):
 def test_report_on_a_regression():
     posterior, x, y = fitted(lk.likelihoods.Gaussian(0.5), 1, lambda x: x.sin(), inputs=1, structure="full")
     result = lk.reports.report(posterior, (x, y), samples=20)
-    prediction = posterior.predict(x, samples=20, generator=rng())
+    prediction = posterior.predict(x, method="mc", samples=20, generator=rng())
     found = result.metrics["posterior"]
     assert found["rmse"] == pytest.approx(float((prediction.mean - y).square().mean().sqrt()), rel=1e-4)
     assert found["nll"] == pytest.approx(-float(prediction.log_prob(y).mean()), rel=1e-4)

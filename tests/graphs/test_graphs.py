@@ -109,7 +109,7 @@ def test_first_nodes_of_a_sampled_subgraph_count(kind: Library) -> None:
     # which nodes count is the loader's choice, whatever the masks say
     masked = one(kind, batch_size=3, train_mask=mask(), val_mask=mask(5))
     close(estimate(model, [masked]).total().dense(), ggn(model, [graph], [mask(0, 1, 2)]))
-    posterior.tune([masked], n_data=[1.0], prior_precision=[1.0], samples=2)
+    posterior.tune([masked], n_data=[1.0], prior_precision=[1.0], method="mc", samples=2)
     with pytest.raises(lk.errors.ShapeMismatch, match=r"sampled neighbours.*input_nodes=data.train_mask"):
         estimate(model, [one(kind, batch_size=3, train_mask=mask(0, 1))])
 
@@ -583,7 +583,7 @@ def test_nothing_of_a_graph_is_changed(kind: Library) -> None:
     graph = one(kind, train_mask=mask(0, 1), val_mask=mask(2))
     before = {name: value.clone() for name, value in graph}
     posterior = lk.LaplacePosterior(net(Rude), "categorical").fit([graph])
-    posterior.tune([graph], n_data=[1.0], prior_precision=[1.0], samples=2)
+    posterior.tune([graph], n_data=[1.0], prior_precision=[1.0], method="mc", samples=2)
     posterior.predict(graph)
     assert set(graph.keys()) == set(before)
     for name, value in before.items():

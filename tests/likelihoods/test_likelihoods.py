@@ -32,7 +32,7 @@ from laplace_kf.likelihoods import (
 )
 
 F64 = torch.float64
-SHAPES = [(4, 3), (3, 5, 3), (2, 3, 2, 3)]
+SHAPES = [(4, 3), (3, 5, 3), (2, 3, 2, 3), (2, 3, 2, 1, 2)]
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -44,7 +44,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
 
 
 def with_channels(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    return (shape[0], channels, *shape[2:]) if len(shape) == 4 else (*shape[:-1], channels)
+    return (shape[0], channels, *shape[2:]) if len(shape) > 3 else (*shape[:-1], channels)
 
 
 def normal_rows(z: Tensor) -> td.Distribution:
@@ -116,11 +116,11 @@ def test_positions_round_trip(shape: tuple[int, ...]) -> None:
     assert torch.equal(from_positions(positions, x), x)
     stacked = torch.stack([positions, 2 * positions])
     assert torch.equal(from_positions(stacked, x), torch.stack([x, 2 * x]))
-    if len(shape) == 4:
+    if len(shape) > 3:
         assert torch.equal(positions[1, 4], x[1, :, 1, 1])
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 3, 4, 5, 6), ()])
+@pytest.mark.parametrize("shape", [(3,), ()])
 def test_other_layouts_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ShapeMismatch, match="channel"):
         to_positions(torch.zeros(shape))
@@ -806,7 +806,7 @@ def test_predictions_have_the_documented_shapes(name: str, shape: tuple[int, ...
     prediction = likelihood.predict(outputs, keep_samples=True)
     assert torch.equal(prediction.samples, outputs)
     n = shape[0]
-    positions = {2: (n, 1), 3: shape[:2], 4: (n, *shape[2:])}[len(shape)]
+    positions = {2: (n, 1), 3: shape[:2]}.get(len(shape), (n, *shape[2:]))
     assert prediction.position_entropy.shape == positions
     assert prediction.entropy.shape == prediction.mutual_information.shape == prediction.log_prob(targets).shape == (n,)
     assert (prediction.mutual_information >= 0).all() and (prediction.mutual_information > 0).any()
@@ -843,11 +843,11 @@ def test_prediction_agrees_with_its_distribution(name: str, shape: tuple[int, ..
     y = targets.to(F64) if targets.is_floating_point() else targets
     if name.startswith("mixture"):
         y = y.reshape(with_channels(shape, 1))
-    elif len(shape) == 4 and y.ndim == 4 and event < 3:
+    elif len(shape) > 3 and y.ndim == len(shape) and event < 3:
         y = y.movedim(1, -1)
     torch.testing.assert_close(distribution.log_prob(y).reshape(shape[0], -1).sum(1), prediction.log_prob(targets))
     if hasattr(prediction, "variance"):
-        layout = (lambda x: x.movedim(-1, 1)) if len(shape) == 4 else (lambda x: x)
+        layout = (lambda x: x.movedim(-1, 1)) if len(shape) > 3 else (lambda x: x)
         torch.testing.assert_close(layout(distribution.mean), prediction.mean)
         torch.testing.assert_close(layout(distribution.variance), prediction.variance)
 

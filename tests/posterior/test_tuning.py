@@ -156,7 +156,7 @@ def test_default_search(make: Any, structure: str) -> None:
     assert float(posterior.n_data) == result.best["n_data"]
     assert float(posterior.prior_precision) == result.best["prior_precision"]
     assert {"n_data", "prior_precision", "objective"} <= set(result.best)
-    assert 10 < len(result.table) <= 60
+    assert 10 < len(result.table) <= 150 and result.cost <= 10
     limit = 1e-4 * (1 + abs(result.map_objective))
     assert result.best["objective"] <= result.map_objective + limit
     assert result.gain == pytest.approx(result.map_objective - result.best["objective"])
@@ -193,7 +193,7 @@ def test_map_wins_where_nothing_helps() -> None:
             result = posterior.tune((x[50:], y[50:]), generator=rng(seed))
         assert result.map_wins and not result.at_edge and "MAP" in str(result)
         assert math.isfinite(posterior.n_data) and math.isfinite(float(posterior.prior_precision))
-        nll = -posterior.predict(x[50:], samples=50, generator=rng(1)).log_prob(y[50:]).mean()
+        nll = -posterior.predict(x[50:], method="mc", samples=50, generator=rng(1)).log_prob(y[50:]).mean()
         assert float(nll) == pytest.approx(result.map_objective, abs=5e-3)
         assert result.best["objective"] <= result.map_objective + 1e-4 * (1 + result.map_objective)
 
@@ -217,9 +217,9 @@ def test_points_of_one_ratio_share_draws() -> None:
     model, train, val = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
     points = [(40.0, 4.0), (400.0, 40.0), (40.0, 40.0), MAP]
-    together = Validation(posterior, val, OBJECTIVES["nll"], "mc", 7, rng(0))(points)
+    together = Validation(posterior, val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")(points)
     for point in points:
-        alone = Validation(posterior, val, OBJECTIVES["nll"], "mc", 7, rng(0))([point])
+        alone = Validation(posterior, val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")([point])
         assert alone[point].value == pytest.approx(together[point].value, rel=1e-5)
 
 
@@ -229,8 +229,8 @@ def test_draws_come_in_pairs() -> None:
 
     model, train, (x, y) = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
-    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], "mc", 6, rng(0), pairs=True)
-    found = validation([(400.0, 40.0)])[400.0, 40.0].value
+    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], 6, rng(0), pairs=True)
+    found = validation.scorer("mc")([(400.0, 40.0)])[400.0, 40.0].value
     total = torch.zeros(len(x), 2)
     for seed in validation.seeds[::2]:
         noise = posterior.precision_at(400.0, 40.0).draw(1, torch.Generator().manual_seed(seed))
@@ -277,6 +277,160 @@ def test_max_examples_stops_the_loader_early() -> None:
     assert result.map_objective == pytest.approx(exact, rel=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------ candidates, budget
+
+
+def by_method(result: Any) -> dict[str, dict[str, Any]]:
+    return {each["method"]: each for each in result.candidates}
+
+
+def test_every_candidate_has_the_objective_of_its_own_prediction(tmp_path: Any) -> None:
+    """MAP, temperature, probit, linearised and Monte Carlo as ``predict`` gives them at the settings in the row."""
+    model, train, (x, y) = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    assert posterior.method == "probit" and posterior.temperature is None
+    with pytest.raises(lk.errors.NotFitted, match="tune"):
+        posterior.predict(x, method="temperature")
+    result = quiet(posterior, (x, y), samples=200, generator=rng(0), budget=None)
+    found = by_method(result)
+    assert list(found) == ["map", "temperature", "probit", "linearized", "mc"]
+    logits = model(x).detach()
+    scaled = min(float(nn.functional.cross_entropy(logits / t, y)) for t in torch.logspace(-1, 1.2, 2000))
+    assert found["temperature"]["objective"] == pytest.approx(scaled, abs=1e-5)
+    assert found["map"]["gain"] == 0.0 and result.map_objective == pytest.approx(found["map"]["objective"])
+    assert result.method == posterior.method == max(found, key=lambda m: found[m]["gain"])
+    assert posterior.temperature == found["temperature"]["temperature"]
+    assert result.gain == pytest.approx(found[result.method]["gain"])
+    for method, row in found.items():
+        assert row["gain"] == pytest.approx(result.map_objective - row["objective"]) and row["gain_error"] is not None
+        if "n_data" in row:
+            posterior.n_data, posterior.prior_precision = row["n_data"], row["prior_precision"]
+        exact = -posterior.predict(x, method=method, samples=4000, generator=rng(3)).log_prob(y).mean()
+        assert row["objective"] == pytest.approx(float(exact), abs=1e-4 if method in ("map", "probit") else 0.03)
+        assert method in str(result)
+    posterior.save(tmp_path / "p")
+    loaded = lk.LaplacePosterior.load(tmp_path / "p", model)
+    assert (loaded.method, loaded.temperature) == (posterior.method, posterior.temperature)
+    posterior.method = "auto"
+    assert posterior.method == "probit"
+    with pytest.raises(lk.errors.UnknownName, match="probit"):
+        posterior.method = "bootstrap"
+
+
+def test_auto_is_what_was_chosen() -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    x = val[0]
+    for method in ("probit", "map", "linearized", "mc"):
+        posterior.method = method
+        one = posterior.predict(x, generator=rng(0)).probs
+        torch.testing.assert_close(one, posterior.predict(x, method=method, generator=rng(0)).probs)
+    drawn = posterior.predict(x, method="mc", space="weights", generator=rng(0)).probs
+    posterior.method = "map"
+    torch.testing.assert_close(posterior.predict(x, space="weights", generator=rng(0)).probs, drawn)
+    through = posterior.predict(x, method="linearized", link="probit").probs
+    torch.testing.assert_close(posterior.predict(x, link="probit").probs, through)
+    posterior.temperature = 2.0
+    torch.testing.assert_close(posterior.predict(x, method="temperature").probs, (model(x) / 2).softmax(-1).detach())
+    other = lk.LaplacePosterior(nn.Linear(2, 1), "gaussian").fit((x, x[:, :1]))
+    assert other.method == "linearized"
+    with pytest.raises(lk.errors.IncompatiblePair, match="logits"):
+        other.predict(x, method="temperature")
+    assert list(by_method(quiet(other, (x, x[:, :1]), generator=rng(0)))) == ["map", "linearized", "mc"]
+
+
+SEEN: list[int] = []  # not an attribute of the network: those are put back after every call
+
+
+class Counted(nn.Module):
+    """A network that counts the examples that pass through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(60, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        SEEN.append(len(x))
+        return self.body(x)
+
+
+@pytest.mark.parametrize("method", ["auto", "mc", "probit"])
+def test_the_budget_is_kept(method: str) -> None:
+    """Counted by the network itself: forward passes alone stay within what the budget allows, and so does the cost."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Counted()
+    x = torch.randn(3000, 60, generator=rng(0))
+    y = (x[:, :4] + 2 * torch.randn(3000, 4, generator=rng(1))).argmax(1)
+    posterior = lk.LaplacePosterior(model, "categorical").fit((x[:500], y[:500]))
+    costs = []
+    for budget in (10.0, 20.0):
+        SEEN.clear()
+        result = quiet(posterior, (x, y), method=method, budget=budget, generator=rng(0))
+        costs.append(result.cost)
+        assert result.cost <= 1.5 * budget
+        assert 3000 <= sum(SEEN) <= 3 * 3000 * 1.5 * budget
+        chosen = by_method(result)[result.method if method == "auto" else method]
+        assert "left_out" not in chosen
+    assert costs[0] <= costs[1]
+
+
+def test_a_budget_that_is_too_small_leaves_candidates_out() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Counted()
+    x, y = torch.randn(2000, 60, generator=rng(0)), torch.randint(0, 4, (2000,), generator=rng(1))
+    posterior = lk.LaplacePosterior(model, "categorical").fit((x[:200], y[:200]))
+    before = posterior.n_data, posterior.prior_precision
+    result = quiet(posterior, (x, y), budget=0.4, generator=rng(0))
+    found = by_method(result)
+    assert "budget" in found["mc"]["left_out"] and math.isinf(found["mc"]["objective"])
+    assert result.method in ("map", "temperature") and "left out" in str(result)
+    assert (posterior.n_data, posterior.prior_precision) == before
+    with pytest.raises(lk.errors.IncompatiblePair, match="budget"):
+        posterior.tune((x, y), method="mc", budget=0.4)
+    with pytest.raises(ValueError, match="budget"):
+        posterior.tune((x, y), budget=-1.0)
+
+
+def test_linearised_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many settings are looked at, every minibatch is linearised once."""
+    from laplace_kf.posterior import predictors
+
+    made: list[int] = []
+    original = predictors.Linearization
+
+    def counting(*args: Any, **options: Any) -> Any:
+        made.append(1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(predictors, "Linearization", counting)
+    model, train, (x, y) = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    loader = [(x[k : k + 50], y[k : k + 50]) for k in range(0, 200, 50)]
+    result = quiet(posterior, loader, generator=rng(0))
+    assert len(made) == 4
+    assert sum(row["method"] in ("probit", "linearized") for row in result.table) > 20
+
+
+def test_the_first_examples_stand_for_all() -> None:
+    """Data sorted by class: a part of them is no single class; large minibatches are cut where they can be."""
+    from laplace_kf.posterior.validation import Validation
+
+    model, train, (x, y) = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    order = y.argsort()
+    big = (x[order].repeat(8, 1), y[order].repeat(8).sort().values)
+    validation = Validation(posterior, [big], OBJECTIVES["nll"], 4, rng(0), mixed=True)
+    assert len(validation.batches) == 7 and validation.count == 1600
+    part = validation.part(300)
+    assert part.count == 300
+    whole, some = validation.scorer("map")([MAP])[MAP], validation.scorer("map", 300)([MAP])[MAP]
+    torch.testing.assert_close(whole.parts[:300], some.parts)
+    plain = Validation(posterior, [big], OBJECTIVES["nll"], 4, rng(0))
+    assert len(plain.batches) == 1 and plain.part(300).count == 300
+
+
 # ------------------------------------------------------------------------------------------------ noise
 
 
@@ -296,7 +450,7 @@ def test_noise_is_tuned_with_the_rest() -> None:
     assert float(again) == pytest.approx(result.best["objective"], abs=0.05)
     for factor in (0.7, 1.4):  # the best noise at this spread
         other = lk.likelihoods.Gaussian(scale=sigma * factor)
-        drawn = posterior.predict(val[0], samples=2000, generator=rng(0), keep_samples=True).samples
+        drawn = posterior.predict(val[0], method="mc", samples=2000, generator=rng(0), keep_samples=True).samples
         assert float(-other.predict(drawn).log_prob(val[1]).mean()) > float(again) - 0.005
     refit = lk.LaplacePosterior(model, lk.likelihoods.Gaussian(scale=sigma)).fit(train)
     refit.n_data, refit.prior_precision = posterior.n_data, posterior.prior_precision
@@ -427,12 +581,12 @@ def test_out_of_distribution_contrast() -> None:
     missing = math.log(2) + (probs * probs.log()).nansum(1).mean()
     nll = nn.functional.cross_entropy(model(val[0]), val[1])
     assert result.map_objective == pytest.approx(float(nll + 0.5 * missing), rel=1e-4)
-    entropy = float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean())
+    entropy = float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean())
     quiet(posterior, val, generator=rng(0))
-    assert entropy > float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean())
+    assert entropy > float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean())
     strong = quiet(posterior, val, objective=OODContrast(far, weight=5.0), generator=rng(0))
     assert strong.objective == "OODContrast"
-    assert float(posterior.predict(far, samples=100, generator=rng(1)).entropy.mean()) > entropy - 0.02
+    assert float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean()) > entropy - 0.02
 
 
 def test_map_method_has_nothing_to_tune() -> None:
@@ -532,7 +686,9 @@ def test_a_warning_that_is_an_error_leaves_the_posterior_as_it_was() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="edge"):
-            posterior.tune(val, n_data=[40.0], prior_precision=[1e-6, 1e6, 1e7], samples=3, generator=rng(0))
+            posterior.tune(
+                val, n_data=[40.0], prior_precision=[1e-6, 1e6, 1e7], method="mc", samples=3, generator=rng(0)
+            )
     assert (posterior.n_data, posterior.prior_precision) == before
 
 

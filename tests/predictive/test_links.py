@@ -259,7 +259,7 @@ def test_every_case_predicts(case: Any, link: str | None) -> None:
             posterior.predict(problem.x, method="linearized", link=link)
         return
     found = posterior.predict(problem.x, method="linearized", link=link, samples=3)
-    sampled = posterior.predict(problem.x, samples=3)
+    sampled = posterior.predict(problem.x, method="mc", samples=3)
     shapes = {name: value.shape for name, value in sampled.values.items()}
     assert {name: value.shape for name, value in found.values.items()} == shapes
     assert torch.isfinite(found.log_prob(problem.y)).all()

@@ -202,12 +202,14 @@ def test_draws_are_differentiable_in_the_input() -> None:
     post = posterior(build(lambda: mlp(3, 5, 3)))
     for space in ("weights", "activations"):
         x = normal(2, 3, seed=50).requires_grad_()
-        post.predict(x, samples=4, space=space, generator=rng(0)).probs[:, 0].sum().backward()
+        post.predict(x, method="mc", samples=4, space=space, generator=rng(0)).probs[:, 0].sum().backward()
         shifted = []
         for sign in (1, -1):
             moved = x.detach().clone()
             moved[0, 0] += sign * 1e-5
-            shifted.append(float(post.predict(moved, samples=4, space=space, generator=rng(0)).probs[0, 0]))
+            shifted.append(
+                float(post.predict(moved, method="mc", samples=4, space=space, generator=rng(0)).probs[0, 0])
+            )
         assert float(x.grad[0, 0]) == pytest.approx((shifted[0] - shifted[1]) / 2e-5, rel=1e-5)
 
 
@@ -456,7 +458,7 @@ def test_unknown_draws() -> None:
     with pytest.raises(lk.errors.UnknownName, match="antithetic"):
         post.predict(normal(1, 3), draws="antithetical")
     with pytest.raises(ValueError, match="at least 1"):
-        post.predict(normal(1, 3), samples=0)
+        post.predict(normal(1, 3), method="mc", samples=0)
 
 
 # ------------------------------------------------------------------------------------------------ reproducibility
@@ -470,7 +472,7 @@ def test_reproducible_and_private(space: str, draws: str) -> None:
     before = torch.get_rng_state()
     first, again, other = (outputs(post, x, space, 5, seed, draws=draws) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    unseeded = post.predict(x, samples=5, space=space, draws=draws, keep_samples=True).samples
+    unseeded = post.predict(x, method="mc", samples=5, space=space, draws=draws, keep_samples=True).samples
     assert not torch.equal(unseeded, first)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -495,7 +497,9 @@ def test_a_predictor_draws_once(keep: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(made) == (5 if keep else 15)
     found = torch.cat([part.samples for part in parts], 1)
     torch.testing.assert_close(found, outputs(post, x, "weights", 5), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(parts[0].probs, post.predict(x[:4], samples=5, space="weights", generator=rng(1)).probs)
+    torch.testing.assert_close(
+        parts[0].probs, post.predict(x[:4], method="mc", samples=5, space="weights", generator=rng(1)).probs
+    )
     post.prior_precision = 50.0
     assert torch.equal(predictor.outputs(x[:4]), parts[0].samples)
     with pytest.raises(lk.errors.NonFinite):
@@ -589,5 +593,5 @@ def test_bernoulli_in_activation_space() -> None:
     x, y = normal(9, 3, seed=5), binary(9, 3, seed=6)
     post = lk.LaplacePosterior(build(lambda: mlp(3, 5, 3)), "bernoulli").fit([(x, y)])
     probs = torch.sigmoid(by_hand(post, x[:4]))
-    found = post.predict(x[:4], samples=DRAWS, space="activations", generator=rng(1)).probs
+    found = post.predict(x[:4], method="mc", samples=DRAWS, space="activations", generator=rng(1)).probs
     assert float(((found - probs.mean(0)) / (2 * probs.var(0) / DRAWS).sqrt()).abs().max()) < 5

@@ -361,5 +361,5 @@ def test_device_follows_the_model(structure: str) -> None:
     assert dense.is_cuda
     close(dense.cpu(), cpu.precision.dense(), 1e-7)
     assert all(value.is_cuda for value in gpu.sample(2).values())
-    gpu.predict(data[0][0], samples=2)
+    gpu.predict(data[0][0], method="mc", samples=2)
     float(gpu.log_evidence())

@@ -1,0 +1,172 @@
+"""Whether the loss that a model computes of itself is the one that its posterior is made for.
+
+Models of transformers, and many others, return a loss where the batch has labels. If the likelihood's negative
+log-density of the same batch is another function of the outputs (labels shifted inside the model, label smoothing,
+class weights, another kind of loss), curvature would be taken of something that was never trained. So at the first
+minibatch the two are compared: their gradients with respect to the model's outputs must be one up to a factor (a mean
+over tokens or over examples, a sum, ``num_items_in_batch``), and where the likelihood leaves out no constant, so must
+the losses themselves (a router's loss, a penalty).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf import conventions
+from laplace_kf.batches import Forward, private, run, with_labels
+from laplace_kf.errors import LaplaceKFError, ShapeMismatch
+from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.models import as_called
+from laplace_kf.returned import as_tensor, own_loss
+
+__all__ = ["require_same_loss"]
+
+EXACT = frozenset(["Categorical", "Bernoulli"])  # likelihoods whose log-density has no constant that a loss may drop
+FINE, COARSE = 2e-4, 5e-2  # relative differences allowed: float32 and wider, half precision
+FLAT = 1e-3  # gradients (in probabilities, by target) below which only the losses are compared
+
+
+def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, likelihood: Likelihood) -> None:
+    """Compares the model's own loss of one minibatch with the likelihood's, if the model returns one.
+
+    One more forward pass, and only where there may be a loss: batches with labels that the model takes, or ``forward``.
+
+    Args:
+        model: in the mode in which it is to be compared (eval).
+        batch: of tensors, on the model's device.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        likelihood: of the targets.
+
+    Raises:
+        ShapeMismatch: if the two differ; says how, where that can be found out, and the line to paste.
+    """
+    with torch.enable_grad():
+        found = _own(model, batch, forward)
+        if found is None:
+            return
+        own, logits, outputs, targets = found
+        wide = outputs if outputs.dtype in (torch.float32, torch.float64) else outputs.float()
+        likelihood.check(wide.detach(), targets)
+        losses = -likelihood.log_prob(wide, targets)
+        if not bool(torch.isfinite(own)) or not bool(torch.isfinite(losses).all()):
+            return  # whoever goes on with the batch says so
+        count = max(1.0, likelihood.terms(targets))
+        difference = _difference(own, losses, logits, count, type(likelihood).__name__ in EXACT)
+    if difference is not None:
+        reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference)
+        theirs, ours = float(own.detach()), float(losses.detach().sum()) / count
+        raise ShapeMismatch(
+            f"the model's own loss of the first minibatch is {theirs:.6g}, and the likelihood {likelihood!r} gives "
+            f"{ours:.6g} by target, which is not the same function of the outputs: {reasons}. "
+            f"To have the likelihood see other targets, say which (the model's own loss is then left out): "
+            f"{_paste(batch)}"
+        )
+
+
+def _own(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor, Tensor, Any] | None:
+    """The model's loss, the outputs that it returned with it, and the outputs and targets that the package takes."""
+    if forward is None:
+        if not isinstance(batch, Mapping):
+            return None
+        with suppress(RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, LaplaceKFError):
+            with as_called():
+                returned = with_labels(model, private(batch))
+            own = None if returned is None else own_loss(returned)
+            if own is not None:
+                logits = as_tensor(returned)
+                return own, logits, logits, conventions.targets(model, batch[conventions.target_key(model, batch)])
+        return None
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        outputs, targets = run(model, batch, forward)
+    finally:
+        handle.remove()
+    for returned in seen:
+        own = own_loss(returned)
+        if own is not None:
+            with suppress(LaplaceKFError):
+                return own, as_tensor(returned), outputs, targets
+    return None
+
+
+def _difference(own: Tensor, losses: Tensor, logits: Tensor, count: float, exact: bool) -> str | None:
+    """``"outputs"`` or ``"constant"``: in what the losses differ (own 0-dim, ours ``(N,)``); ``None`` if in nothing."""
+    total = losses.sum()
+    mean, whole = float(own.detach()), float(total.detach())
+    allowed = FINE if logits.dtype in (torch.float32, torch.float64) else COARSE
+    grads = [
+        torch.autograd.grad(loss, logits, retain_graph=True, allow_unused=True)[0] if loss.requires_grad else None
+        for loss in (own, total)
+    ]
+    if logits.requires_grad and grads[0] is not None and grads[1] is not None:
+        mine, ours = grads[0].double(), grads[1].double()
+        if float(ours.norm()) > FLAT * math.sqrt(count):
+            factor = float((mine * ours).sum() / ours.square().sum())
+            gap = float((mine - factor * ours).norm())
+            if factor <= 0 or gap > allowed * float(mine.norm()) + abs(factor) * 1e-6 * math.sqrt(count):
+                return "outputs"
+            rest = abs(mean - factor * whole)
+            return "constant" if exact and rest > allowed / 10 * abs(mean) + 1e-7 else None
+    values = [whole / divisor for divisor in (count, len(losses), 1.0)]
+    if not exact:
+        return None
+    return None if any(abs(mean - v) <= 10 * allowed * abs(v) + 1e-5 for v in values) else "outputs"
+
+
+def _reasons(
+    model: nn.Module, own: Tensor, outputs: Tensor, targets: Any, likelihood: Likelihood, difference: str
+) -> str:
+    """What may be the reason, as far as it can be found out."""
+    if difference == "constant":
+        return (
+            "it has a further term that does not depend on them (the router loss of a mixture of experts, which "
+            "output_router_logits=False in the batch or in model.config leaves out; a penalty)"
+        )
+    found = []
+    if isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] > 1 and not targets.is_floating_point():
+        for where, moved in (
+            ("one position later: it shifts the labels itself", _shifted(targets, 1)),
+            ("one position earlier: they are shifted already, and inside the model once more", _shifted(targets, -1)),
+        ):
+            with suppress(ValueError, RuntimeError):
+                loss = float(-likelihood.log_prob(outputs, moved).sum())
+                values = [loss / max(1.0, likelihood.terms(moved)), loss / len(outputs), loss]
+                if any(abs(float(own) - v) <= 1e-3 * abs(v) + 1e-5 for v in values):
+                    found.append(f"the model compares with the label {where}")
+    kind = getattr(getattr(model, "config", None), "problem_type", None)
+    name = {"regression": "gaussian", "multi_label_classification": "bernoulli",
+            "single_label_classification": "categorical"}.get(str(kind))  # fmt: skip
+    if name is not None and name != type(likelihood).__name__.lower():
+        found.append(f'its config has problem_type="{kind}", which is the likelihood "{name}"')
+    for path, module in model.named_modules():
+        smoothing, weight = getattr(module, "label_smoothing", 0.0), getattr(module, "weight", None)
+        if isinstance(module, nn.modules.loss._WeightedLoss) and (smoothing or weight is not None):
+            settings = [f"label_smoothing={smoothing}"] * bool(smoothing) + ["class weights"] * (weight is not None)
+            what = " and ".join(settings)
+            found.append(f"module {path!r} has {what}: Categorical(label_smoothing=, class_weights=) is that loss")
+    return "; ".join(found) or "label smoothing, class weights, another kind of loss, or labels in another order"
+
+
+def _shifted(targets: Tensor, by: int) -> Tensor:
+    rest = torch.full_like(targets[:, :1], conventions.IGNORED)
+    return torch.cat([targets[:, 1:], rest] if by > 0 else [rest, targets[:, :-1]], 1)
+
+
+def _paste(batch: Any) -> str:
+    if not isinstance(batch, Mapping):
+        return "inputs=lambda batch: batch[0], targets=lambda batch: batch[1]"
+    given = [str(key) for key in batch if key not in ("labels", "label")]
+    key = "label" if "labels" not in batch and "label" in batch else "labels"
+    keys = "".join(f'"{name}", ' for name in given).strip()
+    shifted = f'torch.nn.functional.pad(batch["{key}"][:, 1:], (0, 1), value=-100)'
+    return (
+        f'inputs=lambda batch: {{key: batch[key] for key in ({keys})}}, targets=lambda batch: batch["{key}"] '
+        f"(or, where the model shifts them, {shifted})"
+    )

@@ -1,0 +1,366 @@
+"""The predictives that compete in ``tune``, within a budget: MAP, MAP with a temperature, linearised ones, Monte Carlo.
+
+Every candidate is at its own best setting and is compared with MAP, and with each other, on the same validation
+examples. What they cost is known beforehand (:mod:`laplace_kf.posterior.work`), and the number of examples each of them
+looks at is chosen so that the budget is kept:
+
+* MAP and the temperature need the outputs at the mean weights, which are there anyway: all examples;
+* the linearised candidates need variances of outputs at a few ratios ``λ / N``: one pass for all of them, after which
+  every size of the posterior is free (the covariance of a ratio goes with ``1 / N``);
+* Monte Carlo pays for every draw at every setting. It starts at the setting of the linearised candidates, where there
+  is one, on as many examples as let it look around.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from tqdm.auto import tqdm
+
+from laplace_kf.likelihoods import to_positions
+from laplace_kf.operators import CurvatureBlock
+from laplace_kf.posterior.predictors import OUTPUT_DRAWS, Linearised, rounded
+from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, compared, nearby, rows
+from laplace_kf.posterior.validation import MAP, Point, Score, Scorer, Validation
+from laplace_kf.posterior.work import Budget, Costs
+
+if TYPE_CHECKING:
+    from laplace_kf.posterior.laplace import LaplacePosterior
+
+__all__ = ["CAUTION", "METHODS", "Candidate", "Contest", "described", "setting"]
+
+METHODS = ("map", "temperature", "probit", "linearized", "mc")
+"""All candidates, in the order in which they are tried."""
+CAUTION = 1.0, 0.5
+"""Standard errors by which a challenger's gain over MAP, and over another point or candidate, is discounted.
+
+Settled, with the floor of the noise scale, on splits 5 to 12 of UCI tables, not on those of the published comparison.
+"""
+TEMPERATURES = 0.05, 20.0
+LEAST = 16  # examples on which a candidate is looked at, unless there are fewer
+LINEARISED_SHARE = 0.45  # of the budget, where Monte Carlo follows
+SETTINGS = (40, 8, 5, 3, 1)  # of Monte Carlo, as many as let it see enough examples
+ENOUGH = 256  # examples
+COVARIANCES = 2**26  # numbers of covariances that are kept
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to predict, at its best setting.
+
+    Attributes:
+        method: a name of :data:`METHODS`.
+        score: on the examples it saw.
+        reference: MAP's score on the same.
+        point: ``(N, λ)``, ``MAP`` for those without a posterior.
+        temperature: of that one.
+        at_edge: whether the search ended at its limits.
+        wins: whether it beats MAP beyond the noise.
+        search: everything it looked at.
+        left_out: why it was not measured.
+    """
+
+    method: str
+    score: Score = field(default_factory=lambda: Score(math.inf))
+    reference: Score = field(default_factory=lambda: Score(math.inf))
+    point: Point = MAP
+    temperature: float | None = None
+    at_edge: bool = False
+    wins: bool = False
+    search: Search | None = None
+    left_out: str = ""
+
+
+class Contest:
+    """Measures candidates one after the other and says who wins.
+
+    Args:
+        posterior: fitted; read only.
+        validation: the data.
+        name: of the objective.
+        budget: training epochs of the validation examples, None for no limit.
+        progress: whether to show a bar of what was spent.
+    """
+
+    def __init__(
+        self, posterior: LaplacePosterior, validation: Validation, name: str, budget: float | None, progress: bool
+    ) -> None:
+        self.posterior, self.validation, self.name, self.progress = posterior, validation, name, progress
+        self.budget = Budget(budget, validation.epoch)
+        self.budget.pay(validation.epoch / 3)  # reading
+        self.found: dict[str, Candidate] = {}
+        self._map = validation.scorer("map")
+        score = self._map([MAP])[MAP]
+        self.found["map"] = Candidate("map", score, score)
+        noise, before = score.noise, posterior.likelihood.noise_scale
+        self.plane = _plane(posterior, 1.0 if noise is None or before is None else (before / noise) ** 2)
+        outputs = validation.batches[0].outputs
+        self._outputs = math.prod(outputs.shape[1:])
+        self._channels = to_positions(outputs[:1]).shape[-1]
+        self._decomposed = False
+        self._guide: Candidate | None = None  # where Monte Carlo begins
+
+    def offered(self) -> list[str]:
+        """The candidates that this likelihood has."""
+        likelihood = self.posterior.likelihood
+        has = {"temperature": likelihood.has_logits, "probit": likelihood.has_logits and "probit" in likelihood.links()}
+        return [method for method in METHODS if has.get(method, True)]
+
+    def run(self, methods: Sequence[str]) -> None:
+        """Measures the named candidates."""
+        with self._bar():
+            if "temperature" in methods:
+                self.found["temperature"] = self._temperature()
+            linearised = [method for method in ("probit", "linearized") if method in methods]
+            if linearised or "mc" in methods:
+                self._linearised(linearised or self._guides(), alone="mc" not in methods, wanted=linearised)
+            if "mc" in methods:
+                self.found["mc"] = self._monte_carlo()
+
+    def winner(self) -> Candidate:
+        """MAP, unless candidates beat it, and then each other, beyond the noise (in the order of :data:`METHODS`)."""
+        scores = {method: found.score for method, found in self.found.items() if not found.left_out}
+        return self.found[champion(scores, "map", *CAUTION)]
+
+    @contextmanager
+    def _bar(self) -> Iterator[None]:
+        """A bar of training epochs."""
+        limit = self.budget.limit / self.budget.epoch
+        with tqdm(
+            total=limit if math.isfinite(limit) else None, desc="tune", unit="epoch", disable=not self.progress,
+            bar_format=None if not math.isfinite(limit) else "{l_bar}{bar}| {n:.1f}/{total:.0f} epochs [{elapsed}]",
+        ) as bar:  # fmt: skip
+            pay = self.budget.pay
+
+            def shown(work: float) -> None:
+                pay(work)
+                bar.update(work / self.budget.epoch)
+
+            self.budget.pay = shown  # type: ignore[method-assign]
+            try:
+                bar.update(self.budget.cost)
+                yield
+            finally:
+                self.budget.pay = pay  # type: ignore[method-assign]
+
+    # -- without a posterior -------------------------------------------------------------------------------------------
+
+    def _temperature(self) -> Candidate:
+        """The logits divided by the temperature with the best objective."""
+        known: dict[float, Score] = {}
+
+        def value(log: float) -> float:
+            known[log] = self._map.score(self._map.predictor.at_mean(math.exp(log)))
+            self.budget.pay(self.validation.count * self._costs().scored())
+            return known[log].value if math.isfinite(known[log].value) else 1e30
+
+        low, high = (math.log(limit) for limit in TEMPERATURES)
+        minimize_scalar(value, bounds=(low, high), method="bounded", options={"xatol": 1e-3})
+        best = min(known, key=lambda log: known[log].value)
+        reference = self.found["map"].score
+        gain, error = compared(reference, known[best])
+        edge = min(best - low, high - best) < 0.01
+        wins = gain > CAUTION[0] * (error or 0.0)
+        return Candidate("temperature", known[best], reference, MAP, math.exp(best), edge, wins)
+
+    # -- linearised ----------------------------------------------------------------------------------------------------
+
+    def _guides(self) -> list[str]:
+        """A linearised candidate that is only looked at to know where Monte Carlo should begin."""
+        return [method for method in self.offered() if method in ("probit", "linearized")][:1]
+
+    def _costs(self, width: int = 1) -> Costs:
+        precision = self.posterior.precision_at(*self.plane.point(-2.5, -1.0))
+        return Costs(precision, self.validation.forward, self._outputs, width)
+
+    def _decompose(self) -> None:
+        if not self._decomposed:
+            self.budget.pay(self._costs().decomposition())
+            self._decomposed = True
+
+    def _linearised(self, methods: Sequence[str], alone: bool, wanted: Sequence[str]) -> None:
+        """One pass at a few ratios for all of the methods; those that need covariances look around the first."""
+        self._decompose()
+        share = self.budget.left * (0.95 if alone else LINEARISED_SHARE)
+        link = self.posterior.likelihood.link
+        marginal = {m: link("probit" if m == "probit" else None).marginal for m in methods}
+        width = 1 if all(marginal.values()) else self._channels
+        steps = rows(0.75), rows(1.5)
+        costs = self._costs(width)
+        each = {len(step): costs.linearised(len(step)) for step in steps}
+        chosen = steps[0] if each[len(steps[0])] < 1.5 * each[len(steps[1])] else steps[1]
+        draws = {m: 1 if m == "probit" or self._closed() else OUTPUT_DRAWS for m in methods}
+        scoring = sum(costs.scored(draws[m]) * (60 if k == 0 else 12) for k, m in enumerate(methods))
+        examples = self._affordable(share, each[len(chosen)] + scoring)
+        full = width > 1 and len(chosen) * examples * self._outputs * self._channels > COVARIANCES
+        if not examples or full:
+            cheaper = [m for m in methods if marginal[m]]
+            reason = (
+                f"covariances of {self._channels} outputs at {len(chosen)} settings are too large to keep"
+                if examples
+                else self._too_dear(each[len(chosen)] + scoring)
+            )
+            for method in methods:
+                if (method not in cheaper or cheaper == list(methods)) and method in wanted:
+                    self.found[method] = Candidate(method, left_out=reason)
+            if cheaper and cheaper != list(methods):
+                self._linearised(cheaper, alone, [m for m in wanted if m in cheaper])
+            return
+        finest = chosen[1] - chosen[0]
+        points = [self.plane.point(x, -1.0) for x in chosen]
+        scorers = {method: self.validation.scorer(method, examples) for method in methods}
+        first: Linearised | None = None
+        for method in sorted(methods, key=lambda m: marginal[m]):  # covariances first: variances are in them
+            predictor = scorers[method].predictor
+            assert isinstance(predictor, Linearised)
+            if first is None:
+                self.budget.pay(scorers[method].part.count * each[len(chosen)])
+                predictor.prepare(points)
+                first = predictor
+            else:
+                predictor.shared(first)
+        start: Point | None = None
+        for method, scorer in scorers.items():
+            search = Search(self._paid(scorer, draws[method]), self.name, afford=self._prepared(scorer))
+            search.look([MAP])
+            if start is None or draws[method] == 1:
+                best, edge = coarse_to_fine(search, self.plane, finest)
+            else:
+                best, edge = nearby(search, self.plane, start), False
+            start = best
+            self._guide = self._settled(method, search, best, edge)
+            if method in wanted:
+                self.found[method] = self._guide
+
+    def _closed(self) -> bool:
+        """Whether the likelihood's default link needs no draws."""
+        return next(iter(self.posterior.likelihood.links())) != "mc"
+
+    def _paid(self, scorer: Scorer, draws: int) -> Callable[[Sequence[Point], bool], dict[Point, Score]]:
+        def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
+            self.budget.pay(len(points) * scorer.part.count * self._costs().scored(draws))
+            return scorer(points)
+
+        return measure
+
+    @staticmethod
+    def _prepared(scorer: Scorer) -> Callable[[Sequence[Point]], bool]:
+        """Whether points need no further pass over the data."""
+        predictor = scorer.predictor
+        assert isinstance(predictor, Linearised)
+        return lambda points: not {rounded(p / n) for n, p in points if (n, p) != MAP} - predictor.ratios
+
+    # -- Monte Carlo ---------------------------------------------------------------------------------------------------
+
+    def _monte_carlo(self) -> Candidate:
+        """Around the linearised candidates' setting, or from coarse to fine, on as many examples as can be afforded."""
+        self._decompose()
+        validation, costs, start = self.validation, self._costs(), self._guide
+        draws = len(validation.seeds)
+        drawing = (draws / 2 if validation.pairs else draws) * costs.draw()
+        each = costs.sampled(draws)
+        for settings in SETTINGS:
+            ratios = -(-settings // 2) if start is None or settings == SETTINGS[0] else -(-settings // 4)
+            # one more than it looks at, for a setting that is MAP in effect
+            examples = self._affordable(self.budget.left - (ratios + 1) * drawing, (settings + 1) * each)
+            if examples >= min(validation.count, ENOUGH):
+                break
+        if not examples:
+            return Candidate("mc", left_out=self._too_dear(each))
+        scorer = validation.scorer("mc", examples)
+        before: list[float] = []
+
+        def work(points: Sequence[Point]) -> float:
+            real = [(n, p) for n, p in points if (n, p) != MAP]
+            new = {rounded(p / n) for n, p in real} - set(before[-1:])
+            return len(new) * drawing + len(real) * scorer.part.count * each
+
+        def afford(points: Sequence[Point]) -> bool:
+            return not before or work(points) <= self.budget.left
+
+        def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
+            self.budget.pay(work(points))
+            before.extend(rounded(p / n) for n, p in points if (n, p) != MAP)
+            return scorer(points)
+
+        search = Search(measure, self.name, afford=afford)
+        search.look([MAP])
+        if start is None or start.point == MAP or settings == SETTINGS[0]:
+            best, edge = coarse_to_fine(search, self.plane)
+        else:
+            best, edge = nearby(search, self.plane, start.point), False
+        return self._settled("mc", search, best, edge)
+
+    # -- common --------------------------------------------------------------------------------------------------------
+
+    def _affordable(self, work: float, each: float) -> int:
+        """How many examples fit, up to all; 0 if they are too few to tell anything."""
+        count = self.validation.count
+        found = count if not math.isfinite(work) else int(min(count, max(0.0, work) / each))
+        if found < min(count, LEAST) or self.validation.part(found).count > 1.5 * found:
+            return 0
+        return found
+
+    def _too_dear(self, each: float) -> str:
+        needed = min(self.validation.count, LEAST) * each / self.budget.epoch
+        return (
+            f"a look at {min(self.validation.count, LEAST)} examples needs {needed:.2g} training epochs, "
+            f"{max(0.0, self.budget.left) / self.budget.epoch:.2g} are left; raise budget="
+        )
+
+    def _settled(self, method: str, search: Search, best: Point, at_edge: bool) -> Candidate:
+        """The candidate at the point that beats MAP and the others beyond the noise, else at its best one."""
+        chosen = search.champion(*CAUTION)
+        wins = chosen != MAP
+        point = chosen if wins else best
+        edge = at_edge and point == best
+        return Candidate(method, search.scores[point], search.scores[MAP], point, None, edge, wins, search)
+
+
+def _plane(posterior: LaplacePosterior, scale: float) -> Plane:
+    factor = posterior.precision_factor
+    parts = [matrix.nodes() for _, matrix in posterior.curvature.entries if isinstance(matrix, CurvatureBlock)]
+    values, weights = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Plane(factor * values, weights, scale)
+
+
+def setting(point: Point, score: Score, before: float | None) -> dict[str, float]:
+    """``n_data``, ``prior_precision`` and ``noise`` of a point; ``before`` is the noise scale its N is counted at."""
+    # the curvature goes with 1/σ²: at another σ the same precision has another N
+    n = point[0] if before is None or score.noise is None else point[0] * (score.noise / before) ** 2
+    found = {"n_data": n, "prior_precision": point[1]}
+    return found if score.noise is None else {**found, "noise": score.noise}
+
+
+def described(candidate: Candidate, overall: Score, before: float | None) -> dict[str, Any]:
+    """What ``TuningResult.candidates`` holds of a candidate; objectives are on the scale of all examples.
+
+    Of a candidate that saw some of the examples only, that is MAP's objective on all of them less the gain on those.
+
+    Args:
+        candidate: measured or left out.
+        overall: MAP's score on all examples.
+        before: the posterior's noise scale.
+    """
+    if candidate.left_out:
+        return {
+            "method": candidate.method, "objective": math.inf, "gain": -math.inf, "gain_error": None,
+            "left_out": candidate.left_out,
+        }  # fmt: skip
+    gain, error = compared(candidate.reference, candidate.score)
+    found: dict[str, Any] = {
+        "method": candidate.method, "objective": overall.value - gain, "gain": gain, "gain_error": error,
+    }  # fmt: skip
+    if candidate.temperature is not None:
+        found["temperature"] = candidate.temperature
+    if candidate.point != MAP:
+        found.update(setting(candidate.point, candidate.score, before))
+    elif candidate.score.noise is not None:
+        found["noise"] = candidate.score.noise
+    return found

@@ -1,0 +1,71 @@
+"""Predictions of a whole loader, batch after batch, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from laplace_kf.batches import Forward, as_batches, inputs_of
+from laplace_kf.errors import ShapeMismatch
+from laplace_kf.graphs import is_graph
+from laplace_kf.likelihoods import Prediction, joined
+from laplace_kf.operators import fresh_generator
+
+__all__ = ["batch_after_batch", "is_loader"]
+
+
+def is_loader(x: Any) -> bool:
+    """Whether the input of ``predict`` brings batches: a loader, or an iterator."""
+    if isinstance(x, (Tensor, Mapping, tuple, list)) or is_graph(x):
+        return False
+    return isinstance(x, (DataLoader, Iterator)) or (hasattr(x, "__iter__") and hasattr(x, "dataset"))
+
+
+def batch_after_batch(
+    predict: Callable[..., Prediction],
+    loader: Any,
+    model: nn.Module,
+    forward: Forward | None,
+    space: str,
+    generator: torch.Generator | None,
+    progress: bool,
+) -> Prediction:
+    """One prediction over all examples of a loader.
+
+    Every batch sees the same random numbers, so that a sample is one function over all of them; drawn weights are
+    preferred to drawn activations, which are independent between examples, for the same reason.
+
+    Args:
+        predict: of one batch's inputs, with ``generator=`` and ``space=``.
+        loader: of batches as in ``fit``, whose targets are left out, or of inputs alone.
+        model: the network.
+        forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        space: as asked for.
+        generator: random numbers; afterwards it is where one call would have left it.
+        progress: show a bar.
+
+    Raises:
+        ShapeMismatch: for an empty loader, batches that have to be told apart by ``inputs=``, or outputs of several
+            shapes.
+    """
+    generator = generator if generator is not None else fresh_generator()
+    state = generator.get_state()
+    parts = []
+    for batch in tqdm(as_batches(loader, model), desc="predict", disable=not progress):
+        if forward is None and isinstance(batch, (tuple, list)) and len(batch) > 2:
+            raise ShapeMismatch(
+                f"predict was given a loader whose batches are {type(batch).__name__}s of {len(batch)}; say which part "
+                "is what with LaplacePosterior(..., inputs=lambda batch: batch[0], targets=lambda batch: batch[1])"
+            )
+        if space != "activations":
+            generator.set_state(state)
+        inputs = inputs_of(batch, forward)
+        parts.append(predict(inputs, space="weights" if space == "auto" else space, generator=generator))
+    if not parts:
+        raise ShapeMismatch("the loader is empty: no batch was yielded, so there is nothing to predict")
+    return joined(parts)

@@ -1,0 +1,140 @@
+"""Selected parameters that take no part: refused by name, or with their prior and no curvature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import laplace_kf as lk
+from laplace_kf.errors import UnknownName, UnsupportedLayer
+from tests import oracles
+from tests.cases import labels, normal, rng
+from tests.checks import close
+
+STRUCTURES = ["diag", "kron", "full", "ekfac", "lowrank", "isotropic", "layer"]
+
+
+class Experts(nn.Module):
+    """Three experts, each for the examples whose first input says so; the second gets none of the first half."""
+
+    def __init__(self, count: int = 3) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(count))
+            self.head = nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            index = torch.where(x[:, 0].long() == k)[0]
+            if len(index):
+                out = out.index_add(0, index, torch.tanh(expert(x[index])))
+        return self.head(out)
+
+
+def data(second: bool = False) -> tuple[Tensor, Tensor]:
+    x = normal(12, 3, seed=3)
+    x[:, 0] = torch.arange(12) % 3 if second else 2 * (torch.arange(12) % 2)
+    return x, labels(2, 12, seed=4)
+
+
+def fitted(structure: str, second: bool = False, **options: object) -> lk.LaplacePosterior:
+    posterior = lk.LaplacePosterior(
+        Experts(), "categorical", structure=structure, unused="prior", prior_precision=2.0, **options
+    )  # type: ignore[arg-type]
+    return posterior.fit(data(second))
+
+
+def test_the_default_names_them_and_the_way_out() -> None:
+    with pytest.raises(UnsupportedLayer, match=r"2 of 8 selected parameters .*experts.1.weight, experts.1.bias") as one:
+        lk.LaplacePosterior(Experts(), "categorical").fit(data())
+    assert 'unused="prior"' in str(one.value)
+    with pytest.raises(UnsupportedLayer, match=r"80 of 86 .* and 70 more") as many:
+        lk.LaplacePosterior(Experts(42), "categorical").fit(data())
+    assert len(str(many.value)) < 1000
+    with pytest.raises(UnknownName, match="'error', 'prior'"):
+        lk.LaplacePosterior(Experts(), "categorical", unused="keep")
+    with pytest.raises(UnsupportedLayer, match="None of them did"):
+        lk.LaplacePosterior(Experts(), "categorical", parameters=["experts.1.*"], unused="prior").fit(data())
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_they_keep_their_prior(structure: str) -> None:
+    posterior = fitted(structure)
+    model = Experts()
+    names = [name for name, _ in model.named_parameters() if not name.startswith("experts.1.")]
+    rest = lk.LaplacePosterior(model, "categorical", structure=structure, parameters=names, prior_precision=2.0)
+    rest.fit(data())
+    where = oracles.flat_index(model)
+    used = torch.cat([where[name].flatten() for name in names])
+    unused = torch.cat([where[f"experts.1.{name}"].flatten() for name in ("weight", "bias")])
+    dense = posterior.precision.dense()
+    close(dense[used[:, None], used], rest.precision.dense())
+    close(dense[unused[:, None], unused], 2.0 * torch.eye(12, dtype=dense.dtype))
+    assert float(dense[used[:, None], unused].abs().max()) < 1e-12
+    # they take part in the evidence by their squares alone
+    square = sum(float(p.detach().square().sum()) for p in model.experts[1].parameters())
+    close(posterior.log_evidence() + square, rest.log_evidence(), 1e-9)
+    spread = posterior.sample(4000, generator=rng())["experts.1.weight"].var(0)
+    assert float((spread * 2.0).log().abs().max()) < 0.2
+    for method in ("mc", "linearized", "probit", "map"):
+        assert torch.isfinite(posterior.predict(data()[0], method, samples=5, generator=rng()).probs).all()
+    close(posterior.functional_covariance(data()[0]), rest.functional_covariance(data()[0]))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_files_keep_them(structure: str, tmp_path: Path) -> None:
+    posterior = fitted(structure)
+    posterior.save(tmp_path / "file")
+    loaded = lk.LaplacePosterior.load(tmp_path / "file", Experts())
+    assert torch.equal(loaded.precision.dense(), posterior.precision.dense()) and loaded.unused == "prior"
+    if structure not in ("full", "lowrank"):  # one block of everything
+        assert "unused" in str(posterior.summary())
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full", "layer"])
+def test_statistics_of_data_that_do_use_them_can_be_added(structure: str) -> None:
+    first, second = data(), data(second=True)
+    both = (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
+    parts = [
+        lk.curvature.estimate(Experts(), "categorical", part, structure, unused="prior") for part in (first, second)
+    ]
+    whole = lk.curvature.estimate(Experts(), "categorical", [first, second], structure, unused="prior")
+    wanted = oracles.dense_ggn(Experts(), *both, oracles.categorical_nll)
+    for total in (parts[0] + parts[1], parts[1] + parts[0], whole):
+        assert total.n_data == 24
+        if structure == "full":
+            close(total.mean().dense(), wanted)
+        elif structure == "diag":
+            close(total.mean().diag(), wanted.diagonal())
+        close(total.mean().dense(), whole.mean().dense())
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+@pytest.mark.parametrize("order", [(False, True), (True, False)])
+def test_chains_over_tasks_that_use_them_or_not(structure: str, order: tuple[bool, bool]) -> None:
+    posterior = fitted(structure, order[0]).update(data(order[1]))
+    c = [lk.curvature.estimate(Experts(), "categorical", data(k), structure, unused="prior") for k in order]
+    total = sum(one.total().dense() for one in c)
+    where = torch.eye(len(total), dtype=total.dtype)
+    close(posterior.precision.matvec(where), total + 2.0 * where)
+    close(posterior.penalty().detach(), torch.zeros((), dtype=total.dtype))
+
+
+def test_optimisers_train_the_rest() -> None:
+    x, y = data()
+    model = Experts()
+    with pytest.raises(UnsupportedLayer, match=r"experts.1.weight, experts.1.bias"):
+        lk.optim.kfac(Experts(), "categorical").step(x, y)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    opt = lk.optim.kfac(model, "categorical", unused="prior", generator=rng(), l2=0.0)
+    losses = [float(opt.step(x, y)) for _ in range(4)]
+    opt.step(*data(second=True))
+    assert losses[-1] < losses[0]
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(before)  # the last minibatch reached them
