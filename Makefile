@@ -9,6 +9,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python3.10; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 # Benchmark peers that ask for a torchvision they do not need: see the `bench` extra in setup.cfg.
 PEERS := laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==1.7.1 nngeometry==0.4
+# Models that ask for it, too: see the `models` extra.
+MODELS := timm segmentation-models-pytorch
 
 # Test processes; each uses one thread.
 WORKERS ?= 2
@@ -20,7 +22,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints
 CODE := setup.cfg pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench clean distclean
+.PHONY: help demo test lint format pytest bench models clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -46,6 +48,9 @@ pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real da
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
+models: $(VENV)/.installed-models ## docs/models.md: third-party models, fitted and checked (ARGS="vision --no-costs" to choose)
+	$(BIN)/python -m benchmarks.models $(if $(ARGS),$(ARGS),--out docs/models.md)
+
 clean: ## Remove caches and build products, keep .venv and results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -68,11 +73,17 @@ $(VENV)/.installed-experiments: $(VENV)/constraints.txt $(CODE)
 	$(INSTALL) --editable '.[experiments]'
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/constraints.txt $(CODE)
+$(VENV)/.installed-test: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --editable '.[experiments,test]'
+	$(INSTALL) --no-deps timm
 	@touch $@ $(VENV)/.installed-experiments
 
 $(VENV)/.installed-bench: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --editable '.[experiments,bench]'
 	$(INSTALL) --no-deps $(PEERS)
+	@touch $@ $(VENV)/.installed-experiments
+
+$(VENV)/.installed-models: $(VENV)/constraints.txt $(CODE) Makefile
+	$(INSTALL) --editable '.[experiments,models]'
+	$(INSTALL) --no-deps $(MODELS)
 	@touch $@ $(VENV)/.installed-experiments

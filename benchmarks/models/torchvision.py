@@ -1,7 +1,8 @@
 """A stand-in for torchvision where its compiled operators do not load (next to another build of torch).
 
 timm and segmentation-models-pytorch import torchvision for transforms, data sets and one frozen layer; the models built
-here use none of them. The stand-in is put into ``sys.modules`` only if the real package is missing or broken.
+here use none of them. It stands in only where the real
+package is missing or broken, and only while a model is built: no other code sees it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ensure_torchvision"]
+__all__ = ["torchvision_or_standin"]
 
 
 class _Anything(type):
@@ -53,15 +54,26 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module.__version__ = "0.0.0+standin"  # type: ignore[attr-defined]
 
 
-def ensure_torchvision() -> bool:
-    """Makes ``import torchvision`` work; whether it is the real package."""
-    if "torchvision" in sys.modules:
-        return not isinstance(sys.modules["torchvision"], _Module)
+@contextmanager
+def torchvision_or_standin() -> Iterator[bool]:
+    """Makes ``import torchvision`` work meanwhile; yields whether it is the real package."""
+    real = False
     with suppress(Exception):  # missing, or operators that do not load: any kind of error
         importlib.import_module("torchvision")
-        return True
+        real = True
+    if real:
+        yield True
+        return
+    _forget()
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield False
+    finally:
+        sys.meta_path.remove(finder)
+        _forget()
+
+
+def _forget() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
-    sys.meta_path.insert(0, _Finder())
-    importlib.import_module("torchvision")
-    return False
