@@ -31,7 +31,8 @@ def build(config: str, model: str, **changes: Any) -> nn.Module:
 
     sizes = {name: value for name, value in {**SIZES, **changes}.items() if value is not None}
     found: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**sizes))
-    found.config._experts_implementation = "eager"  # grouped products of experts exist in float32 only
+    settings: Any = found.config
+    settings._experts_implementation = "eager"  # grouped products of experts exist in float32 only
     return found.eval()
 
 

@@ -140,7 +140,7 @@ def _seconds(job: Callable[[], Any]) -> float:
 
 
 def _selected(problem: Problem) -> dict[str, Tensor]:
-    named = {name: p for name, p in problem.model.named_parameters() if p.requires_grad}
+    named: dict[str, Tensor] = {name: p for name, p in problem.model.named_parameters() if p.requires_grad}
     return named if problem.names is None else {name: p for name, p in named.items() if name in set(problem.names)}
 
 
