@@ -86,7 +86,14 @@ def _transformer(patch: int = 8, **more: Any) -> dict[str, Any]:
     return {"img_size": 32, "patch_size": patch, "embed_dim": 12, "depth": 2, **more}
 
 
-_SWIN: dict[str, Any] = {"img_size": 32, "patch_size": 2, "embed_dim": 8, "depths": (2, 2), "num_heads": (2, 2), "window_size": 4}
+_SWIN: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": (2, 2),
+    "num_heads": (2, 2),
+    "window_size": 4,
+}
 
 ROWS = [
     Row("timm", "ResNet (basic blocks)", images(lambda: _resnet("BasicBlock"))),
