@@ -444,6 +444,11 @@ class LaplacePosterior:
         return self._fitted("curvature").curvature
 
     @property
+    def statistics(self) -> Statistics:
+        """The sums of the newest fit, as ``lk.curvature.estimate`` gives them."""
+        return self._fitted("statistics").statistics
+
+    @property
     def precision(self) -> Blockwise:
         """The precision ``Λ = N C̄ + λ I`` as a Matrix of size ``P`` (flat order)."""
         return self.precision_at(self.n_data, self._prior)
