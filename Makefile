@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints
 CODE := setup.cfg pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench models clean distclean
+.PHONY: help demo test lint format pytest bench models bridges clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 
 models: $(VENV)/.installed-models ## docs/models.md: third-party models, fitted and checked (ARGS="vision --no-costs" to choose)
 	$(BIN)/python -m benchmarks.models $(if $(ARGS),$(ARGS),--out docs/models.md)
+
+bridges: $(VENV)/.installed-bridges ## Tests of the bridges against the newest releases of the other libraries
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bridges tests/continual/test_lightning.py $(ARGS)
 
 clean: ## Remove caches and build products, keep .venv and results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -87,4 +90,8 @@ $(VENV)/.installed-bench: $(VENV)/constraints.txt $(CODE) Makefile
 $(VENV)/.installed-models: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --editable '.[experiments,models]'
 	$(INSTALL) --no-deps $(MODELS)
+	@touch $@ $(VENV)/.installed-experiments
+
+$(VENV)/.installed-bridges: $(VENV)/constraints.txt $(CODE) Makefile
+	$(INSTALL) --upgrade --editable '.[experiments,test,bridges]'
 	@touch $@ $(VENV)/.installed-experiments

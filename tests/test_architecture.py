@@ -119,7 +119,7 @@ def registered_names() -> set[str]:
     """The names in every registry of the package that holds likelihoods, estimators or structures."""
     names: dict[str, set[str]] = {}
     for info in pkgutil.walk_packages(laplace_kf.__path__, "laplace_kf."):
-        if info.name.endswith("__main__"):
+        if info.name.endswith("__main__") or info.name.startswith("laplace_kf.bridges."):  # other libraries
             continue
         for value in vars(importlib.import_module(info.name)).values():
             if isinstance(value, Registry):

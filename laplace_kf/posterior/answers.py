@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite
-from laplace_kf.engine import lasting
+from laplace_kf.engine import Statistics, lasting
 from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
@@ -166,6 +166,11 @@ class Answers:
         return summary_of(fitted, self.n_data, self._prior, self.structure, self.estimator)
 
     # -- the Gaussian --------------------------------------------------------------------------------------------------
+
+    @property
+    def statistics(self) -> Statistics:
+        """The sums of the newest fit, as ``lk.curvature.estimate`` gives them."""
+        return self._fitted("statistics").statistics
 
     @property
     def precision(self) -> Blockwise:
