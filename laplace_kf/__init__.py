@@ -2,13 +2,14 @@
 
 from laplace_kf import bridges, continual, curvature, errors, graphs, likelihoods, optim, reports
 from laplace_kf.likelihoods import Prediction
-from laplace_kf.posterior import LaplacePosterior, TuningResult
+from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
 from laplace_kf.version import __version__
 
 __all__ = [
     "LaplacePosterior",
+    "Mixture",
     "Prediction",
     "Subnetwork",
     "TuningResult",
