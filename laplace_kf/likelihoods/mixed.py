@@ -138,9 +138,7 @@ def _position_entropy(prediction: Prediction) -> Tensor:
     return prediction.position_entropy
 
 
-def _total(
-    likelihood: Mixing, parts: Sequence[Prediction], weights: Tensor, values: dict[str, Tensor]
-) -> Tensor:
+def _total(likelihood: Mixing, parts: Sequence[Prediction], weights: Tensor, values: dict[str, Tensor]) -> Tensor:
     """Entropy of the mixture by position."""
     shape = parts[0].position_entropy.shape  # raises where a likelihood has none
     found = likelihood.mixed_entropy(parts, weights)

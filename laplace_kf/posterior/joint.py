@@ -201,5 +201,3 @@ class _JointLinearised(_JointPredictor, Linearised):
         assert isinstance(other, _JointLinearised)
         for mine, theirs in zip(self.members, other.members, strict=True):
             mine.shared(theirs)
-
-

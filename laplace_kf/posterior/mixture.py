@@ -630,8 +630,10 @@ def _require_same(first: LaplacePosterior, other: LaplacePosterior, k: int) -> N
     different = [name for name in shapes[0] if shapes[0][name] != shapes[1][name]]
     last = list(shapes[0])[-1:]
     owner = last[0].rpartition(".")[0] if last else ""
-    if different and all(name.rpartition(".")[0] == owner for name in different) and all(
-        shapes[0][name][1:] == shapes[1][name][1:] for name in different
+    if (
+        different
+        and all(name.rpartition(".")[0] == owner for name in different)
+        and all(shapes[0][name][1:] == shapes[1][name][1:] for name in different)
     ):
         name = different[-1]
         raise IncompatiblePair(
@@ -657,4 +659,3 @@ def _require_own_models(members: Sequence[LaplacePosterior]) -> None:
                     f"holds the weights it covers, but not {kept[0]!r}, which is now that of the last training: train "
                     "each network as an object of its own, copy.deepcopy(model)"
                 )
-
