@@ -15,8 +15,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, MixtureSameFamily
-from torch.distributions import MultivariateNormal, Normal, Poisson
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    Poisson,
+)
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.prediction import Prediction, gaussian_entropy
@@ -182,7 +190,7 @@ def _components(prediction: Prediction) -> tuple[Tensor, Distribution]:
     """Log weights ``(*batch, S)`` of a prediction's mixture, and its components with that batch shape."""
     found = prediction.distribution
     if isinstance(found, MixtureSameFamily):
-        logits: Tensor = found.mixture_distribution.logits  # type: ignore[attr-defined]
+        logits: Tensor = found.mixture_distribution.logits
         return logits - torch.logsumexp(logits, -1, keepdim=True), found.component_distribution
     batch = found.batch_shape
     like = next(iter(prediction.values.values()))

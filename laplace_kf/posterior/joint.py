@@ -98,7 +98,7 @@ class JointValidation(Validation):
         scales = {member.likelihood.noise_scale for member in joint.members}
         if noise and len(scales) > 1:
             raise IncompatiblePair(
-                f"the components have several noise scales ({', '.join(f'{s:.4g}' for s in sorted(map(float, scales)))})"  # type: ignore[arg-type]
+                f"the components have several noise scales ({', '.join(sorted(map(str, scales)))})"
                 ", and one for all would be tuned: leave noise=True out, or set one scale for all before fit"
             )
         seeds = draw_seeds(1 + len(joint.members), generator)
@@ -187,7 +187,7 @@ class _JointPredictor(Predictor):
 class _JointLinearised(_JointPredictor, Linearised):
     """As well, for linearised components."""
 
-    members: Sequence[Linearised]  # type: ignore[assignment]
+    members: Sequence[Linearised]
 
     @property
     def ratios(self) -> set[float]:

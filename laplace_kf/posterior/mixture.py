@@ -520,7 +520,7 @@ class MixturePredictor:
         return self.mix(x, parts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Subject:
     """A mixture as calibration and scores see it."""
 
@@ -615,8 +615,8 @@ def _require_same(first: LaplacePosterior, other: LaplacePosterior, k: int) -> N
     """Refuses a component that does not go with the first one."""
     if _kind(first.likelihood) != _kind(other.likelihood):
         raise IncompatiblePair(
-            f"component {k} has the likelihood {other.likelihood!r} and component 0 {first.likelihood!r}: the densities "
-            "of a mixture are of the same targets; fit all components with one kind of likelihood"
+            f"component {k} has the likelihood {other.likelihood!r} and component 0 {first.likelihood!r}: the "
+            "densities of a mixture are of the same targets; fit all components with one kind of likelihood"
         )
     devices = [next(iter(each.mean.values())).device for each in (first, other)]
     if devices[0] != devices[1]:
