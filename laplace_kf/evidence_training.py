@@ -27,7 +27,7 @@ Optimizers = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
 
 class EvidenceTraining:
-    """Learns λ and the noise scale in a training loop of one's own: ``start``, ``loss`` or ``penalty``, ``after_epoch``.
+    """Learns λ and the noise scale in one's own training loop: ``start``, ``loss`` or ``penalty``, ``after_epoch``.
 
     Args:
         model: the network; it is trained by the loop, not by this object.
@@ -37,7 +37,8 @@ class EvidenceTraining:
         steps: steps up the evidence in one update; ``None`` for its maximum.
         per_block: one λ for each block of the curvature, else one for all weights.
         noise: whether to learn the noise scale; default: if the likelihood has one.
-        patience: stop after so many updates without a better evidence, and go back to the best weights; ``None``: never.
+        patience: stop after so many updates without a better evidence, and go back to the best weights; ``None``:
+            never.
         **settings: of :class:`LaplacePosterior` (structure, estimator, parameters, prior_precision, forward, ...).
 
     Attributes:
@@ -105,7 +106,7 @@ class EvidenceTraining:
         return total / (2 * n)
 
     def loss(self, outputs: Tensor, targets: Any) -> Tensor:
-        """Mean of ``-log p`` of a minibatch with outputs ``(N, C)`` at the noise of the moment, plus the penalty; 0-dim."""
+        """Mean ``-log p`` of a minibatch with outputs ``(N, C)`` at the present noise, plus the penalty; 0-dim."""
         return -self.posterior.likelihood.log_prob(outputs, targets).mean() + self.penalty()
 
     def after_epoch(self, data: Any, *, last: bool = False) -> bool:

@@ -176,9 +176,9 @@ class Prediction:
         Returns:
             Lower and upper ends, each in the layout of :attr:`mean`, ``(N, C)``: exact quantiles of a mixture of
             several posteriors of normal targets, else those of a normal distribution with the prediction's mean and
-            variance. After ``posterior.calibrate(data)`` those of an observation are calibrated: each output's interval holds at
-            least ``level`` of new examples that are exchangeable with the data
-            (:mod:`laplace_kf.outputs.conformal`).
+            variance. After ``posterior.calibrate(data)`` those of an observation are
+            calibrated: each output's interval holds at least ``level`` of new examples that are exchangeable with the
+            data             (:mod:`laplace_kf.outputs.conformal`).
 
         Raises:
             ValueError: for a level outside (0, 1), or another ``of``.
