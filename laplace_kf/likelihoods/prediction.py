@@ -178,7 +178,7 @@ class Prediction:
             several posteriors of normal targets, else those of a normal distribution with the prediction's mean and
             variance. After ``posterior.calibrate(data)`` those of an observation are
             calibrated: each output's interval holds at least ``level`` of new examples that are exchangeable with the
-            data             (:mod:`laplace_kf.outputs.conformal`).
+            data (:mod:`laplace_kf.outputs.conformal`).
 
         Raises:
             ValueError: for a level outside (0, 1), or another ``of``.

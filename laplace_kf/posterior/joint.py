@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,56 +19,54 @@ from torch import Tensor, nn
 from laplace_kf import weighting
 from laplace_kf.errors import IncompatiblePair, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, mixed
+from laplace_kf.posterior.examples import Part
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import METHODS, Linearised, Point, Predictions, Predictor, rounded
-from laplace_kf.posterior.validation import Part, Scorer, Validation
+from laplace_kf.posterior.prior import PriorPrecision
+from laplace_kf.posterior.validation import Scorer, Validation
 from laplace_kf.predictive import draw_seeds
-
-if TYPE_CHECKING:
-    from laplace_kf.posterior.laplace import LaplacePosterior
 
 __all__ = ["Joint", "JointValidation"]
 
 
 class Joint:
-    """The components as the search sees them: one posterior. Where it asks for a curvature, it gets the first one's.
+    """The components as the search sees them: one fitted posterior. Asked for a curvature, it gives the first one's.
 
     Args:
         members: fitted posteriors.
         shares: weights of the components, adding up to 1.
     """
 
-    def __init__(self, members: Sequence[LaplacePosterior], shares: Sequence[float]) -> None:
+    def __init__(self, members: Sequence[Fitted], shares: Sequence[float]) -> None:
         self.members, self.shares = tuple(members), tuple(shares)
         self.first = self.members[0]
         self.model = nn.ModuleList([member.model for member in members])
         self.likelihood: Likelihood = self.first.likelihood
-        self.forward, self.weights = self.first.forward, self.first.weights
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.first, name)
 
     @property
-    def fitted_noise(self) -> dict[str, float]:
+    def noise(self) -> dict[str, float]:
         """Of all components."""
-        found = [member.fitted_noise for member in self.members]
-        return {f"{k}/{name}": value for k, each in enumerate(found) for name, value in each.items()}
+        return {f"{k}/{n}": value for k, each in enumerate(self.members) for n, value in each.noise.items()}
 
     @property
-    def counted_data(self) -> float:
+    def count(self) -> float:
         """The mean over components of the number of examples that they were fitted on."""
-        return sum(member.counted_data for member in self.members) / len(self.members)
+        return sum(member.count for member in self.members) / len(self.members)
 
-    def evidence(self, n_data: float, prior_precision: float) -> Any:
+    def evidence(self, n: float, prior: PriorPrecision) -> Any:
         """The mean log evidence of the components, as ``.total``, 0-dim."""
-        found = [member.evidence(n_data, prior_precision).total for member in self.members]
+        found = [member.evidence(n, prior).total for member in self.members]
         return SimpleNamespace(total=torch.stack([each.cpu() for each in found]).mean())
 
     def mixed(self, parts: Sequence[Sequence[Prediction]], likelihood: Likelihood) -> list[Prediction]:
         """The mixtures of the components' predictions of every pool."""
         return [mixed(likelihood, pool, self.shares) for pool in zip(*parts, strict=True)]
 
-    def own(self, member: LaplacePosterior, likelihood: Likelihood) -> Likelihood:
+    def own(self, member: Fitted, likelihood: Likelihood) -> Likelihood:
         """A component's likelihood where the search uses this one: with its noise scale, if that was moved."""
         if likelihood is self.likelihood or likelihood.noise_scale is None:
             return member.likelihood
@@ -84,7 +82,7 @@ class JointValidation(Validation):
 
     def __init__(
         self,
-        posterior: Any,
+        fitted: Any,
         val: Iterable[Any] | tuple[Any, Tensor],
         objective: Objective,
         samples: int = 20,
@@ -94,7 +92,7 @@ class JointValidation(Validation):
         pairs: bool = False,
         mixed: bool = False,
     ) -> None:
-        joint: Joint = posterior
+        joint: Joint = fitted
         scales = {member.likelihood.noise_scale for member in joint.members}
         if noise and len(scales) > 1:
             raise IncompatiblePair(
@@ -119,8 +117,8 @@ class JointValidation(Validation):
             parts = make(False)  # one component's minibatches cannot be cut
         for part, seed in zip(parts, seeds[1:], strict=True):
             part.seeds = draw_seeds(samples, torch.Generator().manual_seed(seed))
-        self.parts = parts
-        self.posterior, self.objective, self.noise, self.pairs, self.mixed = posterior, objective, noise, pairs, mixed
+        self.parts, self.mean = parts, parts[0].mean
+        self.fitted, self.objective, self.noise, self.pairs, self.mixed = fitted, objective, noise, pairs, mixed
         self.seeds, self.batches, self.device = parts[0].seeds, parts[0].batches, parts[0].device
         self.contrast = objective if isinstance(objective, OODContrast) else None
         self.epoch = sum(part.epoch for part in parts) / len(parts)
@@ -158,9 +156,10 @@ class _JointPredictor(Predictor):
     """The components' predictions at points, mixed."""
 
     def __init__(self, validation: JointValidation, members: Sequence[Predictor]) -> None:
-        self.validation, self.members = validation, members
+        self.members = members
         self.part, self.pools = members[0].part, members[0].pools
-        self.joint: Joint = validation.posterior  # type: ignore[assignment]
+        joint: Any = validation.fitted
+        self.joint: Joint = joint
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         groups: dict[float, list[Point]] = {}

@@ -27,11 +27,12 @@ from laplace_kf.likelihoods import Likelihood, Prediction, mixed
 from laplace_kf.ood import References, score
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.joint import Joint, JointValidation
 from laplace_kf.posterior.laplace import LaplacePosterior
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import PriorPrecision, plain
-from laplace_kf.posterior.tuning import Options, TuningResult, tune
+from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
 from laplace_kf.predictive import METHODS, Predictor, draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
@@ -375,9 +376,10 @@ class Mixture:
         first = self.posteriors[0]
         seen = None if val is None else Seen(weighting.batches(val, first.weights, first.model), first.forward)
         with lasting(), ExitStack() as stack:
-            working = [self._on_stage(stack, member) for member in self.posteriors]
-            joint: Any = Joint(working, self._shares)
-            found, settings = tune(joint, seen, n_data, prior_precision, options, JointValidation)
+            joint: Any = Joint([self._on_stage(stack, member) for member in self.posteriors], self._shares)
+            how = self.method if self.method != AUTO else first.method
+            now = Settings(first.n_data, first.prior_precision, None, how, self.temperature)
+            found, settings = tune(joint, now, seen, n_data, prior_precision, options, JointValidation)
         found.warn()  # first: where warnings are errors, the call fails and nothing is set
         for member in self.posteriors:
             member.n_data, member.prior_precision = settings.n_data, settings.prior_precision
@@ -392,10 +394,9 @@ class Mixture:
         return found
 
     @staticmethod
-    def _on_stage(stack: ExitStack, member: LaplacePosterior) -> LaplacePosterior:
-        working = copy.copy(member)
-        working.model, working.forward = stack.enter_context(stage(member.model, member.forward))
-        return working
+    def _on_stage(stack: ExitStack, member: LaplacePosterior) -> Fitted:
+        model, forward = stack.enter_context(stage(member.model, member.forward))
+        return replace(member._fitted("tune"), model=model, forward=forward)
 
     def _tune_by_evidence(self, options: Options) -> TuningResult:
         tuned = [_copied(member) for member in self.posteriors]
@@ -556,9 +557,7 @@ def _own(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _copied(posterior: LaplacePosterior) -> LaplacePosterior:
     """Another object with the same fit, whose settings are its own."""
-    made = copy.copy(posterior)
-    made._cache = dict(posterior._cache)
-    return made
+    return copy.copy(posterior)
 
 
 def _with_samples(found: Prediction, count: int) -> Prediction:
