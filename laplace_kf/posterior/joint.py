@@ -74,7 +74,7 @@ class Joint:
 
 
 class JointValidation(Validation):
-    """Validation data read once for every component; arguments and errors as of :class:`Validation`.
+    """Validation data ``(x (N, ...), y (N, ...))`` for every component; arguments, errors as of :class:`Validation`.
 
     Attributes:
         parts: the validation of each component; batches stand in the same order in all of them.

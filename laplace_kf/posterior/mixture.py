@@ -8,11 +8,10 @@ ensemble is the same with ``method="map"``.
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,16 +23,29 @@ from laplace_kf.batches import Forward
 from laplace_kf.engine import lasting
 from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, mixed
-from laplace_kf.ood import References, score
+from laplace_kf.ood import score
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
+from laplace_kf.posterior.components import (
+    MixturePredictor,
+    MixtureSubject,
+    copied,
+    member_device,
+    method_of,
+    own_part,
+    require_own_models,
+    require_same,
+    shared_out,
+    shares_of,
+    with_samples,
+)
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.joint import Joint, JointValidation
 from laplace_kf.posterior.laplace import LaplacePosterior
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import PriorPrecision, plain
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
-from laplace_kf.predictive import METHODS, Predictor, draw_seeds, labelled
+from laplace_kf.predictive import METHODS, draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, reading
@@ -41,7 +53,7 @@ from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.weighting import Weights
 
-__all__ = ["Mixture", "MixturePredictor"]
+__all__ = ["Mixture"]
 
 RULES = ("equal", "evidence")
 
@@ -77,11 +89,11 @@ class Mixture:
         if weights not in RULES:
             raise UnknownName("weights of a mixture", weights, RULES)
         for k, each in enumerate(given[1:], 1):
-            _require_same(given[0], each, k)
-        _require_own_models(given)
+            require_same(given[0], each, k)
+        require_own_models(given)
         self.rule = weights
-        self.posteriors: tuple[LaplacePosterior, ...] = tuple(map(_copied, given))
-        self._shares = _shares(self.posteriors, weights)
+        self.posteriors: tuple[LaplacePosterior, ...] = tuple(map(copied, given))
+        self._shares = shares_of(self.posteriors, weights)
         self._calibration: Calibration | None = None
 
     def __repr__(self) -> str:
@@ -203,7 +215,7 @@ class Mixture:
         Raises:
             ShapeMismatch: if the components' outputs differ in shape.
         """
-        methods = [self._method_of(member, method, link, space, draws) for member in self.posteriors]
+        methods = [method_of(member, method, link, space, draws) for member in self.posteriors]
         settings: dict[str, Any] = {"samples": samples, "link": link, "draws": draws, "keep_samples": keep_samples}
         if is_loader(x):
             first = self.posteriors[0]
@@ -214,14 +226,6 @@ class Mixture:
         kept = None if self._calibration is None else self._calibration.conformal
         named = methods[0] if len(set(methods)) == 1 else AUTO
         return replace(found, calibration=kept) if kept is not None and kept.method == named else found
-
-    @staticmethod
-    def _method_of(member: LaplacePosterior, method: str, link: str | None, space: str, draws: str) -> str:
-        if method != AUTO:
-            _ = METHODS[method]
-            return method
-        drawn = space != AUTO or draws != "independent"
-        return "linearized" if link is not None else "mc" if drawn else member.method
 
     def _predict(
         self,
@@ -234,7 +238,7 @@ class Mixture:
         draws: str,
         keep_samples: bool,
     ) -> Prediction:
-        counts = _shared_out(samples, self._shares)
+        counts = shared_out(samples, self._shares)
         seeds = draw_seeds(len(self), generator)
         parts = []
         for member, method, count, seed in zip(self.posteriors, methods, counts, seeds, strict=True):
@@ -242,7 +246,7 @@ class Mixture:
                 x, method, max(1, count), space, torch.Generator(member_device(generator)).manual_seed(seed),
                 link=link, draws=draws, keep_samples=keep_samples,
             )  # fmt: skip
-            parts.append(_with_samples(found, count))
+            parts.append(with_samples(found, count))
         return self._mixed(x, parts)
 
     def _mixed(self, x: Any, parts: Sequence[Prediction]) -> Prediction:
@@ -267,7 +271,7 @@ class Mixture:
 
         Arguments and errors as of :meth:`LaplacePosterior.predictor`.
         """
-        counts = _shared_out(samples, self._shares)
+        counts = shared_out(samples, self._shares)
         made = [
             member.predictor(max(1, count), torch.Generator(member_device(generator)).manual_seed(seed), draws=draws)
             for member, count, seed in zip(self.posteriors, counts, draw_seeds(len(self), generator), strict=True)
@@ -313,21 +317,14 @@ class Mixture:
         :meth:`LaplacePosterior.ood_score`.
         """
         if kind in ("leverage", AUTO):
-            if self._calibration is not None and kind == AUTO:
-                self._pass_references()
             found = [m.ood_score(x, kind, layers=layers, samples=samples, generator=generator) for m in self.posteriors]
             return torch.einsum("m,mn->n", self.weights.to(found[0]), torch.stack(found))
         return score(self._subject(), x, kind, layers, samples, generator)
 
-    def _pass_references(self) -> None:
-        assert self._calibration is not None
-        for member in self.posteriors:
-            if member._calibration is None:
-                member._calibration = Calibration(pending=self._calibration.pending)
-
-    def _subject(self) -> _Subject:
+    def _subject(self) -> MixtureSubject:
         first = self.posteriors[0]
-        return _Subject(self, first.model, first.forward, first.weights, self.likelihood, first.mean)
+        asked = self.predict, self.functional_covariance
+        return MixtureSubject(*asked, first.model, first.forward, first.weights, self.likelihood, first.mean)
 
     # -- tuning --------------------------------------------------------------------------------------------------------
 
@@ -355,7 +352,8 @@ class Mixture:
         taken anew.
 
         Args:
-            val, objective, method, n_data, prior_precision: as of :meth:`LaplacePosterior.tune`.
+            val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
+            objective, method, n_data, prior_precision: as of :meth:`LaplacePosterior.tune`.
             samples: weight draws per point of every component.
             generator: random numbers.
             budget: training epochs, of all components, of the validation examples.
@@ -399,14 +397,14 @@ class Mixture:
         return replace(member._fitted("tune"), model=model, forward=forward)
 
     def _tune_by_evidence(self, options: Options) -> TuningResult:
-        tuned = [_copied(member) for member in self.posteriors]
+        tuned = [copied(member) for member in self.posteriors]
         results = [
             member.tune(
                 objective="evidence", noise=options.noise, per_block=options.per_block, progress=options.progress
             )
             for member in tuned
         ]
-        shares = _shares(tuned, self.rule)
+        shares = shares_of(tuned, self.rule)
         self.posteriors, self._shares, self._calibration = tuple(tuned), shares, None
         return results[0]
 
@@ -419,6 +417,10 @@ class Mixture:
         generator: torch.Generator | None = None,
     ) -> Mixture:
         """Split-conformal calibration of the mixture; arguments and errors as of :meth:`LaplacePosterior.calibrate`.
+
+        Args:
+            data: loader, iterable of batches, or a pair ``(x (n, ...), y (n, ...))`` that was not trained on.
+            method, samples, generator: as of :meth:`predict`.
 
         Returns:
             The mixture itself.
@@ -481,7 +483,7 @@ class Mixture:
             )
         members = [
             LaplacePosterior.unpacked(
-                _own(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights,
+                own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights,
                 forward=reading(forward, inputs, targets),
             )
             for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
@@ -491,170 +493,5 @@ class Mixture:
         if len(shares) != len(members) or header["rule"] not in RULES:
             raise CorruptFile(f"{path} has {len(shares)} weights for {len(members)} components")
         made.rule, made._shares = header["rule"], shares
-        made._calibration = Calibration.unpacked(_own(tensors, "mixture/"), header["calibration"])
+        made._calibration = Calibration.unpacked(own_part(tensors, "mixture/"), header["calibration"])
         return made
-
-
-class MixturePredictor:
-    """Predictions of many batches from one set of weight draws of every component, made once.
-
-    Args:
-        mix: inputs and one prediction a component → the mixture's.
-        members: the components' predictors.
-        counts: how many of each component's draws count as samples.
-    """
-
-    def __init__(
-        self,
-        mix: Callable[[Any, Sequence[Prediction]], Prediction],
-        members: Sequence[Predictor],
-        counts: Sequence[int],
-    ) -> None:
-        self.mix, self.members, self.counts = mix, members, counts
-
-    def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
-        """Predictive distribution at inputs."""
-        parts = [
-            _with_samples(member(x, keep_samples=keep_samples), count)
-            for member, count in zip(self.members, self.counts, strict=True)
-        ]
-        return self.mix(x, parts)
-
-
-@dataclass
-class _Subject:
-    """A mixture as calibration and scores see it."""
-
-    mixture: Mixture
-    model: nn.Module
-    forward: Forward | None
-    weights: Weights
-    likelihood: Likelihood
-    mean: dict[str, Tensor]
-
-    def predict(self, x: Any, method: str = AUTO, samples: int = 100, **settings: Any) -> Prediction:
-        return self.mixture.predict(x, method, samples, **settings)
-
-    def functional_covariance(self, x: Any, diagonal_only: bool = False) -> Tensor:
-        return self.mixture.functional_covariance(x, diagonal_only)
-
-    def leverage(self) -> Any:
-        raise IncompatiblePair("the components of a mixture have leverages, each its own")
-
-    @property
-    def references(self) -> References | None:
-        return None
-
-
-def member_device(generator: torch.Generator | None) -> torch.device | str:
-    """The device on which random numbers are drawn."""
-    return "cpu" if generator is None else generator.device
-
-
-def _own(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _copied(posterior: LaplacePosterior) -> LaplacePosterior:
-    """Another object with the same fit, whose settings are its own."""
-    return copy.copy(posterior)
-
-
-def _with_samples(found: Prediction, count: int) -> Prediction:
-    """With the first ``count`` samples, where it has any."""
-    if "samples" not in found.values:
-        return found
-    return replace(found, values={**found.values, "samples": found.values["samples"][:count]})
-
-
-def _shared_out(samples: int, shares: Sequence[float]) -> list[int]:
-    """How many of S samples each component gives, in proportion to the weights (largest remainders)."""
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
-    exact = [samples * share for share in shares]
-    counts = [int(each + 1e-9) for each in exact]
-    order = sorted(range(len(exact)), key=lambda k: counts[k] - exact[k])
-    for k in order[: samples - sum(counts)]:
-        counts[k] += 1
-    return counts
-
-
-def _shares(members: Sequence[LaplacePosterior], rule: str) -> list[float]:
-    """Weights of the components.
-
-    Raises:
-        IncompatiblePair: for evidences of different numbers of examples.
-    """
-    if rule == "equal":
-        return [1.0 / len(members)] * len(members)
-    for name in ("counted_data", "n_data"):
-        found = [getattr(member, name) for member in members]
-        if any(abs(value - found[0]) > 1e-9 * abs(found[0]) for value in found):
-            what = "were fitted on different numbers of examples" if name == "counted_data" else "have different n_data"
-            raise IncompatiblePair(
-                f'weights="evidence" compares the evidence of the same data, but the components {what}: '
-                f'{", ".join(f"{value:g}" for value in found)}; fit all on the same rows, or use weights="equal"'
-            )
-    logs = torch.stack([member.log_evidence().detach().double().cpu() for member in members])
-    return logs.softmax(0).tolist()
-
-
-def _kind(likelihood: Likelihood) -> tuple[Any, ...]:
-    """What has to be the same of the components' likelihoods; noise scales and kinds of curvature may differ."""
-    try:
-        config = dict(likelihood.to_config())
-    except IncompatiblePair:
-        return type(likelihood), repr(likelihood)
-    scale = config.pop("scale", None)
-    config.pop("curvature", None)
-    return type(likelihood), sorted(map(repr, config.items())), len(scale) if isinstance(scale, list) else 0
-
-
-def _require_same(first: LaplacePosterior, other: LaplacePosterior, k: int) -> None:
-    """Refuses a component that does not go with the first one."""
-    if _kind(first.likelihood) != _kind(other.likelihood):
-        raise IncompatiblePair(
-            f"component {k} has the likelihood {other.likelihood!r} and component 0 {first.likelihood!r}: the "
-            "densities of a mixture are of the same targets; fit all components with one kind of likelihood"
-        )
-    devices = [next(iter(each.mean.values())).device for each in (first, other)]
-    if devices[0] != devices[1]:
-        raise IncompatiblePair(
-            f"component {k} is on {devices[1]} and component 0 on {devices[0]}; move the models to one device before "
-            "fit (or load all with models on one device)"
-        )
-    shapes = [{name: tuple(p.shape) for name, p in each.model.named_parameters()} for each in (first, other)]
-    if list(shapes[0]) != list(shapes[1]):
-        return  # another architecture: its outputs are compared when it predicts
-    different = [name for name in shapes[0] if shapes[0][name] != shapes[1][name]]
-    last = list(shapes[0])[-1:]
-    owner = last[0].rpartition(".")[0] if last else ""
-    if (
-        different
-        and all(name.rpartition(".")[0] == owner for name in different)
-        and all(shapes[0][name][1:] == shapes[1][name][1:] for name in different)
-    ):
-        name = different[-1]
-        raise IncompatiblePair(
-            f"component {k} has {shapes[1][name][0]} outputs and component 0 has {shapes[0][name][0]} ({name}); the "
-            "components of a mixture predict the same targets"
-        )
-
-
-def _require_own_models(members: Sequence[LaplacePosterior]) -> None:
-    """Refuses posteriors of one model object at different weights, where it keeps more than they do."""
-    for k, other in enumerate(members):
-        for first in members[:k]:
-            if other.model is not first.model:
-                continue
-            mine, theirs = other.mean, first.mean
-            if mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine):
-                continue
-            kept = [name for name, _ in other.model.named_parameters() if name not in mine or name not in theirs]
-            kept += [name for name, _ in other.model.named_buffers()]
-            if kept:
-                raise IncompatiblePair(
-                    f"component {k} was fitted to the same model object as another one, at other weights; a posterior "
-                    f"holds the weights it covers, but not {kept[0]!r}, which is now that of the last training: train "
-                    "each network as an object of its own, copy.deepcopy(model)"
-                )
