@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -222,6 +222,36 @@ class LaplacePosterior(Answers):
         if passes > 1:
             statistics = statistics.scale(1 / passes)
         return self.adopt(statistics, n_data)
+
+    def refit(
+        self,
+        data: Iterable[Any] | tuple[Any, Tensor],
+        *,
+        train: Callable[[nn.Module, Any], Any] | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> LaplacePosterior:
+        """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
+
+        Args:
+            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
+            train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
+            generator, progress: as of :meth:`fit`.
+
+        Returns:
+            The posterior itself, at the model's current weights.
+
+        Raises:
+            NotFitted: before ``fit``.
+            IncompatiblePair: for a chained posterior, whose N is that of all its tasks.
+        """
+        self._fitted("refit")
+        if self._chain is not None:
+            raise IncompatiblePair("a chained posterior has no data of its own to refit; use update for another task")
+        n = self.n_data
+        if train is not None:
+            train(self.model, data)
+        return self.fit(data, n_data=n, generator=generator, progress=progress)
 
     @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -173,11 +173,12 @@ def tune(
     n_data: Sequence[float] | None,
     prior_precision: Sequence[float] | None,
     options: Options,
+    validate: Callable[..., Validation] = Validation,
 ) -> tuple[TuningResult, Settings]:
     """The search behind :meth:`LaplacePosterior.tune`, which sets what is returned; ``now`` is what the posterior has.
 
     ``val`` is a loader or a pair ``(x (N, ...), y (N, ...))``. Objectives are means over examples: of a validation set
-    of several batches, the mean over all its examples.
+    of several batches, the mean over all its examples. ``validate`` reads them.
     """
     gridded = n_data is not None or prior_precision is not None
     counts = _axis("n_data", default_n_data(fitted.count) if n_data is None else n_data)
@@ -199,7 +200,7 @@ def tune(
         raise ShapeMismatch('tune needs validation data for this objective; only objective="evidence" needs none')
     if options.method not in CHOICES:
         raise UnknownName("method of tune", options.method, CHOICES)
-    validation = Validation(
+    validation = validate(
         fitted, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
         pairs=not gridded, mixed=not gridded,
     )  # fmt: skip
