@@ -156,7 +156,9 @@ def _settings(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
         what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise ShapeMismatch(f"x must be a floating tensor (N, ...), got {what}; attack the embeddings of tokens instead")
+        raise ShapeMismatch(
+            f"x must be a floating tensor (N, ...), got {what}; attack the embeddings of tokens instead"
+        )
     scale = _fitting("ranges", x, 1.0 if ranges is None else ranges)
     if not bool(((scale >= 0) & torch.isfinite(scale)).all()):
         raise IncompatiblePair("ranges (max − min of every input dimension) must be finite and not negative")

@@ -51,8 +51,7 @@ class Pass:
     def flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Parameter-shaped tensors, or ``None`` for zeros, as ``(P,)``."""
         filled = [
-            torch.zeros_like(w) if part is None else part.detach()
-            for w, part in zip(self.weights, parts, strict=True)
+            torch.zeros_like(w) if part is None else part.detach() for w, part in zip(self.weights, parts, strict=True)
         ]
         return torch.cat([part.reshape(-1) for part in filled])
 

@@ -99,7 +99,10 @@ def posterior() -> tuple[lk.LaplacePosterior, Tensor]:
 def mean_field(posterior: lk.LaplacePosterior) -> Callable[[Tensor], Any]:
     """Reparameterised draws of independent weights, as a mean-field variational network predicts."""
     mean = posterior.mean
-    draws = [{n: w + 0.05 * torch.randn(w.shape, generator=seeded(), dtype=w.dtype) for n, w in mean.items()} for _ in range(3)]
+    draws = [
+        {n: w + 0.05 * torch.randn(w.shape, generator=seeded(), dtype=w.dtype) for n, w in mean.items()}
+        for _ in range(3)
+    ]
     model = posterior.model
     return lambda x: RULE.predict(torch.stack([torch.func.functional_call(model, d, (x,)) for d in draws]))
 

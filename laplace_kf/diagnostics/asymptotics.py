@@ -73,7 +73,9 @@ def convergence(
     origin = torch.zeros(size, dtype=torch.float64) if start is None else start.detach().double().cpu()
     shapes = [tuple(m.shape) for m in (h, b, s, origin)]
     if shapes != [(size, size)] * 3 + [(size,)] or steps < 1 or repetitions < 1:
-        raise ShapeMismatch(f"expected three (D, D) matrices and (D,), steps and repetitions of 1 at least, got {shapes}")
+        raise ShapeMismatch(
+            f"expected three (D, D) matrices and (D,), steps and repetitions of 1 at least, got {shapes}"
+        )
     lower = cholesky(b, "preconditioner")
     cholesky(h, "hessian")
     pencil = torch.linalg.eigvalsh(_both(lower, h))
@@ -131,7 +133,14 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 def _closed(
-    h: Tensor, b: Tensor, s: Tensor, origin: Tensor, alphas: list[float], rate: float | str, lower: Tensor, pencil: Tensor
+    h: Tensor,
+    b: Tensor,
+    s: Tensor,
+    origin: Tensor,
+    alphas: list[float],
+    rate: float | str,
+    lower: Tensor,
+    pencil: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Leading term, and the bound of the average (Theorem 8), each ``(steps,)``."""
     k = torch.arange(1, len(alphas) + 1, dtype=torch.float64)

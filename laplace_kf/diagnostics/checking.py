@@ -98,7 +98,13 @@ def check(
     directions = _Directions(generator)
     rules, implied = _by_rules(twin, rule, wide_batch, forward, directions)
     found: list[tuple[dict[str, float], dict[str, float]]] = []
-    walk(twin, rule, [wide_batch], lambda seen: found.append(_errors(twin, forward, seen, directions, implied)), forward=forward)
+    walk(
+        twin,
+        rule,
+        [wide_batch],
+        lambda seen: found.append(_errors(twin, forward, seen, directions, implied)),
+        forward=forward,
+    )
     errors, parameters = found[0]
     off = tuple(name for name, error in errors.items() if not error <= tolerance)  # NaN is off
     return Check(errors, off, parameters, rules, tolerance)
@@ -198,7 +204,9 @@ def _network(
     """Errors of Jacobian products and of back-propagated columns, by parameter."""
     column = directions.column(seen.outputs)
     pulled = seen.layout.split(seen.pulled(column[None]))
-    gradients = {name: [part[0]] + ([implied[name].to(part)] if name in implied else []) for name, part in pulled.items()}
+    gradients = {
+        name: [part[0]] + ([implied[name].to(part)] if name in implied else []) for name, part in pulled.items()
+    }
     floor = 1e-6 * max(float(part.norm()) for parts in gradients.values() for part in parts)
     forward_error, backward_error = {}, {}
     start = 0

@@ -147,7 +147,10 @@ def _moments(
                     left_out.add(name)
                     continue
                 a = signal.a[:, 0, 0]
-                rows[name] = torch.cat([a, a.new_ones(len(a), 1)], 1) if signal.has_constant else a, signal.g[:, :, 0, 0]
+                rows[name] = (
+                    torch.cat([a, a.new_ones(len(a), 1)], 1) if signal.has_constant else a,
+                    signal.g[:, :, 0, 0],
+                )
             size = sum(tracer.blocks[name].size for name in rows)
             require_dense(size, outputs, "the moments of all layers")
             for first, (a, g) in rows.items():

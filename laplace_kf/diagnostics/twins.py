@@ -138,7 +138,8 @@ def invariance(
 
     Raises:
         UnsupportedLayer: for another kind of network.
-        NotPositiveDefinite: if a factor is singular without damping: take larger minibatches or narrower layers.
+        NotPositiveDefinite: if a factor is singular without damping: take larger minibatches or narrower layers. (One
+            that is nearly so gets a jitter, with a warning; a jitter is a damping.)
         ShapeMismatch: if the data are empty, or ``steps`` is negative.
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
@@ -155,7 +156,8 @@ def invariance(
         for layer in layers
     ]
     twin = Twin(layers, between, [phi for phi, _ in pairs], [omega for _, omega in pairs]).eval()
-    row = {"l2": 0.0, "tau": 0.0, "zeta": damping, "adapt_tau": False, "adapt_zeta": False, "ema": 0.0, **settings}
+    row = {"l2": 0.0, "tau": 0.0, "zeta": damping, "adapt_tau": False, "adapt_zeta": False, "ema": 0.0}
+    row |= {"max_rise": float("inf"), **settings}  # a refused step would be made with other damping
     optimisers = [
         GaussNewton(net, likelihood, "exact", "kron", **{"inverse": inverse, "damping": "factored", **row})
         for net in (network, twin)

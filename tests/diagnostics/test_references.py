@@ -115,13 +115,20 @@ class TestBounds:
 
     def test_no_step_promises_more_and_a_wide_network_gets_all_of_it(self):
         model, (x, y) = net(), rows()
-        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))])
+        gradient = torch.cat(
+            [
+                g.reshape(-1)
+                for g in torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
+            ]
+        )
         ggn = ggn_of(model, x, y)
         promised = 0.5 * float(gradient @ torch.linalg.pinv(ggn, hermitian=True, rtol=1e-12) @ gradient)
         bound = float(diagnostics.reduction_bound(model, "categorical", (x, y)))
         assert promised == pytest.approx(bound, rel=1e-6)  # 39 parameters fit 14 directions
         few = nn.Linear(2, 3).double()
-        gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(nn.functional.cross_entropy(few(x), y), list(few.parameters()))])
+        gradient = torch.cat(
+            [g.reshape(-1) for g in torch.autograd.grad(nn.functional.cross_entropy(few(x), y), list(few.parameters()))]
+        )
         promised = 0.5 * float(gradient @ torch.linalg.pinv(ggn_of(few, x, y), hermitian=True, rtol=1e-12) @ gradient)
         assert promised < 0.9 * float(diagnostics.reduction_bound(few, "categorical", (x, y)))
 
