@@ -68,8 +68,8 @@ def _losses(
     def visit(seen: Pass) -> None:
         if directions.shape[-1] != seen.layout.size:
             raise ShapeMismatch(
-                f"expected directions of shape ({seen.layout.size},), got ({directions.shape[-1]},): one entry for each "
-                "selected parameter"
+                f"expected directions of shape ({seen.layout.size},), got ({directions.shape[-1]},): one entry "
+                "for each selected parameter"
             )
         for k, row in enumerate(grid):
             change = seen.layout.split((row.to(directions) @ directions)[None])

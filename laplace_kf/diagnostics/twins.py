@@ -156,7 +156,7 @@ def invariance(
         for layer in layers
     ]
     twin = Twin(layers, between, [phi for phi, _ in pairs], [omega for _, omega in pairs]).eval()
-    row = {"l2": 0.0, "tau": 0.0, "zeta": damping, "adapt_tau": False, "adapt_zeta": False, "ema": 0.0}
+    row: dict[str, Any] = {"l2": 0.0, "tau": 0.0, "zeta": damping, "adapt_tau": False, "adapt_zeta": False, "ema": 0.0}
     row |= {"max_rise": float("inf"), **settings}  # a refused step would be made with other damping
     optimisers = [
         GaussNewton(net, likelihood, "exact", "kron", **{"inverse": inverse, "damping": "factored", **row})
