@@ -6,8 +6,10 @@ Most of it is dense and for small networks; every function says what it needs. M
 from laplace_kf.diagnostics.asymptotics import Convergence, convergence
 from laplace_kf.diagnostics.bounds import Ranks, ranks, reduction_bound
 from laplace_kf.diagnostics.checking import Check, check
+from laplace_kf.diagnostics.costs import Costs, costs
 from laplace_kf.diagnostics.direction import alignment, block_diagonal_residual
 from laplace_kf.diagnostics.expectation import kronecker_error
+from laplace_kf.diagnostics.fisher import Structure, fisher_structure
 from laplace_kf.diagnostics.matrices import hessian, jacobian, quadratic_form
 from laplace_kf.diagnostics.record import Record
 from laplace_kf.diagnostics.recursions import blocks
@@ -17,16 +19,20 @@ from laplace_kf.diagnostics.twins import Invariance, invariance
 __all__ = [
     "Check",
     "Convergence",
+    "Costs",
     "DampingStudy",
     "Invariance",
     "Ranks",
     "Record",
+    "Structure",
     "alignment",
     "block_diagonal_residual",
     "blocks",
     "check",
     "convergence",
+    "costs",
     "damping_study",
+    "fisher_structure",
     "hessian",
     "invariance",
     "jacobian",

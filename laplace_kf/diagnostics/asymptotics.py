@@ -18,7 +18,7 @@ DECAYING = "1/k"
 
 @dataclass(frozen=True)
 class Convergence:
-    """Excess ``E(θ_k) − E*`` after every step ``k = 1 … steps``; every entry ``(steps,)`` float64.
+    """Excess ``E(θ_k) − E*`` after each of K steps; every entry ``(K,)`` float64.
 
     Attributes:
         excess: mean over the simulated repetitions.

@@ -15,10 +15,10 @@ from laplace_kf.curvature import estimate
 from laplace_kf.diagnostics.base import Parameters, observed, repeatable, require_dense
 from laplace_kf.diagnostics.record import Record
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.tape import Observation, OuterSignals, Tracer
+from laplace_kf.tape import Block, Observation, OuterSignals, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
-__all__ = ["kronecker_error"]
+__all__ = ["kronecker_error", "moments"]
 
 
 def kronecker_error(
@@ -52,7 +52,7 @@ def kronecker_error(
     data = repeatable(data)
     kron = estimate(model, likelihood, data, "kron", "exact", parameters, forward=forward).mean()
     named = dict(model.named_parameters())
-    moments = _moments(model, likelihood, data, parameters, forward)
+    pairs, _ = moments(model, likelihood, data, parameters, forward)
     found, squares, size = Record(), 0.0, 0.0
     for block, matrix in kron.entries:
         patterns = [name.replace("[", "[[]") for name in block.parameters]
@@ -64,21 +64,21 @@ def kronecker_error(
         difference = matrix.dense().to(exact) - exact
         norm = float(exact.norm())
         squares, size = squares + float(difference.square().sum()), size + norm**2
-        pair = moments.get((block.name, block.name))
+        pair = pairs.get((block.name, block.name))
         found[block.name] = Record(
             relative=float(difference.norm()) / norm if norm else 0.0,
             error=float(difference.abs().sum()),
             bound=math.nan if pair is None else pair.bound(),
         )
     every = {(b.name, c.name) for b, _ in kron.entries for c, _ in kron.entries}
-    whole = every == set(moments)
+    whole = every == set(pairs)
     found["summary"] = Record(
         relative=math.sqrt(squares / size) if size else 0.0,
         error=sum(entry.error for entry in found.values()),
         bound=sum(entry.bound for entry in found.values()),
         worst=max(found, key=lambda name: found[name].relative),
-        total_error=sum(pair.error() for pair in moments.values()) if whole else math.nan,
-        total_bound=sum(pair.bound() for pair in moments.values()) if whole else math.nan,
+        total_error=sum(pair.error() for pair in pairs.values()) if whole else math.nan,
+        total_bound=sum(pair.bound() for pair in pairs.values()) if whole else math.nan,
     )
     return found
 
@@ -110,6 +110,11 @@ class _Pair:
         assert self.sums is not None
         return {name: part / self.count for name, part in self.sums.items()}
 
+    def product(self) -> Tensor:
+        """``E[a bᵀ] ⊗ E[g hᵀ]`` with both layers' weights by rows, ``(P_a, P_b)``."""
+        m = self._means()
+        return torch.kron(m["g"], m["ab"])
+
     def error(self) -> float:
         """Sum of ``|E[a b g h] − E[a b] E[g h]|`` over all entries."""
         m = self._means()
@@ -130,10 +135,11 @@ class _Pair:
         return float(fourth.abs().sum() + mixed)
 
 
-def _moments(
+def moments(
     model: nn.Module, likelihood: str | Likelihood, data: Any, parameters: Parameters, forward: Forward | None
-) -> dict[tuple[str, str], _Pair]:
-    """Moments by pairs of layers whose weights are used once an example."""
+) -> tuple[dict[tuple[str, str], _Pair], dict[str, Block]]:
+    """Moments by pairs of layers whose weights are used once an example, and all blocks by name."""
+    blocks: dict[str, Block] = {}
     found: dict[tuple[str, str], _Pair] = {}
     left_out: set[str] = set()
 
@@ -153,9 +159,10 @@ def _moments(
                 )
             size = sum(tracer.blocks[name].size for name in rows)
             require_dense(size, outputs, "the moments of all layers")
+            blocks.update(tracer.blocks)
             for first, (a, g) in rows.items():
                 for second, (b, h) in rows.items():
                     found.setdefault((first, second), _Pair()).add(a, b, g, h)
 
     observed(model, likelihood, data, visit, forward, parameters)
-    return {pair: moments for pair, moments in found.items() if not left_out & set(pair)}
+    return {pair: sums for pair, sums in found.items() if not left_out & set(pair)}, blocks

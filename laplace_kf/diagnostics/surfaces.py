@@ -89,11 +89,11 @@ def _losses(
 
 @dataclass(frozen=True)
 class DampingStudy:
-    """What steps of different damping bring (Martens 2016, Fig. 6.6).
+    """What steps of M different dampings bring (Martens 2016, Fig. 6.6).
 
     Attributes:
         gammas: the dampings γ.
-        improvement: ``E(θ) − E(θ + Δ)`` of the raw steps, ``(len(gammas),)`` float64.
+        improvement: ``E(θ) − E(θ + Δ)`` of the raw steps, ``(M,)`` float64.
         rescaled: the same of ``α* Δ``, α* by the exact Gauss-Newton matrix with ``tau + l2``.
         alpha: α*.
     """

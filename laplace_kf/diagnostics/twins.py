@@ -31,8 +31,8 @@ class Invariance:
 
     Attributes:
         deviation: largest absolute difference of outputs between the network and its twin, over all steps and inputs.
-        by_step: the same after 0, 1, ... steps, ``(steps + 1,)``.
-        losses: the network's objective before every step, ``(steps,)``.
+        by_step: the same after 0, 1, ... steps, ``(K + 1,)`` for K steps.
+        losses: the network's objective before every step, ``(K,)``.
     """
 
     deviation: float
@@ -138,7 +138,8 @@ def invariance(
 
     Raises:
         UnsupportedLayer: for another kind of network.
-        NotPositiveDefinite: if a factor is singular without damping: take larger minibatches or narrower layers. (One
+        NotPositiveDefinite: if a factor is singular without damping: take larger minibatches or narrower layers; that
+            of a softmax is always, so give it a damping, or test with Gaussian or Bernoulli outputs. (One
             that is nearly so gets a jitter, with a warning; a jitter is a damping.)
         ShapeMismatch: if the data are empty, or ``steps`` is negative.
     """
@@ -207,7 +208,6 @@ class _Applied:
         return x
 
 
-@torch.no_grad()
 def _difference(network: nn.Module, twin: nn.Module, batches: list[Any]) -> float:
-    with preserved(network), preserved(twin):
+    with preserved(network), preserved(twin), torch.no_grad():
         return max(float((network(batch[0]) - twin(batch[0])).abs().max()) for batch in batches)
