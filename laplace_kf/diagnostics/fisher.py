@@ -36,7 +36,7 @@ class Structure:
     sizes: dict[str, int]
 
     def block_means(self, matrix: Tensor) -> Tensor:
-        """Mean absolute value of every block of a matrix ``(P, P)``: ``(L, L)`` for L layers (Martens 2016, Fig. 6.2)."""
+        """Mean absolute value of every block of a matrix ``(P, P)``: ``(L, L)`` for L layers (Martens, Fig. 6.2)."""
         parts = list(self.sizes.values())
         rows = [[block.abs().mean() for block in row.split(parts, 1)] for row in matrix.split(parts)]
         return torch.stack([torch.stack(row) for row in rows])

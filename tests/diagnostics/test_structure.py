@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import laplace_kf as lk
 from laplace_kf import operators
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
+from laplace_kf.optim.inverse import BLOCK_SOLVERS
 from tests import oracles
 from tests.checks import close
 
@@ -122,6 +124,33 @@ class TestKroneckerAlgebra:
             operators.mixed_product((a, b), (a[:2], b))
 
 
+class TestBalance:
+    @pytest.mark.parametrize(
+        ("name", "norm"),
+        [
+            ("balanced", lambda m: float(m.trace())),
+            ("balanced_frobenius", lambda m: float(m.norm())),
+            ("balanced_spectral", lambda m: float(torch.linalg.matrix_norm(m, 2))),
+        ],
+    )
+    def test_each_norm_splits_the_damping_by_its_own_omega(self, name: str, norm: Callable[[Tensor], float]):
+        torch.manual_seed(0)
+        a, g = torch.randn(3, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+        a, g = a @ a.T, 7 * g @ g.T
+        eye_a, eye_g = torch.eye(3, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
+        omega = math.sqrt(norm(torch.kron(a, eye_g)) / norm(torch.kron(eye_a, g)))
+        block = operators.KroneckerBlock(a[None], g[None], "block")
+        n, prior = 4.0, torch.tensor(0.3, dtype=torch.float64)
+        root = math.sqrt(0.3)
+        expected = torch.kron(2 * g + root / omega * eye_g, 2 * a + omega * root * eye_a)
+        close(block.precision(n, prior, name).dense(), expected)
+        expected = torch.kron(g + root / omega * eye_g, a + omega * root * eye_a)
+        close(BLOCK_SOLVERS[name].damped(block, prior).dense(), expected)
+        # the Frobenius residual bound is least at its own ω
+        bound = lambda w: w * norm(torch.kron(eye_a, g)) + norm(torch.kron(a, eye_g)) / w  # noqa: E731
+        assert all(bound(omega) <= bound(omega * s) for s in (0.5, 0.9, 1.1, 2.0))
+
+
 class TestStartsAndSchedules:
     @pytest.mark.parametrize(
         ("layer", "fans"),
@@ -135,12 +164,9 @@ class TestStartsAndSchedules:
         assert 0.9 * bound < float(weight.detach().abs().max()) <= bound
         assert float(weight.detach().var()) == pytest.approx(bound**2 / 3, rel=0.15)
         assert not any(p.any() for name, p in layer.named_parameters() if "bias" in name)
-        again = next(
-            p
-            for p in lk.optim.glorot_init_(layer, generator=torch.Generator().manual_seed(0)).parameters()
-            if p.dim() > 1
-        )
-        assert torch.equal(again, weight)
+        first = weight.detach().clone()
+        lk.optim.glorot_init_(layer, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(first, weight)
 
     def test_halving_and_the_published_grid(self):
         factors = [lk.optim.halving(k, 100, 0.25) for k in range(100)]
