@@ -1,6 +1,6 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
-from laplace_kf import bridges, continual, curvature, errors, graphs, likelihoods, optim, reports
+from laplace_kf import attacks, bridges, continual, curvature, diagnostics, errors, graphs, likelihoods, optim, reports
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
@@ -16,9 +16,11 @@ __all__ = [
     "Subnetwork",
     "TuningResult",
     "__version__",
+    "attacks",
     "bridges",
     "continual",
     "curvature",
+    "diagnostics",
     "errors",
     "evidence_training",
     "graphs",

@@ -135,7 +135,14 @@ def test_all_lists_what_is_there(name: str):
         README,
         *(
             README.parent / "docs" / name
-            for name in ("optimizers.md", "likelihoods.md", "batches.md", "mixtures.md", "evidence_training.md")
+            for name in (
+                "optimizers.md",
+                "likelihoods.md",
+                "batches.md",
+                "mixtures.md",
+                "evidence_training.md",
+                "diagnostics.md",
+            )
         ),
     ],
     ids=lambda page: page.name,
