@@ -102,6 +102,8 @@ for _entry in (
                _CONTINUAL, "streaming_regression", resumable=True),
     Experiment("calibration", "defaults against MAP and laplace-torch on real data", "experiments.calibration.run",
                "calibration", resumable=True),
+    Experiment("ood_pairs", "scores of strange inputs on pairs of image sets", "experiments.ood_pairs.run",
+               "ood_pairs", resumable=True),
     Experiment("shakespeare", "a tutorial: what a transformer does not know", "experiments.shakespeare.run",
                "shakespeare"),
     Experiment("demo", "known and unknown handwritten digits, in half a minute", "laplace_kf.demo", "demo"),
