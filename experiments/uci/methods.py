@@ -82,11 +82,16 @@ def member(model: nn.Module, head: str, data: Pair | None, x: Tensor) -> Member:
 
 def log_density(members: Sequence[Member], chosen: Chosen, targets: Tensor) -> Tensor:
     """Log density ``(N,)`` of targets ``(N, 1)``: the equal mixture of the members' normal variables."""
+    return _densities(members, chosen.ratio, chosen.size, torch.tensor([chosen.noise]), targets)[0]
+
+
+def _densities(members: Sequence[Member], ratio: int, size: float, noises: Tensor, targets: Tensor) -> Tensor:
+    """Log densities ``(K, N)`` at K noise scales."""
     each = []
     for one in members:
-        spread = chosen.size * one.variances[chosen.ratio] if chosen.size else torch.zeros(len(one.mean), 2)
-        noise = chosen.noise**2 if one.noise is None else chosen.noise**2 * (one.noise + spread[:, 1] / 2).exp()
-        total = spread[:, 0] + noise
+        spread = size * one.variances[ratio] if size else torch.zeros(len(one.mean), 2)
+        own = torch.ones(()) if one.noise is None else (one.noise + spread[:, 1] / 2).exp()
+        total = spread[:, 0] + noises[:, None].square() * own
         each.append(-0.5 * ((targets[:, 0] - one.mean).square() / total + total.log() + LOG_2PI))
     return torch.stack(each).logsumexp(0) - math.log(len(each))
 
@@ -100,8 +105,11 @@ def choose(members: Sequence[Member], targets: Tensor, count: int) -> Chosen:
         count: training rows, the unit of the sizes.
     """
     own = members[0].noise is not None
-    noises = [1.0] if own else list(NOISES)
-    ratios = range(len(members[0].variances))
-    options = [Chosen(0, 0.0, noise) for noise in noises]
-    options += [Chosen(r, s / count, noise) for r in ratios for s in SIZES[1:] for noise in noises]
-    return max(options, key=lambda option: float(log_density(members, option, targets).mean()))
+    noises = torch.ones(1) if own else torch.tensor(NOISES)
+    best, chosen = -math.inf, Chosen(0, 0.0, 1.0)
+    for ratio, size in [(0, 0.0), *((r, s / count) for r in range(len(members[0].variances)) for s in SIZES[1:])]:
+        found = _densities(members, ratio, size, noises, targets).mean(1)  # of every noise scale at once
+        value, place = found.nan_to_num(-math.inf).max(0)
+        if float(value) > best:
+            best, chosen = float(value), Chosen(ratio, size, float(noises[place]))
+    return chosen

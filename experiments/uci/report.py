@@ -35,8 +35,8 @@ def rows(found: Found) -> tuple[list[str], list[list[str]]]:
     for name, splits in found.items():
         cells = ["{:.3f} ± {:.3f}".format(*mean(splits, method)) for method in METHODS]
         heads = ", ".join(f"{kind} {count}" for kind, count in Counter(s["head"] for s in splits).most_common())
-        body.append([name, *cells, f"{DROPOUT[name]:.2f}", f"{ENSEMBLES[name]:.2f}", heads])
-    return ["table", *METHODS, "MC dropout, published", "deep ensemble, published", "heads chosen"], body
+        body.append([name, str(len(splits)), *cells, f"{DROPOUT[name]:.2f}", f"{ENSEMBLES[name]:.2f}", heads])
+    return ["table", "splits", *METHODS, "MC dropout, published", "deep ensemble, published", "heads chosen"], body
 
 
 def log_likelihood_table(found: Found) -> Table:

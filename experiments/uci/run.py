@@ -62,6 +62,7 @@ class Config:
         priors: values of λ to choose from; training uses the weight decay ``λ/N``.
         val_share: share of the training rows that chooses.
         curvature_most: training rows of the dense Gauss-Newton matrix at most; it is a mean.
+        at_a_time: splits whose networks are trained as one stack.
         progress: whether to say what is going on.
     """
 
@@ -77,10 +78,11 @@ class Config:
     priors: list[float] = field(default_factory=lambda: [0.03, 0.3, 3.0])
     val_share: float = 0.2
     curvature_most: int = 4000
+    at_a_time: int = 5
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("splits", "members", "trial_members", "steps", "batch", "curvature_most"):
+        for name in ("splits", "members", "trial_members", "steps", "batch", "curvature_most", "at_a_time"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         require("threads", self.threads, self.threads >= 0, "at least 0")
         require("lr", self.lr, self.lr > 0, "above 0")
@@ -172,10 +174,10 @@ def _conformal(one: Split, head: str, model: nn.Module, seed: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _table(config: Config, name: str) -> dict[str, Any]:
-    """All splits of one table."""
+def _table(config: Config, name: str, numbers: Sequence[int]) -> dict[str, Any]:
+    """Some splits of one table, by number."""
     table = data.regression(name)
-    splits = [_split(config, table, number) for number in range(min(config.splits, len(table.splits)))]
+    splits = [_split(config, table, number) for number in numbers]
     trials: dict[tuple[int, str, float], list[nn.Module]] = {}
     for head in HEADS:
         nets = _train(config, [one.train for one in splits], head, config.priors, config.trial_members, config.seed)
@@ -196,7 +198,9 @@ def _table(config: Config, name: str) -> dict[str, Any]:
         finals |= {s: nets[k][0] for k, s in enumerate(own)}
     found_splits = {}
     for s, (one, plan) in enumerate(zip(splits, plans, strict=True)):
-        found_splits[str(s)] = _measured(config, one, plan, trials[s, *plan], finals[s], 1000 * config.seed + s)
+        number = numbers[s]
+        seed = 1000 * config.seed + number
+        found_splits[str(number)] = _measured(config, one, plan, trials[s, *plan], finals[s], seed)
     return found_splits
 
 
@@ -233,40 +237,39 @@ def _measured(
 
 
 def _part(config: Config, name: str, folder: Path) -> None:
-    """One table, run and kept in ``folder`` unless it is there already."""
-    if _kept(config, name, folder):
-        return
-    start = time.perf_counter()
-    splits = _table(config, name)
-    seconds = time.perf_counter() - start
-    folder.mkdir(parents=True, exist_ok=True)
-    part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "seconds": seconds,
-            "splits": splits}  # fmt: skip
-    (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
-    if config.progress:
-        tqdm.write(f"{name}: {seconds:.1f} s", file=sys.stderr)
+    """The splits of one table, a few at a time, run and kept in ``folder`` unless they are there already."""
+    wanted = range(min(config.splits, len(data.regression(name).splits)))
+    while missing := [number for number in wanted if str(number) not in _kept(config, name, folder)]:
+        start = time.perf_counter()
+        splits = {**_kept(config, name, folder), **_table(config, name, missing[: config.at_a_time])}
+        folder.mkdir(parents=True, exist_ok=True)
+        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "splits": splits}
+        (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+        if config.progress:
+            tqdm.write(f"{name}, {len(splits)} splits: {time.perf_counter() - start:.1f} s", file=sys.stderr)
 
 
 def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
+    """Finished splits of a table by number, if they were made with the settings of ``config``."""
     path = folder / f"{name}.json"
     try:
         part: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # cut short: run it again
         return {}
-    return part if part.get("settings") == _decisive(config) else {}
+    return dict(part["splits"]) if part.get("settings") == _decisive(config) else {}
 
 
 def _decisive(config: Config) -> dict[str, Any]:
     """The settings that a table's numbers depend on."""
-    return {name: value for name, value in asdict(config).items() if name not in {"sets", "threads", "progress"}}
+    free = {"sets", "splits", "threads", "progress"}
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def run(config: Config, folder: Path) -> Report:
     """Run the tables that were asked for and report on all that are finished; keeps them in ``folder``."""
     for name in config.sets:
         _part(config, name, folder)
-    parts = {name: part for name in data.tables() if (part := _kept(config, name, folder))}
-    found = {name: list(part["splits"].values()) for name, part in parts.items()}
+    found = {name: list(splits.values()) for name in data.tables() if (splits := _kept(config, name, folder))}
     verdicts = judged(found)
     missing = [name for name in data.tables() if name not in found]
     return Report(
@@ -283,6 +286,5 @@ def run(config: Config, folder: Path) -> Report:
         pictures=[],
         details={
             "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
-            "seconds": {name: part["seconds"] for name, part in parts.items()},
         },
     )  # fmt: skip
