@@ -83,7 +83,8 @@ def train_stacked(
             rows = order[:, start : start + size]
             total = loss(outputs(weights, inputs[own, rows]), targets[own, rows]).sum()
             for value, gradient, decay in zip(weights, torch.autograd.grad(total, weights), strength, strict=True):
-                value.grad = gradient + decay * value.detach()
+                # the fused step reads gradients as if they were laid out like their parameters
+                value.grad = (gradient + decay * value.detach()).contiguous()
             optimizer.step()
             schedule.step()
     for number, model in enumerate(models):
