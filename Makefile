@@ -12,7 +12,8 @@ PEERS := laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==
 # Models that ask for it, too: see the `models` extra.
 MODELS := timm segmentation-models-pytorch
 
-# Test processes; each uses one thread.
+# Test processes; each uses one thread. `worksteal` gives each a half of the tests in order, so that what the tests of
+# one subject share is computed once, and lets both end together.
 WORKERS ?= 2
 
 VENV := .venv
@@ -43,7 +44,7 @@ format: $(VENV)/.installed-test ## Let ruff mend and format the code
 	$(BIN)/ruff format .
 
 pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real data from $LAPLACE_KF_DATA
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)
