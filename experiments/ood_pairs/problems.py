@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +63,9 @@ def problem(source: str, *, seed: int, val_most: int, train_most: int, test_most
         raise UnknownName("source", source, SOURCES)
     about, rng = SOURCES[source], training.generator(seed)
     first = "train" if "train" in data.splits(about.name) else "test"
-    known = _chosen(*_grey(about.name, first), lambda labels: labels < about.classes, rng)
+    known = _chosen(*_grey(about.name, first), 0, about.classes, rng)
     if first == "train":
-        test = _chosen(*_grey(about.name, "test"), lambda labels: labels < about.classes, rng)
+        test = _chosen(*_grey(about.name, "test"), 0, about.classes, rng)
         held = min(val_most, len(known[0]) // 5)
     else:
         cut, held = len(known[0]) * 8 // 10, min(val_most, len(known[0]) // 10)
@@ -75,7 +74,7 @@ def problem(source: str, *, seed: int, val_most: int, train_most: int, test_most
     for name in about.strangers:
         other = about.name if name == "rest" else name
         least = about.classes if name == "rest" else 0
-        strangers[name] = _chosen(*_grey(other, "test"), lambda labels, k=least: labels >= k, rng)[0][:test_most]
+        strangers[name] = _chosen(*_grey(other, "test"), least, 10, rng)[0][:test_most]
     val, train = _rows(known, 0, held), _rows(known, held, held + train_most)
     return Problem(train, val, _rows(test, 0, test_most), strangers, about.classes)
 
@@ -84,10 +83,10 @@ def _rows(pair: Pair, start: int, stop: int) -> Pair:
     return pair[0][start:stop], pair[1][start:stop]
 
 
-def _chosen(images: Tensor, labels: Tensor, keep: Callable[[Tensor], Tensor], rng: torch.Generator) -> Pair:
-    """Those to keep, in a random order."""
+def _chosen(images: Tensor, labels: Tensor, least: int, below: int, rng: torch.Generator) -> Pair:
+    """Those of the classes ``least`` to ``below - 1``, in a random order."""
     order = torch.randperm(len(images), generator=rng)
-    order = order[keep(labels[order])]
+    order = order[(labels[order] >= least) & (labels[order] < below)]
     return images[order], labels[order]
 
 

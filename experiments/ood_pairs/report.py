@@ -42,9 +42,9 @@ def cells(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
 def pairs_table(found: Found) -> Table:
     """AUROC of every score on every pair."""
     note = (
-        "AUROC, in-distribution test images against strangers. Auto: Fisher's sum of the entropy at the mean weights and "
-        "the leverage of the last layer (or of all layers besides), with references from held-out images. Pairs marked "
-        "as development are those on which constants of the scores were settled; they are not judged."
+        "AUROC, in-distribution test images against strangers. Auto: Fisher's sum of the entropy at the mean weights "
+        "and the leverage of the last layer (or of all layers besides), with references from held-out images. Pairs "
+        "marked as development are kept for settling constants of the scores; they are not judged."
     )
     return Table("AUROC", *rows(found), note)
 

@@ -1,11 +1,11 @@
 """Which score tells strange images from known ones? One network, its posterior, and an ensemble of five.
 
-Fully connected ReLU networks are trained on one set of images; every score then ranks test images of that set and images
-of another one, and AUROC says how well it tells them apart. Nothing is tuned on strangers: (N, λ), the method and the
+Fully connected ReLU networks are trained on one set of images; every score then ranks test images of that set and
+images of another one, and AUROC says how well it tells them apart. Nothing is tuned on strangers: (N, λ), the method and the
 references of ``kind="auto"`` come from held-out images of the known set.
 
-The scores: entropy of the network (MAP), of the tuned default prediction, and of the ensemble's mean; mutual information
-of the posterior and of the ensemble; leverages of the last and of all layers; Fisher's sums (``kind="auto"``).
+The scores: entropy of the network (MAP), of the tuned default prediction, and of the ensemble's mean; mutual
+information of the posterior and of the ensemble; leverages of the last and of all layers; Fisher's sums (``kind="auto"``).
 
 Finished sources are kept in ``parts`` of the results folder: ``python -m experiments run ood_pairs sources=[mnist]``.
 """
@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from experiments.common import training
 from experiments.common.checks import require
 from experiments.common.stacked import train_stacked
+from experiments.continual.report import quoted
 from experiments.ood_pairs.problems import SOURCES, Problem, problem
 from experiments.ood_pairs.report import judged, pairs_table, targets_table
 from laplace_kf.posterior import LaplacePosterior
@@ -119,7 +120,11 @@ def _scores(config: Config, models: list[nn.Sequential], posterior: LaplacePoste
     members = torch.stack([training.outputs(model, x).softmax(-1) for model in models])
     entropies = metrics.entropy(members.flatten(0, 1)).unflatten(0, members.shape[:2])
     whole = metrics.entropy(members.mean(0))
-    found = {"MAP: entropy": entropies[0], "ensemble: entropy": whole, "ensemble: information": whole - entropies.mean(0)}
+    found = {
+        "MAP: entropy": entropies[0],
+        "ensemble: entropy": whole,
+        "ensemble: information": whole - entropies.mean(0),
+    }
     asked: dict[str, dict[str, Any]] = {
         "default: entropy": {"kind": "entropy"},
         "default: information": {"kind": "mutual_information", "samples": config.samples},
@@ -189,18 +194,21 @@ def run(config: Config, folder: Path) -> Report:
         _part(config, source, folder)
     found = {source: part for source in SOURCES if (part := _kept(config, source, folder))}
     verdicts = judged(found)
+    tables = [pairs_table(found), targets_table(verdicts)]
+    summary = (
+        f"784-{config.hidden}-{config.hidden} ReLU networks, {config.epochs} epochs, ensembles of {config.members}; "
+        f"{config.test_most} test images and as many strangers at most; seed {config.seed}."
+    )
     return Report(
         title="Scores of strange inputs on pairs of image sets",
-        summary=(
-            f"784-{config.hidden}-{config.hidden} ReLU networks, {config.epochs} epochs, ensembles of "
-            f"{config.members}; {config.test_most} test images and as many strangers at most; seed {config.seed}."
-        ),
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={source: part["pairs"] for source, part in found.items()},
-        tables=[pairs_table(found), targets_table(verdicts)],
+        tables=tables,
         pictures=[],
         details={
+            **quoted(summary, tables),
             "quality": {source: part["quality"] for source, part in found.items()},
             "tuned": {source: part["tuned"] for source, part in found.items()},
             "seconds": {source: part["seconds"] for source, part in found.items()},

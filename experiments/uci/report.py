@@ -43,7 +43,7 @@ def log_likelihood_table(found: Found) -> Table:
     """Mean test log likelihood, nats, original units; higher is better."""
     note = (
         "Test log likelihood in nats, original units, mean ± standard error over splits; higher is better. Linearized, "
-        "full: one network with the dense Gauss-Newton matrix. Published: Gal's MC dropout (training ten times as long) "
+        "full: one network, dense Gauss-Newton matrix. Published: Gal's MC dropout (training ten times as long) "
         "and Lakshminarayanan et al. 2017, on the same splits as far as they say."
     )
     return Table("Test log likelihood", *rows(found), note)

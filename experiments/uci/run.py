@@ -113,8 +113,8 @@ def _split(config: Config, table: data.Regression, number: int) -> Split:
     x, y = standardised(table.features), standardised(table.target)
     order = rows[torch.randperm(len(rows), generator=training.generator(1000 * config.seed + number))]
     held = int(config.val_share * len(rows))
-    parts = [(x[part], y[part]) for part in (order[held:], order[:held], order, test)]
-    return Split(*parts, float(table.target[rows].std()))
+    train, val, everything, tested = ((x[part], y[part]) for part in (order[held:], order[:held], order, test))
+    return Split(train, val, everything, tested, float(table.target[rows].std()))
 
 
 def _train(config: Config, sets: Sequence[Pair], head: str, priors: Sequence[float], members: int, seed: int) -> Any:
@@ -122,9 +122,7 @@ def _train(config: Config, sets: Sequence[Pair], head: str, priors: Sequence[flo
     count, width = sets[0][0].shape
     hidden = 100 if count > 30_000 else 50
     keys = [(s, p, m) for s in range(len(sets)) for p in priors for m in range(members)]
-    models = [
-        training.mlp([width, hidden, HEADS[head]], seed=seed + 100 * s + m) for s, _, m in keys
-    ]
+    models = [training.mlp([width, hidden, HEADS[head]], seed=seed + 100 * s + m) for s, _, m in keys]
     epochs = max(1, round(config.steps / max(1, count // config.batch)))
     train_stacked(
         models, sets, [s for s, _, _ in keys], loss=loss, epochs=epochs, batch=config.batch, lr=config.lr,
@@ -144,7 +142,7 @@ def _quiet_tune(posterior: LaplacePosterior, val: Pair, seed: int) -> None:
         posterior.tune(val, generator=training.generator(seed))
 
 
-def _default(config: Config, one: Split, head: str, trial: nn.Module, final: nn.Module, seed: int) -> tuple[Tensor, str]:
+def _default(one: Split, head: str, trial: nn.Module, final: nn.Module, seed: int) -> tuple[Tensor, str]:
     """Log densities ``(N,)`` of the tuned default, its settings on a posterior of all rows; and the method."""
     tuned = LaplacePosterior(trial, likelihood(head)).fit(one.train)
     _quiet_tune(tuned, one.val, seed)
@@ -200,7 +198,7 @@ def _table(config: Config, name: str, numbers: Sequence[int]) -> dict[str, Any]:
     for s, (one, plan) in enumerate(zip(splits, plans, strict=True)):
         number = numbers[s]
         seed = 1000 * config.seed + number
-        found_splits[str(number)] = _measured(config, one, plan, trials[s, *plan], finals[s], seed)
+        found_splits[str(number)] = _measured(config, one, plan, trials[s, plan[0], plan[1]], finals[s], seed)
     return found_splits
 
 
@@ -223,7 +221,7 @@ def _measured(
         name: log_density(after[:size], Chosen(c.ratio, c.size * shrink, c.noise), one.test[1])
         for name, (c, size) in settings.items()
     }
-    logs["laplace_kf"], method = _default(config, one, head, trial[0], final[0], seed)
+    logs["laplace_kf"], method = _default(one, head, trial[0], final[0], seed)
     errors = torch.stack([each.mean for each in after]) - one.test[1][:, 0]
     return {
         "head": head, "prior": plan[1], "method": method,
