@@ -1,11 +1,12 @@
 """Which score tells strange images from known ones? One network, its posterior, and an ensemble of five.
 
 Fully connected ReLU networks are trained on one set of images; every score then ranks test images of that set and
-images of another one, and AUROC says how well it tells them apart. Nothing is tuned on strangers: (N, λ), the method and the
-references of ``kind="auto"`` come from held-out images of the known set.
+images of another one, and AUROC says how well it tells them apart. Nothing is tuned on strangers: (N, λ), the method
+and the references of ``kind="auto"`` come from held-out images of the known set.
 
 The scores: entropy of the network (MAP), of the tuned default prediction, and of the ensemble's mean; mutual
-information of the posterior and of the ensemble; leverages of the last and of all layers; Fisher's sums (``kind="auto"``).
+information of the posterior and of the ensemble; leverages of the last and of all layers; Fisher's sums
+(``kind="auto"``).
 
 Finished sources are kept in ``parts`` of the results folder: ``python -m experiments run ood_pairs sources=[mnist]``.
 """
