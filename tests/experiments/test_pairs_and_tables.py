@@ -111,11 +111,11 @@ def test_a_small_run_over_pairs(tmp_path, monkeypatch):
 
 def test_a_small_run_over_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch):
     torch.manual_seed(3)
-    x = torch.randn(80, 3, dtype=torch.float64)
-    rows = torch.arange(80)
-    table = data.Regression(x, x[:, :1] + 0.1 * torch.randn(80, 1), ((rows[:70], rows[70:]), (rows[10:], rows[:10])))
+    x = torch.randn(120, 3, dtype=torch.float64)
+    rows = torch.arange(120)
+    table = data.Regression(x, x[:, :1] + 0.1 * torch.randn(120, 1), ((rows[:110], rows[110:]), (rows[10:], rows[:10])))
     monkeypatch.setattr(data, "regression", lambda name: table)
-    words = ["steps=60", "members=2", "priors=[0.1]", "at_a_time=1", "progress=false", "--out", str(tmp_path)]
+    words = ["steps=40", "members=2", "priors=[0.1]", "at_a_time=1", "progress=false", "--out", str(tmp_path)]
     assert main(["run", "uci", "sets=[yacht]", "splits=1", *words]) == 0
     first = json.loads((tmp_path / "parts/yacht.json").read_text())["splits"]["0"]
     assert main(["run", "uci", "sets=[yacht]", "splits=2", *words]) == 0
