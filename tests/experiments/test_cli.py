@@ -60,6 +60,8 @@ def test_list_shows_every_experiment_and_its_state(capsys):
         "rotated_mnist",
         "streaming_regression",
         "calibration",
+        "ood_pairs",
+        "uci",
         "shakespeare",
         "demo",
     ]
