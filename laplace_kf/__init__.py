@@ -1,6 +1,6 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
-from laplace_kf import bridges, continual, curvature, errors, graphs, likelihoods, optim, reports
+from laplace_kf import attribution, bridges, continual, curvature, errors, graphs, likelihoods, optim, reports
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 from laplace_kf.subnetwork import Subnetwork
@@ -13,6 +13,7 @@ __all__ = [
     "Subnetwork",
     "TuningResult",
     "__version__",
+    "attribution",
     "bridges",
     "continual",
     "curvature",

@@ -33,18 +33,21 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     return digest.hexdigest()
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str = FORMAT
+) -> None:
     """Writes tensors and a JSON-able header; an existing file is replaced only once the new one is complete.
 
     Args:
         path: file name.
         tensors: any shapes, by name.
         header: JSON-able values.
+        kind: what the file says it is.
     """
     target = Path(path)
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(header)  # in the order given: of a prior's patterns the first match counts
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
+    metadata = {"format": kind, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
     partial = target.with_name(target.name + f".{os.getpid()}.part")
@@ -55,7 +58,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
         partial.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (any shapes, by name) and header of a file written by :func:`write`.
 
     Raises:
@@ -63,12 +66,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no posterior file at {path}")
+        raise FileNotFoundError(f"no file at {path}" if kind != FORMAT else f"no posterior file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CorruptFile(f"{path} is a safetensors file, but not one of a laplace_kf posterior")
+            if metadata.get("format") != kind:
+                raise CorruptFile(f"{path} is a safetensors file, but not one of a {kind}")
             if metadata.get("version") != str(VERSION):
                 raise CorruptFile(f"{path} has format version {metadata.get('version')}; this release reads {VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -80,7 +83,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     except CorruptFile:
         raise
     except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
-        raise CorruptFile(f"{path} cannot be read as a laplace_kf posterior: {error}") from error
+        raise CorruptFile(f"{path} cannot be read as a {kind}: {error}") from error
 
 
 def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
