@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_kf.attribution import influence as single
+from laplace_kf.attribution import scoring as single
 from laplace_kf.attribution.values import Value
 from laplace_kf.errors import NotFitted, ShapeMismatch
 from laplace_kf.posterior import LaplacePosterior, store

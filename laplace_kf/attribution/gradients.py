@@ -154,8 +154,8 @@ def batches_of(data: Any, posterior: LaplacePosterior, what: str) -> Iterable[An
     """
     if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler) and _samples(data):
         raise IncompatiblePair(
-            f"the {what} loader draws its examples in another order every time ({type(data.sampler).__name__}), so that "
-            "scores could not be told to which example they belong; give one in order: "
+            f"the {what} loader draws its examples in a random order ({type(data.sampler).__name__}), so that no "
+            "score could be told to its example; give one in order: "
             "torch.utils.data.DataLoader(loader.dataset, batch_size=256)"
         )
     return weighting.batches(paired(data, None), posterior.weights, posterior.model)

@@ -195,7 +195,8 @@ def cross_terms(grid: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float)
     """
     rest = outputs[:, None] * grid * inputs[None, :]
     wanted = tolerance * rest.norm()
-    us, vs = [], []
+    us: list[Tensor] = []
+    vs: list[Tensor] = []
     while len(us) < MOST_TERMS:
         flat = int(rest.abs().argmax())
         row, column = divmod(flat, rest.shape[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.attribution.gradients import at_mean, batches_of
-from laplace_kf.attribution.influence import self_influence
+from laplace_kf.attribution.scoring import self_influence
 from laplace_kf.engine import lasting
 from laplace_kf.estimators.base import widened
 from laplace_kf.posterior import LaplacePosterior
