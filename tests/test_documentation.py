@@ -118,7 +118,13 @@ def test_all_lists_what_is_there(name: str):
 
 @pytest.mark.parametrize(
     "page",
-    [README, *(README.parent / "docs" / name for name in ("optimizers.md", "likelihoods.md", "batches.md"))],
+    [
+        README,
+        *(
+            README.parent / "docs" / name
+            for name in ("optimizers.md", "likelihoods.md", "batches.md", "attribution.md")
+        ),
+    ],
     ids=lambda page: page.name,
 )
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
