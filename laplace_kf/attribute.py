@@ -55,13 +55,10 @@ def main(chosen: argparse.Namespace) -> Tensor:
     print("query  most helpful (training example: score)  |  most harmful")
     for query, row in enumerate(scores):
         shown = min(chosen.top, len(row))
-        best, worst = (sign * (sign * row).topk(shown).values for sign in (1, -1))
-        listed = [
-            "  ".join(
-                f"{int(i)}: {float(v):+.3g}" for i, v in zip((sign * row).topk(shown).indices, values, strict=True)
-            )
-            for sign, values in ((1, best), (-1, worst))
-        ]
+        listed = []
+        for sign in (1, -1):
+            found = (sign * row).topk(shown)
+            listed.append("  ".join(f"{int(i)}: {sign * float(v):+.3g}" for v, i in zip(*found, strict=True)))
         print(f"{query:5d}  {listed[0]}  |  {listed[1]}")
     print(f"\n{scores.shape[0]} x {scores.shape[1]} scores written to {chosen.out}")
     return scores
