@@ -5,8 +5,7 @@ whose other entries are keyword arguments of the model; entries that the model's
 ``"text"``) are left out, unless it takes ``**kwargs``. ``x`` may itself be a tuple (positional arguments) or a mapping
 (keyword arguments) of anything. A batch, or ``x``, may be a graph (:mod:`laplace_kf.graphs`). Anything else is said by
 ``inputs=`` and ``targets=``, or ``forward=`` (:mod:`laplace_kf.reading`), which may take named tuples, dataclasses and
-nests of all these: the package moves and cuts the tensors inside them. numpy arrays, and whatever else has
-``__array__``, become tensors.
+nests of all these: their tensors are moved and cut. Whatever has ``__array__`` (numpy's arrays) becomes a tensor.
 """
 
 from __future__ import annotations
