@@ -42,7 +42,7 @@ class Queries:
         self._shares = [_Share(block, simplest(matrix, block), piece, self.like) for block, matrix in precision.entries]
 
     def scores(self, piece: Piece) -> Tensor:
-        """Products with the gradients of another piece, ``(K, M)``: ``K = V·n`` queries, columns outermost on both sides."""
+        """Products with another piece's gradients, ``(K, M)``: ``K = V·n`` queries, columns outermost on both sides."""
         total = self.like.new_zeros(self.rows, piece.width * piece.count)
         for share in self._shares:
             found = share.scores(piece)
@@ -118,8 +118,8 @@ class Terms:
     """A Kronecker block's scores as a sum of products of two inner products.
 
     Attributes:
-        inputs: ``(kK, I)`` against the other side's raw inputs, term by term; with the bias column last.
-        outputs: ``(kK, O)`` against its raw columns.
+        inputs: ``(k*K, I)`` against the other side's raw inputs, term by term; with the bias column last.
+        outputs: ``(k*K, O)`` against its raw columns.
         count: k.
         cheaper: whether that is less work than directions.
     """
