@@ -200,5 +200,5 @@ class DenseBlock(CurvatureBlock):
 
 
 def ridged(block: CurvatureBlock, prior: Tensor) -> Sum:
-    """With ``diag(prior)`` beside it."""
+    """A block ``(R, O, I)`` with ``diag(prior)`` beside it."""
     return Sum((DiagonalBlock(prior, block.label) if prior.dim() else Isotropic(block.size, prior), block))
