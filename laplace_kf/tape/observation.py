@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
+from laplace_kf.tape.backward import backward
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.closed import OutputCurvature, OutputSignals
@@ -273,15 +274,11 @@ class Observation:
         """Gradients ``(V, *output shape)`` of every call."""
         if not self.calls:
             return []
-        edges = [call.edge for call in self.calls]
-        rows = [
-            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True) for column in columns
-        ]
+        edges, sizes = [call.edge for call in self.calls], [call.shape.numel() for call in self.calls]
         stacked = []
-        for k, call in enumerate(self.calls):
-            parts = [call.gradient(row[k]) for row in rows]
-            zero = columns.new_zeros(call.shape)
-            stacked.append(torch.stack([zero if part is None else part for part in parts]))
+        for call, found in zip(self.calls, backward(self.outputs, edges, sizes, columns), strict=True):
+            shape = (len(columns), *call.shape)
+            stacked.append(columns.new_zeros(shape) if found is None else found.reshape(shape))
         return stacked
 
     def _arrange(self, rows: Tensor, call: Call, axis: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.layers.base import flatten_rows
 from laplace_kf.ragged import Ragged
+from laplace_kf.tape.backward import backward
 from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
@@ -27,6 +28,8 @@ __all__ = ["Rows", "copies", "number", "occurrences"]
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
 FEW = 9  # examples below which a random half is no test of their order; finding it takes few passes then
+
+WORKING = 2**23  # entries of gradients that may exist at once while owners are looked for
 
 Key = tuple[tuple[str, ...], int]
 
@@ -80,15 +83,17 @@ class Rows:
             return []
         noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-        def plain(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
-            seed = torch.zeros_like(outputs)
-            seed[part] = noise.to(outputs)
-            edges = [call.edge for call in calls]
-            return list(torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True))
+        def plain(calls: Sequence[Call], parts: Tensor) -> list[Tensor | None]:
+            seeds = outputs.new_zeros(len(parts), *outputs.shape)
+            for seed, part in zip(seeds, parts, strict=True):
+                seed[part] = noise.to(outputs)
+            return backward(outputs, [call.edge for call in calls], [call.shape.numel() for call in calls], seeds)
 
-        def opened(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
-            counted = part.reshape(-1, *[1] * (outputs.dim() - 1)).expand(outputs.shape)
-            return reached(outputs, [call.edge for call in calls], counted, flat)
+        def opened(calls: Sequence[Call], parts: Tensor) -> list[Tensor | None]:
+            edges = [call.edge for call in calls]
+            counted = parts.reshape(*parts.shape, *[1] * (outputs.dim() - 1)).expand(len(parts), *outputs.shape)
+            columns = zip(*(reached(outputs, edges, one, flat) for one in counted), strict=True)
+            return [_stacked(column) for column in columns]
 
         failed: list[Call] = []
         irregular: list[tuple[Call, Key, _Owners]] = []
@@ -233,10 +238,19 @@ class _Owners:
     several: bool
 
 
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Gradients (of one shape, or ``None``) as ``(V, ...)``; ``None`` if there is none."""
+    like = next((part for part in parts if part is not None), None)
+    return None if like is None else torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
+
+
 def _owners(
     calls: Sequence[Call], outputs: Tensor, gradients: Callable[[Sequence[Call], Tensor], list[Tensor | None]]
 ) -> list[_Owners]:
-    """Who owns the rows of calls, from ``gradients(calls, examples (N,) bool)`` of the outputs ``(N, ...)``."""
+    """Who owns the rows of calls, from ``gradients(calls, examples (D, N) bool)`` of the outputs ``(N, ...)``.
+
+    Gradients are ``(D, ...)`` for every call, one for each set of examples.
+    """
     if not calls:
         return []
     count, device = outputs.shape[0], outputs.device
@@ -245,26 +259,36 @@ def _owners(
     example = [torch.zeros(total, dtype=torch.long, device=device) for total in totals]
     known = [torch.zeros(total, dtype=torch.bool, device=device) for total in totals]
     several = [False] * len(calls)
+    step = max(1, WORKING // sum(call.shape.numel() for call in calls))
 
-    def passed_back(part: Tensor) -> list[Tensor | None]:
-        pairs = zip(gradients(calls, part), calls, strict=True)
-        return [None if grad is None else _sizes(grad, call, device) for grad, call in pairs]
+    def passed_back(parts: Tensor) -> list[list[Tensor] | None]:
+        """Sizes of the rows ``(B,)`` by call and by set of examples ``(D, N)``."""
+        found: list[list[Tensor]] = [[] for _ in calls]
+        met = [False] * len(calls)
+        for some in parts.split(step):
+            for k, (grads, call) in enumerate(zip(gradients(calls, some), calls, strict=True)):
+                met[k] |= grads is not None
+                none = outputs.new_zeros(totals[k])
+                found[k] += [none] * len(some) if grads is None else [_sizes(grad, call, device) for grad in grads]
+        return [sizes if there else None for sizes, there in zip(found, met, strict=True)]
 
-    every = passed_back(number >= 0)
-    for digit in range(max(1, (count - 1).bit_length())):
-        ones = (number >> digit) % 2 == 1
-        others: list[Tensor | None] | None = None
-        for k, (rows, whole) in enumerate(zip(passed_back(ones), every, strict=True)):
-            if rows is None or whole is None:
+    digits = max(1, (count - 1).bit_length())
+    ones = torch.stack([(number >> digit) % 2 == 1 for digit in range(digits)])
+    found = passed_back(torch.cat([(number >= 0)[None], ones]))
+    for digit in range(digits):
+        others: list[list[Tensor] | None] | None = None
+        for k, sizes in enumerate(found):
+            if sizes is None:
                 continue
+            whole, rows = sizes[0], sizes[1 + digit]
             one = rows != 0
             if bool((one & (rows != whole)).any()):
-                others = passed_back(~ones) if others is None else others
+                others = passed_back(~ones[digit : digit + 1]) if others is None else others
                 zero = others[k]
-                several[k] = several[k] or zero is None or bool((one & (zero != 0)).any())
+                several[k] = several[k] or zero is None or bool((one & (zero[0] != 0)).any())
             example[k] += one.long() << digit
             known[k] |= one | (whole != 0)
-    return [_Owners(*found) for found in zip(example, known, several, strict=True)]
+    return [_Owners(*each) for each in zip(example, known, several, strict=True)]
 
 
 def _readings(lead: Sequence[int], count: int, owners: _Owners) -> list[int]:
