@@ -178,12 +178,14 @@ def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     """As :func:`predicted`, outputs ``(N, ...)``, on the inputs themselves, which the model may then change."""
     at_inputs = getattr(forward, "outputs_at", None)  # of laplace_kf.reading.Reading
     if at_inputs is not None:
-        return as_tensor(at_inputs(model, inputs))
+        with explained(model, inputs, None):
+            return as_tensor(at_inputs(model, inputs))
     if forward is None:
         with explained(model, inputs, None):
             return model_outputs(model, inputs)
     try:
-        outputs = as_tensor(forward(model, inputs)[0])
+        with explained(model, inputs, None):
+            outputs = as_tensor(forward(model, inputs)[0])
     except LaplaceKFError:
         raise
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
