@@ -40,7 +40,7 @@ def known_false(condition: Tensor) -> bool:
 
 
 def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:
-    """Raises :class:`InvalidTarget` naming the first target where ``bad`` (of their shape) is True and what is ``allowed``."""
+    """Raises :class:`InvalidTarget` naming the first target where ``bad (of their shape)`` holds, and ``allowed``."""
     if known_true(bad.any()):
         index = tuple(int(i) for i in bad.nonzero()[0])
         raise InvalidTarget(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
