@@ -42,7 +42,7 @@ def looped() -> Iterator[None]:
         raise RuntimeError
 
     plain = ExampleGradients._vectorised
-    ExampleGradients._vectorised = refuse  # type: ignore[method-assign]
+    ExampleGradients._vectorised = refuse  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

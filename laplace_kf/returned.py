@@ -67,7 +67,7 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 _TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|result type .* can't be cast")
-_DEVICES = re.compile(r"on the same device|two devices|device type")
+_DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
 _SHAPES = re.compile(
     r"shapes cannot be multiplied|expected input.* to have|expected weight to be|[Ee]xpected \d+D|Expected .* or .*D"
     r"|must match the (?:existing )?size|size mismatch|Given groups=|normalized_shape|running_mean should contain"

@@ -95,7 +95,7 @@ class Reading(abc.ABC):
     def _unpack(self, outputs: Tensor, targets: Any) -> Given:
         self._check_outputs(outputs.shape)
         if not outputs.is_floating_point():
-            raise InvalidTarget(f"{type(self).__name__}: outputs must be floating point, got {outputs.dtype}.")
+            raise ShapeMismatch(f"{type(self).__name__}: outputs must be floating point, got {outputs.dtype}.")
         z = to_positions(outputs)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         targets, weights = apart(targets, z.shape[0])
