@@ -19,9 +19,10 @@ from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.owners import copies
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached
-from laplace_kf.tape.rows import Rows, copies, occurrences
+from laplace_kf.tape.rows import Rows, occurrences
 from laplace_kf.tape.sharing import pulled_back
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.tape import Call, Portion, Tape
