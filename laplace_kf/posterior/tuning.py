@@ -124,7 +124,7 @@ class TuningResult:
         return "\n".join(lines)
 
     def warn(self) -> None:
-        """Warns of candidates that are nowhere finite, a best point on the edge and a win of MAP, at the user's line."""
+        """Warns of candidates that are nowhere finite, of a best point on the edge, and of a win of MAP."""
         if ruined := [each for each in self.candidates if each.get("not_finite")]:
             warnings.warn(
                 f"{', '.join(each['method'] for each in ruined)}: {ruined[0]['left_out']}; predictions are by "

@@ -392,10 +392,10 @@ def test_runaway_weights_leave_map_and_the_temperature() -> None:
     model, data = ruined(1e15, torch.float32)
     posterior = lk.LaplacePosterior(model, "categorical", prior_precision=2.0).fit(data)
     for method in ("linearized", "probit"):
-        with pytest.raises(lk.errors.NonFinite, match="at any of the .* temperature"):
+        with pytest.raises(lk.errors.NonFinite, match=r"at any of the .* temperature"):
             posterior.tune(data, method=method)
     assert (posterior.n_data, posterior.prior_precision, posterior.method) == (60, 2.0, "probit")
-    with pytest.warns(UserWarning, match="probit, linearized.*not finite.*predictions are by method="):
+    with pytest.warns(UserWarning, match=r"probit, linearized.*not finite.*predictions are by method="):
         result = posterior.tune(data, generator=rng(0))
     assert result.method in ("temperature", "mc")
     assert bool(posterior.predict(data[0], generator=rng(0)).log_prob(data[1]).isfinite().all())
