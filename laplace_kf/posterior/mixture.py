@@ -481,13 +481,14 @@ class Mixture:
                 f"{path} holds a mixture of {len(header['members'])} posteriors and {len(given)} models were given: "
                 "Mixture.load(path, [model_1, ..., model_M])"
             )
-        members = [
-            LaplacePosterior.unpacked(
-                own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights,
-                forward=reading(forward, inputs, targets),
-            )
-            for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
-        ]  # fmt: skip
+        read = reading(forward, inputs, targets)
+        with store.consistent(path):
+            members = [
+                LaplacePosterior.unpacked(
+                    own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights, forward=read
+                )
+                for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
+            ]
         made = cls(members)
         shares = [float(share) for share in header["shares"]]
         if len(shares) != len(members) or header["rule"] not in RULES:
