@@ -20,6 +20,7 @@ from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, Unsupp
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
@@ -310,11 +311,7 @@ class Linearization:
             if whole:
                 raise
             return None
-        found, expected = observation.outputs.detach(), self.outputs[part]
-        if found.shape != expected.shape:
-            return None
-        gap = (found - expected).abs().max()
-        return observation if bool(gap <= 10 * torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()) else None
+        return observation if same_outputs(observation.outputs.detach(), self.outputs[part]) else None
 
     def _piece(self, observation: Observation, examples: slice, order: Tensor) -> Piece:
         """The signals of some columns of the identity over an example's flattened outputs."""
