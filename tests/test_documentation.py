@@ -150,6 +150,7 @@ def test_all_lists_what_is_there(name: str):
                 "mixtures.md",
                 "evidence_training.md",
                 "diagnostics.md",
+                "conditioning.md",
             )
         ),
     ],

@@ -2,6 +2,7 @@
 
 from laplace_kf.operators.base import Isotropic, Matrix, Sum, fresh_generator, standard_normal
 from laplace_kf.operators.blockwise import Blockwise
+from laplace_kf.operators.conditional import FreePart, by_rows, free_block, row_block
 from laplace_kf.operators.curvature import (
     DAMPINGS,
     CurvatureBlock,
@@ -35,6 +36,7 @@ __all__ = [
     "CurvatureBlock",
     "DenseBlock",
     "DiagonalBlock",
+    "FreePart",
     "Isotropic",
     "KeptTerms",
     "KroneckerBlock",
@@ -47,7 +49,9 @@ __all__ = [
     "SpectralBlock",
     "Sum",
     "TermSum",
+    "by_rows",
     "factor_sum",
+    "free_block",
     "fresh_generator",
     "in_common_bases",
     "khatri_rao",
@@ -58,6 +62,7 @@ __all__ = [
     "nearest_in_divergence",
     "nearest_product",
     "relative_error",
+    "row_block",
     "standard_normal",
     "unvec",
     "vec",
