@@ -9,7 +9,9 @@ from pathlib import Path
 
 from benchmarks.timing import RESULTS, save
 
-NAMES = ("fit_cost", "importance", "linearized", "montecarlo", "many_outputs", "optimizers", "penalty", "pruning", "tuning")
+NAMES = (
+    "fit_cost", "importance", "linearized", "montecarlo", "many_outputs", "optimizers", "penalty", "pruning", "tuning",
+)  # fmt: skip
 
 
 def main() -> int:

@@ -1,16 +1,19 @@
 """Pruning by conditioning beside magnitude pruning, on twenty networks of four kinds trained on MNIST.
 
-Networks of 784-128-64-10 are trained on 5,000 images (20 epochs of SGD with momentum) and tested on 10,000; convolutional,
-residual and attention networks on 2,000 and 2,000. The posterior is a Kronecker one at N = the number of images and λ = 1, not
-tuned; nothing is trained after pruning. Magnitude pruning sets the smallest weights of all matrices and kernels to zero.
+Networks of 784-128-64-10 are trained on 5,000 images (20 epochs of SGD with momentum) and tested on 10,000;
+convolutional, residual and attention networks on 2,000 and 2,000. The posterior is a Kronecker one at N = the number
+of images and λ = 1, not tuned; nothing is trained after pruning. Magnitude pruning sets the smallest weights of all
+matrices and kernels to zero. Finished networks are kept in ``results/pruning.jsonl``: a run that was stopped goes on.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ import laplace_kf as lk
 from experiments.common import data
 
 SEEDS = range(5)
+DONE = Path("results/pruning.jsonl")
 
 
 @dataclass(frozen=True)
@@ -108,9 +112,13 @@ def run(rounds: int = 5) -> dict[str, Any]:
     """Accuracies of every network (``rounds`` is not used: nothing here is a measurement of time)."""
     torch.set_num_threads(1)
     result: dict[str, Any] = {"networks": {}}
-    for row in networks():
-        result["networks"].setdefault(row.pop("kind"), []).append(row)
-        print(row, flush=True)
+    done = [json.loads(line) for line in DONE.read_text().splitlines()] if DONE.is_file() else []
+    DONE.parent.mkdir(exist_ok=True)
+    for row in networks({(row["kind"], row["seed"]): row for row in done}):
+        if row not in done:
+            with DONE.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        result["networks"].setdefault(row["kind"], []).append(row)
     rows = [row for each in result["networks"].values() for row in each]
     pairs = [pair for row in rows for pair in row["pruned"].values()]
     mlps = result["networks"]["mlp"]
@@ -126,14 +134,17 @@ def run(rounds: int = 5) -> dict[str, Any]:
     return result
 
 
-def networks() -> Iterator[dict[str, Any]]:
-    """One row a network."""
+def networks(done: dict[tuple[str, int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One row a network; those that are done are handed out as they are."""
     x, y = data.images("mnist", "train")
     mean, deviation = 0.1307, 0.3081
     tx, ty = data.images("mnist", "test")
     x, tx = (x - mean) / deviation, (tx - mean) / deviation
     for seed in SEEDS:
         for name, kind in KINDS.items():
+            if (name, seed) in done:
+                yield done[name, seed]
+                continue
             rng = torch.Generator().manual_seed(seed)
             some = torch.randperm(len(x), generator=rng)[: kind.images]
             train = x[some].reshape(-1, *kind.shape), y[some]

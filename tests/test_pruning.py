@@ -12,6 +12,7 @@ import laplace_kf as lk
 from laplace_kf import pruning
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.operators import conditional
+from laplace_kf.pruning import saliency
 
 
 def network(*, inputs: int = 8) -> nn.Sequential:
@@ -90,13 +91,13 @@ def test_the_weights_are_the_conditional_mean() -> None:
 @pytest.mark.parametrize("structure", ["kron", "ekfac"])
 def test_large_blocks_go_row_by_row(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     posterior = fitted(structure)
-    monkeypatch.setattr(pruning, "SMALL", 0)
+    monkeypatch.setattr(saliency, "SMALL", 0)
     held = {"0.weight": torch.rand(12, 8, generator=torch.Generator().manual_seed(3)) < 0.5}
     called = []
-    original = pruning._given_other_rows
-    monkeypatch.setattr(pruning, "_given_other_rows", lambda *given: called.append(1) or original(*given))
-    (block, matrix, free, weights), *_ = pruning._blocks(posterior, held)
-    mean, variances = pruning._conditional(matrix, free, weights)
+    original = saliency._given_other_rows
+    monkeypatch.setattr(saliency, "_given_other_rows", lambda *given: called.append(1) or original(*given))
+    (_, matrix, free, weights), *_ = saliency._blocks(posterior, held)
+    mean, variances = saliency._conditional(matrix, free, weights)
     assert called
     whole = matrix.dense().reshape(12, 9, 12, 9)
     for row in range(12):
@@ -115,7 +116,7 @@ def test_tokens_go_column_by_column(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randint(6, (30, 3), generator=torch.Generator().manual_seed(5))
     posterior = lk.LaplacePosterior(model, "categorical").fit((x, x.sum(1) % 3))
     exact = pruning.masks(posterior, 0.5, layers=["0.weight"])
-    monkeypatch.setattr(pruning, "SMALL", 0)
+    monkeypatch.setattr(saliency, "SMALL", 0)
     assert torch.equal(pruning.masks(posterior, 0.5, layers=["0.weight"])["0.weight"], exact["0.weight"])
 
 
@@ -219,7 +220,7 @@ def test_gradual_pruning_measures_the_curvature_again() -> None:
 
 
 def test_it_loses_less_than_magnitude() -> None:
-    x, y = data()
+    x, _ = data()
     labels = (x @ torch.randn(8, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)).argmax(1)
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), 0.05)

@@ -93,12 +93,12 @@ class FreeBlock(ABC):
         return out
 
     def remaining(self) -> Matrix | None:
-        """``Λ_FF`` as a matrix of its own, of size ``|F|``, where it has been made."""
+        """``Λ_FF`` as a matrix of its own ``(F, F)``, where it has been made."""
         return None
 
     @abstractmethod
     def inner(self, v: Tensor) -> Tensor:
-        """The solution at the free entries alone, both ``(|F|, K)``."""
+        """The solution at the free entries alone, both ``(F, K)``."""
 
 
 class _Whole(FreeBlock):
@@ -227,10 +227,10 @@ def free_block(matrix: Matrix, free: Tensor) -> FreeBlock:
         return _Diagonal(matrix, free)
     if isinstance(matrix, LowRank):
         index = free.reshape(-1).nonzero()[:, 0]
-        part = LowRank(
+        low = LowRank(
             matrix.vectors[index], matrix.values, matrix.prior.expand(matrix.size)[index].clone(), matrix.label
         )
-        return _Cut(matrix, free, part, "low rank")
+        return _Cut(matrix, free, low, "low rank")
     if isinstance(matrix, Spectral):
         if matrix.inputs.matrix is None and matrix.outputs.matrix is None:
             return _Diagonal(matrix, free)
@@ -286,7 +286,7 @@ def _cut_factors(matrix: Spectral, free: Tensor) -> Spectral | None:
 
 
 def by_rows(matrix: Spectral, free: Tensor) -> tuple[Spectral, Tensor]:
-    """The block and its mask with what is mixed along the rows: transposed where nothing is (tokens as inputs)."""
+    """A block and its mask ``(R, O, I)`` with what is mixed along the rows: turned where nothing is (tokens)."""
     if matrix.inputs.matrix is not None:
         return matrix, free
     return Spectral(matrix.outputs, matrix.inputs, matrix.grid.mT, matrix.label), free.mT
@@ -302,7 +302,7 @@ def row_block(matrix: Spectral, group: int, row: int, kept: Tensor, others: Tens
         others: a vector ``(I,)`` to multiply these rows with instead.
 
     Returns:
-        ``(|kept|, |kept|)``, or ``(|kept|,)``.
+        ``(F, F)`` for F kept ones, or ``(F,)``.
     """
     grid = matrix.grid[group]
     values = grid[row] if matrix.outputs.matrix is None else matrix.outputs.matrix[group, row].square() @ grid

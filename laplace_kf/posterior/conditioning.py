@@ -120,7 +120,7 @@ class Conditional(dict[str, Tensor]):
         return self._named(points)
 
     def variances(self) -> dict[str, Tensor]:
-        """Variances of the weights by parameter name, zero where held; one solve for every free weight.
+        """Variances by parameter name, each ``(*shape)`` and zero where held; one solve for every free weight.
 
         Raises:
             NotPositiveDefinite: if the precision is singular.
@@ -147,7 +147,7 @@ def conditioned(
     masks: Mapping[str, Tensor] | None,
     constraints: Constraints | None,
 ) -> Conditional:
-    """The conditional Gaussian; arguments as of :meth:`laplace_kf.LaplacePosterior.condition`, ``precision`` is Λ."""
+    """The conditional Gaussian; arguments as of ``LaplacePosterior.condition``, ``precision`` is Λ ``(P, P)``."""
     layout, named = fitted.layout, fitted.parameters()
     if values is None and constraints is None:
         raise IncompatiblePair(

@@ -238,7 +238,6 @@ def test_held_values_are_exact_in_every_type(dtype: torch.dtype) -> None:
     for name, mask in masks.items():
         assert found[name].dtype == dtype
         assert torch.equal(found[name][mask], values[name][mask])
-    wide, y = data()
     reference = fitted(prior_precision=1.0)
     if dtype == torch.float32:
         exact = reference.condition({n: v.double() for n, v in values.items()}, masks)
