@@ -10,8 +10,17 @@ from pathlib import Path
 from benchmarks.timing import RESULTS, save
 
 NAMES = (
-    "fit_cost", "importance", "linearized", "montecarlo", "many_outputs", "optimizers", "penalty", "pruning", "tuning",
-)  # fmt: skip
+    "fit_cost",
+    "importance",
+    "linearized",
+    "montecarlo",
+    "many_outputs",
+    "optimizers",
+    "penalty",
+    "per_example",
+    "pruning",
+    "tuning",
+)
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from laplace_kf import (
     attacks,
+    attribution,
     bridges,
     continual,
     curvature,
@@ -29,6 +30,7 @@ __all__ = [
     "TuningResult",
     "__version__",
     "attacks",
+    "attribution",
     "bridges",
     "continual",
     "curvature",

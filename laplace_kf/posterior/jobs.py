@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from laplace_kf.engine import lasting
+from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior.conditioning import Conditional, Constraints, conditioned
 from laplace_kf.posterior.fitted import Fitted

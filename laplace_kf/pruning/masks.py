@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.engine import lasting
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.models import lasting
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.pruning.saliency import SCORES, Groups, Held
 from laplace_kf.registry import Registry
