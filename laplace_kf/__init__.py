@@ -11,6 +11,7 @@ from laplace_kf import (
     graphs,
     likelihoods,
     optim,
+    pruning,
     reports,
 )
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
@@ -39,6 +40,7 @@ __all__ = [
     "graphs",
     "likelihoods",
     "optim",
+    "pruning",
     "reports",
     "support_table",
 ]

@@ -22,6 +22,7 @@ from laplace_kf.operators import Blockwise
 from laplace_kf.posterior.calibration import Calibration
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jobs import Jobs
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
 from laplace_kf.posterior.summary import Summary, summary_of
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
@@ -36,7 +37,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["Answers"]
 
 
-class Answers:
+class Answers(Jobs):
     """What :class:`laplace_kf.LaplacePosterior` answers: nothing here changes more than a setting.
 
     Settings (:attr:`n_data`, :attr:`prior_precision`, :attr:`method`, :attr:`temperature`) can be set at any time;
