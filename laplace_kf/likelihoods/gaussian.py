@@ -21,7 +21,7 @@ from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,
     Prediction,
-    joint_normal_density,
+    joint_outputs_density,
     normal_density,
     normal_mixture,
     normal_outputs,
@@ -191,7 +191,7 @@ class Gaussian(ElementwiseLikelihood):
         value = self._value(outputs.mean, y)
         if outputs.covariance is None:
             return normal_density(outputs.mean[None], (outputs.variance + noise).log(), value, keep)
-        return joint_normal_density(outputs.mean, outputs.covariance + torch.diag_embed(noise), value, keep)
+        return joint_outputs_density(outputs, noise, value, keep)
 
     @property
     def noise_scale(self) -> float:

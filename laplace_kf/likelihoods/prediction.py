@@ -9,7 +9,7 @@ so that S = 1 gives 0 and not NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -28,6 +28,7 @@ from torch.distributions import (
 
 from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
+from laplace_kf.outputs.spread import Spread, covariance_root, runs
 
 __all__ = ["LOG_2PI", "GaussianOutputs", "Link", "Prediction"]
 
@@ -321,18 +322,33 @@ class GaussianOutputs:
     Attributes:
         mean: ``(N, T, C)``.
         variance: ``(N, T, C)``.
-        covariance: ``(N, T, C, C)``, or ``None`` where the link needs the variances alone.
+        covariance: ``(N, T, C, C)``, or what it is made of; ``None`` where the link needs the variances alone.
         shape: of the outputs in the model's layout.
         samples: number of draws for links that need them.
         generator: their random numbers.
+        given: standard normal numbers ``(⌈S/2⌉, M)`` that are drawn already.
     """
 
     mean: Tensor
     variance: Tensor
-    covariance: Tensor | None
+    covariance: Tensor | Spread | None
     shape: Sequence[int]
     samples: int
     generator: torch.Generator
+    given: Tensor | None = None
+
+    @cached_property
+    def noise(self) -> Tensor:
+        """Standard normal numbers ``(⌈S/2⌉, M)`` behind the draws; drawn once."""
+        if self.given is not None:
+            return self.given
+        structured = isinstance(self.covariance, Spread)
+        width = self.covariance.noise_size if isinstance(self.covariance, Spread) else self.mean.shape[-1]
+        # many numbers are drawn in the outputs' own type: it is what most of the time goes to
+        dtype = torch.float32 if structured and self.mean.dtype != torch.float64 else torch.float64
+        size = ((self.samples + 1) // 2, width)
+        found = torch.randn(size, generator=self.generator, device=self.generator.device, dtype=dtype)
+        return found.to(self.mean)
 
     @cached_property
     def draws(self) -> Tensor:
@@ -341,16 +357,38 @@ class GaussianOutputs:
         So an example's prediction does not depend on the batch around it, and neighbouring (N, λ) are compared under
         common random numbers.
         """
-        width = self.mean.shape[-1]
-        half = torch.randn(
-            (self.samples + 1) // 2, width, generator=self.generator, device=self.generator.device, dtype=torch.float64
-        )
-        noise = torch.cat([half, -half])[: self.samples].to(self.mean)
+        noise, rest = self.noise, self.samples // 2
         if self.covariance is None:
             spread = noise[:, None, None, :] * self.variance.clamp_min(0.0).sqrt()
+        elif isinstance(self.covariance, Spread):
+            spread = self.covariance.colour(noise)
         else:
             spread = torch.einsum("ntij,sj->snti", covariance_root(self.covariance), noise)
-        return self.mean + spread
+        return torch.cat([self.mean + spread, self.mean - spread[:rest]])
+
+    def part(self, examples: slice) -> GaussianOutputs:
+        """Those of some examples, with the same random numbers."""
+        full = self.covariance
+        mean = self.mean[examples]
+        return replace(
+            self,
+            mean=mean,
+            variance=self.variance[examples],
+            covariance=full.part(examples) if isinstance(full, Spread) else None if full is None else full[examples],
+            shape=(mean.shape[0], *self.shape[1:]),
+            given=self.noise,
+        )
+
+    def covariances(self, noise: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of examples with their covariances ``(n, T, C, C)``, those of ``noise (N, T, C)`` added."""
+        full = self.covariance
+        assert full is not None
+        count, positions, width = self.mean.shape
+        if not isinstance(full, Spread):
+            yield slice(0, count), full + torch.diag_embed(noise)
+            return
+        for part in runs(count, positions * width**2):
+            yield part, full.part(part).covariance() + torch.diag_embed(noise[part])
 
 
 @dataclass(frozen=True)
@@ -364,22 +402,6 @@ class Link:
 
     predict: Callable[[GaussianOutputs], Prediction]
     marginal: bool
-
-
-def covariance_root(covariance: Tensor) -> Tensor:
-    """``L (..., C, C)`` with ``L Lᵀ`` the covariance: Cholesky, or of a singular matrix from its eigenvectors.
-
-    The root of a matrix does not depend on the others.
-    """
-    lower, failed = torch.linalg.cholesky_ex(covariance)
-    singular = failed != 0
-    if not bool(singular.any()):
-        return lower
-    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    lower = torch.linalg.cholesky(torch.where(singular[..., None, None], eye, covariance))
-    few = covariance[singular]
-    values, vectors = torch.linalg.eigh((few + few.transpose(-1, -2)) / 2)
-    return lower.index_put((singular,), vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2))
 
 
 def without_components(prediction: Prediction, outputs: GaussianOutputs, predict: PredictDraws) -> Prediction:
@@ -427,16 +449,37 @@ def joint_normal_density(mean: Tensor, covariance: Tensor, y: Tensor, keep: Tens
     return (-0.5 * (white.square().sum(-1) + logdet + count * LOG_2PI)).sum(1)
 
 
-def _joint_normal_entropy(covariance: Tensor, noise: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    lower = torch.linalg.cholesky(covariance)
-    constant = 0.5 * covariance.shape[-1] * (LOG_2PI + 1.0)
-    total = constant + lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return by_position(total, shape), by_position(gaussian_entropy(noise).sum(-1), shape)
+def joint_outputs_density(outputs: GaussianOutputs, noise: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
+    """``(N,)`` log densities of targets ``(N, T, E)`` under ``N(f, V + noise)``, a run of examples at a time."""
+    noise = noise.expand_as(outputs.mean)
+    return _concatenated(
+        joint_normal_density(outputs.mean[part], covariance, y[part], None if keep is None else keep[part])
+        for part, covariance in outputs.covariances(noise)
+    )
 
 
-def _joint_normal(mean: Tensor, covariance: Tensor, shape: Sequence[int]) -> Distribution:
-    batch, width = scalar_shape(shape), mean.shape[-1]
-    return MultivariateNormal(mean.reshape(*batch, width), covariance.reshape(*batch, width, width))
+def _concatenated(parts: Iterable[Tensor]) -> Tensor:
+    found = list(parts)
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _joint_normal_entropy(outputs: GaussianOutputs, noise: Tensor) -> tuple[Tensor, Tensor]:
+    constant = 0.5 * outputs.mean.shape[-1] * (LOG_2PI + 1.0)
+    half = _concatenated(
+        torch.linalg.cholesky(covariance).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        for _, covariance in outputs.covariances(noise)
+    )
+    rest = gaussian_entropy(noise).sum(-1)
+    return by_position(constant + half, outputs.shape), by_position(rest, outputs.shape)
+
+
+def _joint_normal(outputs: GaussianOutputs, noise: Tensor) -> Distribution:
+    batch, width = scalar_shape(outputs.shape), outputs.mean.shape[-1]
+    if isinstance(outputs.covariance, Spread):
+        full = outputs.covariance.covariance() + torch.diag_embed(noise)  # refused where it is too large
+    else:
+        full = _concatenated(covariance for _, covariance in outputs.covariances(noise))
+    return MultivariateNormal(outputs.mean.reshape(*batch, width), full.reshape(*batch, width, width))
 
 
 def normal_outputs(outputs: GaussianOutputs, noise: Tensor, density: Density) -> Prediction:
@@ -459,12 +502,11 @@ def normal_outputs(outputs: GaussianOutputs, noise: Tensor, density: Density) ->
         build = partial(_independent_normal, mean, log_variance, shape)
         prediction = replace(prediction, entropies=entropies, build=build)
     else:
-        covariance = outputs.covariance + torch.diag_embed(noise)
         prediction = Prediction(
             values={"mean": from_positions(mean, shape)},
-            density=partial(density, partial(joint_normal_density, mean, covariance)),
-            entropies=partial(_joint_normal_entropy, covariance, noise, shape),
-            build=partial(_joint_normal, mean, covariance, shape),
+            density=partial(density, partial(joint_outputs_density, outputs, noise)),
+            entropies=partial(_joint_normal_entropy, outputs, noise),
+            build=partial(_joint_normal, outputs, noise),
         )
     return with_moments(prediction, mean, outputs.variance + noise, outputs.variance, shape)
 
