@@ -13,6 +13,7 @@ from laplace_kf.errors import ShapeMismatch, UnknownName
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction
 from laplace_kf.likelihoods.reading import Reading, resolve_generator
 from laplace_kf.outputs.layout import from_positions, to_positions
+from laplace_kf.outputs.spread import Spread
 
 __all__ = ["Predicting"]
 
@@ -89,7 +90,7 @@ class Predicting(Reading):
         self,
         outputs: Tensor,
         variance: Tensor,
-        covariance: Tensor | None = None,
+        covariance: Tensor | Spread | None = None,
         link: str | None = None,
         samples: int = 100,
         generator: torch.Generator | None = None,
@@ -100,7 +101,8 @@ class Predicting(Reading):
         Args:
             outputs: means, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
             variance: of every output, in the same layout.
-            covariance: of the outputs of a position, ``(N, T, C, C)``; not needed by links that are ``marginal``.
+            covariance: of the outputs of a position, ``(N, T, C, C)``, or what it is made of; not needed by links
+                that are ``marginal``.
             link: a name of :meth:`links`; ``None`` for the default.
             samples: draws S of links that draw.
             generator: their random numbers; None uses a fresh private one.

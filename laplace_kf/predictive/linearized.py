@@ -21,6 +21,8 @@ from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, Unsupp
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, Spectral
+from laplace_kf.outputs.spread import Spread
+from laplace_kf.predictive.heads import MANY, head_spreads
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
@@ -164,6 +166,26 @@ class Linearization:
         index = torch.arange(self._flat).reshape(1, *self.outputs.shape[1:])
         index = to_positions(index)[0]  # (T, C)
         return self._grouped(precisions, _Wanted(index.reshape(-1), index.shape[1])).transpose(1, 2)
+
+    def spreads(
+        self, precisions: Sequence[Blockwise], to_positions: Callable[[Tensor], Tensor] = to_positions
+    ) -> Sequence[Spread] | None:
+        """Covariances of the outputs of a position by what they are made of, one for each of ``K`` precisions.
+
+        Args:
+            precisions: K of them.
+            to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
+
+        Returns:
+            ``None`` for few outputs, where the inputs' gradients are wanted, and where there is no such form.
+        """
+        if self.differentiable or not self.outputs.numel():
+            return None
+        if to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1] < MANY:
+            return None
+        self._check_positive(precisions)
+        with preserved(self.model), torch.no_grad():
+            return head_spreads(self.tracer.observe(self.x), precisions, to_positions)
 
     # -- how it is found ---------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
+from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.functions import function_draws
@@ -142,8 +143,12 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
         NonFinite: if a variance is not finite; says which knob to turn.
     """
     rule = request.likelihood.link(request.link)
-    covariances: list[Tensor | None] = [None] * len(precisions)
-    if rule.marginal:
+    covariances: list[Tensor | Spread | None] = [None] * len(precisions)
+    spreads = network.spreads(precisions, request.likelihood.to_positions)
+    if spreads is not None:
+        variances = torch.stack([request.likelihood.from_positions(s.variance(), network.outputs) for s in spreads])
+        covariances = [None] * len(precisions) if rule.marginal else list(spreads)
+    elif rule.marginal:
         variances = network.variances(precisions)
     else:
         found = network.position_covariances(precisions, request.likelihood.to_positions)  # (K, N, T, C, C)
