@@ -107,7 +107,7 @@ class Spread(ABC):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 found[field.name] = change(field.name, value)
-        return replace(cast(Any, self), **found)  # type: ignore[no-any-return]
+        return replace(cast(Any, self), **found)
 
     def part(self: S, examples: slice) -> S:
         """Those of some examples."""

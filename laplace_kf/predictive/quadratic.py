@@ -20,7 +20,16 @@ from laplace_kf.operators import Basis, Spectral
 from laplace_kf.predictive.ratios import Family
 from laplace_kf.tape import GradientSignals, LookupSignals, OuterSignals, Signals
 
-__all__ = ["Form", "GradientForm", "LookupForm", "PositionForm", "SingleForm", "rotated", "rotated_inputs", "rotated_rows"]
+__all__ = [
+    "Form",
+    "GradientForm",
+    "LookupForm",
+    "PositionForm",
+    "SingleForm",
+    "rotated",
+    "rotated_inputs",
+    "rotated_rows",
+]
 
 WORKING = 2**22  # numbers in the largest temporary (16 MiB in float32: it stays near the caches)
 TABLE_FROM = 3  # number of precisions from which products of columns are tabulated
