@@ -12,7 +12,8 @@ PEERS := laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 backpack-for-pytorch==
 # Models that ask for it, too: see the `models` extra.
 MODELS := timm segmentation-models-pytorch
 
-# Test processes; each uses one thread.
+# Test processes; each uses one thread. `worksteal` gives each a half of the tests in order, so that what the tests of
+# one subject share is computed once, and lets both end together.
 WORKERS ?= 2
 
 VENV := .venv
@@ -22,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints
 CODE := setup.cfg pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench models clean distclean
+.PHONY: help demo test lint format pytest bench models bridges clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -43,13 +44,16 @@ format: $(VENV)/.installed-test ## Let ruff mend and format the code
 	$(BIN)/ruff format .
 
 pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real data from $LAPLACE_KF_DATA
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
 models: $(VENV)/.installed-models ## docs/models.md: third-party models, fitted and checked (ARGS="vision --no-costs" to choose)
 	$(BIN)/python -m benchmarks.models $(if $(ARGS),$(ARGS),--out docs/models.md)
+
+bridges: $(VENV)/.installed-bridges ## Tests of the bridges against the newest releases of the other libraries
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bridges tests/continual/test_lightning.py $(ARGS)
 
 clean: ## Remove caches and build products, keep .venv and results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -86,4 +90,8 @@ $(VENV)/.installed-bench: $(VENV)/constraints.txt $(CODE) Makefile
 $(VENV)/.installed-models: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --editable '.[experiments,models]'
 	$(INSTALL) --no-deps $(MODELS)
+	@touch $@ $(VENV)/.installed-experiments
+
+$(VENV)/.installed-bridges: $(VENV)/constraints.txt $(CODE) Makefile
+	$(INSTALL) --upgrade --editable '.[experiments,test,bridges]'
 	@touch $@ $(VENV)/.installed-experiments

@@ -68,6 +68,18 @@ def _verdicts(result: dict[str, Any]) -> str:
     )
 
 
+def ood_pairs() -> str:
+    """AUROC of every score on pairs of image sets, and the verdicts."""
+    result = _load("docs/results/ood_pairs.json")
+    if result is None:
+        return "*Not run yet.*"
+    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run ood_pairs`"]
+    for table in result["tables"]:
+        parts += [_markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
+    missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
+    return "\n\n".join([*parts, *missing])
+
+
 def calibration() -> str:
     """Differences in test NLL to MAP, set by set, and how many sets each verdict holds on."""
     result = _load("docs/results/calibration.json")
@@ -349,6 +361,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual_short": continual_short,
     "recurrent": recurrent,
     "ood_mnist": ood_mnist,
+    "ood_pairs": ood_pairs,
     "predictions": predictions,
     "many_outputs": many_outputs,
     "toy_regression": toy_regression,

@@ -1,22 +1,28 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
-from laplace_kf import bridges, continual, curvature, errors, graphs, likelihoods, optim, reports
+from laplace_kf import attacks, bridges, continual, curvature, diagnostics, errors, graphs, likelihoods, optim, reports
+from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
-from laplace_kf.posterior import LaplacePosterior, TuningResult
+from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
 from laplace_kf.version import __version__
 
 __all__ = [
+    "EvidenceTraining",
     "LaplacePosterior",
+    "Mixture",
     "Prediction",
     "Subnetwork",
     "TuningResult",
     "__version__",
+    "attacks",
     "bridges",
     "continual",
     "curvature",
+    "diagnostics",
     "errors",
+    "evidence_training",
     "graphs",
     "likelihoods",
     "optim",

@@ -12,25 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from laplace_kf import weighting
-from laplace_kf.agreement import as_read, require_same_loss
-from laplace_kf.batches import Forward, run, to_device
-from laplace_kf.engine import Statistics, collect, preserved
-from laplace_kf.errors import ShapeMismatch, UnknownOption
+from laplace_kf.batches import Forward
+from laplace_kf.engine import Statistics, collect
+from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.lookups import Plainly
-from laplace_kf.missing import check_batch
 from laplace_kf.models import usable
 from laplace_kf.operators import fresh_generator
+from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.subnetwork import Selection, covered
-from laplace_kf.tape import UNUSED, FlatLayout, select
-from laplace_kf.tape.blocks import flat_layout
+from laplace_kf.tape import UNUSED
 
 __all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
 
@@ -167,26 +163,16 @@ def ggn_vector_product(
     targets: Part | None = None,
     weights: weighting.Weights = False,
 ) -> Tensor:
-    """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``.
+    """Exact product of the mean Gauss-Newton matrix with ``v`` (methods 2.7): ``(P,) -> (P,)``, ``(P, K) -> (P, K)``.
+
+    ``parameters`` are ``"all"``, ``"last_layer"`` or name patterns; all columns of ``v`` share one pass over the data.
 
     Raises:
-        ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
+        ShapeMismatch: if ``v`` does not have one entry or row per selected parameter, or the data are empty.
     """
 
-    def product(
-        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
-    ) -> list[Tensor]:
-        seed = torch.zeros_like(outputs, requires_grad=True)
-        pulled = torch.autograd.grad(outputs, weights, seed, create_graph=True, allow_unused=True)
-        used = [(p, d) for p, d in zip(pulled, direction, strict=True) if p is not None]
-        (pushed,) = torch.autograd.grad([p for p, _ in used], seed, [d for _, d in used])  # J v, by double backward
-        with torch.no_grad():
-            curved = rule.curvature_product(outputs.detach(), pushed[None], targets)[0].to(outputs.dtype)
-        grads = torch.autograd.grad(outputs, weights, curved, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, grads, strict=True)]
-
-    read = weighting.reader(reading(forward, inputs, targets), weights)
-    return _products(model, get_likelihood(likelihood), data, v, parameters, read, weights, product)
+    read = reading(forward, inputs, targets)
+    return _products(model, likelihood, data, v, parameters, read, weights, Pass.ggn_rows)
 
 
 def hessian_vector_product(
@@ -201,62 +187,38 @@ def hessian_vector_product(
     targets: Part | None = None,
     weights: weighting.Weights = False,
 ) -> Tensor:
-    """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7): ``(P,) -> (P,)``.
+    """Exact product of the Hessian of the mean negative log-likelihood with ``v`` (methods 2.7).
+
+    ``v`` is ``(P,)`` or ``(P, K)``, and so is the product; ``parameters`` are ``"all"``, ``"last_layer"`` or name
+    patterns. All columns of ``v`` share one pass over the data.
 
     Raises:
-        ShapeMismatch: if ``v`` does not have one entry per selected parameter, or the data are empty.
+        ShapeMismatch: if ``v`` does not have one entry or row per selected parameter, or the data are empty.
     """
 
-    def product(
-        rule: Likelihood, outputs: Tensor, targets: Any, weights: list[Tensor], direction: list[Tensor]
-    ) -> list[Tensor]:
-        loss = -rule.log_prob(outputs, targets).sum()
-        grads = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
-        used = [(g, d) for g, d in zip(grads, direction, strict=True) if g is not None and g.requires_grad]
-        if not used:
-            return [torch.zeros_like(w) for w in weights]
-        along = torch.stack([(g * d).sum() for g, d in used]).sum()
-        second = torch.autograd.grad(along, weights, allow_unused=True)
-        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, second, strict=True)]
-
-    read = weighting.reader(reading(forward, inputs, targets), weights)
-    return _products(model, get_likelihood(likelihood), data, v, parameters, read, weights, product)
+    read = reading(forward, inputs, targets)
+    return _products(model, likelihood, data, v, parameters, read, weights, Pass.hessian_rows)
 
 
 def _products(
     model: nn.Module,
-    likelihood: Likelihood,
+    likelihood: str | Likelihood,
     data: Iterable[Any] | tuple[Any, Tensor],
     v: Tensor,
     parameters: str | Sequence[str],
     forward: Forward | None,
     weighted: weighting.Weights,
-    product: Callable[[Likelihood, Tensor, Any, list[Tensor], list[Tensor]], list[Tensor]],
+    product: Callable[[Pass, Tensor], Tensor],
 ) -> Tensor:
-    model = usable(model)
-    named = dict(model.named_parameters())
-    if parameters == "last_layer":
-        raise ShapeMismatch('products take parameters="all" or name patterns, not "last_layer"')
-    layout: FlatLayout = flat_layout(named, select(model, parameters))
-    if v.shape != (layout.size,):
-        raise ShapeMismatch(f"expected v of shape ({layout.size},), got {tuple(v.shape)}")
-    weights: list[Tensor] = [named[name] for name in layout.names]
-    direction = [part[0] for part in layout.split(v[None]).values()]
-    total, count = torch.zeros_like(v), 0
-    # fused attention kernels have no second derivative
-    with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for index, batch in enumerate(weighting.batches(data, weighted, model)):
-            check_batch(batch, index, "the batch", forward, likelihood.nan_is_missing)
-            batch = to_device(batch, weights[0].device)
-            if index == 0:
-                require_same_loss(model, batch, forward, likelihood)
-            with Plainly():  # its derivatives are those of the function
-                outputs, targets = run(model, batch, forward)
-            likelihood = as_read(likelihood, batch, forward, outputs, targets)
-            likelihood.check(outputs.detach(), targets)
-            parts = product(likelihood, outputs, targets, weights, direction)
-            total = total + torch.cat([part.detach().reshape(-1) for part in parts])
-            count += likelihood.counted_examples(outputs.detach(), targets)
-    if count == 0:
-        raise ShapeMismatch("the data are empty: no batch was yielded, or all targets are ignored")
-    return total / count
+    """The mean of a product over data, in the form of ``v``: ``(P,)`` or ``(P, K)``."""
+    rows: list[Tensor] = []
+
+    def visit(seen: Pass) -> None:
+        found = product(seen, columns_of(v, seen.layout)).to(v)
+        rows[:] = [found if not rows else rows[0] + found]
+
+    read = weighting.reader(forward, weighted)
+    rule = get_likelihood(likelihood)
+    _, count = walk(model, rule, data, visit, parameters=parameters, forward=read, weights=weighted)
+    mean = rows[0] / count
+    return mean[0] if v.dim() == 1 else mean.T

@@ -166,6 +166,17 @@ class Truth:
         """(P, P)."""
         return oracles.empirical_fisher(*self._args())
 
+    @functools.cached_property
+    def jacobian(self) -> Tensor:
+        """(N, C', P), outputs of an example flattened."""
+        p = self.problem
+        return oracles.jacobian(p.model, p.x, p.n, p.names)
+
+    @functools.cached_property
+    def outputs(self) -> Tensor:
+        """Of all examples, each run by itself."""
+        return torch.cat(oracles.outputs(self.problem.model, self.problem.x, self.problem.n))
+
     def blocks(self, curvature: OutputMatrix | None = None) -> list[Block]:
         """Kronecker factors and diagonals."""
         p = self.problem

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "laplace_kf"
 # Folders of interchangeable rules: one file per likelihood, layer family, estimator, structure.
 RULE_FOLDERS = ("likelihoods", "layers", "estimators", "structures")
 # What the files of such a folder may import from it: its base classes, and the types that every likelihood returns.
-SHARED = {"base", "elementwise", "noise", "predicting", "prediction", "reading", "roots"}
+SHARED = {"base", "elementwise", "mixed", "noise", "predicting", "prediction", "reading", "roots"}
 # Registered names that are also values of an option of another kind: `damping="exact"` is no estimator.
 OTHER_OPTIONS = {"damping": {"exact"}}
 CLOCKS = re.compile(r"(perf_counter|process_time|thread_time|monotonic)(_ns)?|timeit|default_timer|time_ns")
@@ -119,7 +119,7 @@ def registered_names() -> set[str]:
     """The names in every registry of the package that holds likelihoods, estimators or structures."""
     names: dict[str, set[str]] = {}
     for info in pkgutil.walk_packages(laplace_kf.__path__, "laplace_kf."):
-        if info.name.endswith("__main__"):
+        if info.name.endswith("__main__") or info.name.startswith("laplace_kf.bridges."):  # other libraries
             continue
         for value in vars(importlib.import_module(info.name)).values():
             if isinstance(value, Registry):

@@ -152,7 +152,7 @@ def test_monte_carlo_factors_average_out(estimator: str, structure: str) -> None
     many = lk.curvature.estimate(
         problem.model,
         "categorical",
-        [problem.batch()] * 400,
+        [problem.batch()] * 150,
         structure=structure,
         estimator=estimator,
         generator=rng(0),

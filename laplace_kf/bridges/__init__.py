@@ -1,11 +1,11 @@
-"""Bridges to other libraries, each imported only when it is asked for: ``laplace_kf.bridges.pyro``."""
+"""Bridges to other libraries, each imported only when it is asked for: BoTorch, Lightning, Pyro, transformers."""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-__all__ = ["pyro"]
+__all__ = ["botorch", "lightning", "pyro", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from typing import Any
 
 import torch
@@ -13,13 +10,12 @@ from torch import Tensor
 from laplace_kf.continual.base import Learner, Loader
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.posterior.prior import positive
+from laplace_kf.trainers import TrainerCallback, is_trainer
 
 __all__ = ["Callback"]
 
-TRAINERS = ("lightning.pytorch", "pytorch_lightning")
 
-
-class Callback:
+class Callback(TrainerCallback):
     """Adds a learner's penalty to the gradients of a training loop that it does not own.
 
     Where ``lightning`` or ``pytorch_lightning`` is installed, an instance is one of its ``Callback`` too (imported when
@@ -38,17 +34,10 @@ class Callback:
     Every hook takes and ignores whatever arguments the loop passes.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Callback:
-        return super().__new__(_with_bases(cls))
-
     def __init__(self, learner: Learner, loader: Loader, n_task: float, *, implicit: bool = False) -> None:
         self.learner, self.loader, self.n_task = learner, loader, positive("n_task", n_task)
         self.implicit = implicit
         self._gradients: dict[str, Tensor] | None = None  # of the task's loss, between the hooks of one trainer's step
-
-    def __reduce__(self) -> Any:
-        plain = next(c for c in type(self).__mro__ if "_made_by_laplace_kf" not in vars(c))
-        return _revived, (plain, dict(self.__dict__))
 
     def on_train_start(self, trainer: Any = None, *args: Any, **kwargs: Any) -> None:
         """Before the first step.
@@ -56,7 +45,7 @@ class Callback:
         Raises:
             IncompatiblePair: for a Lightning trainer with several optimisers.
         """
-        if _is_trainer(trainer) and len(trainer.optimizers) > 1:
+        if is_trainer(trainer) and len(trainer.optimizers) > 1:
             raise IncompatiblePair(
                 f"the trainer has {len(trainer.optimizers)} optimisers, and the penalty would come before each: use "
                 "one optimiser, or add learner.penalty() / n_task to the loss in training_step"
@@ -64,14 +53,14 @@ class Callback:
 
     def on_after_backward(self, trainer: Any = None, *args: Any, **kwargs: Any) -> None:
         """After the loss was back-propagated: adds the penalty's gradient, but not yet for a Lightning trainer."""
-        if not _is_trainer(trainer):
+        if not is_trainer(trainer):
             self._add_penalty()
 
     def on_before_optimizer_step(
         self, trainer: Any, module: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any
     ) -> None:
         """Between the gradients and the optimiser's step, with the learning rate of its first group."""
-        if _is_trainer(trainer):
+        if is_trainer(trainer):
             named = self.learner.model.named_parameters()
             self._gradients = {n: p.grad.detach().to_dense().clone() for n, p in named if p.grad is not None}
             self._add_penalty()
@@ -81,7 +70,7 @@ class Callback:
 
     def on_train_batch_end(self, trainer: Any = None, *args: Any, **kwargs: Any) -> None:
         """After the optimiser's step, if there was one for this minibatch."""
-        if not _is_trainer(trainer):
+        if not is_trainer(trainer):
             self.learner.after_step()
         elif self._gradients is not None:
             self.learner.after_step(self._gradients)
@@ -97,40 +86,3 @@ class Callback:
             penalty = self.learner.penalty() / self.n_task
             if penalty.requires_grad:
                 penalty.backward()
-
-
-def _bases() -> list[type]:
-    """The ``Callback`` of every Lightning that is in use, or else of every one that is installed."""
-    names = [name for name in TRAINERS if name in sys.modules]
-    if not names:
-        names = [name for name in TRAINERS if importlib.util.find_spec(name.split(".")[0]) is not None]
-    found: list[type] = []
-    for name in names:
-        try:
-            found.append(importlib.import_module(name).Callback)
-        except (ImportError, AttributeError, RuntimeError, OSError):  # a broken installation is none
-            continue
-    return found
-
-
-def _with_bases(cls: type[Callback]) -> type[Callback]:
-    """The class, with the base classes that trainers ask for."""
-    missing = tuple(base for base in _bases() if not issubclass(cls, base))
-    if not missing:
-        return cls
-    body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_made_by_laplace_kf": True}
-    return type(cls.__name__, (cls, *missing), body)
-
-
-def _revived(cls: type[Callback], state: dict[str, Any]) -> Callback:
-    made = cls.__new__(cls)
-    made.__dict__.update(state)
-    return made
-
-
-def _is_trainer(trainer: Any) -> bool:
-    """Whether these are the hooks of a Lightning trainer, which come in a known order."""
-    return any(
-        kind.__name__ == "Trainer" and kind.__module__.split(".")[0] in ("lightning", "pytorch_lightning")
-        for kind in type(trainer).__mro__
-    )

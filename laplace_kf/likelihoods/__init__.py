@@ -15,6 +15,7 @@ from laplace_kf.likelihoods.gaussian import Gaussian
 from laplace_kf.likelihoods.heteroscedastic import HeteroscedasticGaussian
 from laplace_kf.likelihoods.joined import joined
 from laplace_kf.likelihoods.loss import FromLoss
+from laplace_kf.likelihoods.mixed import mixed
 from laplace_kf.likelihoods.mixture import BernoulliMixture
 from laplace_kf.likelihoods.poisson import Poisson
 from laplace_kf.likelihoods.prediction import Prediction
@@ -37,5 +38,6 @@ __all__ = [
     "from_positions",
     "get_likelihood",
     "joined",
+    "mixed",
     "to_positions",
 ]

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
+from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, binary_mixture, without_components
 from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_values
 from laplace_kf.outputs.layout import from_positions
@@ -53,6 +54,12 @@ class Bernoulli(ElementwiseLikelihood):
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         return binary_mixture(logsigmoid(z), logsigmoid(-z), shape, partial(self._density, tuple(shape), z.dtype))
+
+    def mixed_outputs(self, parts: Sequence[Prediction], log_weights: Tensor) -> Tensor | None:
+        """Log odds of the mean probabilities, ``(N, C)`` in the layout of the outputs."""
+        logits = torch.stack([part.distribution.base_dist.logits for part in parts])  # type: ignore[attr-defined]
+        one, zero = log_mixture(logsigmoid(logits), log_weights), log_mixture(logsigmoid(-logits), log_weights)
+        return (one - zero).reshape(parts[0].probs.shape)
 
     def links(self) -> dict[str, Link]:
         """``"mc"`` (draws of the logits) and ``"probit"``; both need their variances only."""

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
+from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,
@@ -284,8 +285,15 @@ class Categorical(Likelihood):
             build=partial(_distribution, log_mean, tuple(shape)),
         )
 
+    def mixed_outputs(self, parts: Sequence[Prediction], log_weights: Tensor) -> Tensor | None:
+        """Logarithms of the mean probabilities, ``(N, C)`` in the layout of the outputs."""
+        logits: list[Tensor] = [part.distribution.logits for part in parts]  # type: ignore[attr-defined]
+        found = log_mixture(torch.stack(logits), log_weights)
+        shape = parts[0].probs.shape
+        return self.from_positions(found.reshape(shape[0], -1, found.shape[-1]), shape)
+
     def _mean_density(self, log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-        return masked(self._entropies_of(log_p, y), keep).sum((1, 2))
+        return masked(self._entropies_of(log_p, y), keep)
 
     def _counts(self, targets: Tensor) -> Tensor:
         found = super()._counts(targets)

@@ -432,7 +432,7 @@ class FromDistribution(Likelihood):
         log_mean = log_mean_exp(mixture.component_log_prob(rows))
         if keep is not None:
             log_mean = torch.where(keep.reshape(-1, *[1] * (log_mean.ndim - 1)), log_mean, torch.zeros_like(log_mean))
-        return log_mean.reshape(shape[0], -1).sum(1)
+        return log_mean.reshape(shape[0], -1)
 
     @staticmethod
     def _entropies(elements: Distribution, samples: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -295,7 +295,7 @@ class FromLoss(Likelihood):
     def _mean_density(self, z: Tensor, shape: Sequence[int], targets: Any) -> Tensor:
         y, keep = self._read(z[0], shape, targets)
         log_mean = log_mean_exp(torch.stack([self._position_log_prob(one, y) for one in z]))
-        return masked(log_mean, keep).sum((1, 2))
+        return masked(log_mean, keep)
 
 
 def _shapes(targets: Any) -> str:

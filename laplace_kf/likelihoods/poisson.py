@@ -13,6 +13,7 @@ from torch.distributions import Poisson as TorchPoisson
 
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
+from laplace_kf.likelihoods.mixed import poisson_entropy
 from laplace_kf.likelihoods.prediction import (
     GaussianOutputs,
     Link,
@@ -40,7 +41,7 @@ def _log_prob(z: Tensor, y: Tensor) -> Tensor:
 
 
 def _density(z: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-    return log_mean_exp(masked(_log_prob(z, y), keep).sum(-1)).sum(1)
+    return log_mean_exp(masked(_log_prob(z, y), keep).sum(-1))
 
 
 def _distribution(z: Tensor, shape: Sequence[int]) -> Distribution:
@@ -116,6 +117,10 @@ class Poisson(ElementwiseLikelihood):
             entropies=partial(_entropies, z, tuple(shape)),
             build=partial(_distribution, z, tuple(shape)),
         )
+
+    def mixed_entropy(self, parts: Sequence[Prediction], weights: Tensor) -> Tensor | None:
+        """Sums over the counts, as of one prediction; weights ``(M,)``."""
+        return poisson_entropy(parts, weights, _ENUMERATED_RATE)
 
     def links(self) -> dict[str, Link]:
         """``"exact"`` (moments of the log-normal rates; density from draws), the same as ``"probit"``, and ``"mc"``."""

@@ -63,6 +63,25 @@ class Predicting(Reading):
             prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": outputs})
         return prediction
 
+    def mixed_outputs(self, parts: Sequence[Prediction], log_weights: Tensor) -> Tensor | None:
+        """Outputs ``(N, C)``, in the layout of the outputs, whose prediction is the mixture of predictions.
+
+        Args:
+            parts: predictions of this likelihood.
+            log_weights: of the parts, ``(M,)``.
+
+        Returns:
+            ``None`` for likelihoods whose mixtures are no such prediction.
+        """
+        return None
+
+    def mixed_entropy(self, parts: Sequence[Prediction], weights: Tensor) -> Tensor | None:
+        """Entropy of the mixture of predictions by position, weights ``(M,)``.
+
+        ``None`` where that of the mixture's probabilities, or of a normal variable with its variance, is right.
+        """
+        return None
+
     def links(self) -> dict[str, Link]:
         """How normally distributed outputs become predictions, by name; the first one is the default.
 

@@ -59,13 +59,15 @@ class Prediction:
 
     Args:
         values: tensors by attribute name.
-        density: targets → ``(N,)`` log density.
+        density: targets → ``(N, ...)`` log densities of the parts of an example that are mixed each by itself (its
+            positions; of Bernoulli outputs each output), or ``(N,)`` of whole examples.
         entropies: () → entropy by position and mean entropy of the components by position (None if unknown).
         build: () → the ``torch.distributions`` object.
         ignore_index: the likelihood's; see :meth:`kept`.
         information: () → mutual information by position, where the components of the mixture are not known.
         independent_samples: whether :attr:`samples` are drawn anew for every example (``space="activations"``). By
             default a sample is one function over all examples.
+        quantiles: probability → quantiles of every output in the layout of :attr:`mean`, where they are known exactly.
         channel: the axis of classes and outputs, 1 or -1; ``None``: last for up to three axes, else the second.
         calibration: conformal scores of this way to predict, see :meth:`interval`.
     """
@@ -79,6 +81,7 @@ class Prediction:
     calibration: Conformal | None = None
     information: Callable[[], Tensor] | None = None
     independent_samples: bool = False
+    quantiles: Callable[[float], Tensor] | None = None
 
     def channel_last(self, x: Tensor) -> Tensor:
         """A tensor in the layout of the outputs ``(N, C, ...)``, such as :attr:`probs`, with C as its last axis."""
@@ -161,7 +164,8 @@ class Prediction:
         Raises:
             ShapeMismatch, ValueError: if the targets do not fit.
         """
-        return self.density(y)
+        found = self.density(y)
+        return found if found.dim() == 1 else found.flatten(1).sum(1)
 
     def interval(self, level: float = 0.9, of: str = "observation") -> tuple[Tensor, Tensor]:
         """Central intervals of real targets and counts.
@@ -171,10 +175,11 @@ class Prediction:
             of: ``"observation"`` for a new target, ``"mean"`` for its mean (the spread of the weights alone).
 
         Returns:
-            Lower and upper ends, each in the layout of :attr:`mean`, ``(N, C)``. Of a normal distribution with the
-            prediction's mean and variance; after ``posterior.calibrate(data)`` those of an observation are calibrated:
-            each output's interval holds at least ``level`` of new examples that are exchangeable with the data
-            (:mod:`laplace_kf.outputs.conformal`).
+            Lower and upper ends, each in the layout of :attr:`mean`, ``(N, C)``: exact quantiles of a mixture of
+            several posteriors of normal targets, else those of a normal distribution with the prediction's mean and
+            variance. After ``posterior.calibrate(data)`` those of an observation are
+            calibrated: each output's interval holds at least ``level`` of new examples that are exchangeable with the
+            data (:mod:`laplace_kf.outputs.conformal`).
 
         Raises:
             ValueError: for a level outside (0, 1), or another ``of``.
@@ -238,7 +243,7 @@ def _binary_entropy(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _binary_density(log_p: Tensor, log_q: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-    return masked(y * log_p + (1.0 - y) * log_q, keep).sum((1, 2))
+    return masked(y * log_p + (1.0 - y) * log_q, keep)
 
 
 def _binary_distribution(log_p: Tensor, log_q: Tensor, shape: Sequence[int]) -> Distribution:
@@ -252,7 +257,7 @@ def binary_mixture(log_p: Tensor, log_q: Tensor, shape: Sequence[int], density: 
         log_p: ``(S, N, T, E)`` log probabilities of 1.
         log_q: ``(S, N, T, E)`` log probabilities of 0; kept apart because ``log1p(-exp(log_p))`` loses them.
         shape: of one set of outputs.
-        density: evaluates ``(y, keep) → (N,)`` at checked targets.
+        density: evaluates ``(y, keep) → (N, T, ...)`` at checked targets.
     """
     conditional = _binary_entropy(log_p, log_q).mean(0).sum(-1)
     # The mean of probabilities can exceed 1 by a rounding error.
@@ -275,9 +280,9 @@ def gaussian_entropy(variance: Tensor) -> Tensor:
 
 
 def normal_density(mean: Tensor, log_variance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-    """``(N,)`` log densities of a mixture of normals over ``mean (S, N, T, E)``, joint over the outputs."""
+    """``(N, T)`` log densities of a mixture of normals over ``mean (S, N, T, E)``, joint over the outputs."""
     elements = -0.5 * ((y - mean).square() * (-log_variance).exp() + log_variance + LOG_2PI)
-    return log_mean_exp(masked(elements, keep).sum(-1)).sum(1)
+    return log_mean_exp(masked(elements, keep).sum(-1))
 
 
 def _normal_distribution(mean: Tensor, log_variance: Tensor, shape: Sequence[int]) -> Distribution:
@@ -294,7 +299,7 @@ def normal_mixture(mean: Tensor, log_variance: Tensor, shape: Sequence[int], den
         mean: ``(S, N, T, E)``.
         log_variance: broadcastable to ``mean``.
         shape: of one set of outputs.
-        density: evaluates ``(y, keep) → (N,)`` at checked targets.
+        density: evaluates ``(y, keep) → (N, T, ...)`` at checked targets.
     """
     epistemic = mean.var(0, correction=0)
     variance = epistemic + log_variance.exp().expand_as(mean).mean(0)
@@ -435,7 +440,7 @@ def given_total(total: Tensor) -> tuple[Tensor, None]:
 
 
 def joint_normal_density(mean: Tensor, covariance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-    """``(N,)`` log densities of normals with ``mean (N, T, E)`` and ``covariance (N, T, E, E)``."""
+    """``(N, T)`` log densities of normals with ``mean (N, T, E)`` and ``covariance (N, T, E, E)``."""
     residual = masked(y - mean, keep)
     count: Tensor | float = float(mean.shape[-1])
     if keep is not None:  # an output that is left out: an independent standard normal one at its mean
@@ -446,7 +451,7 @@ def joint_normal_density(mean: Tensor, covariance: Tensor, y: Tensor, keep: Tens
     lower = torch.linalg.cholesky(covariance)
     white = torch.linalg.solve_triangular(lower, residual.unsqueeze(-1), upper=False).squeeze(-1)
     logdet = 2.0 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return (-0.5 * (white.square().sum(-1) + logdet + count * LOG_2PI)).sum(1)
+    return -0.5 * (white.square().sum(-1) + logdet + count * LOG_2PI)
 
 
 def joint_outputs_density(outputs: GaussianOutputs, noise: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
@@ -490,7 +495,7 @@ def normal_outputs(outputs: GaussianOutputs, noise: Tensor, density: Density) ->
     Args:
         outputs: the network's outputs.
         noise: variance, broadcastable to ``(N, T, C)``.
-        density: evaluates ``(y, keep) → (N,)`` at checked targets.
+        density: evaluates ``(y, keep) → (N, T, ...)`` at checked targets.
     """
     mean, shape = outputs.mean, tuple(outputs.shape)
     noise = noise.expand_as(mean)

@@ -14,6 +14,15 @@ from laplace_kf.operators.kept import KeptTerms, TermSum, in_common_bases
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
 from laplace_kf.operators.product import KroneckerProduct
+from laplace_kf.operators.products import (
+    khatri_rao,
+    kron_logdet,
+    kron_matvec,
+    kron_rank,
+    mixed_product,
+    unvec,
+    vec,
+)
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.operators.tridiagonal import BlockTridiagonal, CrossFactors
 
@@ -41,8 +50,15 @@ __all__ = [
     "factor_sum",
     "fresh_generator",
     "in_common_bases",
+    "khatri_rao",
+    "kron_logdet",
+    "kron_matvec",
+    "kron_rank",
+    "mixed_product",
     "nearest_in_divergence",
     "nearest_product",
     "relative_error",
     "standard_normal",
+    "unvec",
+    "vec",
 ]

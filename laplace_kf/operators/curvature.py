@@ -512,11 +512,31 @@ def _generalised_basis(matrix: Tensor, metric: Tensor, label: str) -> tuple[Tens
     return values, Basis(torch.matmul(lower, vectors), dual, logdet)
 
 
-def balance(block: KroneckerBlock) -> Tensor:
-    """``ω (R,)`` of methods 5.2, the ratio of mean eigenvalues' square roots; 1 for a dead factor."""
-    mean_a = _diagonal(block.inputs).mean(-1)
-    mean_g = block.scale * _diagonal(block.outputs).mean(-1)
-    omega = (mean_a / mean_g).sqrt()
+def _trace(factor: Tensor) -> Tensor:
+    """Mean eigenvalue ``(R,)``: the trace norm of a factor next to an identity, up to what both have in common."""
+    return _diagonal(factor).mean(-1)
+
+
+def frobenius(factor: Tensor) -> Tensor:
+    """Frobenius norm ``(R,)`` of a factor next to an identity, up to what both have in common."""
+    size = factor.norm(dim=-1) if factor.dim() == 2 else factor.norm(dim=(-2, -1))
+    return size / factor.shape[-1] ** 0.5
+
+
+def spectral(factor: Tensor) -> Tensor:
+    """Largest eigenvalue ``(R,)`` of factors ``(R, d, d)`` or diagonals ``(R, d)``."""
+    return factor.amax(-1) if factor.dim() == 2 else torch.linalg.eigvalsh(factor)[..., -1]
+
+
+def balance(block: KroneckerBlock, norm: Callable[[Tensor], Tensor] = _trace) -> Tensor:
+    """``ω (R,) = √(‖A ⊗ I‖ / ‖I ⊗ G‖)`` of methods 5.2; 1 for a dead factor.
+
+    Args:
+        block: factors.
+        norm: of a factor ``(R, d, d)`` or its diagonal ``(R, d)``, next to an identity: the trace norm, the Frobenius
+            or the spectral one, each without the factor that both sides share.
+    """
+    omega = (norm(block.inputs) / (block.scale * norm(block.outputs))).sqrt()
     usable = torch.isfinite(omega) & (omega > 0)
     return torch.where(usable, omega.clamp(1e-6, 1e6), torch.ones_like(omega))
 
@@ -552,3 +572,15 @@ def _factored(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
 def _balanced(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
     """As factored with the damping split by ω (methods 5.2)."""
     return _factored_grid(block, n, prior, balance(block))
+
+
+@DAMPINGS.register("balanced_frobenius")
+def _balanced_frobenius(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
+    """As balanced, with ω in the Frobenius norm."""
+    return _factored_grid(block, n, prior, balance(block, frobenius))
+
+
+@DAMPINGS.register("balanced_spectral")
+def _balanced_spectral(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
+    """As balanced, with ω in the spectral norm."""
+    return _factored_grid(block, n, prior, balance(block, spectral))

@@ -1,4 +1,4 @@
-"""Sparse start weights (methods 7.10)."""
+"""Start weights: sparse (methods 7.10), and with variances that keep signals level (Glorot and Bengio 2010)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.arguments import check_arguments
 
-__all__ = ["sparse_init_"]
+__all__ = ["glorot_init_", "sparse_init_"]
 
 
 @torch.no_grad()
@@ -57,6 +57,46 @@ def sparse_init_(
                 groups = module.groups if isinstance(module, _ConvNd) else 1
                 turned = isinstance(module, _ConvTransposeNd)
                 parameter.copy_(_sparse(parameter, nonzero, size, generator, groups if turned else 0))
+    return model
+
+
+@torch.no_grad()
+def glorot_init_(model: nn.Module, gain: float = 1.0, generator: torch.Generator | None = None) -> nn.Module:
+    """Glorot initialisation in place: weights uniform in ``±gain √(6 / (fan_in + fan_out))``, biases 0.
+
+    The same generator seed gives the same start to every optimiser (Botev 2020, 4.5). The fans of a convolution are
+    its channels (of a group) times the size of its kernel; those of a recurrent layer's gates are those of one gate.
+    Embeddings, and parameters with fewer than two axes that are no biases, are left alone.
+
+    Args:
+        model: the module whose weights are overwritten.
+        gain: factor on the range.
+        generator: random numbers; a fresh private one by default.
+
+    Returns:
+        The model.
+
+    Raises:
+        IncompatiblePair: for a ``gain`` that is not finite or negative; nothing is changed.
+    """
+    check_arguments({"scale": gain})
+    generator = generator if generator is not None else fresh_generator()
+    for module in model.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if "bias" in name:
+                parameter.zero_()
+            elif parameter.dim() >= 2:
+                kernel = parameter[0, 0].numel()
+                first, second = parameter.shape[0] * kernel, parameter.shape[1] * kernel
+                if isinstance(module, _ConvNd):
+                    first //= module.groups
+                elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not name.startswith("weight_hr"):
+                    first = module.hidden_size
+                bound = gain * (6 / (first + second)) ** 0.5
+                drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
+                parameter.copy_((bound * (2 * drawn - 1)).to(parameter))
     return model
 
 

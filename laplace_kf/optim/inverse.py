@@ -24,7 +24,7 @@ from laplace_kf.operators import (
     Matrix,
     Spectral,
 )
-from laplace_kf.operators.curvature import balance
+from laplace_kf.operators.curvature import balance, frobenius, spectral
 from laplace_kf.optim.links import Linked
 from laplace_kf.registry import Registry
 from laplace_kf.structures import Structure
@@ -88,6 +88,8 @@ def _even_split(block: KroneckerBlock) -> Tensor:
 BLOCK_SOLVERS.register("exact")(_Exact())
 BLOCK_SOLVERS.register("factored")(_Product(_even_split))
 BLOCK_SOLVERS.register("balanced")(_Product(balance))
+BLOCK_SOLVERS.register("balanced_frobenius")(_Product(lambda block: balance(block, frobenius)))
+BLOCK_SOLVERS.register("balanced_spectral")(_Product(lambda block: balance(block, spectral)))
 
 
 class Inverse(ABC):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class Predictive(Protocol):
     @property
     def values(self) -> Mapping[str, Tensor]:
         """Tensors ``(N, C)`` by attribute name."""
+
+    @property
+    def quantiles(self) -> Callable[[float], Tensor] | None:
+        """Exact quantiles ``(N, C)`` by probability, if they are known."""
 
     @property
     def calibration(self) -> Conformal | None:
@@ -97,6 +101,8 @@ def interval(prediction: Predictive, level: float, of: str) -> tuple[Tensor, Ten
         spread, calibration = prediction.values["epistemic_variance"], None
     else:
         spread, calibration = prediction.values["variance"], prediction.calibration
+        if calibration is None and prediction.quantiles is not None:
+            return prediction.quantiles((1.0 - level) / 2.0), prediction.quantiles((1.0 + level) / 2.0)
     normal = torch.special.ndtri(torch.tensor((1.0 + level) / 2.0, dtype=torch.float64))
     width = normal if calibration is None else calibration.quantile(level)
     half = width.to(mean) * spread.clamp_min(0.0).sqrt()

@@ -18,20 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.operators import CurvatureBlock
-from laplace_kf.posterior.predictors import OUTPUT_DRAWS, Linearised, rounded
+from laplace_kf.posterior.examples import OUTPUT_DRAWS
+from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.predictors import Linearised, rounded
 from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, compared, nearby, rows
 from laplace_kf.posterior.validation import MAP, Point, Score, Scorer, Validation
 from laplace_kf.posterior.work import EPOCH, Budget, Costs, scored
-
-if TYPE_CHECKING:
-    from laplace_kf.posterior.laplace import LaplacePosterior
 
 __all__ = ["CAUTION", "METHODS", "Candidate", "Contest", "described", "setting"]
 
@@ -81,17 +80,14 @@ class Contest:
     """Measures candidates one after the other and says who wins.
 
     Args:
-        posterior: fitted; read only.
-        validation: the data.
+        validation: the posterior and the data.
         name: of the objective.
         budget: training epochs of the validation examples, None for no limit.
         progress: whether to show a bar of what was spent.
     """
 
-    def __init__(
-        self, posterior: LaplacePosterior, validation: Validation, name: str, budget: float | None, progress: bool
-    ) -> None:
-        self.posterior, self.validation, self.name, self.progress = posterior, validation, name, progress
+    def __init__(self, validation: Validation, name: str, budget: float | None, progress: bool) -> None:
+        self.fitted, self.validation, self.name, self.progress = validation.fitted, validation, name, progress
         self.budget = Budget(budget, validation.epoch)
         self.budget.pay(validation.epoch / EPOCH)  # reading
         self.found: dict[str, Candidate] = {}
@@ -106,21 +102,20 @@ class Contest:
     @cached_property
     def plane(self) -> Plane:
         """Coordinates of settings; its size counts nats at MAP's noise scale, where that is tuned."""
-        noise, before = self.found["map"].score.noise, self.posterior.likelihood.noise_scale
-        return _plane(self.posterior, 1.0 if noise is None or before is None else (before / noise) ** 2)
+        noise, before = self.found["map"].score.noise, self.fitted.likelihood.noise_scale
+        return _plane(self.fitted, 1.0 if noise is None or before is None else (before / noise) ** 2)
 
     @cached_property
     def costs(self) -> Costs:
         """Of marginal variances and of draws; made once, with the decompositions that it takes."""
-        found = Costs(
-            self.posterior.precision_at(*self.plane.point(-2.5, -1.0)), self.validation.forward, self._outputs
-        )
+        precision = self.fitted.precision(*self.plane.point(-2.5, -1.0))
+        found = Costs(precision, self.validation.forward, self._outputs)
         self.budget.pay(found.decomposition())
         return found
 
     def offered(self) -> list[str]:
         """The candidates that this likelihood has."""
-        likelihood = self.posterior.likelihood
+        likelihood = self.fitted.likelihood
         has = {"temperature": likelihood.has_logits, "probit": likelihood.has_logits and "probit" in likelihood.links()}
         return [method for method in METHODS if has.get(method, True)]
 
@@ -187,7 +182,7 @@ class Contest:
         """One pass at a few ratios for all of the methods; those that need covariances look around the first."""
         costs = self.costs
         share = self.budget.left * (0.95 if alone else LINEARISED_SHARE)
-        link = self.posterior.likelihood.link
+        link = self.fitted.likelihood.link
         marginal = {m: link("probit" if m == "probit" else None).marginal for m in methods}
         width = 1 if all(marginal.values()) else self._channels
         steps = rows(0.75), rows(1.5)
@@ -239,7 +234,7 @@ class Contest:
 
     def _closed(self) -> bool:
         """Whether the likelihood's default link needs no draws."""
-        return next(iter(self.posterior.likelihood.links())) != "mc"
+        return next(iter(self.fitted.likelihood.links())) != "mc"
 
     def _paid(self, scorer: Scorer, draws: int) -> Callable[[Sequence[Point], bool], dict[Point, Score]]:
         def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
@@ -323,9 +318,9 @@ class Contest:
         return Candidate(method, search.scores[point], search.scores[MAP], point, None, edge, wins, search)
 
 
-def _plane(posterior: LaplacePosterior, scale: float) -> Plane:
-    factor = posterior.precision_factor
-    parts = [matrix.nodes() for _, matrix in posterior.curvature.entries if isinstance(matrix, CurvatureBlock)]
+def _plane(fitted: Fitted, scale: float) -> Plane:
+    factor = fitted.factor
+    parts = [matrix.nodes() for _, matrix in fitted.curvature.entries if isinstance(matrix, CurvatureBlock)]
     values, weights = (torch.cat(each) for each in zip(*parts, strict=True))
     return Plane(factor * values, weights, scale)
 

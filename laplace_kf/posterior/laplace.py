@@ -6,86 +6,49 @@ negative log-likelihood at the trained weights ``θ*`` (methods 9.1).
 
 from __future__ import annotations
 
-import copy
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from laplace_kf import weighting
-from laplace_kf.batches import Forward, check_finite
+from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Statistics, collect, lasting
-from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators import Estimator
-from laplace_kf.gaussian import Gaussian
-from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
+from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import parameters_of, usable
-from laplace_kf.ood import Leverage, References, score
-from laplace_kf.operators import DAMPINGS, Blockwise, fresh_generator
+from laplace_kf.operators import DAMPINGS, fresh_generator
 from laplace_kf.posterior import store
+from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
-from laplace_kf.posterior.chain import Chain, ChainedEvidence
-from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_block
-from laplace_kf.posterior.implicit import ImplicitPenalty
+from laplace_kf.posterior.chain import Chain
+from laplace_kf.posterior.fitted import Fitted, flat_weights
 from laplace_kf.posterior.objectives import Objective
-from laplace_kf.posterior.penalty import Penalty
 from laplace_kf.posterior.prior import (
     PriorPrecision,
     by_parameter,
-    checked_prior,
     plain,
     positive,
-    prior_tensors,
 )
-from laplace_kf.posterior.summary import Summary, summarise
-from laplace_kf.posterior.tuning import Options, TuningResult, tune
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
-from laplace_kf.predictive.loaders import batch_after_batch, is_loader
-from laplace_kf.predictive.padding import without_padding
+from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
-from laplace_kf.tape import UNUSED, EntryLayout, FlatLayout, select
+from laplace_kf.tape import UNUSED, EntryLayout, select
 from laplace_kf.weighting import Weights
 
 __all__ = ["LaplacePosterior"]
 
-T = TypeVar("T")
 
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What ``fit`` produces; replaced as a whole, so that a failed fit changes nothing."""
-
-    statistics: Statistics
-    curvature: Blockwise
-    mean: Tensor
-    noise: dict[str, float]
-    rest: dict[str, Tensor] = field(default_factory=dict)  # of a subnetwork: parameters, zero at the chosen weights
-    newest: float | None = None  # of a chained posterior: the N of the newest task
-    reference: float | None = None  # and of all tasks together
-    errors: tuple[dict[str, float], ...] = ()
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor in the type and on the device of the curvature."""
-        return next(iter(self.statistics.sums.values()))[0]
-
-    @cached_property
-    def squares(self) -> dict[str, dict[str, Tensor]]:
-        """``‖θ*‖²`` by block and parameter name, 0-dim in float64."""
-        return squares_by_block(self.curvature, self.mean)
-
-
-class LaplacePosterior:
+class LaplacePosterior(Answers):
     """A Gaussian posterior over the weights of a trained network.
 
     Args:
@@ -171,23 +134,26 @@ class LaplacePosterior:
             )
         self.damping = damping
         self.forward = reading(forward, inputs, targets)
-        self.weights: Weights = weights if callable(weights) else bool(weights)
+        self.weights = weights if callable(weights) else bool(weights)
         _ = weighting.reader(self.forward, self.weights)  # refuses
         self.dtype = dtype
-        self._method: str | None = None
-        self._temperature: float | None = None
+        self._method = self._temperature = None
         _ = UNUSED[unused]
         self.unused = unused
-        self._n_data: float | None = None
-        self._prior: PriorPrecision = 1.0
-        self._state: _Fitted | None = None
-        self._cache: dict[str, tuple[tuple[Any, ...], Any]] = {}
-        self._implicit: tuple[tuple[Any, ...], ImplicitPenalty] | None = None
-        self._calibration: Calibration | None = None
+        self._n_data = None
+        self._prior = 1.0
+        self._state = None
+        self._calibration = None
         self.prior_precision = prior_precision
         self._chain: Chain | None = None
         if prior is not None:
-            self._chain = prior._left_to(self, multiplier, terms, forgetting)
+            left = prior._fitted("a chained posterior").left
+            self._chain = left(prior.n_data, self.damping, multiplier, terms, forgetting)
+            if not (self._prior == 1.0 or self._prior == prior._prior):
+                raise IncompatiblePair(
+                    "prior= brings its own prior_precision; leave prior_precision out, and set it afterwards to "
+                    "change it"
+                )
             self._prior = prior._prior
         elif (multiplier, terms, forgetting) != (1.0, "keep", 1.0):
             raise TypeError("multiplier, terms and forgetting go with prior=, a fitted posterior")
@@ -199,7 +165,7 @@ class LaplacePosterior:
             f"estimator={self.estimator.name!r}, damping={self.damping!r}, prior_precision={self._prior!r}; {state})"
         )
 
-    # -- fitting -----------------------------------------------------------------------------------------------------
+    # -- fitting -------------------------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -257,6 +223,36 @@ class LaplacePosterior:
             statistics = statistics.scale(1 / passes)
         return self.adopt(statistics, n_data)
 
+    def refit(
+        self,
+        data: Iterable[Any] | tuple[Any, Tensor],
+        *,
+        train: Callable[[nn.Module, Any], Any] | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> LaplacePosterior:
+        """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
+
+        Args:
+            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
+            train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
+            generator, progress: as of :meth:`fit`.
+
+        Returns:
+            The posterior itself, at the model's current weights.
+
+        Raises:
+            NotFitted: before ``fit``.
+            IncompatiblePair: for a chained posterior, whose N is that of all its tasks.
+        """
+        self._fitted("refit")
+        if self._chain is not None:
+            raise IncompatiblePair("a chained posterior has no data of its own to refit; use update for another task")
+        n = self.n_data
+        if train is not None:
+            train(self.model, data)
+        return self.fit(data, n_data=n, generator=generator, progress=progress)
+
     @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:
         """Takes curvature that was measured elsewhere, at the model's current weights, in place of :meth:`fit`.
@@ -266,35 +262,22 @@ class LaplacePosterior:
                 becomes theirs.
             n_data: N; default: the statistics' count.
         """
-        layout = statistics.layout
-        mean = self._flat_weights(layout).detach().clone()
-        rest: dict[str, Tensor] = {}
-        if isinstance(self.parameters, Subnetwork):
-            named = dict(self.model.named_parameters())
-            parts = layout.split(mean[None])
-            rest = {name: named[name].detach() - part[0].to(named[name]) for name, part in parts.items()}
-        state = _Fitted(statistics, statistics.mean(), mean, self.likelihood.parameters(), rest)
-        self._accept(self._chained(state, n_data), n_data)
+        mean, rest = flat_weights(self.model, statistics.layout)
+        found = Fitted(
+            self.model, self.forward, self.weights, self.likelihood, self.damping, statistics, statistics.mean(), mean,
+            self.likelihood.parameters(), rest, self._chain,
+        )  # fmt: skip
+        self._accept(found.joined(n_data), n_data)
         if statistics.outputs is not None:
             self.likelihood = self.likelihood.with_layout(statistics.outputs)
         return self
 
-    def _chained(self, state: _Fitted, n_data: float | None) -> _Fitted:
-        """The state with the curvature of earlier tasks, if there is a prior that brings it."""
-        if self._chain is None:
-            return state
-        n = n_data if n_data is not None else state.statistics.count
-        curvature, reference, errors = self._chain.extended(state.curvature, n)
-        return replace(state, curvature=curvature, newest=n, reference=reference, errors=errors)
-
-    def _accept(self, state: _Fitted, n_data: float | None) -> None:
-        by_parameter(self._prior, state.statistics.layout)  # has to cover every parameter
-        self._state = state
-        self.structure = state.statistics.structure.first()
-        if state.reference is not None:
-            n_data = state.reference
-        self._n_data = float(n_data) if n_data is not None else state.statistics.count
-        self._cache, self._implicit, self._calibration = {}, None, None
+    def _accept(self, found: Fitted, n_data: float | None) -> None:
+        by_parameter(self._prior, found.layout)  # has to cover every parameter
+        self._state = found
+        self.structure = found.statistics.structure.first()
+        self._n_data = found.count if n_data is None or found.reference is not None else float(n_data)
+        self._calibration = None
 
     def _covered_by_chain(self, chain: Chain) -> tuple[str | Sequence[str], Structure]:
         """What a chained posterior covers: of a subnetwork, the weights that were chosen for the first task."""
@@ -302,304 +285,6 @@ class LaplacePosterior:
         if not isinstance(self.parameters, Subnetwork) or not isinstance(layout, EntryLayout):
             return self.parameters, self._asked  # type: ignore[return-value]
         return [glob.escape(name) for name in layout.names], self._asked.of_entries(layout)
-
-    def _left_to(self, following: LaplacePosterior, multiplier: float, terms: str, forgetting: float) -> Chain:
-        """What this posterior leaves to the one of the next task, which is already constructed."""
-        state = self._fitted("a chained posterior")
-        if DAMPINGS[self.damping] is not DAMPINGS["exact"] or following.damping != self.damping:
-            raise IncompatiblePair(
-                f"damping={self.damping!r} folds λ into the Kronecker factors, but a chain keeps it apart (methods "
-                '11.2); use damping="exact" for every task'
-            )
-        default = following._prior == 1.0 or following._prior == self._prior
-        if not default:
-            raise IncompatiblePair(
-                "prior= brings its own prior_precision; leave prior_precision out, and set it afterwards to change it"
-            )
-        factor, _ = self._rescaled()
-        kept = positive("forgetting", forgetting)
-        if kept > 1:
-            raise ValueError(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
-        total = state.curvature.scaled(
-            kept * self.n_data * (float(factor.detach()) if isinstance(factor, Tensor) else factor)
-        )
-        return Chain(terms, positive("multiplier", multiplier), total, state.mean, kept * self.n_data, state.errors)
-
-    def _fitted(self, what: str) -> _Fitted:
-        if self._state is None:
-            raise NotFitted(f"{what} needs a fitted posterior: call posterior.fit(train_loader) first")
-        return self._state
-
-    def _in_model(self, what: str) -> _Fitted:
-        """The fitted state, for what needs the model's own parameters.
-
-        Raises:
-            NotFitted: before ``fit``.
-            ShapeMismatch: if the model no longer has the posterior's parameters: a layer was replaced or removed.
-        """
-        state = self._fitted(what)
-        self._parameters(state.statistics.layout)
-        return state
-
-    def _parameters(self, layout: FlatLayout) -> dict[str, Tensor]:
-        """The model's parameters of a layout by name, each of its shape.
-
-        Raises:
-            ShapeMismatch: if the model has not all of them in these shapes any more.
-        """
-        return parameters_of(self.model, layout.names, layout.shapes, "the posterior")
-
-    # -- settings ----------------------------------------------------------------------------------------------------
-
-    @property
-    def n_data(self) -> float:
-        """Data count N; can be set to any positive number without a refit."""
-        if self._n_data is None:
-            raise NotFitted("n_data is counted by fit: call posterior.fit(train_loader) first")
-        return self._n_data
-
-    @n_data.setter
-    def n_data(self, value: float) -> None:
-        self._fitted("n_data")
-        self._n_data, self._calibration = positive("n_data", value), None
-
-    @property
-    def method(self) -> str:
-        """What ``"auto"`` stands for in :meth:`predict`: what :meth:`tune` chose, or what was set here.
-
-        Before that ``"probit"`` for likelihoods with logits (categorical, Bernoulli) and ``"linearized"`` for others.
-        """
-        return self._method or ("probit" if self.likelihood.has_logits else "linearized")
-
-    @method.setter
-    def method(self, value: str) -> None:
-        if value != AUTO:
-            _ = METHODS[value]
-        self._method, self._calibration = None if value == AUTO else value, None
-
-    @property
-    def temperature(self) -> float | None:
-        """What ``method="temperature"`` divides the logits of the mean weights by; ``None`` until :meth:`tune`."""
-        return self._temperature
-
-    @temperature.setter
-    def temperature(self, value: float | None) -> None:
-        self._temperature, self._calibration = None if value is None else positive("temperature", value), None
-
-    @property
-    def fitted_noise(self) -> dict[str, float]:
-        """Numeric parameters of the likelihood (a noise scale) when ``fit`` saw the data, by name."""
-        return dict(self._fitted("fitted_noise").noise)
-
-    @property
-    def counted_data(self) -> float:
-        """Number of examples that one pass of ``fit`` saw; of a chained posterior, the N of all tasks together."""
-        state = self._fitted("counted_data")
-        return state.statistics.count if state.reference is None else state.reference
-
-    @property
-    def chain_errors(self) -> tuple[dict[str, float], ...]:
-        """Of a chained posterior: for every update so far, the relative Frobenius error of each block by name.
-
-        It is that of the one update (``‖joined − (previous + new)‖ / ‖previous + new‖`` over curvature terms, λ apart);
-        0 for terms that are kept and for blocks that add exactly. Empty without a prior posterior.
-        """
-        return self._fitted("chain_errors").errors
-
-    @property
-    def prior_precision(self) -> PriorPrecision:
-        """Prior precision λ as it was given; can be set without a refit."""
-        return self._prior
-
-    @prior_precision.setter
-    def prior_precision(self, value: PriorPrecision) -> None:
-        checked = checked_prior(value)
-        if self._state is not None:
-            by_parameter(checked, self._state.statistics.layout)  # has to cover every parameter
-        self._prior, self._calibration = checked, None
-
-    # -- the Gaussian --------------------------------------------------------------------------------------------------
-
-    @property
-    def mean(self) -> dict[str, Tensor]:
-        """Mean of the selected parameters by name, each with its parameter's shape (a copy of the trained weights)."""
-        state = self._fitted("mean")
-        parts = state.statistics.layout.split(state.mean[None])
-        whole = {
-            name: part[0] + state.rest[name].to(part) if name in state.rest else part[0] for name, part in parts.items()
-        }
-        # of each parameter's own type and device, which the flat vector cannot keep
-        named = self._parameters(state.statistics.layout)
-        return {name: part.to(named[name], copy=True).detach() for name, part in whole.items()}
-
-    def _flat_weights(self, layout: FlatLayout) -> Tensor:
-        """The model's selected parameters ``(P,)``, on the device of the first and in the widest of their types."""
-        named = self._parameters(layout)
-        device = named[layout.names[0]].device
-        return layout.join({name: named[name][None].to(device) for name in layout.names})[0]
-
-    @property
-    def curvature(self) -> Blockwise:
-        """The mean curvature ``C̄`` as a Matrix of size ``P``."""
-        return self._fitted("curvature").curvature
-
-    @property
-    def precision(self) -> Blockwise:
-        """The precision ``Λ = N C̄ + λ I`` as a Matrix of size ``P`` (flat order)."""
-        return self.precision_at(self.n_data, self._prior)
-
-    @lasting()
-    def precision_at(self, n_data: float, prior_precision: PriorPrecision | None = None) -> Blockwise:
-        """The precision at another ``N`` and λ (a Matrix of size ``P``); the posterior keeps its own.
-
-        Raises:
-            NotFitted: before ``fit``.
-        """
-        prior = self._prior if prior_precision is None else prior_precision
-        return self._made("precision", n_data, prior, lambda c, given: c.precision(n_data, given, self.damping))
-
-    def _made(
-        self,
-        what: str,
-        n_data: float,
-        prior: PriorPrecision,
-        make: Callable[[Blockwise, Tensor | dict[str, Tensor]], T],
-    ) -> T:
-        """What ``make`` gives for the curvature and λ, kept as ``what`` until it is asked for at other (N, λ)."""
-        state = self._fitted(what)
-        factor, _ = self._rescaled()
-        reusable = not any(isinstance(value, Tensor) for value in (factor, *_values(prior)))
-        key = (n_data, factor, tuple(prior.items()) if isinstance(prior, Mapping) else prior) if reusable else None
-        held = self._cache.get(what)
-        if key is not None and held is not None and held[0] == key:
-            found: T = held[1]
-            return found
-        curvature = state.curvature if isinstance(factor, float) and factor == 1.0 else state.curvature.scaled(factor)
-        made = make(curvature, prior_tensors(prior, state.statistics.layout, state.like))
-        if key is not None:
-            self._cache[what] = (key, made)  # one entry: a grid search must not fill the memory
-        return made
-
-    @property
-    def precision_factor(self) -> float:
-        """Factor on the mean curvature since the fit: 1, unless a noise scale was changed."""
-        return float(torch.as_tensor(self._rescaled()[0]).detach())
-
-    def _rescaled(self) -> tuple[float | Tensor, Tensor]:
-        """Factor on the curvature and log likelihood, if the likelihood's noise was changed since the fit."""
-        state = self._fitted("precision")
-        statistics = state.statistics
-        known = (statistics.log_likelihood, statistics.terms, statistics.moments)
-        factor, fit = self.likelihood.rescaled(state.noise, *known)
-        if isinstance(factor, Tensor):
-            factor = factor.to(state.like) if factor.requires_grad else float(factor)
-        return factor, fit
-
-    @property
-    def gaussian(self) -> Gaussian:
-        """The posterior as a Gaussian over flat weights ``(P,)``."""
-        return Gaussian(self._fitted("gaussian").mean, self.precision)
-
-    @lasting()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
-
-        Raises:
-            NotFitted: before ``fit``.
-            NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
-        """
-        self._fitted("sample")
-        if n < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {n}")
-        drawn = self.precision.draw(n, generator)
-        return {name: value + drawn[name].to(value) for name, value in self.mean.items()}
-
-    def log_evidence(self) -> Tensor:
-        """Laplace approximation of the log marginal likelihood, 0-dim: ``evidence().total`` (methods 9.4)."""
-        return self.evidence().total
-
-    @lasting()
-    def evidence(self, n_data: float | None = None, prior_precision: PriorPrecision | None = None) -> Evidence:
-        """The terms of ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I`` (methods 9.4).
-
-        Differentiable in λ where it is a 0-dim tensor or ``{name pattern: 0-dim tensor}``, and in a tensor scale of
-        Gaussian noise. After the first call nothing is decomposed: a value and its gradient are sums over eigenvalues.
-
-        Args:
-            n_data: N, default the posterior's. The data term is scaled by N over the number of examples seen.
-            prior_precision: λ, default the posterior's.
-
-        Raises:
-            NotFitted: before ``fit``.
-        """
-        n = self.n_data if n_data is None else positive("n_data", n_data)
-        given = self._prior if prior_precision is None else checked_prior(prior_precision)
-        layout = self._fitted("evidence").statistics.layout
-        prior = prior_tensors(given, layout, torch.zeros((), dtype=torch.float64))
-        return self.evidence_model().terms(n, prior, self.likelihood)
-
-    def evidence_model(self) -> EvidenceModel:
-        """The evidence as a function of N, λ and the noise scale, for those who maximise it.
-
-        Raises:
-            NotFitted: before ``fit``.
-        """
-        state = self._fitted("evidence")
-        made = EvidenceModel(state.statistics, state.curvature, state.squares, state.noise, self.damping)
-        if self._chain is None or state.reference is None:
-            return made
-        return ChainedEvidence.of(made, self._chain, state.reference, state.mean)
-
-    @lasting()
-    def penalty(self) -> Tensor:
-        """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters ``θ``, 0-dim and differentiable.
-
-        Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
-        term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
-        """
-        state = self._fitted("penalty")
-        centre = state.statistics.layout.split(state.mean[None])
-        settings = (self._rescaled()[0], *_values(self._prior))
-        constant = not any(isinstance(value, Tensor) and value.requires_grad for value in settings)
-        quadratic = self._made(
-            "penalty",
-            self.n_data,
-            self._prior,
-            lambda c, given: Penalty(c.products(self.n_data, given, self.damping), centre, state.like, constant),
-        )
-        return quadratic(self._parameters(state.statistics.layout))
-
-    @lasting()
-    def precondition_gradients(self, rate: float) -> None:
-        """For training with :meth:`penalty`: the gradients ``g`` become ``(I + rate · Λ)⁻¹ g``, in place.
-
-        With ``rate = lr / N``, N as in ``loss + penalty() / N``, and called between ``backward()`` and the step of
-        ``torch.optim.SGD`` (with momentum or without), the penalty is stepped implicitly: training is stable however
-        stiff the penalty is, with the learning rate of a training without it (:mod:`laplace_kf.posterior.implicit`).
-        Optimisers that rescale gradients by themselves (Adam) undo it.
-
-        Args:
-            rate: ``lr / N``, positive.
-
-        Raises:
-            NotFitted: before ``fit``.
-            ValueError: for another rate.
-        """
-        self._in_model("precondition_gradients")
-        key = (self.n_data, self.precision_factor, plain(self._prior))
-        if self._implicit is None or self._implicit[0] != key:
-            self._implicit = key, ImplicitPenalty([self.summed_curvature()])
-        self._implicit[1].apply(self.model, rate)
-
-    def summed_curvature(self) -> tuple[Blockwise, Tensor | dict[str, Tensor]]:
-        """The two parts of ``Λ``: ``N C̄``, and λ as a 0-dim tensor or one for every parameter name.
-
-        Raises:
-            NotFitted: before ``fit``.
-        """
-        state = self._fitted("summed_curvature")
-        factor = self.n_data * self.precision_factor
-        return state.curvature.scaled(factor), prior_tensors(self._prior, state.statistics.layout, state.like)
 
     @lasting()
     def update(
@@ -666,236 +351,7 @@ class LaplacePosterior:
         )
         return following.fit(task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress)
 
-    # -- prediction ----------------------------------------------------------------------------------------------------
-
-    @lasting()
-    def predict(
-        self,
-        x: Any,
-        method: str = "auto",
-        samples: int = 100,
-        space: str = "auto",
-        generator: torch.Generator | None = None,
-        *,
-        link: str | None = None,
-        draws: str = "independent",
-        keep_samples: bool = False,
-        progress: bool = False,
-    ) -> Prediction:
-        """Predictive distribution at inputs.
-
-        Args:
-            x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments; or a
-                loader of batches as in :meth:`fit` (or of inputs alone), for one prediction over all its examples.
-            method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights, and
-                ``"temperature"`` with logits divided by :attr:`temperature`; ``"linearized"`` takes the network as
-                linear in its weights around their mean, so that its outputs are normal, ``N(f, J Λ⁻¹ Jᵀ)``;
-                ``"probit"`` is that with the probit approximation of the link. ``"auto"`` is :attr:`method`, what
-                :meth:`tune` chose; but ``"linearized"`` where a ``link`` is given, and ``"mc"`` where ``space`` or
-                ``draws`` are.
-            samples: number of draws S (of weights, or of outputs).
-            space: of ``"mc"``. ``"weights"``: one set of weight draws for the whole batch; ``"activations"``: exact
-                draws of every example's pre-activations, independent between examples, with no weight drawn;
-                ``"auto"``: the cheaper (:mod:`laplace_kf.predictive.cost`).
-            generator: random numbers; with one, the call is reproducible, and calls with equal generators use the same
-                weights (see also :meth:`predictor`).
-            link: for ``"linearized"``, how normal outputs become a prediction: a name of ``likelihood.links()``
-                (``"mc"``, ``"probit"``, ``"bridge"``, ``"exact"``); default: closed form where there is one, draws of
-                the outputs otherwise.
-            draws: of ``"mc"``. ``"independent"``, ``"antithetic"`` (pairs ``±ε``) or ``"sobol"`` (quasi-random, at
-                most 21,201 directions).
-            keep_samples: keep the outputs ``(S, N, C)`` of every draw in ``prediction.samples``.
-            progress: of a loader: show a bar.
-
-        Raises:
-            NotFitted: before ``fit``.
-            UnknownName: for an unknown method, space, kind of draws or link.
-            IncompatiblePair: for ``space="activations"`` where it is not exact (structure ``"full"``; weights used at
-                several positions of an example), naming block and reason; for a link the likelihood does not have.
-            NonFinite: for NaN or infinity in the inputs or outputs.
-        """
-        self._fitted("predict")
-        if method == AUTO:
-            drawn = space != AUTO or draws != "independent"
-            method = "linearized" if link is not None else "mc" if drawn else self.method
-        rule = METHODS[method]
-        _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
-        if is_loader(x):
-            one = partial(
-                self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
-            )
-            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
-        with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x)
-            check_finite(x, 0, "the input")
-            found = rule(
-                Request(
-                    model, forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
-                    generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
-                    temperature=self._temperature,
-                )
-            )  # fmt: skip
-        found = without_padding(labelled(self.model, self.forward, x, found), x, self.forward)
-        kept = None if self._calibration is None else self._calibration.conformal
-        return replace(found, calibration=kept) if kept is not None and kept.method == method else found
-
-    def predict_interval(
-        self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends ``(N, C)`` of intervals at inputs: ``predict(x, **settings).interval(level, of)``.
-
-        Arguments and errors as of :meth:`predict` and :meth:`laplace_kf.Prediction.interval`.
-        """
-        return self.predict(x, **settings).interval(level, of)
-
-    @lasting()
-    def calibrate(
-        self,
-        data: Iterable[Any] | tuple[Any, Tensor],
-        method: str = "auto",
-        samples: int = 100,
-        generator: torch.Generator | None = None,
-    ) -> LaplacePosterior:
-        """Split-conformal calibration on data that were not trained on; saved with the posterior.
-
-        From then on ``interval`` and ``prediction_set`` of predictions by the same method cover new examples that are
-        exchangeable with these with the probability asked for (:mod:`laplace_kf.outputs.conformal`), and
-        :meth:`ood_score` has its references. Setting N or λ, ``fit`` and ``tune`` drop it: tune first, on other data.
-        The guarantee is exact for the methods in closed form; with drawn weights it holds up to their noise.
-
-        Args:
-            data: loader, iterable of batches, or a pair ``(x (n, ...), y (n, ...))``.
-            method: how to predict; ``"auto"`` for what :meth:`predict` does by itself.
-            samples, generator: as in :meth:`predict`.
-
-        Returns:
-            The posterior itself.
-
-        Raises:
-            NotFitted: before ``fit``.
-            ShapeMismatch: if the data are empty or do not fit.
-            IncompatiblePair: for outputs with several positions, whose coverage is not defined.
-            NonFinite: for NaN or infinity.
-        """
-        self._fitted("calibrate")
-        chosen = self.method if method == AUTO else method
-        self._calibration = calibrate(self, data, chosen, samples, generator)
-        return self
-
-    # -- how strange an input is ---------------------------------------------------------------------------------------
-
-    @lasting()
-    def ood_score(
-        self,
-        x: Any,
-        kind: str = "auto",
-        *,
-        layers: str | Sequence[str] = "last",
-        samples: int = 100,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """How strange inputs are, larger is stranger: ``(N,)``.
-
-        Args:
-            x: inputs as for :meth:`predict`.
-            kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
-                the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
-                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"auto"``,
-                Fisher's sum over p-values of entropy and leverage among the in-distribution data of ``tune`` or
-                :meth:`calibrate`, one forward pass.
-            layers: of ``"leverage"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``: ``"last"``, or
-                ``"all"`` for those of all layers besides.
-            samples, generator: for kinds that draw weights.
-
-        Raises:
-            NotFitted: before ``fit``; for ``"auto"`` before ``tune`` or ``calibrate``.
-            UnknownName: for another kind, or layers that do not exist.
-            IncompatiblePair: for a kind that this posterior does not have.
-            NonFinite: for NaN or infinity in the inputs or outputs.
-        """
-        self._fitted("ood_score")
-        with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x)
-        return score(self, x, kind, layers, samples, generator)
-
-    def leverage(self) -> Leverage:
-        """Leverages of the layers' inputs, at this N and λ.
-
-        Raises:
-            NotFitted: before ``fit``.
-        """
-        sharing = getattr(self.structure, "shared_rows", None)
-        return self._made(
-            "leverage",
-            self.n_data,
-            self._prior,
-            lambda c, prior: Leverage(
-                self.model, self.forward, self.mean, c, self.n_data, prior, self.damping, sharing
-            ),
-        )
-
-    @property
-    def references(self) -> References | None:
-        """Scores of the in-distribution data of ``tune`` or :meth:`calibrate`, if there are any.
-
-        Those of ``tune`` are made at the first need of them, from at most 256 MB of its inputs.
-        """
-        if self._calibration is None:
-            return None
-        self._calibration = self._calibration.with_references(self)
-        return self._calibration.references
-
-    @lasting()
-    def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
-        """Covariance ``J Λ⁻¹ Jᵀ`` of the outputs of the network linearised at the mean; no Jacobian is formed.
-
-        Args:
-            x: inputs as for :meth:`predict`, N examples.
-            diagonal_only: the variances alone.
-            joint: covariances of different inputs too.
-
-        Returns:
-            ``(N, C, C)``; for sequences and images C counts all outputs of an example, flattened. With
-            ``diagonal_only`` the layout of the outputs, with ``joint`` ``(N·C, N·C)``.
-
-        Raises:
-            NotFitted: before ``fit``.
-            ValueError: if both ``diagonal_only`` and ``joint`` are asked for.
-            IncompatiblePair: for a result of more than 4 GiB.
-            NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
-            NonFinite: for NaN or infinity in the inputs or outputs.
-        """
-        self._fitted("functional_covariance")
-        if diagonal_only and joint:
-            raise ValueError("diagonal_only and joint exclude each other")
-        with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x)
-            check_finite(x, 0, "the input")
-            network = Linearization(model, forward, self.mean, x, keep=False)
-            if diagonal_only:
-                return network.variance(self.precision)
-            return network.covariance(self.precision, joint=joint)
-
-    @lasting()
-    def predictor(
-        self, samples: int = 100, generator: torch.Generator | None = None, *, draws: str = "independent"
-    ) -> Predictor:
-        """S weight draws made once, for predictions batch after batch: ``predictor(x)`` is a :class:`Prediction`.
-
-        It keeps the posterior of this moment; later changes of N, λ or the fit do not reach it.
-
-        Args:
-            samples: number of draws S.
-            generator: random numbers; the draws are those of ``predict(..., space="weights")`` with an equal one.
-            draws: as in :meth:`predict`.
-
-        Raises:
-            NotFitted: before ``fit``.
-            UnknownName: for an unknown kind of draws.
-        """
-        self._fitted("predictor")
-        noise = DRAWS[draws](samples, generator)
-        return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
+    # -- tuning and calibration ----------------------------------------------------------------------------------------
 
     def tune(
         self,
@@ -969,9 +425,9 @@ class LaplacePosterior:
         )
         seen = None if val is None else Seen(weighting.batches(val, self.weights, self.model), self.forward)
         with lasting(), stage(self.model, self.forward) as (model, forward):
-            working = copy.copy(self)
-            working.model, working.forward = model, forward
-            found, settings = tune(working, seen, n_data, prior_precision, options)
+            fitted = replace(self._fitted("tune"), model=model, forward=forward)
+            now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
+            found, settings = tune(fitted, now, seen, n_data, prior_precision, options)
         found.warn()  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
@@ -983,27 +439,41 @@ class LaplacePosterior:
         self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
-    # -- looking at it, keeping it -------------------------------------------------------------------------------------
-
     @lasting()
-    def summary(self) -> Summary:
-        """One row per block (shape, structure, condition numbers, effective parameters); prints as a table."""
-        state = self._fitted("summary")
-        prior = prior_tensors(self._prior, state.statistics.layout, state.like)
-        note = "" if self.estimator.is_ggn else " (empirical Fisher: not the Gauss-Newton matrix)"
-        chosen = f" (chosen: {self.structure.reason})" if self.structure.reason else ""
-        title = (
-            f"LaplacePosterior over {state.mean.shape[0]} parameters: structure {self.structure.name}{chosen}, "
-            f"estimator {self.estimator.name}{note}, damping {self.damping}, N = {self.n_data:g}, "
-            f"λ = {plain(self._prior)}"
-        )
-        failed = sorted({block.failed for block in state.statistics.blocks.values() if block.failed})
-        title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
-        factor, _ = self._rescaled()  # a noise scale that was set since the fit counts here as in the precision
-        blocks = state.statistics.blocks
-        notes = {name: block.note for name, block in blocks.items() if block.note}
-        notes |= state.statistics.structure.poorer(blocks)
-        return summarise(state.curvature.scaled(factor), self.n_data, prior, title, notes)
+    def calibrate(
+        self,
+        data: Iterable[Any] | tuple[Any, Tensor],
+        method: str = "auto",
+        samples: int = 100,
+        generator: torch.Generator | None = None,
+    ) -> LaplacePosterior:
+        """Split-conformal calibration on data that were not trained on; saved with the posterior.
+
+        From then on ``interval`` and ``prediction_set`` of predictions by the same method cover new examples that are
+        exchangeable with these with the probability asked for (:mod:`laplace_kf.outputs.conformal`), and
+        :meth:`ood_score` has its references. Setting N or λ, ``fit`` and ``tune`` drop it: tune first, on other data.
+        The guarantee is exact for the methods in closed form; with drawn weights it holds up to their noise.
+
+        Args:
+            data: loader, iterable of batches, or a pair ``(x (n, ...), y (n, ...))``.
+            method: how to predict; ``"auto"`` for what :meth:`predict` does by itself.
+            samples, generator: as in :meth:`predict`.
+
+        Returns:
+            The posterior itself.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: if the data are empty or do not fit.
+            IncompatiblePair: for outputs with several positions, whose coverage is not defined.
+            NonFinite: for NaN or infinity.
+        """
+        self._fitted("calibrate")
+        chosen = self.method if method == AUTO else method
+        self._calibration = calibrate(self, data, chosen, samples, generator)
+        return self
+
+    # -- keeping it ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.
@@ -1020,7 +490,7 @@ class LaplacePosterior:
         Raises:
             NotFitted: before ``fit``.
         """
-        state = self._fitted("packed")
+        fitted = self._fitted("packed")
         try:
             likelihood: dict[str, Any] | None = self.likelihood.to_config()
         except IncompatiblePair:
@@ -1038,21 +508,15 @@ class LaplacePosterior:
             "weights": self.weights is not False,
             "method": self._method,
             "temperature": self._temperature,
-            "noise": state.noise,
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
             "unused": self.unused,
         }
-        tensors, described = store.packed(state.statistics)
-        tensors.update({f"rest/{name}": value for name, value in state.rest.items()})
-        if self._chain is not None:
-            chained, header["chain"] = self._chain.packed()
-            tensors.update(chained)
-            header["n_newest"] = state.newest
+        tensors, described = store.packed_fitted(fitted)
         if self._calibration is not None:
             self._calibration = self._calibration.with_references(self)
             kept, header["calibration"] = self._calibration.packed()
             tensors.update(kept)
-        return {**tensors, "mean": state.mean}, {**header, "statistics": described}
+        return tensors, {**header, **described}
 
     @classmethod
     def load(
@@ -1099,7 +563,7 @@ class LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model = usable(model)
         layout = store.layout_of(header["statistics"])
-        named = parameters_of(model, layout.names, layout.shapes, "the file")
+        parameters_of(model, layout.names, layout.shapes, "the file")  # refuses
         chosen = header["parameters"]
         single = isinstance(chosen, Mapping)
         if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
@@ -1124,20 +588,14 @@ class LaplacePosterior:
             unused=header.get("unused", "error"),
             **header["options"],
         )
-        first = named[layout.names[0]]
-        statistics = store.unpacked(tensors, header["statistics"], posterior.structure, first.device)
-        mean = tensors["mean"].to(first.device)
-        rest = {name: tensors[f"rest/{name}"].to(first.device) for name in layout.names if f"rest/{name}" in tensors}
-        state = _Fitted(statistics, statistics.mean(), mean, header["noise"], rest)
-        if header.get("chain") is not None:
-            posterior._chain = Chain.unpacked(tensors, header["chain"], layout, first.device)
-        posterior._accept(posterior._chained(state, header.get("n_newest")), header["n_data"])
+        found = store.unpacked_fitted(
+            tensors, header, posterior.structure, model=model, forward=own, weights=posterior.weights,
+            likelihood=posterior.likelihood, damping=posterior.damping,
+        )  # fmt: skip
+        posterior._chain = found.chain
+        posterior._accept(found, header["n_data"])
         posterior._n_data = header["n_data"]
         posterior._method, posterior._temperature = header.get("method"), header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))
         posterior.structure.reason = header.get("reason", "")
         return posterior
-
-
-def _values(prior: PriorPrecision) -> list[float | Tensor]:
-    return list(prior.values()) if isinstance(prior, Mapping) else [prior]

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,15 +19,12 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
-from laplace_kf.outputs.weighted import concatenated
+from laplace_kf.posterior.examples import OUTPUT_DRAWS, Part
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
-from laplace_kf.predictive.suffix import Site
 from laplace_kf.registry import Registry
 
-if TYPE_CHECKING:
-    from laplace_kf.posterior.validation import Part, Validation
-
-__all__ = ["MAP", "METHODS", "OUTPUT_DRAWS", "Linearised", "Point", "Pools", "Predictions", "Predictor", "rounded"]
+__all__ = ["MAP", "METHODS", "Linearised", "Point", "Predictions", "Predictor", "Shared", "rounded"]
 
 Point = tuple[float, float]
 MAP: Point = (math.inf, math.inf)
@@ -35,8 +33,6 @@ MAP: Point = (math.inf, math.inf)
 Predictions = Callable[[Likelihood], list[Prediction]]
 """Predictions of every pool of validation data under a likelihood (which carries the noise scale)."""
 
-POOL = 2**24  # sampled outputs that are scored at once
-OUTPUT_DRAWS = 100  # least number of draws of outputs: they cost next to nothing
 KEPT_NOISE = 2**26  # numbers of the draws of one ratio that are kept between calls
 
 
@@ -45,41 +41,28 @@ def rounded(ratio: float) -> float:
     return float(f"{ratio:.9e}")
 
 
-class Pools:
-    """Batches of inputs, and how their outputs are put together to be scored at once.
+@dataclass(frozen=True)
+class Shared:
+    """What all predictions of a search have in common.
 
-    Args:
-        sites: of every batch, the model to run, its ``forward=`` and what it takes.
-        outputs: of every batch at the mean weights, each ``(N, ...)``.
-        samples: S, so that a pool has at most ``POOL`` sampled outputs.
+    Attributes:
+        fitted: the posterior; its likelihood and precisions are asked for.
+        mean: posterior mean by parameter name, each of its parameter's shape.
+        seeds: of S weight draws.
+        pairs: whether weight draws come in pairs ``θ* ± ε``.
     """
 
-    def __init__(self, sites: list[Site], outputs: list[Tensor], samples: int) -> None:
-        self.sites = sites
-        self.groups: list[list[int]] = []
-        for index, found in enumerate(outputs):
-            if self.groups and found.shape[1:] == outputs[self.groups[-1][-1]].shape[1:]:
-                size = sum(outputs[k].numel() for k in self.groups[-1]) + found.numel()
-                if max(samples, OUTPUT_DRAWS) * size <= POOL:
-                    self.groups[-1].append(index)
-                    continue
-            self.groups.append([index])
-        self.sizes = [sum(outputs[k].shape[0] for k in group) for group in self.groups]
-
-    def joined_targets(self, parts: Sequence[Any]) -> list[Any]:
-        """The targets of every pool from those of every batch, of whatever structure."""
-        return [concatenated([parts[k] for k in group]) for group in self.groups]
-
-    def joined(self, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
-        """One tensor for every pool from one ``(..., N, ...)`` for every batch, with the examples along ``dim``."""
-        return [torch.cat([parts[k] for k in group], dim) for group in self.groups]
+    fitted: Fitted
+    mean: Mapping[str, Tensor]
+    seeds: Sequence[int]
+    pairs: bool
 
 
 class Predictor(ABC):
     """Predictions at points; one object for all points of a search, so that it can keep what they share."""
 
-    def __init__(self, validation: Validation, part: Part) -> None:
-        self.validation, self.part, self.posterior = validation, part, validation.posterior
+    def __init__(self, shared: Shared, part: Part) -> None:
+        self.common, self.part, self.fitted = shared, part, shared.fitted
         self.pools = part.pools
 
     @abstractmethod
@@ -118,8 +101,8 @@ class Sampled(Predictor):
     what the spread really does is of second order: a search would find draws that happen to be better weights.
     """
 
-    def __init__(self, validation: Validation, part: Part) -> None:
-        super().__init__(validation, part)
+    def __init__(self, shared: Shared, part: Part) -> None:
+        super().__init__(shared, part)
         self._drawn: tuple[float, float, list[dict[str, Tensor]]] | None = None
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
@@ -130,7 +113,7 @@ class Sampled(Predictor):
             yield from self._with_one_ratio(ratio, members)
 
     def _with_one_ratio(self, ratio: float, members: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
-        mean = self.validation.mean
+        mean = self.common.mean
         drawn = {point: [[[] for _ in pool.sites] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
         for sign, count, noise in self._noises(ratio, members[0]):
             for n, p in members:
@@ -145,9 +128,9 @@ class Sampled(Predictor):
 
     def _noises(self, ratio: float, point: Point) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
         """Sign, the N it was drawn at, and the draw, for every sample; those of the last ratio are kept if small."""
-        seeds, pairs = self.validation.seeds, self.validation.pairs
+        seeds, pairs = self.common.seeds, self.common.pairs
         if self._drawn is None or self._drawn[0] != ratio:
-            precision = self.posterior.precision_at(*point)
+            precision = self.fitted.precision(*point)
             fresh = (weight_noise(precision, seed) for seed in (seeds[::2] if pairs else seeds))
             if len(seeds) * precision.size > KEPT_NOISE:
                 self._drawn = None
@@ -168,9 +151,9 @@ class Linearised(Predictor):
 
     link: ClassVar[str | None] = None
 
-    def __init__(self, validation: Validation, part: Part) -> None:
-        super().__init__(validation, part)
-        likelihood = self.posterior.likelihood
+    def __init__(self, shared: Shared, part: Part) -> None:
+        super().__init__(shared, part)
+        likelihood = self.fitted.likelihood
         if self.link is not None and self.link not in likelihood.links():
             raise IncompatiblePair(f'{likelihood!r} has no {self.link} approximation; use method="linearized"')
         self.marginal = likelihood.link(self.link).marginal
@@ -189,8 +172,8 @@ class Linearised(Predictor):
         new = {rounded(p / n): (n, p) for n, p in points if rounded(p / n) not in self._spreads}
         if not new:
             return
-        precisions = [self.posterior.precision_at(*point) for point in new.values()]
-        mean, found = self.validation.mean, []
+        precisions = [self.fitted.precision(*point) for point in new.values()]
+        mean, found = self.common.mean, []
         with torch.no_grad():
             for pool in self.pools:
                 found.append(
@@ -225,7 +208,7 @@ class Linearised(Predictor):
         """Variances in the layout of the outputs, and covariances of a position (unless only variances count)."""
         if self.marginal:
             return network.variances(precisions), torch.empty(0)
-        like, likelihood = network.outputs, self.posterior.likelihood
+        like, likelihood = network.outputs, self.fitted.likelihood
         found = network.position_covariances(precisions, likelihood.to_positions)
         return torch.stack([likelihood.from_positions(part.diagonal(dim1=-2, dim2=-1), like) for part in found]), found
 
@@ -238,7 +221,7 @@ class Linearised(Predictor):
         if not all(bool(torch.isfinite(variance).all()) for variance in variances):
             return None
         full: Sequence[Tensor | None] = covariances or [None] * len(outputs)
-        seed, samples = self.validation.seeds[0], max(len(self.validation.seeds), OUTPUT_DRAWS)
+        seed, samples = self.common.seeds[0], max(len(self.common.seeds), OUTPUT_DRAWS)
 
         def predict(likelihood: Likelihood) -> list[Prediction]:
             return [

@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from laplace_kf.batches import Forward
 from laplace_kf.engine import Statistics, StructureRule
 from laplace_kf.errors import CorruptFile
+from laplace_kf.likelihoods import Likelihood
+from laplace_kf.posterior.chain import Chain
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.tape import Block, EntryLayout, FlatLayout
+from laplace_kf.weighting import Weights
 
-__all__ = ["layout_of", "packed", "read", "unpacked", "write"]
+__all__ = ["layout_of", "packed", "packed_fitted", "read", "unpacked", "unpacked_fitted", "write"]
 
 FORMAT = "laplace_kf posterior"
+MIXTURE = "laplace_kf mixture"
 VERSION = 1
 
 
@@ -33,18 +39,21 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     return digest.hexdigest()
 
 
-def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str = FORMAT
+) -> None:
     """Writes tensors and a JSON-able header; an existing file is replaced only once the new one is complete.
 
     Args:
         path: file name.
         tensors: any shapes, by name.
         header: JSON-able values.
+        kind: what the file says that it holds.
     """
     target = Path(path)
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(header)  # in the order given: of a prior's patterns the first match counts
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
+    metadata = {"format": kind, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
     partial = target.with_name(target.name + f".{os.getpid()}.part")
@@ -55,8 +64,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
         partial.unlink(missing_ok=True)
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (any shapes, by name) and header of a file written by :func:`write`.
+def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors (any shapes, by name) and header of a file written by :func:`write` with this ``kind``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -67,8 +76,10 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CorruptFile(f"{path} is a safetensors file, but not one of a laplace_kf posterior")
+            found = metadata.get("format")
+            if found != kind:
+                other = f": it holds a {found}" if found in (FORMAT, MIXTURE) else ""
+                raise CorruptFile(f"{path} is a safetensors file, but not one of a {kind}{other}")
             if metadata.get("version") != str(VERSION):
                 raise CorruptFile(f"{path} has format version {metadata.get('version')}; this release reads {VERSION}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -80,7 +91,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     except CorruptFile:
         raise
     except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
-        raise CorruptFile(f"{path} cannot be read as a laplace_kf posterior: {error}") from error
+        raise CorruptFile(f"{path} cannot be read as a {kind}: {error}") from error
 
 
 def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,3 +143,45 @@ def unpacked(
         terms=float(described["terms"]),
         moments=torch.tensor(described.get("moments", []), dtype=torch.float64),
     )
+
+
+def packed_fitted(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a fit found, as tensors (any shapes, by name) and JSON-able values; settings and functions are not in it."""
+    tensors, described = packed(fitted.statistics)
+    tensors.update({f"rest/{name}": value for name, value in fitted.rest.items()})
+    header: dict[str, Any] = {"noise": fitted.noise, "statistics": described}
+    if fitted.chain is not None:
+        chained, header["chain"] = fitted.chain.packed()
+        tensors.update(chained)
+        header["n_newest"] = fitted.newest
+    return {**tensors, "mean": fitted.mean}, header
+
+
+def unpacked_fitted(
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, Any],
+    structure: StructureRule,
+    *,
+    model: nn.Module,
+    forward: Forward | None,
+    weights: Weights,
+    likelihood: Likelihood,
+    damping: str,
+) -> Fitted:
+    """The inverse of :func:`packed_fitted` (tensors of any shapes, by name), on the device of the model's parameters.
+
+    Args:
+        tensors, header: as packed.
+        structure: as a user asks for it.
+        model, forward, weights, likelihood, damping: what is not saved here, see :class:`Fitted`.
+    """
+    layout = layout_of(header["statistics"])
+    device = dict(model.named_parameters(remove_duplicate=False))[layout.names[0]].device
+    statistics = unpacked(tensors, header["statistics"], structure, device)
+    rest = {name: tensors[f"rest/{name}"].to(device) for name in layout.names if f"rest/{name}" in tensors}
+    chain = None if header.get("chain") is None else Chain.unpacked(tensors, header["chain"], layout, device)
+    found = Fitted(
+        model, forward, weights, likelihood, damping, statistics, statistics.mean(), tensors["mean"].to(device),
+        header["noise"], rest, chain,
+    )  # fmt: skip
+    return found.joined(header.get("n_newest"))

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from laplace_kf.estimators import Estimator
 from laplace_kf.operators import Blockwise, CurvatureBlock
 from laplace_kf.operators.blockwise import prior_of
+from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.prior import PriorPrecision, plain, prior_tensors
+from laplace_kf.structures import Structure
 from laplace_kf.tape import Block
 
-__all__ = ["BlockRow", "Summary", "summarise"]
+__all__ = ["BlockRow", "Summary", "summarise", "summary_of"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,24 @@ class Summary(Sequence[BlockRow]):
         return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
     __repr__ = __str__
+
+
+def summary_of(fitted: Fitted, n: float, prior: PriorPrecision, structure: Structure, estimator: Estimator) -> Summary:
+    """The table of a fitted posterior at N and λ (a number, 0-dim, or by name pattern); which rules it came from."""
+    note = "" if estimator.is_ggn else " (empirical Fisher: not the Gauss-Newton matrix)"
+    chosen = f" (chosen: {structure.reason})" if structure.reason else ""
+    title = (
+        f"LaplacePosterior over {fitted.mean.shape[0]} parameters: structure {structure.name}{chosen}, "
+        f"estimator {estimator.name}{note}, damping {fitted.damping}, N = {n:g}, λ = {plain(prior)}"
+    )
+    blocks = fitted.statistics.blocks
+    failed = sorted({block.failed for block in blocks.values() if block.failed})
+    title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
+    notes = {name: block.note for name, block in blocks.items() if block.note}
+    notes |= fitted.statistics.structure.poorer(blocks)
+    factor, _ = fitted.rescaled()  # a noise scale that was set since the fit counts here as in the precision
+    given = prior_tensors(prior, fitted.layout, fitted.like)
+    return summarise(fitted.curvature.scaled(factor), n, given, title, notes)
 
 
 def summarise(

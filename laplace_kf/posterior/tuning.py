@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +14,12 @@ from torch import Tensor
 from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.posterior.candidates import METHODS, Candidate, Contest, described, setting
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
-from laplace_kf.posterior.prior import plain, positive
+from laplace_kf.posterior.prior import PriorPrecision, plain, positive
 from laplace_kf.posterior.search import Search, compared, grid
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
 from laplace_kf.registry import AUTO
-
-if TYPE_CHECKING:
-    from laplace_kf.posterior.laplace import LaplacePosterior
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
@@ -49,10 +47,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Settings:
-    """What tuning decided: N, λ (one number, or numbers by name); the rest stays as it was where it is None."""
+    """N, λ and the way to predict: before tuning, and as it decided (what is None then stays as it was)."""
 
     n_data: float
-    prior_precision: float | dict[str, float]
+    prior_precision: PriorPrecision
     noise: float | None = None
     method: str | None = None
     temperature: float | None = None
@@ -169,44 +167,46 @@ def default_prior_precision() -> list[float]:
 
 
 def tune(
-    posterior: LaplacePosterior,
+    fitted: Fitted,
+    now: Settings,
     val: Iterable[Any] | tuple[Any, Tensor] | None,
     n_data: Sequence[float] | None,
     prior_precision: Sequence[float] | None,
     options: Options,
+    validate: Callable[..., Validation] = Validation,
 ) -> tuple[TuningResult, Settings]:
-    """The search behind :meth:`LaplacePosterior.tune`, which sets what is returned; the posterior is only read.
+    """The search behind :meth:`LaplacePosterior.tune`, which sets what is returned; ``now`` is what the posterior has.
 
     ``val`` is a loader or a pair ``(x (N, ...), y (N, ...))``. Objectives are means over examples: of a validation set
-    of several batches, the mean over all its examples.
+    of several batches, the mean over all its examples. ``validate`` reads them.
     """
     gridded = n_data is not None or prior_precision is not None
-    counts = _axis("n_data", default_n_data(posterior.counted_data) if n_data is None else n_data)
+    counts = _axis("n_data", default_n_data(fitted.count) if n_data is None else n_data)
     priors = _axis("prior_precision", default_prior_precision() if prior_precision is None else prior_precision)
-    noise = _tunes_noise(posterior, options.noise, gridded)
+    noise = _tunes_noise(fitted, options.noise, gridded)
     by_evidence = options.objective == "evidence"
     if options.per_block and (gridded or not by_evidence):
         raise IncompatiblePair('per_block=True needs objective="evidence" and no grids')
     if by_evidence and not gridded:
-        return _by_evidence(posterior, noise, options.per_block)
+        return _by_evidence(fitted, now.n_data, noise, options.per_block)
     name = options.objective if isinstance(options.objective, str) else _name(options.objective)
     if by_evidence:
         if noise:
             raise IncompatiblePair('noise=True with objective="evidence" needs no grids; leave them out')
-        search = Search(_evidence(posterior), name, options.progress)
+        search = Search(_evidence(fitted), name, options.progress)
         best, at_edge = grid(search, counts, priors, options.extend)
         return _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
     if val is None:
         raise ShapeMismatch('tune needs validation data for this objective; only objective="evidence" needs none')
     if options.method not in CHOICES:
         raise UnknownName("method of tune", options.method, CHOICES)
-    validation = Validation(
-        posterior, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
+    validation = validate(
+        fitted, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
         pairs=not gridded, mixed=not gridded,
     )  # fmt: skip
     if gridded:
-        return _over_grid(posterior, validation, name, counts, priors, options)
-    return _contest(posterior, validation, name, options)
+        return _over_grid(now, validation, name, counts, priors, options)
+    return _contest(now, validation, name, options)
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -239,13 +239,12 @@ def _objective(options: Options) -> Objective:
     return OBJECTIVES[objective]
 
 
-def _tunes_noise(posterior: LaplacePosterior, asked: bool | None, gridded: bool) -> bool:
+def _tunes_noise(fitted: Fitted, asked: bool | None, gridded: bool) -> bool:
     """Whether to tune σ; by default where it was left at 1.0 and there are no grids."""
-    likelihood = posterior.likelihood
+    likelihood = fitted.likelihood
     if asked is None:
         default = type(likelihood)().noise_scale if likelihood.noise_scale is not None else None
-        fitted = posterior.fitted_noise.values()
-        return not gridded and default is not None and all(value == default for value in fitted)
+        return not gridded and default is not None and all(value == default for value in fitted.noise.values())
     if asked:
         likelihood.with_noise_scale(likelihood.noise_scale or 1.0)  # refuses where there is none
     return asked
@@ -254,18 +253,18 @@ def _tunes_noise(posterior: LaplacePosterior, asked: bool | None, gridded: bool)
 # ------------------------------------------------------------------------------------------------ evidence
 
 
-def _evidence(posterior: LaplacePosterior) -> Measure:
+def _evidence(fitted: Fitted) -> Measure:
     def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
-        return {(n, p): Score(-float(posterior.evidence(n, p).total.detach())) for n, p in points}
+        return {(n, p): Score(-float(fitted.evidence(n, p).total.detach())) for n, p in points}
 
     return measure
 
 
-def _by_evidence(posterior: LaplacePosterior, noise: bool, per_block: bool) -> tuple[TuningResult, Settings]:
+def _by_evidence(fitted: Fitted, n: float, noise: bool, per_block: bool) -> tuple[TuningResult, Settings]:
     """The maximum over λ and the noise at the N that the posterior has: in N the evidence has no inner maximum."""
-    model, n = posterior.evidence_model(), posterior.n_data
+    model = fitted.evidence_model()
     start = torch.ones(max(model.groups) + 1 if per_block else 1, dtype=torch.float64)
-    path = model.maximise(n, start, posterior.likelihood, noise)
+    path = model.maximise(n, start, fitted.likelihood, noise)
     rows = []
     for prior, sigma, value in path:
         row: dict[str, Any] = {"n_data": n, "prior_precision": float(prior[0]), "objective": -value}
@@ -281,7 +280,7 @@ def _by_evidence(posterior: LaplacePosterior, noise: bool, per_block: bool) -> t
 
 
 def _over_grid(
-    posterior: LaplacePosterior,
+    now: Settings,
     validation: Validation,
     name: str,
     counts: list[float],
@@ -289,7 +288,8 @@ def _over_grid(
     options: Options,
 ) -> tuple[TuningResult, Settings]:
     """The grid as it is given; a noise scale that is to be tuned is MAP's best at all of its points."""
-    method = posterior.method if options.method == AUTO else options.method
+    method = now.method if options.method == AUTO else options.method
+    assert method is not None
     scorer = validation.scorer("map" if method == "temperature" else method)
     search = Search(scorer, name, options.progress)
     search.look([MAP])
@@ -301,9 +301,7 @@ def _over_grid(
     return replace(found, method=chosen), replace(settings, method=chosen)
 
 
-def _contest(
-    posterior: LaplacePosterior, validation: Validation, name: str, options: Options
-) -> tuple[TuningResult, Settings]:
+def _contest(now: Settings, validation: Validation, name: str, options: Options) -> tuple[TuningResult, Settings]:
     """All candidates, or the one that was asked for, beside MAP and the temperature; the winner is set.
 
     What a gain has to exceed is the noise of the validation set (:func:`laplace_kf.posterior.search.champion`). Over
@@ -312,16 +310,16 @@ def _contest(
     """
     if options.budget is not None:
         positive("budget", options.budget)
-    contest = Contest(posterior, validation, name, options.budget, options.progress)
-    offered, asked = contest.offered(), options.method
-    if asked == "probit" and asked in posterior.likelihood.links():  # for others the same as "linearized"
+    contest = Contest(validation, name, options.budget, options.progress)
+    offered, asked, likelihood = contest.offered(), options.method, validation.fitted.likelihood
+    if asked == "probit" and asked in likelihood.links():  # for others the same as "linearized"
         offered = [*offered, asked]
     if asked != AUTO and asked not in offered:
         raise IncompatiblePair(
-            f"{posterior.likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"
+            f"{likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"
         )
     contest.run(offered if asked == AUTO else [each for each in ("map", "temperature", asked) if each in offered])
-    before = posterior.likelihood.noise_scale if validation.noise else None
+    before = likelihood.noise_scale if validation.noise else None
     found, overall = contest.found, contest.found["map"].score
     if asked != AUTO and found[asked].left_out:
         raise IncompatiblePair(
@@ -335,7 +333,7 @@ def _contest(
     table: list[dict[str, Any]] = []
     best: dict[str, Any]
     if source is None:  # no posterior was measured
-        best = {"n_data": posterior.n_data, "prior_precision": plain(posterior.prior_precision)}
+        best = {"n_data": now.n_data, "prior_precision": plain(now.prior_precision)}
         best["objective"] = winner.score.value
         if winner.score.noise is not None:
             best["noise"] = winner.score.noise

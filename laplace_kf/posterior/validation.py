@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,18 +31,17 @@ from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch, U
 from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.missing import check_batch
-from laplace_kf.outputs.weighted import WeightedTargets, bare
+from laplace_kf.outputs.weighted import bare
+from laplace_kf.posterior.examples import Batch, Part
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import Objective, OODContrast
-from laplace_kf.posterior.predictors import MAP, METHODS, Point, Pools, Predictions
+from laplace_kf.posterior.predictors import MAP, METHODS, Point, Predictions, Shared
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 
-if TYPE_CHECKING:
-    from laplace_kf.posterior.laplace import LaplacePosterior
-
-__all__ = ["MAP", "Measure", "Part", "Point", "Score", "Scorer", "Validation"]
+__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation"]
 
 FLOOR = 0.5  # least noise scale, in units of MAP's
 EXPONENTS = 12.0  # decades that a tuned noise scale may move
@@ -67,50 +66,11 @@ class Score:
 Measure = Callable[[Sequence[Point], bool], dict[Point, Score]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One minibatch of validation examples.
-
-    Attributes:
-        site: what to run for it at other weights.
-        outputs: at the posterior's mean, ``(N, ...)``.
-        targets: as the likelihood takes them.
-    """
-
-    site: Site
-    outputs: Tensor
-    targets: Any
-
-
-class Part:
-    """The first examples of the validation data, put together to be scored; and the far ones of a contrast.
-
-    Args:
-        batches: in the order of the data, outputs ``(N, ...)``.
-        far: sites and outputs of out-of-distribution inputs.
-        samples: S.
-    """
-
-    def __init__(self, batches: Sequence[Batch], far: tuple[list[Site], list[Tensor]] | None, samples: int) -> None:
-        self.inside = Pools([batch.site for batch in batches], [batch.outputs for batch in batches], samples)
-        given = self.inside.joined_targets([batch.targets for batch in batches])
-        self.targets = [bare(y) for y in given]
-        self.weights = [y.weights if isinstance(y, WeightedTargets) else None for y in given]
-        self.outside = None if far is None else Pools(*far, samples)
-        self.pools = [self.inside, *([self.outside] if self.outside is not None else [])]
-        self.means = [[batch.outputs for batch in batches], *([far[1]] if far is not None else [])]
-
-    @property
-    def count(self) -> int:
-        """Number of validation examples."""
-        return sum(self.inside.sizes)
-
-
 class Validation:
     """Validation data, read once; the posterior is read, never changed.
 
     Args:
-        posterior: fitted.
+        fitted: the posterior.
         val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; gone through once.
         objective: ``(prediction, targets) -> (N,) scores, or their mean``.
         samples: weight draws S.
@@ -132,7 +92,7 @@ class Validation:
 
     def __init__(
         self,
-        posterior: LaplacePosterior,
+        fitted: Fitted,
         val: Iterable[Any] | tuple[Any, Tensor],
         objective: Objective,
         samples: int = 20,
@@ -144,10 +104,10 @@ class Validation:
     ) -> None:
         if max_examples is not None:
             positive("max_examples", max_examples)
-        self.posterior, self.objective, self.noise, self.pairs = posterior, objective, noise, pairs
+        self.fitted, self.objective, self.noise, self.pairs = fitted, objective, noise, pairs
         self.mixed = mixed
         self.seeds = draw_seeds(samples, generator)
-        self.mean = posterior.mean
+        self.mean = fitted.mean_by_name()
         self.device = next(iter(self.mean.values())).device
         self._trained = self._at_mean()
         self._kept = 0
@@ -163,6 +123,11 @@ class Validation:
         self.forward = again / counted
         self.epoch = EPOCH * self.count * whole / counted
         self.exponent, self.lowest = 0.0, -EXPONENTS  # of the noise scale
+
+    @property
+    def shared(self) -> Shared:
+        """What predictions at all points have in common."""
+        return Shared(self.fitted, self.mean, self.seeds, self.pairs)
 
     @property
     def count(self) -> int:
@@ -190,36 +155,36 @@ class Validation:
 
     def _at_mean(self) -> bool:
         """Whether the model's own weights are the posterior's mean."""
-        named = dict(self.posterior.model.named_parameters())
+        named = dict(self.fitted.model.named_parameters())
         return all(torch.equal(named[name].detach(), value) for name, value in self.mean.items())
 
     def _site(self, inputs: Any) -> Site:
         """What to run for one minibatch; features are kept up to ``FEATURE_BYTES`` in all."""
-        posterior = self.posterior
-        plain: Site = (posterior.model, posterior.forward, inputs)
+        fitted = self.fitted
+        plain: Site = (fitted.model, fitted.forward, inputs)
         if self._kept >= FEATURE_BYTES:
             return plain
-        site = cut(posterior.model, posterior.forward, self.mean, inputs)
-        if site[0] is posterior.model:
+        site = cut(fitted.model, fitted.forward, self.mean, inputs)
+        if site[0] is fitted.model:
             return plain
         self._kept += feature_bytes(site[2])
         return site if self._kept <= FEATURE_BYTES else plain
 
     def _read(self, val: Any, limit: int | None) -> list[Batch]:
-        model, forward = self.posterior.model, self.posterior.forward
-        read = weighting.reader(forward, self.posterior.weights)
+        model, forward = self.fitted.model, self.fitted.forward
+        read = weighting.reader(forward, self.fitted.weights)
         batches: list[Batch] = []
         seen = 0
         with preserved(model), torch.no_grad():
-            for index, batch in enumerate(weighting.batches(val, self.posterior.weights, model)):
-                check_batch(batch, index, "the validation batch", read, self.posterior.likelihood.nan_is_missing)
+            for index, batch in enumerate(weighting.batches(val, self.fitted.weights, model)):
+                check_batch(batch, index, "the validation batch", read, self.fitted.likelihood.nan_is_missing)
                 batch = of_role(to_device(batch, self.device), "val_mask")
                 if index == 0:
-                    require_same_loss(model, batch, read, self.posterior.likelihood)
+                    require_same_loss(model, batch, read, self.fitted.likelihood)
                 with multiply_adds(not batches) as work:
                     found, wanted = run(model, batch, read)
-                check_ignored(*weighting.without(batch, read)[:1], bare(wanted), self.posterior.likelihood, forward)
-                self.posterior.likelihood.check(found, wanted)
+                check_ignored(*weighting.without(batch, read)[:1], bare(wanted), self.fitted.likelihood, forward)
+                self.fitted.likelihood.check(found, wanted)
                 batch = weighting.inputs_without_weights(batch) if getattr(read, "plain", False) else batch
                 site = self._site(inputs_of(batch, forward))
                 at_mean = found if self._trained else outputs_at(site[0], site[1], self.mean, site[2])
@@ -236,7 +201,7 @@ class Validation:
 
     def _count_passes(self, whole: float, site: Site, outputs: Tensor) -> None:
         again = whole
-        if site[0] is not self.posterior.model:
+        if site[0] is not self.fitted.model:
             with multiply_adds() as work:
                 outputs_at(site[0], site[1], self.mean, site[2])
             again = work[0]
@@ -269,13 +234,13 @@ class Validation:
         ]
 
     def _read_inputs(self, data: Any) -> tuple[list[Site], list[Tensor]]:
-        data = to_tensors(data, self.posterior.model) if is_array(data) else data
-        batches = [data] if isinstance(data, Tensor) else as_batches(data, self.posterior.model)
+        data = to_tensors(data, self.fitted.model) if is_array(data) else data
+        batches = [data] if isinstance(data, Tensor) else as_batches(data, self.fitted.model)
         inputs, outputs = [], []
-        with preserved(self.posterior.model), torch.no_grad():
+        with preserved(self.fitted.model), torch.no_grad():
             for index, batch in enumerate(batches):
                 check_finite(batch, index, "the out-of-distribution batch")
-                inputs.append(self._site(inputs_of(to_device(batch, self.device), self.posterior.forward)))
+                inputs.append(self._site(inputs_of(to_device(batch, self.device), self.fitted.forward)))
                 model, forward, taken = inputs[-1]
                 outputs.append(outputs_at(model, forward, self.mean, taken))
         if not sum(len(found) for found in outputs):
@@ -305,9 +270,9 @@ class Scorer:
 
     def __init__(self, validation: Validation, part: Part, method: str) -> None:
         self.validation, self.part = validation, part
-        self.posterior = validation.posterior
-        with preserved(self.posterior.model):
-            self.predictor = METHODS[method](validation, part)
+        self.fitted = validation.fitted
+        with preserved(self.fitted.model):
+            self.predictor = METHODS[method](validation.shared, part)
         self._held: float | None = None
         self._factor = 1.0
 
@@ -316,7 +281,7 @@ class Scorer:
         found: dict[Point, Score] = {}
         # precisions are at the likelihood's own noise scale, where other data counts stand for another scale
         origin = {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
-        with preserved(self.posterior.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
+        with preserved(self.fitted.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
             for point, predictions in self._predictions(list(origin)):
                 found[origin[point]] = self.score(predictions, point == MAP)
                 bar.update()
@@ -332,7 +297,7 @@ class Scorer:
 
     def hold_noise(self, scale: float | None) -> None:
         """From now on measure all points at this noise scale; their N counts data at it."""
-        before = self.posterior.likelihood.noise_scale
+        before = self.fitted.likelihood.noise_scale
         if scale is not None and before is not None:
             self._held, self._factor = scale, (before / scale) ** 2
 
@@ -342,7 +307,7 @@ class Scorer:
         yield from self.predictor([point for point in points if point != MAP])
 
     def _score(self, predictions: Predictions, noise: float | None = None) -> Score:
-        likelihood = self.posterior.likelihood
+        likelihood = self.fitted.likelihood
         found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
@@ -369,7 +334,7 @@ class Scorer:
         Not below half of what MAP needs, where that is known: a spread of weights that stands for all the noise fits
         the validation examples at hand, not others, and would make the scale, and N with it, as small as one likes.
         """
-        start = self.posterior.likelihood.noise_scale
+        start = self.fitted.likelihood.noise_scale
         assert start is not None
         known: dict[float, Score] = {}
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.tape.tape import Call, Step, Tape
 
-__all__ = ["Chain", "Link", "derivative"]
+__all__ = ["Chain", "Link", "OnStep", "derivative", "second_derivative"]
+
+OnStep = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], "Tensor | None"]
+"""What is kept of a function call, of its argument's shape; ``None`` for functions that are not elementwise."""
 
 _NAMES = (
     "relu relu_ tanh tanh_ sigmoid sigmoid_ gelu silu silu_ mish elu elu_ selu selu_ celu softplus leaky_relu "
@@ -73,6 +76,28 @@ def derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
             value = function(leaf.clone(), *args[1:], **others)
             return torch.autograd.grad(value.sum(), leaf)[0]
     except RuntimeError:  # inside a function transform, or not differentiable here: then it is no chain link
+        return None
+
+
+def second_derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """``φ''(h)`` of an elementwise function at its argument, the shape of ``h``; ``None`` for any other function.
+
+    Away from the kinks of piecewise linear functions, where it is 0 (methods 2.3, 2.4).
+    """
+    if derivative(function, args, kwargs) is None:
+        return None
+    h = args[0] if args else kwargs["input"]
+    others = {name: value for name, value in kwargs.items() if name != "input"}
+    try:
+        with torch.enable_grad():
+            leaf = h.detach().clone().requires_grad_()
+            value = function(leaf.clone(), *args[1:], **others)
+            (first,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+            if not first.requires_grad:
+                return torch.zeros_like(leaf)
+            found = torch.autograd.grad(first.sum(), leaf, allow_unused=True, materialize_grads=True)
+            return found[0].detach()
+    except RuntimeError:  # no second derivative
         return None
 
 

@@ -19,7 +19,7 @@ from laplace_kf.registry import Registry
 from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import leaves_of, require_reached
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout, unused_blocks
-from laplace_kf.tape.chain import Chain, derivative
+from laplace_kf.tape.chain import Chain, OnStep, derivative
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.plan import plan
@@ -46,6 +46,7 @@ class Tracer:
         weights: differentiable stand-ins for some parameters by name, each of its parameter's shape, which ``forward``
             puts into the model; they are then what is selected.
         unused: what becomes of selected parameters that never take part: ``"error"``, or ``"prior"``: curvature 0.
+        verify: whether layer rules are checked against autograd; without, a wrong one is used as it is.
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
@@ -63,8 +64,10 @@ class Tracer:
         parameters: str | Sequence[str] = "all",
         weights: Mapping[str, Tensor] | None = None,
         unused: str = "error",
+        verify: bool = True,
     ) -> None:
         self.model = model
+        self.verify = verify
         self.forward = forward
         self.parameters = parameters
         self.unused = UNUSED[unused]
@@ -222,7 +225,7 @@ class Tracer:
             self.rows.shared |= shared
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, made=tape)
         self._plan(tape)
-        if self._verify(observation):
+        if not self.verify or self._verify(observation):
             return observation
         self._plan(tape)
         return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
@@ -252,10 +255,13 @@ class Tracer:
             order = [name for name in order if name != order[-1]]
         return order
 
-    def chain_or_refusal(self, batch: Any) -> Chain:
-        """The chain of one batch; raises :class:`UnsupportedLayer` with the reason if the network is not one."""
+    def chain_or_refusal(self, batch: Any, on_step: OnStep = derivative) -> Chain:
+        """The chain of one batch; raises :class:`UnsupportedLayer` with the reason if the network is not one.
+
+        ``on_step`` says what stands in the slopes ``(N, d)`` of its activations.
+        """
         tracked = {id(self.named[name]): name for name in self.layout.names}
-        tape = Tape(tracked, record_steps=True, on_step=derivative)
+        tape = Tape(tracked, record_steps=True, on_step=on_step)
         with torch.enable_grad(), tape:
             outputs, _ = run(self.model, to_device(batch, self.device), self.forward)
         return Chain(tape, outputs)

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from laplace_kf import continual
-from laplace_kf.continual import callback
+from laplace_kf import continual, trainers
 from laplace_kf.errors import IncompatiblePair
 
 N = 24
@@ -49,9 +48,9 @@ class Base:
 
 def test_bases_are_mixed_in(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = continual.FineTuning(network(), "categorical")
-    monkeypatch.setattr(callback, "_bases", list)
+    monkeypatch.setattr(trainers, "_bases", list)
     assert type(continual.Callback(learner, data(0), N)) is continual.Callback
-    monkeypatch.setattr(callback, "_bases", lambda: [Base])
+    monkeypatch.setattr(trainers, "_bases", lambda: [Base])
     made = continual.Callback(learner, data(0), N, implicit=True)
     assert isinstance(made, Base) and isinstance(made, continual.Callback) and made.implicit
 
@@ -65,8 +64,8 @@ def test_bases_are_mixed_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_installation_that_is_broken_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callback, "TRAINERS", ("no_such_trainer", "laplace_kf"))
-    assert callback._bases() == []  # the second is there and has no Callback
+    monkeypatch.setattr(trainers, "TRAINERS", ("no_such_trainer", "laplace_kf"))
+    assert trainers._bases() == []  # the second is there and has no Callback
 
 
 def plain_loop(kind: Any, clip: float | None, pieces: int) -> tuple[Tensor, continual.Learner]:

@@ -392,9 +392,9 @@ def test_random_estimators_are_unbiased(name: str, estimator: str, structure: st
     problem = _tiny(name)
     generator = rng(3)
     runs = 24
-    options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 20}
-    # Every repetition of the batch is a fresh draw: 24 runs of a few draws each give mean and standard error.
-    data = [problem.batch()] * (10 if estimator == "importance" else 1)
+    options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 2}
+    # Every repetition of an example is a fresh draw: 24 runs of a few draws each give mean and standard error.
+    data = [problem.batch(torch.arange(problem.n).repeat(10))]
     draws = torch.stack(
         [
             estimate(problem, data, structure=structure, estimator=estimator, generator=generator, **options)
@@ -477,8 +477,8 @@ def test_minibatches_get_different_draws(estimator: str, structure: str) -> None
         return float((stats.mean().dense() - wanted).norm() / wanted.norm())
 
     single = sum(error(1, seed) for seed in range(8)) / 8
-    many = sum(error(64, seed) for seed in range(8)) / 8
-    assert many < 0.35 * single  # 1/8 expected
+    many = sum(error(32, seed) for seed in range(4)) / 4
+    assert many < 0.35 * single  # 1/5.7 expected
 
 
 def test_importance_columns_is_the_budget() -> None:

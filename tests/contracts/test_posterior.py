@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -759,6 +760,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, nll: Callable[[Tensor, Tensor
     return model.eval()
 
 
+@functools.cache
 def _classification() -> tuple[Case, tuple[Tensor, Tensor]]:
     x = normal(60, 2, seed=70)
     noise = normal(60, 3, seed=71)
@@ -769,6 +771,7 @@ def _classification() -> tuple[Case, tuple[Tensor, Tensor]]:
     return Case("tune-classification", lambda: problem), (x[30:], y[30:])
 
 
+@functools.cache
 def _regression_data() -> tuple[Case, tuple[Tensor, Tensor]]:
     x = 2 * normal(40, 1, seed=80)
     y = torch.sin(2 * x) + 0.3 * normal(40, 1, seed=81)
@@ -862,9 +865,7 @@ def test_tune_does_not_depend_on_the_order_of_the_grid() -> None:
     for grid in (PRIOR_GRID, PRIOR_GRID[::-1], PRIOR_GRID[3:] + PRIOR_GRID[:3]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            result = posterior.tune(
-                val, n_data=[30.0], prior_precision=grid, method="mc", samples=300, generator=rng(1)
-            )
+            result = posterior.tune(val, n_data=[30.0], prior_precision=grid, method="mc", samples=60, generator=rng(1))
         best.append(float(result.best["prior_precision"]))
     assert len(set(best)) == 1
 

@@ -1,6 +1,7 @@
 """The command line: what it lists, refuses and writes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ def test_list_shows_every_experiment_and_its_state(capsys):
         "rotated_mnist",
         "streaming_regression",
         "calibration",
+        "ood_pairs",
+        "uci",
         "shakespeare",
         "demo",
     ]
@@ -184,14 +187,21 @@ def test_every_configuration_file_fits_its_experiment(monkeypatch):
         runner.resolve(name)
 
 
-def test_exit_status_of_the_modules():
-    statuses = {
-        ("experiments", "list"): 0,
-        ("experiments", "run", "E23"): 1,
-        ("laplace_kf", "dmeo"): 2,
-    }
-    for words, status in statuses.items():
-        assert subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False).returncode == status
+STATUSES = {("experiments", "list"): 0, ("experiments", "run", "E23"): 1, ("laplace_kf", "dmeo"): 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
+@pytest.mark.parametrize(("words", "status"), STATUSES.items(), ids=map(" ".join, STATUSES))
+def test_exit_status_of_the_modules(words, status, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(words))
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    assert (caught.value.code or 0) == status
+
+
+def test_exit_status_of_a_process():
+    words = ("experiments", "run", "E23")
+    assert subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False).returncode == 1
 
 
 def test_the_package_command_reports_errors(monkeypatch, capsys, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
 from laplace_kf.posterior.search import Plane, Search, coarse_to_fine
 from laplace_kf.posterior.validation import MAP, Point, Score
@@ -217,9 +218,9 @@ def test_points_of_one_ratio_share_draws() -> None:
     model, train, val = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
     points = [(40.0, 4.0), (400.0, 40.0), (40.0, 40.0), MAP]
-    together = Validation(posterior, val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")(points)
+    together = Validation(posterior._fitted("a test"), val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")(points)
     for point in points:
-        alone = Validation(posterior, val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")([point])
+        alone = Validation(posterior._fitted("a test"), val, OBJECTIVES["nll"], 7, rng(0)).scorer("mc")([point])
         assert alone[point].value == pytest.approx(together[point].value, rel=1e-5)
 
 
@@ -229,7 +230,7 @@ def test_draws_come_in_pairs() -> None:
 
     model, train, (x, y) = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
-    validation = Validation(posterior, (x, y), OBJECTIVES["nll"], 6, rng(0), pairs=True)
+    validation = Validation(posterior._fitted("a test"), (x, y), OBJECTIVES["nll"], 6, rng(0), pairs=True)
     found = validation.scorer("mc")([(400.0, 40.0)])[400.0, 40.0].value
     total = torch.zeros(len(x), 2)
     for seed in validation.seeds[::2]:
@@ -405,7 +406,7 @@ def test_map_alone_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no posterior is looked at, none is made."""
     model, train, val = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
-    monkeypatch.setattr(type(posterior), "precision_at", lambda *args: pytest.fail("a precision was made"))
+    monkeypatch.setattr(Fitted, "precision", lambda *args: pytest.fail("a precision was made"))
     for method in ("map", "temperature"):
         assert quiet(posterior, val, method=method, generator=rng(0)).method == method
 
@@ -438,13 +439,13 @@ def test_the_first_examples_stand_for_all() -> None:
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
     order = y.argsort()
     big = (x[order].repeat(8, 1), y[order].repeat(8).sort().values)
-    validation = Validation(posterior, [big], OBJECTIVES["nll"], 4, rng(0), mixed=True)
+    validation = Validation(posterior._fitted("a test"), [big], OBJECTIVES["nll"], 4, rng(0), mixed=True)
     assert len(validation.batches) == 7 and validation.count == 1600
     part = validation.part(300)
     assert part.count == 300
     whole, some = validation.scorer("map")([MAP])[MAP], validation.scorer("map", 300)([MAP])[MAP]
     torch.testing.assert_close(whole.parts[:300], some.parts)
-    plain = Validation(posterior, [big], OBJECTIVES["nll"], 4, rng(0))
+    plain = Validation(posterior._fitted("a test"), [big], OBJECTIVES["nll"], 4, rng(0))
     assert len(plain.batches) == 1 and plain.part(300).count == 300
 
 

@@ -38,13 +38,14 @@ WAYS = [("linearized", {}), ("linearized", {"link": "mc"}), ("probit", {})]
 def test_correlations_are_those_of_the_posterior(structure: str, parameters: str, method: str, options: Any) -> None:
     _, posterior, x = regression(structure=structure, parameters=parameters)
     truth = posterior.functional_covariance(x, joint=True)
-    found = posterior.predict(x, method=method, samples=4000, generator=rng(1), keep_samples=True, **options)
+    found = posterior.predict(x, method=method, samples=2500, generator=rng(1), keep_samples=True, **options)
     drawn = found.samples.flatten(1)
     close(correlations(torch.cov(drawn.T)), correlations(truth), 0.08)
     close(drawn.var(0) / truth.diagonal(), torch.ones(6).double(), 0.12)
     assert not found.independent_samples
-    plain = posterior.predict(x, method=method, samples=4000, generator=rng(1), **options)
-    close(found.mean, plain.mean)  # what is predicted does not depend on what is kept
+    kept = posterior.predict(x, method=method, samples=20, generator=rng(1), keep_samples=True, **options)
+    plain = posterior.predict(x, method=method, samples=20, generator=rng(1), **options)
+    close(kept.mean, plain.mean)  # what is predicted does not depend on what is kept
 
 
 @pytest.mark.parametrize("case", tagged("core"), ids=lambda case: case.name)

@@ -42,7 +42,7 @@ def dense_covariance(case: Case, posterior: Any, structure: str, damping: str) -
         precision = truth(case).precision(structure, problem.n, prior, damping)
     else:
         precision = posterior.precision.dense()
-    jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names).flatten(0, 1)
+    jacobian = truth(case).jacobian.flatten(0, 1)
     return jacobian @ torch.linalg.solve(precision, jacobian.T)
 
 
@@ -52,12 +52,11 @@ def diagonal_blocks(joint: Tensor, n: int) -> Tensor:
     return torch.stack([parts[i, :, i] for i in range(n)])
 
 
-def check(posterior: Any, problem: Problem, joint: Tensor) -> None:
+def check(posterior: Any, problem: Problem, joint: Tensor, outputs: Tensor) -> None:
     blocks = diagonal_blocks(joint, problem.n)
     close(posterior.functional_covariance(problem.x), blocks)
     close(posterior.functional_covariance(problem.x, joint=True), joint)
     variance = posterior.functional_covariance(problem.x, diagonal_only=True)
-    outputs = torch.cat(oracles.outputs(problem.model, problem.x, problem.n))
     assert variance.shape == outputs.shape
     close(variance.flatten(1), blocks.diagonal(dim1=1, dim2=2))
 
@@ -72,7 +71,7 @@ def test_covariance(case: Case, structure: str, damping: str) -> None:
         with pytest.raises(lk.errors.IncompatiblePair):
             posterior.functional_covariance(problem.x)
         return
-    check(posterior, problem, dense_covariance(case, posterior, structure, damping))
+    check(posterior, problem, dense_covariance(case, posterior, structure, damping), truth(case).outputs)
 
 
 @pytest.mark.parametrize("by_positions", [True, False])
@@ -81,7 +80,7 @@ def test_both_ways_over_positions(case: Case, by_positions: bool, monkeypatch: p
     """The cost model only chooses: both ways give the same covariance."""
     monkeypatch.setattr(quadratic.PositionForm, "by_positions", lambda self, width: by_positions)
     problem, posterior = fitted(case, "kron")
-    check(posterior, problem, dense_covariance(case, posterior, "kron", "exact"))
+    check(posterior, problem, dense_covariance(case, posterior, "kron", "exact"), truth(case).outputs)
 
 
 @pytest.fixture
@@ -99,7 +98,7 @@ def _tiny_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_of_one(case: Case, structure: str) -> None:
     """Work cut into the smallest pieces gives the same covariance."""
     problem, posterior = fitted(case, structure)
-    check(posterior, problem, dense_covariance(case, posterior, structure, "exact"))
+    check(posterior, problem, dense_covariance(case, posterior, structure, "exact"), truth(case).outputs)
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -167,7 +166,8 @@ def test_unequal_priors(name: str, structure: str) -> None:
     prior = {"*bias*": 3.0, "*": 0.4}
     problem, posterior = fitted(case, structure, prior_precision=prior)
     jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names).flatten(0, 1)
-    check(posterior, problem, jacobian @ torch.linalg.solve(posterior.precision.dense(), jacobian.T))
+    joint = jacobian @ torch.linalg.solve(posterior.precision.dense(), jacobian.T)
+    check(posterior, problem, joint, torch.cat(oracles.outputs(problem.model, problem.x, problem.n)))
 
 
 def whole(posterior: Any, matrix: Matrix) -> Blockwise:
@@ -323,12 +323,15 @@ def test_no_jacobian_is_ever_formed(name: str, structure: str, monkeypatch: pyte
     assert found.shape == (300, 10, 10)
 
 
-def test_too_large_a_result_is_refused() -> None:
-    model = nn.Linear(1, 3000)
-    posterior = lk.LaplacePosterior(model, "gaussian", structure="diag").fit((torch.ones(2, 1), torch.ones(2, 3000)))
+def test_too_large_a_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert linearized.RESULT_BYTES == 4 * 2**30
+    monkeypatch.setattr(linearized, "RESULT_BYTES", 4 * 50 * 30 * 30)
+    model = nn.Linear(1, 30)
+    posterior = lk.LaplacePosterior(model, "gaussian", structure="diag").fit((torch.ones(2, 1), torch.ones(2, 30)))
+    assert posterior.functional_covariance(torch.ones(50, 1)).shape == (50, 30, 30)
     with pytest.raises(lk.errors.IncompatiblePair, match="diagonal_only"):
-        posterior.functional_covariance(torch.ones(200, 1))
-    assert posterior.functional_covariance(torch.ones(200, 1), diagonal_only=True).shape == (200, 3000)
+        posterior.functional_covariance(torch.ones(51, 1))
+    assert posterior.functional_covariance(torch.ones(51, 1), diagonal_only=True).shape == (51, 30)
 
 
 def test_arguments() -> None:

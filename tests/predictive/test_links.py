@@ -286,7 +286,7 @@ def test_positions_have_their_own_covariance(name: str) -> None:
     else:
         expected = scaled.sigmoid()
     close(probs, expected, 1e-9)
-    blocks = posterior.predict(problem.x, method="linearized", samples=200_00, keep_samples=True, generator=rng(1))
+    blocks = posterior.predict(problem.x, method="linearized", samples=4000, keep_samples=True, generator=rng(1))
     spread = blocks.samples.var(0, correction=0)
     assert float((spread / variance.reshape(outputs.shape) - 1).abs().max()) < 0.1
 

@@ -110,7 +110,7 @@ WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_every_way_at_once(parameters: Any) -> None:
     """Different inputs, methods and threads over one posterior: each gives what it gives alone."""
     model, posterior, x = problem(parameters=parameters)
-    parts = [x[:3], x[3:8], x[8:9]]
+    parts = [x[:3], x[8:9]]
     expected = {(name, k): way(posterior, part) for name, way in WAYS.items() for k, part in enumerate(parts)}
     weights = {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -122,7 +122,7 @@ def test_every_way_at_once(parameters: Any) -> None:
         modes = all(module.training for module in model.modules())
         return modes and all(isinstance(p, nn.Parameter) for p in model.last._parameters.values())
 
-    together([lambda s=s: job(s) for s in (0, 7, 15, 23)], unchanged)  # type: ignore[misc]
+    together([lambda s=s: job(s) for s in (0, 6, 13)], unchanged)  # type: ignore[misc]
     for name, value in model.state_dict().items():
         assert torch.equal(value, weights[name])
 

@@ -1,0 +1,1 @@
+"""Regression tables with their standard splits, beside published figures."""

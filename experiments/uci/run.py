@@ -1,0 +1,288 @@
+"""Nine regression tables, standard splits: networks, posteriors and mixtures beside published figures.
+
+Networks with one hidden layer of 50 units (100 for protein), as in Gal and Ghahramani 2016 and Lakshminarayanan et al.
+2017. On every split a fifth of the training rows chooses the head (constant or predicted noise), the weight decay, and
+the settings of every method; then networks are trained anew on all training rows, and the settings travel.
+
+* ``MAP`` and ``laplace_kf``: one network; the second is ``fit`` and ``tune`` as they come, N counted anew.
+* ``deep ensemble``: the equal mixture of the normal variables of five networks.
+* ``mixture``: the same of five linearised posteriors with the dense Gauss-Newton matrix, tuned together.
+
+Conformal intervals are those of the network of the first stage: one half of the held-out rows tunes, the other
+calibrates; beside it absolute residuals of the same network (split-conformal on MAP).
+
+Finished tables are kept in ``parts`` of the results folder: ``python -m experiments run uci sets=[yacht]``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from experiments.common import data, training
+from experiments.common.checks import require
+from experiments.common.stacked import train_stacked
+from experiments.uci.methods import HEADS, Chosen, Member, choose, likelihood, log_density, loss, member
+from experiments.uci.report import conformal_table, judged, log_likelihood_table, targets_table
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.reports import machine, versions
+from laplace_kf.reports.html import Report
+
+__all__ = ["Config", "run"]
+
+Pair = tuple[Tensor, Tensor]
+LEVEL = 0.9
+
+
+@dataclass
+class Config:
+    """Settings; the defaults are those of ``configs/uci.yaml``.
+
+    Args:
+        seed: of initial weights, order and held-out rows.
+        threads: processor threads, 0 for torch's default.
+        sets: which tables to run now.
+        splits: the first so many standard splits, of tables that have them.
+        members: networks of the mixtures.
+        trial_members: networks by which head and weight decay are chosen.
+        steps: minibatches of training, at least one pass.
+        batch: examples per minibatch.
+        lr: largest step size of Adam; it falls to zero as a cosine.
+        priors: values of λ to choose from; training uses the weight decay ``λ/N``.
+        val_share: share of the training rows that chooses.
+        curvature_most: training rows of the dense Gauss-Newton matrix at most; it is a mean.
+        at_a_time: splits whose networks are trained as one stack.
+        progress: whether to say what is going on.
+    """
+
+    seed: int = 0
+    threads: int = 1
+    sets: list[str] = field(default_factory=data.tables)
+    splits: int = 20
+    members: int = 5
+    trial_members: int = 2
+    steps: int = 3000
+    batch: int = 50
+    lr: float = 1e-2
+    priors: list[float] = field(default_factory=lambda: [0.03, 0.3, 3.0])
+    val_share: float = 0.2
+    curvature_most: int = 4000
+    at_a_time: int = 5
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("splits", "members", "trial_members", "steps", "batch", "curvature_most", "at_a_time"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("threads", self.threads, self.threads >= 0, "at least 0")
+        require("lr", self.lr, self.lr > 0, "above 0")
+        require("priors", self.priors, self.priors and min(self.priors) > 0, "some numbers above 0")
+        require("val_share", self.val_share, 0 < self.val_share < 1, "between 0 and 1")
+        known = bool(self.sets) and set(self.sets) <= set(data.tables())
+        require("sets", self.sets, known, f"some of {data.tables()}")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, standardised by its training rows: the part to train on first, held-out rows, all, and test rows."""
+
+    train: Pair
+    val: Pair
+    all: Pair
+    test: Pair
+    scale: float
+
+
+def _split(config: Config, table: data.Regression, number: int) -> Split:
+    rows, test = table.splits[number]
+
+    def standardised(values: Tensor) -> Tensor:
+        spread = values[rows].std(0)
+        return ((values - values[rows].mean(0)) / torch.where(spread > 0, spread, torch.ones_like(spread))).float()
+
+    x, y = standardised(table.features), standardised(table.target)
+    order = rows[torch.randperm(len(rows), generator=training.generator(1000 * config.seed + number))]
+    held = int(config.val_share * len(rows))
+    train, val, everything, tested = ((x[part], y[part]) for part in (order[held:], order[:held], order, test))
+    return Split(train, val, everything, tested, float(table.target[rows].std()))
+
+
+def _train(config: Config, sets: Sequence[Pair], head: str, priors: Sequence[float], members: int, seed: int) -> Any:
+    """Networks by ``[set][prior][member]``."""
+    count, width = sets[0][0].shape
+    hidden = 100 if count > 30_000 else 50
+    keys = [(s, p, m) for s in range(len(sets)) for p in priors for m in range(members)]
+    models = [training.mlp([width, hidden, HEADS[head]], seed=seed + 100 * s + m) for s, _, m in keys]
+    epochs = max(1, round(config.steps / max(1, count // config.batch)))
+    train_stacked(
+        models, sets, [s for s, _, _ in keys], loss=loss, epochs=epochs, batch=config.batch, lr=config.lr,
+        decays=[p / count for _, p, _ in keys], seed=seed,
+    )  # fmt: skip
+    found = iter(models)
+    return [[[next(found) for _ in range(members)] for _ in priors] for _ in sets]
+
+
+def _some(pair: Pair, most: int) -> Pair:
+    return pair[0][:most], pair[1][:most]
+
+
+def _quiet_tune(posterior: LaplacePosterior, val: Pair, seed: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a win of MAP, or the edge of the search
+        posterior.tune(val, generator=training.generator(seed))
+
+
+def _default(one: Split, head: str, trial: nn.Module, final: nn.Module, seed: int) -> tuple[Tensor, str]:
+    """Log densities ``(N,)`` of the tuned default, its settings on a posterior of all rows; and the method."""
+    tuned = LaplacePosterior(trial, likelihood(head)).fit(one.train)
+    _quiet_tune(tuned, one.val, seed)
+    noise = tuned.likelihood.noise_scale
+    posterior = LaplacePosterior(final, likelihood(head, 1.0 if noise is None else float(noise))).fit(one.all)
+    posterior.n_data = tuned.n_data * len(one.all[0]) / len(one.train[0])
+    posterior.prior_precision, posterior.method = tuned.prior_precision, tuned.method
+    found = posterior.predict(one.test[0], generator=training.generator(seed))
+    return found.log_prob(one.test[1]), tuned.method
+
+
+def _conformal(one: Split, head: str, model: nn.Module, seed: int) -> dict[str, float]:
+    """Coverage and mean width (standardised) of 90 % intervals, by the posterior and by residuals of the network."""
+    half = len(one.val[0]) // 2
+    first, second = ((one.val[0][part], one.val[1][part]) for part in (slice(half), slice(half, None)))
+    posterior = LaplacePosterior(model, likelihood(head)).fit(one.train)
+    _quiet_tune(posterior, first, seed)
+    posterior.calibrate(second, generator=training.generator(seed))
+    low, high = posterior.predict_interval(one.test[0], LEVEL, generator=training.generator(seed))
+    residuals = (training.outputs(model, second[0])[:, 0] - second[1][:, 0]).abs().sort().values
+    bound = residuals[min(len(residuals) - 1, math.ceil((len(residuals) + 1) * LEVEL) - 1)]
+    errors = (training.outputs(model, one.test[0])[:, 0] - one.test[1][:, 0]).abs()
+    inside = (low <= one.test[1]) & (one.test[1] <= high)
+    return {
+        "coverage": float(inside.double().mean()), "width": float((high - low).mean()),
+        "MAP coverage": float((errors <= bound).double().mean()), "MAP width": float(2 * bound),
+    }  # fmt: skip
+
+
+def _table(config: Config, name: str, numbers: Sequence[int]) -> dict[str, Any]:
+    """Some splits of one table, by number."""
+    table = data.regression(name)
+    splits = [_split(config, table, number) for number in numbers]
+    trials: dict[tuple[int, str, float], list[nn.Module]] = {}
+    for head in HEADS:
+        nets = _train(config, [one.train for one in splits], head, config.priors, config.trial_members, config.seed)
+        trials |= {(s, head, p): nets[s][k] for s in range(len(splits)) for k, p in enumerate(config.priors)}
+    plans: list[tuple[str, float]] = []
+    for s, one in enumerate(splits):
+        scores = {}
+        for (owner, head, prior), nets in trials.items():
+            if owner == s:
+                found = [member(net, head, None, one.val[0]) for net in nets]
+                best = choose(found, one.val[1], len(one.train[0]))
+                scores[head, prior] = float(log_density(found, best, one.val[1]).mean())
+        plans.append(max(scores, key=lambda plan: scores[plan] if math.isfinite(scores[plan]) else -math.inf))
+    finals: dict[int, list[nn.Module]] = {}
+    for plan in sorted(set(plans)):
+        own = [s for s, chosen in enumerate(plans) if chosen == plan]
+        nets = _train(config, [splits[s].all for s in own], plan[0], [plan[1]], config.members, config.seed + 7)
+        finals |= {s: nets[k][0] for k, s in enumerate(own)}
+    found_splits = {}
+    for s, (one, plan) in enumerate(zip(splits, plans, strict=True)):
+        number = numbers[s]
+        seed = 1000 * config.seed + number
+        found_splits[str(number)] = _measured(config, one, plan, trials[s, plan[0], plan[1]], finals[s], seed)
+    return found_splits
+
+
+def _measured(
+    config: Config, one: Split, plan: tuple[str, float], trial: list[nn.Module], final: list[nn.Module], seed: int
+) -> dict[str, Any]:
+    """Mean test log likelihood by method, in original units, and the conformal intervals, of one split."""
+    head, count = plan[0], len(one.train[0])
+    shrink = count / len(one.all[0])
+    some, every = _some(one.train, config.curvature_most), _some(one.all, config.curvature_most)
+    before: list[Member] = [member(net, head, some, one.val[0]) for net in trial]
+    after: list[Member] = [member(net, head, every, one.test[0]) for net in final]
+    bare = [Member(each.mean, each.noise, each.variances[:0]) for each in before]
+    settings = {
+        "MAP": (choose(bare[:1], one.val[1], count), 1), "deep ensemble": (choose(bare, one.val[1], count), len(after)),
+        "linearized, full": (choose(before[:1], one.val[1], count), 1),
+        "mixture": (choose(before, one.val[1], count), len(after)),
+    }  # fmt: skip
+    logs = {
+        name: log_density(after[:size], Chosen(c.ratio, c.size * shrink, c.noise), one.test[1])
+        for name, (c, size) in settings.items()
+    }
+    logs["laplace_kf"], method = _default(one, head, trial[0], final[0], seed)
+    errors = torch.stack([each.mean for each in after]) - one.test[1][:, 0]
+    return {
+        "head": head, "prior": plan[1], "method": method,
+        "log likelihood": {name: float(value.mean()) - math.log(one.scale) for name, value in logs.items()},
+        "rmse": {"one network": one.scale * float(errors[0].square().mean().sqrt()),
+                 "five networks": one.scale * float(errors.mean(0).square().mean().sqrt())},
+        "settings": {name: asdict(c) for name, (c, _) in settings.items()},
+        "conformal": _conformal(one, head, trial[0], seed),
+        "scale": one.scale,
+    }  # fmt: skip
+
+
+def _part(config: Config, name: str, folder: Path) -> None:
+    """The splits of one table, a few at a time, run and kept in ``folder`` unless they are there already."""
+    wanted = range(min(config.splits, len(data.regression(name).splits)))
+    while missing := [number for number in wanted if str(number) not in _kept(config, name, folder)]:
+        start = time.perf_counter()
+        splits = {**_kept(config, name, folder), **_table(config, name, missing[: config.at_a_time])}
+        folder.mkdir(parents=True, exist_ok=True)
+        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "splits": splits}
+        (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
+        if config.progress:
+            tqdm.write(f"{name}, {len(splits)} splits: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
+    """Finished splits of a table by number, if they were made with the settings of ``config``."""
+    path = folder / f"{name}.json"
+    try:
+        part: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):  # cut short: run it again
+        return {}
+    return dict(part["splits"]) if part.get("settings") == _decisive(config) else {}
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """The settings that a table's numbers depend on."""
+    free = {"sets", "splits", "threads", "progress"}
+    return {name: value for name, value in asdict(config).items() if name not in free}
+
+
+def run(config: Config, folder: Path) -> Report:
+    """Run the tables that were asked for and report on all that are finished; keeps them in ``folder``."""
+    for name in config.sets:
+        _part(config, name, folder)
+    found = {name: list(splits.values()) for name in data.tables() if (splits := _kept(config, name, folder))}
+    verdicts = judged(found)
+    missing = [name for name in data.tables() if name not in found]
+    return Report(
+        title="Regression tables beside published figures",
+        summary=(
+            f"One hidden layer of 50 units (100 for protein), {config.steps} steps; head and weight decay chosen on "
+            f"{config.val_share:.0%} of the training rows, then refitted on all; mixtures of {config.members}. "
+            + (f"Not run: {', '.join(missing)}." if missing else "")
+        ),
+        seed=config.seed,
+        config=asdict(config),
+        metrics={name: [split["log likelihood"] for split in splits] for name, splits in found.items()},
+        tables=[log_likelihood_table(found), conformal_table(found), targets_table(verdicts)],
+        pictures=[],
+        details={
+            "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
+        },
+    )  # fmt: skip
