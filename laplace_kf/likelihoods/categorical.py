@@ -16,14 +16,8 @@ from torch.distributions import Distribution
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
-from laplace_kf.likelihoods.prediction import (
-    GaussianOutputs,
-    Link,
-    Prediction,
-    by_position,
-    given,
-    without_components,
-)
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
+from laplace_kf.likelihoods.prediction import Prediction, by_position, given
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
 from laplace_kf.outputs.arranged import CHANNELS_FIRST

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch, UnknownName
-from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link
+from laplace_kf.likelihoods.prediction import Prediction
 from laplace_kf.likelihoods.reading import Reading, resolve_generator
 from laplace_kf.outputs.layout import from_positions, to_positions
 from laplace_kf.outputs.spread import Spread
