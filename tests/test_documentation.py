@@ -122,10 +122,18 @@ def test_no_docstring_sends_the_reader_away():
     assert not told
 
 
+def submodules(package: ModuleType) -> set[str]:
+    """The public modules in a package's folder, none of them imported."""
+    found = pkgutil.iter_modules(getattr(package, "__path__", []))
+    return {info.name for info in found if not info.name.startswith("_")}
+
+
 @pytest.mark.parametrize("name", public_modules())
 def test_all_lists_what_is_there(name: str):
     module = imported(name)
-    missing = [entry for entry in getattr(module, "__all__", []) if not hasattr(module, entry)]
+    # A module inside is not asked for by `hasattr`: that imports it, and a bridge's library need not be installed.
+    listed = set(getattr(module, "__all__", [])) - submodules(module)
+    missing = sorted(entry for entry in listed if not hasattr(module, entry))
     assert not missing, f"{name}.__all__ lists {missing}"
 
 
