@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.engine import preserved
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, Spectral
@@ -31,6 +31,7 @@ from laplace_kf.tape import Observation, Tracer
 __all__ = ["Linearization", "Stand"]
 
 SMALL = 16  # examples up to which the whole minibatch is one run
+FEW = 2**12  # numbers of more examples up to which the first pass is on the tape all the same
 EXAMPLES = 256  # examples of one run: enough rows for the matrix products, few enough for the caches
 COLUMN_BYTES = 128 * 2**20  # back-propagated columns of one run
 RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
@@ -98,12 +99,16 @@ class Linearization:
         with preserved(model):
             leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
             self.forward = Stand(model, forward, leaves)
-            self.tracer = Tracer(model, self.forward, weights=leaves)
             self._leaves = leaves
+            self.tracer = Tracer(model, self.forward, weights=leaves)
             inputs = (t for t in tensors_of(self.x) if t.requires_grad)
             self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
-            with torch.set_grad_enabled(self.differentiable):
-                self.outputs = self._run(self.x)
+            self._first = self._observed_first()
+            if self._first is not None:
+                self.outputs = self._first.outputs.detach()
+            else:
+                with torch.set_grad_enabled(self.differentiable):
+                    self.outputs = self._run(self.x)
         if self.outputs.dim() < 2:
             raise ShapeMismatch(
                 f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(self.outputs.shape)}"
@@ -111,6 +116,23 @@ class Linearization:
         if not torch.isfinite(self.outputs).all():
             raise NonFinite("the outputs at the posterior mean have NaN or infinite entries; check inputs and weights")
         self._pieces: dict[bytes, list[Piece]] = {}
+
+    def _observed_first(self) -> Observation | None:
+        """The pass on the tape, where the inputs are few enough to be one run: it gives the outputs, too."""
+        tensors = [t for t in tensors_of(self.x) if t.dim()]
+        few = max((t.shape[0] for t in tensors), default=FEW) <= SMALL or sum(t.numel() for t in tensors) <= FEW
+        if self.differentiable or not tensors or not few:
+            return None
+        try:
+            return self.tracer.observe(self.x)
+        except (LaplaceKFError, RuntimeError, ValueError, TypeError, IndexError):  # whoever asks for it is told
+            self.tracer = Tracer(self.model, self.forward, weights=self._leaves)
+            return None
+
+    def _whole(self) -> Observation:
+        """The pass over all inputs on the tape."""
+        found, self._first = self._first, None  # its graph takes memory: for whoever asks first
+        return self.tracer.observe(self.x) if found is None else found
 
     def _run(self, x: Any) -> Tensor:
         return run(self.model, x, self.forward)[0]
@@ -185,7 +207,7 @@ class Linearization:
             return None
         self._check_positive(precisions)
         with preserved(self.model), torch.no_grad():
-            return head_spreads(self.tracer.observe(self.x), precisions, to_positions)
+            return head_spreads(self._whole(), precisions, to_positions)
 
     # -- how it is found ---------------------------------------------------------------------------------------------
 
@@ -223,7 +245,7 @@ class Linearization:
         if self.differentiable:
             return self._between(self._jacobian(precision).flatten(0, 1)[None, None], precision)[0, 0]
         with preserved(self.model), torch.no_grad():
-            observation = self.tracer.observe(self.x)
+            observation = self._whole()
             piece = self._piece(observation, slice(0, observation.count), torch.arange(self._flat))
         return joint_of(piece, precision)
 
@@ -288,7 +310,9 @@ class Linearization:
         count = self.outputs.shape[0]
         sliceable = count > max(2, SMALL) and any(t.dim() and t.shape[0] == count for t in tensors_of(self.x))
         examples, columns = count, len(wanted.order)
-        if sliceable:
+        if sliceable and self._first is not None:
+            examples, columns = _run_sizes(max(1, self._first.column_bytes() // count), wanted, count)
+        elif sliceable:
             probe = self._observe(slice(0, 2))
             if probe is not None:
                 examples, columns = _run_sizes(max(1, probe.column_bytes() // 2), wanted, count)
@@ -301,7 +325,7 @@ class Linearization:
                         "the model's outputs for some of the examples alone differ from those for all of them, so "
                         "per-example covariances are not defined; use running statistics, or fewer inputs at a time"
                     )
-                self._split(self.tracer.observe(self.x), slice(0, count), wanted, None, hand_out)
+                self._split(self._whole(), slice(0, count), wanted, None, hand_out)
                 return
             self._split(observation, part, wanted, columns if sliceable else None, hand_out)
 
@@ -327,8 +351,10 @@ class Linearization:
         """A run of the examples on the tape; ``None`` if its outputs are not those of the whole."""
         count = self.outputs.shape[0]
         whole = part.start == 0 and part.stop == count
+        if whole and self._first is not None:
+            return self._whole()
         try:
-            observation = self.tracer.observe(self.x if whole else map_examples(self.x, count, lambda t: t[part]))
+            observation = self._whole() if whole else self.tracer.observe(self._some(part))
         except (RuntimeError, ValueError, IndexError, UnsupportedLayer):  # it cannot be cut (a mask as long as it)
             if whole:
                 raise
@@ -338,6 +364,9 @@ class Linearization:
             return None
         gap = (found - expected).abs().max()
         return observation if bool(gap <= 10 * torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()) else None
+
+    def _some(self, part: slice) -> Any:
+        return map_examples(self.x, self.outputs.shape[0], lambda t: t[part])
 
     def _piece(self, observation: Observation, examples: slice, order: Tensor) -> Piece:
         """The signals of some columns of the identity over an example's flattened outputs."""

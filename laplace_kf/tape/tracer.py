@@ -27,6 +27,7 @@ from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
 from laplace_kf.tape.sharing import Readings
 from laplace_kf.tape.tape import Portion, Tape
+from laplace_kf.tape.verdicts import known, note, verdict_key
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["UNUSED", "Tracer"]
@@ -299,7 +300,8 @@ class Tracer:
         gradient taken in the forward pass. Such parameters go through per-example gradients.
 
         A single example cannot tell everything (what is shared by all examples), so the next minibatch is checked, too;
-        and a block is checked again whenever autograd counts another number of uses of its parameters.
+        and a block is checked again whenever autograd counts another number of uses of its parameters. A pass that is
+        wired like one that passed is not checked (:mod:`laplace_kf.tape.verdicts`).
 
         Returns:
             Whether all blocks passed; if not, the failed ones are forgotten, to be planned anew.
@@ -316,10 +318,14 @@ class Tracer:
         self._tried.update(fresh)
         if observation.count > 1:
             self._verified.update(fresh)
+        whole = len(fresh) == len(self.blocks) and not self._hidden
         fresh = {n: b for n, b in fresh.items() if n not in self.example_wise}
         unseen = [name for name in self.unseen() if name not in self._hidden]
         outputs = observation.outputs
         if not (fresh or unseen) or not outputs.requires_grad:
+            return True
+        key = verdict_key(observation, (tuple(self.layout.names), tuple(sorted(self.example_wise)))) if whole else None
+        if known(self.model, key):
             return True
         generator = torch.Generator().manual_seed(1)
         seed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
@@ -333,6 +339,7 @@ class Tracer:
         with torch.no_grad():
             implied = {n: s.total() for n, s in observation.ruled_signals(seed[None]).items() if n in fresh}
         failed = []
+        telling = True  # gradients that are all zero show nothing
         met = {name for name, grad in zip(names, grads, strict=True) if name in unseen and grad is not None}
         self._hidden |= met
         for name, block in fresh.items():
@@ -340,6 +347,7 @@ class Tracer:
             found = implied.get(name, torch.zeros_like(expected))
             scale = torch.maximum(expected.abs().max(), found.abs().max())
             rounding = torch.finfo(coarsest(expected.dtype)).eps
+            telling = telling and bool(scale > 0)
             if bool((found - expected).abs().max() > 10 * rounding**0.5 * scale):
                 failed.append(block)
         if any(block.name in earlier for block in failed):
@@ -353,6 +361,8 @@ class Tracer:
             for name in block.parameters:
                 self._blocks_of.pop(name, None)
         passed = not failed and not met
+        if passed and telling:
+            note(self.model, key)
         self._may_be_chain = self._may_be_chain and passed
         return passed
 
