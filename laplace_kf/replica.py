@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.memory import storage_of
+from laplace_kf.randomness import same_foreign_states
 
 __all__ = ["Shared", "current", "original", "replica", "stage", "standing"]
 
@@ -97,10 +98,11 @@ def stage(model: nn.Module, forward: Any) -> Iterator[tuple[nn.Module, Any]]:
         with in_place(model):  # nobody is in the middle of using it as it is
             pair = replica(model, forward)
     except _Unfaithful:
-        with in_place(model):
+        with in_place(model), same_foreign_states():
             yield model, forward
         return
-    yield pair
+    with same_foreign_states():
+        yield pair
 
 
 def standing(model: nn.Module, forward: Any) -> tuple[nn.Module, Any]:

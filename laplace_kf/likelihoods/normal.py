@@ -38,7 +38,6 @@ class GaussianOutputs:
         shape: of the outputs in the model's layout.
         samples: number of draws for links that need them.
         generator: their random numbers.
-        given: standard normal numbers ``(⌈S/2⌉, M)`` that are drawn already.
     """
 
     mean: Tensor
@@ -47,13 +46,10 @@ class GaussianOutputs:
     shape: Sequence[int]
     samples: int
     generator: torch.Generator
-    given: Tensor | None = None
 
     @cached_property
     def noise(self) -> Tensor:
-        """Standard normal numbers ``(⌈S/2⌉, M)`` behind the draws; drawn once."""
-        if self.given is not None:
-            return self.given
+        """Standard normal numbers ``(H, M)`` behind the draws, ``H`` half of S, rounded up; drawn once."""
         structured = isinstance(self.covariance, Spread)
         width = self.covariance.noise_size if isinstance(self.covariance, Spread) else self.mean.shape[-1]
         # many numbers are drawn in the outputs' own type: it is what most of the time goes to
@@ -77,19 +73,6 @@ class GaussianOutputs:
         else:
             spread = torch.einsum("ntij,sj->snti", covariance_root(self.covariance), noise)
         return torch.cat([self.mean + spread, self.mean - spread[:rest]])
-
-    def part(self, examples: slice) -> GaussianOutputs:
-        """Those of some examples, with the same random numbers."""
-        full = self.covariance
-        mean = self.mean[examples]
-        return replace(
-            self,
-            mean=mean,
-            variance=self.variance[examples],
-            covariance=full.part(examples) if isinstance(full, Spread) else None if full is None else full[examples],
-            shape=(mean.shape[0], *self.shape[1:]),
-            given=self.noise,
-        )
 
     def covariances(self, noise: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Runs of examples with their covariances ``(n, T, C, C)``, those of ``noise (N, T, C)`` added."""
