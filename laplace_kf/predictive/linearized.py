@@ -20,8 +20,9 @@ from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, Shape
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
+from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
-from laplace_kf.predictive.heads import MANY, head_spreads
+from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
@@ -95,19 +96,22 @@ class Linearization:
         if isinstance(model, Suffix) and not model.divisible:  # some ways need single examples
             model, forward, self.x = model.origin
         self.model, self.keep = model, keep
-        with preserved(model):
-            leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
-            self.forward = Stand(model, forward, leaves)
-            self._leaves = leaves
-            self.tracer = Tracer(model, self.forward, weights=leaves)
-            inputs = (t for t in tensors_of(self.x) if t.requires_grad)
-            self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
-            self._first = self._observed_first()
-            if self._first is not None:
-                self.outputs = self._first.outputs.detach()
-            else:
-                with torch.set_grad_enabled(self.differentiable):
-                    self.outputs = self._run(self.x)
+        inputs = (t for t in tensors_of(self.x) if t.requires_grad)
+        self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
+        self.head = linear_head(model, mean, self.x)
+        self._first: Observation | None = None
+        # nothing writes into the weights of a linear map
+        own = {
+            name: value.detach() if self.head is not None else value.detach().clone() for name, value in mean.items()
+        }
+        self._leaves = {name: value.requires_grad_() for name, value in own.items()}
+        self.forward = Stand(model, forward, self._leaves)
+        self.tracer = Tracer(model, self.forward, weights=self._leaves)
+        if self.head is not None:
+            self.outputs = self.head.outputs
+        else:
+            with preserved(model):
+                self.outputs = self._first_outputs()
         if self.outputs.dim() < 2:
             raise ShapeMismatch(
                 f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(self.outputs.shape)}"
@@ -116,17 +120,18 @@ class Linearization:
             raise NonFinite("the outputs at the posterior mean have NaN or infinite entries; check inputs and weights")
         self._pieces: dict[bytes, list[Piece]] = {}
 
-    def _observed_first(self) -> Observation | None:
-        """The pass on the tape, where the inputs are few enough to be one run: it gives the outputs, too."""
+    def _first_outputs(self) -> Tensor:
+        """Outputs at the mean; where the inputs are few enough to be one run, of the pass on the tape."""
         tensors = [t for t in tensors_of(self.x) if t.dim()]
         few = max((t.shape[0] for t in tensors), default=FEW) <= SMALL or sum(t.numel() for t in tensors) <= FEW
-        if self.differentiable or not tensors or not few:
-            return None
-        try:
-            return self.tracer.observe(self.x)
-        except (LaplaceKFError, RuntimeError, ValueError, TypeError, IndexError):  # whoever asks for it is told
-            self.tracer = Tracer(self.model, self.forward, weights=self._leaves)
-            return None
+        if few and not self.differentiable:
+            try:
+                self._first = self.tracer.observe(self.x)
+                return self._first.outputs.detach()
+            except (LaplaceKFError, RuntimeError, ValueError, TypeError, IndexError):  # whoever asks for it is told
+                self.tracer = Tracer(self.model, self.forward, weights=self._leaves)
+        with torch.set_grad_enabled(self.differentiable):
+            return self._run(self.x)
 
     def _whole(self) -> Observation:
         """The pass over all inputs on the tape."""
@@ -163,11 +168,17 @@ class Linearization:
 
     def covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
         """:meth:`covariance` for ``K`` precisions at once, ``(K, N, C', C')``; much cheaper than one by one."""
+        spreads = self.spreads(precisions) if self._flat == self.outputs.shape[1] else None
+        if spreads is not None:
+            return torch.stack([spread.covariance()[:, 0] for spread in spreads])
         order = torch.arange(self._flat)
         return self._grouped(precisions, _Wanted(order, self._flat))[:, 0]
 
     def variances(self, precisions: Sequence[Blockwise]) -> Tensor:
         """Variances of all outputs for ``K`` precisions, ``(K, *outputs.shape)``."""
+        spreads = self.spreads(precisions)
+        if spreads is not None:
+            return torch.stack([from_positions(spread.variance(), self.outputs.shape) for spread in spreads])
         found = self._grouped(precisions, _Wanted(torch.arange(self._flat), 1))[..., 0, 0]  # (K, C', N)
         return found.transpose(1, 2).reshape(len(precisions), *self.outputs.shape)
 
@@ -198,13 +209,17 @@ class Linearization:
             to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
 
         Returns:
-            ``None`` for few outputs, where the inputs' gradients are wanted, and where there is no such form.
+            ``None`` for few outputs (unless it costs nothing), where the inputs' gradients are wanted, and where there
+            is no such form.
         """
         if self.differentiable or not self.outputs.numel():
             return None
-        if to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1] < MANY:
+        few = to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1] < MANY
+        if few and (self.head is None or len(precisions) > 1):
             return None
         self._check_positive(precisions)
+        if self.head is not None:
+            return self.head.spreads(precisions, to_positions)
         with preserved(self.model), torch.no_grad():
             return head_spreads(self._whole(), precisions, to_positions)
 

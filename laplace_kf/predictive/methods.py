@@ -18,6 +18,7 @@ from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.functions import function_draws
+from laplace_kf.predictive.heads import MANY
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import independent_examples, monte_carlo
 from laplace_kf.registry import Registry
@@ -147,7 +148,8 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
     spreads = network.spreads(precisions, request.likelihood.to_positions)
     if spreads is not None:
         variances = torch.stack([request.likelihood.from_positions(s.variance(), network.outputs) for s in spreads])
-        covariances = [None] * len(precisions) if rule.marginal else list(spreads)
+        if not rule.marginal:  # of few outputs, the covariances themselves
+            covariances = [spread if spread.shape[-1] >= MANY else spread.covariance() for spread in spreads]
     elif rule.marginal:
         variances = network.variances(precisions)
     else:
