@@ -276,7 +276,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
     try:
         for snapshot in modules:
-            snapshot.module.training = False
+            if snapshot.module.training:
+                snapshot.module.training = False
         # curvature needs a graph, also for a caller in inference mode
         with same_random_states(), undisturbed(), torch.inference_mode(False):
             yield

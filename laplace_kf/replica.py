@@ -37,6 +37,7 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _GUARD = threading.RLock()
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
+_PLAIN = frozenset((type(None), bool, int, float, str))
 _FOREIGN = frozenset(("torch", "numpy", "threading", "logging", "weakref", "_thread", "re", "pathlib", "inspect"))
 DEPTH = 8  # of objects inside objects that may hold a module
 
@@ -175,6 +176,10 @@ class _Doubles:
                     }
                 elif name == "training":
                     own[name] = False
+                elif not value and type(value) in _COPIED:  # most are empty dictionaries of hooks
+                    own[name] = value.copy()
+                elif type(value) in _PLAIN:
+                    own[name] = value
                 else:
                     image = self.image(value, 0)
                     if image is value and type(value) in _COPIED:  # a forward pass may write into it
