@@ -74,6 +74,17 @@ class GaussianOutputs:
             spread = torch.einsum("ntij,sj->snti", covariance_root(self.covariance), noise)
         return torch.cat([self.mean + spread, self.mean - spread[:rest]])
 
+    def part(self, examples: slice) -> GaussianOutputs:
+        """Those of some examples; with an equal generator, of the same draws."""
+        full, mean = self.covariance, self.mean[examples]
+        return replace(
+            self,
+            mean=mean,
+            variance=self.variance[examples],
+            covariance=full.part(examples) if isinstance(full, Spread) else None if full is None else full[examples],
+            shape=(len(mean), *self.shape[1:]),
+        )
+
     def covariances(self, noise: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Runs of examples with their covariances ``(n, T, C, C)``, those of ``noise (N, T, C)`` added."""
         full = self.covariance

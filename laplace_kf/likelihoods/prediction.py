@@ -26,6 +26,7 @@ from torch.distributions import (
 
 from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
+from laplace_kf.outputs.top import TopClasses, top_classes
 
 __all__ = ["LOG_2PI", "Prediction"]
 
@@ -196,6 +197,20 @@ class Prediction:
             IncompatiblePair: for predictions without classes that exclude each other, or with several positions.
         """
         return prediction_set(self, level)
+
+    def top_k(self, k: int) -> TopClasses:
+        """The k most probable classes, their probabilities ``(N, k)`` and the probability of all others ``(N,)``.
+
+        In the layout of :attr:`probs`, with k in place of C. For thousands of classes and many inputs
+        ``posterior.predict_top_k(loader, k)`` keeps nothing else.
+
+        Raises:
+            ValueError: for k below 1 or above the number of classes.
+            IncompatiblePair: for predictions without classes that exclude each other.
+        """
+        probs = self.values.get("probs")
+        first = probs is not None and (probs.dim() > 3 if self.channel is None else self.channel == 1)
+        return top_classes(self, probs, 1 if first else -1, k)
 
     def kept(self, y: Tensor) -> Tensor:
         """Which targets count, of the shape of ``y`` (bool): all but the likelihood's ``ignore_index`` and NaN."""

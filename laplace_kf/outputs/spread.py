@@ -18,7 +18,18 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 
-__all__ = ["Dense", "Lowered", "Mapped", "SharedBasis", "Spread", "Total", "covariance_root", "runs"]
+__all__ = [
+    "Dense",
+    "Lowered",
+    "Mapped",
+    "SharedBasis",
+    "Spread",
+    "Total",
+    "covariance_root",
+    "runs",
+    "scaled",
+    "together",
+]
 
 RUN = 2**22  # numbers in the largest temporary that is made on the way
 RESULT_BYTES = 4 * 2**30  # larger covariances are refused
@@ -122,6 +133,19 @@ class Spread(ABC):
         return self._mapped(
             lambda name, value: torch.cat([value, *(getattr(o, name) for o in others)]) if name in self.own else value
         )
+
+
+def together(parts: Sequence[Tensor | Spread]) -> Tensor | Spread:
+    """Covariances ``(N, T, C, C)``, or what they are made of, of the examples of all parts."""
+    spreads = [part for part in parts if isinstance(part, Spread)]
+    if len(spreads) == len(parts) and len({type(part) for part in parts}) == 1:
+        return spreads[0].joined(spreads[1:])
+    return torch.cat([part.covariance() if isinstance(part, Spread) else part for part in parts])
+
+
+def scaled(covariance: Tensor | Spread, factor: float) -> Tensor | Spread:
+    """Covariances ``(N, T, C, C)``, or what they are made of, times a number."""
+    return covariance.scaled(factor) if isinstance(covariance, Spread) else covariance * factor
 
 
 @dataclass(frozen=True, eq=False)

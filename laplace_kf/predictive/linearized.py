@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
-from laplace_kf.likelihoods import to_positions
+from laplace_kf.likelihoods import Likelihood, to_positions
 from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.outputs.layout import from_positions
@@ -222,6 +222,33 @@ class Linearization:
             return self.head.spreads(precisions, to_positions)
         with preserved(self.model), torch.no_grad():
             return head_spreads(self._whole(), precisions, to_positions)
+
+    def moments(
+        self, precisions: Sequence[Blockwise], likelihood: Likelihood, *, marginal: bool
+    ) -> tuple[Tensor, list[Tensor | Spread]]:
+        """What a likelihood's link needs of the outputs for each of ``K`` precisions.
+
+        Args:
+            precisions: K of them.
+            likelihood: its reading of outputs as ``(N, T, C)``.
+            marginal: whether the variances suffice.
+
+        Returns:
+            Variances ``(K, *outputs.shape)``; and unless these suffice, covariances of the outputs of a position
+            ``(N, T, C, C)``, of many outputs what they are made of.
+        """
+        many: list[Tensor | Spread] = []
+        spreads = self.spreads(precisions, likelihood.to_positions)
+        if spreads is not None:
+            variances = [spread.variance() for spread in spreads]
+            if not marginal:
+                many = [spread if spread.shape[-1] >= MANY else spread.covariance() for spread in spreads]
+        elif marginal:
+            return self.variances(precisions), many
+        else:
+            dense = self.position_covariances(precisions, likelihood.to_positions)  # (K, N, T, C, C)
+            many, variances = list(dense), list(dense.diagonal(dim1=-2, dim2=-1))
+        return torch.stack([likelihood.from_positions(each, self.outputs) for each in variances]), many
 
     # -- how it is found ---------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,6 @@ from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.functions import function_draws
-from laplace_kf.predictive.heads import MANY
 from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import independent_examples, monte_carlo
 from laplace_kf.registry import Registry
@@ -144,19 +143,8 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
         NonFinite: if a variance is not finite; says which knob to turn.
     """
     rule = request.likelihood.link(request.link)
-    covariances: list[Tensor | Spread | None] = [None] * len(precisions)
-    spreads = network.spreads(precisions, request.likelihood.to_positions)
-    if spreads is not None:
-        variances = torch.stack([request.likelihood.from_positions(s.variance(), network.outputs) for s in spreads])
-        if not rule.marginal:  # of few outputs, the covariances themselves
-            covariances = [spread if spread.shape[-1] >= MANY else spread.covariance() for spread in spreads]
-    elif rule.marginal:
-        variances = network.variances(precisions)
-    else:
-        found = network.position_covariances(precisions, request.likelihood.to_positions)  # (K, N, T, C, C)
-        covariances = list(found)
-        diagonal = found.diagonal(dim1=-2, dim2=-1)
-        variances = torch.stack([request.likelihood.from_positions(part, network.outputs) for part in diagonal])
+    variances, found = network.moments(precisions, request.likelihood, marginal=rule.marginal)
+    covariances: Sequence[Tensor | Spread | None] = found or [None] * len(precisions)
     if not bool(torch.isfinite(variances.detach()).all()):
         raise NonFinite("variances of the outputs have NaN or infinite entries; increase prior_precision or n_data")
     seed = draw_seeds(1, request.generator)[0]
