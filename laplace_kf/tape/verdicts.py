@@ -18,7 +18,7 @@ from torch import nn
 from laplace_kf.replica import original
 from laplace_kf.tape.observation import Observation
 
-__all__ = ["known", "note", "verdict_key"]
+__all__ = ["has_passed", "note_passed", "verdict_key"]
 
 KEPT = 32  # kinds of passes that are remembered for a model
 _PASSED: WeakKeyDictionary[nn.Module, dict[Hashable, None]] = WeakKeyDictionary()
@@ -38,7 +38,7 @@ def verdict_key(observation: Observation, selected: Hashable) -> Hashable | None
     return observation.wiring, selected, rules, observation.outputs.dtype, str(observation.outputs.device)
 
 
-def known(model: nn.Module, key: Hashable | None) -> bool:
+def has_passed(model: nn.Module, key: Hashable | None) -> bool:
     """Whether all rules of a pass with this key have passed."""
     if key is None:
         return False
@@ -46,7 +46,7 @@ def known(model: nn.Module, key: Hashable | None) -> bool:
         return key in _PASSED.get(original(model), {})
 
 
-def note(model: nn.Module, key: Hashable | None) -> None:
+def note_passed(model: nn.Module, key: Hashable | None) -> None:
     """Remembers that all rules of a pass with this key have passed."""
     if key is None:
         return

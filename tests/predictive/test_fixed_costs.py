@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.randomness import same_foreign_states, same_random_states
-from laplace_kf.tape import Observation, tracer
+from laplace_kf.tape import Observation
+from laplace_kf.tape import checked as check
 
 
 class Square(torch.autograd.Function):
@@ -83,13 +84,13 @@ def counted(owner: Any, name: str) -> Iterator[list[int]]:
 
 def checked(posterior: Any, x: Tensor) -> bool:
     """Whether a prediction checks layer rules against autograd (their rounding errors are asked for then)."""
-    with counted(tracer, "coarsest") as calls:
+    with counted(check, "coarsest") as calls:
         posterior.predict(x, method="linearized")
     return calls[0] > 0
 
 
 def test_rules_are_checked_once_for_passes_that_are_wired_in_the_same_way() -> None:
-    model, posterior, x = fitted()
+    _, posterior, x = fitted()
     assert checked(posterior, x[:3]), "inputs of another shape than those of the fit"
     assert not checked(posterior, x[:3])
     assert not checked(posterior, x[:3] + 1), "numbers have no say in it"
@@ -171,12 +172,12 @@ def test_a_last_layer_takes_one_pass_over_the_backbone_and_none_over_itself() ->
 
 
 def states() -> tuple[Any, ...]:
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    kind, key, *rest = np.random.get_state()
     return torch.get_rng_state().tolist(), (kind, key.tolist(), *rest), random.getstate()
 
 
 def draw() -> None:
-    torch.rand(3), np.random.rand(3), np.random.randn(3), random.random()  # noqa: NPY002, B018
+    torch.rand(3), np.random.rand(3), np.random.randn(3), random.random()
 
 
 @pytest.mark.parametrize("nested", [0, 1, 2])
