@@ -69,7 +69,7 @@ ERRORS: dict[str, tuple[BaseException, ...]] = {
 }
 # A factorisation is tried in float64 and with a ridge; a model that cannot be vectorised goes example by example, and
 # one that cannot be put on the tape is run without it.
-SECOND_WAYS = ("factorisation", "model", "autograd")
+SECOND_WAYS = ("factorisation", "model", "autograd", "draw")
 FACTORISATIONS = ("eigh", "eigvalsh", "cholesky_ex", "cholesky", "solve", "qr", "svd", "inv", "solve_triangular")
 
 
