@@ -4,7 +4,7 @@ from laplace_kf.operators.base import Isotropic, Matrix, Sum, fresh_generator, s
 from laplace_kf.operators.blockwise import Blockwise
 from laplace_kf.operators.curvature import CurvatureBlock, DenseBlock, DiagonalBlock
 from laplace_kf.operators.eigenbasis import SpectralBlock
-from laplace_kf.operators.kept import KeptTerms, TermSum, in_common_bases
+from laplace_kf.operators.kept_terms import KeptTerms, TermSum, in_common_bases
 from laplace_kf.operators.kronecker import DAMPINGS, Damping, KroneckerBlock
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error

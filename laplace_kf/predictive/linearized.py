@@ -21,7 +21,7 @@ from laplace_kf.likelihoods import to_positions
 from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.outputs.checks import same_outputs
-from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
