@@ -20,6 +20,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -262,10 +263,12 @@ class Suffix(nn.Module):
         origin: model, ``forward=`` and inputs that it stands for.
         divisible: whether the first example's features alone give the first example's outputs (they do not where the
             suffix has the number of examples written into a reshape); whoever runs single examples takes ``origin``.
+        linear: names of weight and bias (``None`` without one) where all of it is one linear map of its only feature.
     """
 
     origin: Site
     divisible: bool
+    linear: tuple[str, str | None] | None = None
 
     def __init__(
         self,
@@ -386,6 +389,10 @@ def _cut(
         (features if rows else fixed)[number] = tensor.detach()
     suffix = Suffix(recorder.steps, recorder.slots[id(outputs)], {n: named[n] for n in names}, fixed, list(features))
     site: Site = (suffix, None, tuple(features.values()))
+    suffix.linear = _linear(recorder.steps, recorder.slots[id(outputs)], features)
+    if suffix.linear is not None:  # nothing about one function of one tensor is left to be tried out
+        suffix.origin, suffix.divisible = (model, forward, inputs), True
+        return site
     with preserved(suffix), torch.no_grad():
         try:
             again = predicted(suffix, site[2], None)
@@ -400,6 +407,19 @@ def _cut(
         divisible = same_outputs(first, outputs[:1].detach())
     suffix.divisible = divisible  # not inside: attributes are put back there
     return site
+
+
+def _linear(steps: Sequence[_Step], output: int, features: Mapping[int, Tensor]) -> tuple[str, str | None] | None:
+    """Weight and bias if the steps are one linear map of the only feature ``(N, ..., H)``."""
+    if len(steps) != 1 or steps[0].func is not F.linear or steps[0].made != (output,) or len(features) != 1:
+        return None
+    given = {**dict(zip(("input", "weight", "bias"), steps[0].args, strict=False)), **steps[0].kwargs}
+    weight, bias = given["weight"], given.get("bias")
+    known = isinstance(weight, _Weight) and isinstance(given["input"], _Feature)
+    if not known or not (bias is None or isinstance(bias, _Weight)):
+        return None
+    (feature,) = features.values()
+    return None if feature.dim() < 2 else (weight.name, None if bias is None else bias.name)
 
 
 def _random_states(named: Mapping[str, Tensor]) -> list[Tensor]:

@@ -168,10 +168,14 @@ class Observation:
             to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
             curvature: the output curvature.
         """
+        return {n: OutputSignals(signals, curvature) for n, signals in self.output_inputs(to_positions).items()}
+
+    def output_inputs(self, to_positions: Callable[[Tensor], Tensor]) -> dict[str, OuterSignals]:
+        """Inputs ``(N, T, R, I)``, without columns, of the blocks whose layer's output is the network's output."""
         if not self.outputs.requires_grad:
             return {}
         node, number = _origin(self.whole)
-        found: dict[str, OutputSignals] = {}
+        found: dict[str, OuterSignals] = {}
         for name, members in self._by_block().items():
             block, call = self.tracer.blocks[name], members[0]
             plain = len(members) == 1 and block.factorises and not block.one_hot and block.turned is None
@@ -180,7 +184,7 @@ class Observation:
             if call.edge.node is node and call.edge.output_nr == number and self._has_layout(call, to_positions):
                 signals = self._matrix_signals(block, members, None)
                 assert isinstance(signals, OuterSignals)
-                found[name] = OutputSignals(signals, curvature)
+                found[name] = signals
         return found
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
