@@ -231,7 +231,7 @@ def cross_terms(grid: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float)
 
 
 def _fewest(u: Tensor, v: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Weighted terms ``(k, O)`` and ``(k, I)`` as the fewest with the same sum up to ``tolerance``, weights divided out."""
+    """Weighted terms ``(k, O)`` and ``(k, I)`` in fewest with the same sum up to ``tolerance``, weights divided out."""
     left, right = torch.linalg.qr(u.T), torch.linalg.qr(v.T)
     p, values, q = torch.linalg.svd(left.R @ right.R.T)
     tail = values.square().flip(0).cumsum(0).flip(0).sqrt()  # what is lost from each on

@@ -180,7 +180,11 @@ Shape = tuple[int, int]
 
 
 def _chunks(
-    gradients: Gradients, precision: Blockwise, batches: Any, of: str | Value, tokens: bool,
+    gradients: Gradients,
+    precision: Blockwise,
+    batches: Any,
+    of: str | Value,
+    tokens: bool,
     accuracy: float | None,
 ) -> Iterator[list[tuple[Queries, Shape]]]:
     """Solved queries with their columns and examples, as many at a time as fit."""
