@@ -20,21 +20,21 @@ Found = Mapping[str, Any]
 
 def score_rows(found: Found) -> tuple[list[str], list[list[str]]]:
     """Head and rows: linear datamodelling score by method and number of networks."""
-    counts = list(next(iter(found["scores"].values()))["score"])
+    counts = sorted({int(count) for each in found["scores"].values() for count in each["score"]})
     body = []
     for name, each in found["scores"].items():
-        cells = [f"{each['score'][count]:.3f}" for count in counts]
-        body.append([name, *cells, f"{each['seconds']:.1f}"])
-    return ["method", *(f"{count} network{'s' if int(count) > 1 else ''}" for count in counts), "s / network"], body
+        cells = [f"{each['score'][str(n)]:.3f}" if str(n) in each["score"] else "" for n in counts]
+        body.append([name, *cells, f"{each['training_seconds']:.1f}", f"{each['seconds']:.1f}"])
+    head = [f"{count} network{'s' if count > 1 else ''}" for count in counts]
+    return ["method, training of the scores' networks", *head, "s, training", "s, scores"], body
 
 
 def score_table(found: Found) -> Table:
     """Linear datamodelling scores."""
     note = (
         f"Mean over {found['queries']} queries of the Spearman correlation with the losses of {found['subsets']} "
-        "networks trained on other random halves, one each. Seconds: processor time of fit and scores of one network, "
-        f"one thread; training one took {found['training_seconds']:.1f} s. Published, on networks and halves of their "
-        "own: " + ", ".join(PUBLISHED.values()) + "."
+        "networks trained on other random halves, one each. Seconds: processor time for one network, one thread; "
+        "scores with the fit. Published, on networks and halves of their own: " + ", ".join(PUBLISHED.values()) + "."
     )
     return Table("Linear datamodelling score", *score_rows(found), note)
 
@@ -64,7 +64,7 @@ def judged(found: Found) -> list[dict[str, Any]]:
         if known:
             best = max(known, key=lambda name: known[name])
             verdicts.append(_verdict(f"linear datamodelling score, {count}", aim, known[best], best))
-            spent = count * (found["training_seconds"] + found["scores"][best]["seconds"]) / 60
+            spent = count * (found["scores"][best]["training_seconds"] + found["scores"][best]["seconds"]) / 60
             verdicts.append(_verdict(f"minutes of one core, {count}", MINUTES, spent, best, most=True))
     every = [(f"{score}, {epochs} epochs", each) for epochs, by in found["wrong"].items() for score, each in by.items()]
     for key, aim, what in (("found", FOUND, "wrong labels in the first 10 %"), ("area", AREA, "AUC of wrong labels")):

@@ -2,7 +2,8 @@
 
 The recipe is that of dattri's MNIST benchmark (Deng et al. 2024): 5,000 training images, 500 queries, networks
 784-128-64-10 with dropout on random halves. Truth is made anew: a network on every one of some further halves, and the
-losses of the queries under it. Scores come from networks on halves of their own, one, ten or fifty of them averaged.
+losses of the queries under it. Scores come from networks on halves of their own, one, ten or fifty of them averaged;
+these see their halves a few times only (``score_epochs``): gradients of examples that a network knows by heart vanish.
 
 Networks and scores are kept in ``parts`` of the results folder, so that a run can be cut short and taken up again.
 """
@@ -10,9 +11,10 @@ Networks and scores are kept in ``parts`` of the results folder, so that a run c
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,9 @@ from laplace_kf.reports.influence_plots import influential
 __all__ = ["METHODS", "Config", "run"]
 
 METHODS: dict[str, dict[str, Any]] = {
-    "Kronecker, factored damping, loss": {"damping": "factored", "of": "loss"},
-    "Kronecker, factored damping, margin": {"damping": "factored", "of": "margin"},
-    "Kronecker, exact damping, margin": {"damping": "exact", "of": "margin"},
-    "EKFAC, margin": {"structure": "ekfac", "damping": "exact", "of": "margin"},
-    "diagonal, margin": {"structure": "diag", "damping": "exact", "of": "margin"},
+    "Kronecker, margin": {"structure": "kron", "damping": "factored", "of": "margin"},
+    "Kronecker, loss": {"structure": "kron", "damping": "factored", "of": "loss"},
+    "Kronecker, exact damping, margin": {"structure": "kron", "damping": "exact", "of": "margin"},
 }
 TRUTH = 1000  # numbers of the halves whose losses are the truth; those below are the scores'
 WRONG = 2000  # seed of the network with wrong labels
@@ -55,10 +55,10 @@ class Config:
         queries: test images, the first ones.
         subsets: halves whose networks give the truth.
         counts: over how many networks scores are averaged.
-        epochs: passes of every network over its half.
-        methods: names of :data:`METHODS`.
-        few: networks of methods that are slow, those not named in ``many``.
-        many: methods for the largest of ``counts``.
+        epochs: passes of the networks of the truth over their halves.
+        score_epochs: passes of the networks that scores come from, tried one after another.
+        methods: names of :data:`METHODS`; the first with all of ``score_epochs``, the others with the first of them.
+        few: the first method after the first of ``score_epochs`` gets all ``counts``, everything else these at most.
         damping: λ of the posteriors.
         accuracy: of the scores (relative).
         wrong: which share of labels is replaced for the search of wrong labels.
@@ -73,9 +73,9 @@ class Config:
     subsets: int = 50
     counts: list[int] = field(default_factory=lambda: [1, 10, 50])
     epochs: int = 50
+    score_epochs: list[int] = field(default_factory=lambda: [5, 10, 50])
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    few: int = 1
-    many: list[str] = field(default_factory=lambda: list(METHODS)[:2])
+    few: int = 10
     damping: float = 10.0
     accuracy: float = 1e-2
     wrong: float = 0.1
@@ -91,8 +91,10 @@ class Config:
         require("damping", self.damping, self.damping > 0, "above 0")
         require("accuracy", self.accuracy, 0 < self.accuracy < 1, "between 0 and 1")
         require("wrong", self.wrong, 0 < self.wrong < 1, "between 0 and 1")
-        for name in ("methods", "many"):
-            require(name, getattr(self, name), set(getattr(self, name)) <= set(METHODS), f"some of {list(METHODS)}")
+        known = bool(self.methods) and set(self.methods) <= set(METHODS)
+        require("methods", self.methods, known, f"some of {list(METHODS)}")
+        for name in ("score_epochs", "wrong_epochs"):
+            require(name, value := getattr(self, name), bool(value) and min(value) >= 1, "some numbers from 1 on")
 
 
 class _Bench:
@@ -101,35 +103,31 @@ class _Bench:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.train, self.queries = images(config.train, config.queries)
-        self.seconds: list[float] = []  # of training one network
 
     def inside(self, number: int) -> Tensor:
         """Which examples the network ``number`` saw, ``(N,)``."""
         return halves(self.config.train, number, self.config.seed)
 
-    def networks(self, numbers: Sequence[int]) -> Any:
-        """Networks on halves."""
+    def networks(self, numbers: Sequence[int], epochs: int) -> Iterator[nn.Sequential]:
+        """Networks on halves after so many passes."""
         c = self.config
 
         def train(missing: Sequence[int]) -> list[nn.Sequential]:
             start = time.process_time()
-            made = trained(self.train, torch.stack([self.inside(n) for n in missing]), c.epochs, missing)
-            self.seconds.append((time.process_time() - start) / len(missing))
-            self._note()
+            made = trained(self.train, torch.stack([self.inside(n) for n in missing]), epochs, missing)
+            self._note(epochs, (time.process_time() - start) / len(missing))
             return made
 
-        return kept(self.folder, f"half_{c.seed}_{c.train}_{c.epochs}", numbers, train)
+        return kept(self.folder, f"half_{c.seed}_{c.train}_{epochs}", numbers, train)
 
-    def _note(self) -> None:
-        path = self.folder / "seconds.json"
+    def _note(self, epochs: int, seconds: float) -> None:
+        path = self.folder / f"seconds_{epochs}.json"
         before = json.loads(path.read_text()) if path.is_file() else []
-        path.write_text(json.dumps([*before, self.seconds[-1]]))
+        path.write_text(json.dumps([*before, seconds]))
 
-    def training_seconds(self) -> float:
+    def training_seconds(self, epochs: int) -> float:
         """Processor seconds of training one network, the median over the stacks that were trained."""
-        path = self.folder / "seconds.json"
-        values = sorted(json.loads(path.read_text())) if path.is_file() else [0.0]
-        return float(values[len(values) // 2])
+        return float(statistics.median(json.loads((self.folder / f"seconds_{epochs}.json").read_text())))
 
     def truth(self) -> tuple[Tensor, Tensor]:
         """Halves ``(K, N)`` and the losses of the queries under networks trained on them, ``(K, Q)``."""
@@ -137,44 +135,42 @@ class _Bench:
         x, y = self.queries
         losses = [
             nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
-            for model in self.networks(numbers)
+            for model in self.networks(numbers, self.config.epochs)
         ]
         return torch.stack([self.inside(n) for n in numbers]), torch.stack(losses)
 
 
-def _scored(bench: _Bench, name: str, number: int, model: nn.Module) -> tuple[Tensor, float]:
-    """Scores ``(Q, N)`` by one network, and the processor seconds of fit and scores; kept in a file."""
+def _scored(bench: _Bench, name: str, epochs: int, number: int, model: nn.Module) -> tuple[Tensor, float]:
+    """Scores ``(Q, N)`` by one network, and the processor seconds of fit and scores."""
     config, options = bench.config, dict(METHODS[name])
-    key = f"{name}_{number}_{config.seed}_{config.train}_{config.queries}_{config.epochs}_{config.damping}"
-    path = bench.folder / f"scores_{key.replace(' ', '_').replace(',', '')}.pt"
-    if path.is_file():
-        kept_scores = torch.load(path)
-        return kept_scores["scores"], float(kept_scores["seconds"])
     start = time.process_time()
     of = options.pop("of")
     posterior = LaplacePosterior(model, "categorical", prior_precision=config.damping, **options).fit(bench.train)
-    accuracy = config.accuracy
-    scores = attribution.influence(posterior, bench.train, bench.queries, of, accuracy=accuracy)
-    seconds = time.process_time() - start
-    torch.save({"scores": scores, "seconds": seconds}, path)
-    return scores, seconds
+    scores = attribution.influence(posterior, bench.train, bench.queries, of, accuracy=config.accuracy)
+    return scores, time.process_time() - start
 
 
-def _method(bench: _Bench, name: str, truth: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Datamodelling scores of one method by number of networks."""
+def _method(bench: _Bench, name: str, epochs: int, counts: Sequence[int], truth: tuple[Tensor, Tensor]) -> Any:
+    """Datamodelling scores of one method by number of networks; kept in a file."""
     config = bench.config
-    counts = [count for count in config.counts if name in config.many or count <= config.few]
+    decisive = [config.seed, config.train, config.queries, config.subsets, config.epochs, config.damping,
+                config.accuracy, list(counts)]  # fmt: skip
+    path = bench.folder / f"{name}, {epochs}.json"
+    if path.is_file() and (before := json.loads(path.read_text()))["settings"] == decisive:
+        return before["result"]
     total = torch.zeros(config.queries, config.train)
     result: dict[str, Any] = {"score": {}, "error": {}, "seconds": 0.0}
-    for number, model in enumerate(bench.networks(range(max(counts)))):
-        scores, seconds = _scored(bench, name, number, model)
+    for number, model in enumerate(bench.networks(range(max(counts)), epochs)):
+        scores, seconds = _scored(bench, name, epochs, number, model)
         total += scores
         result["seconds"] += seconds / max(counts)
         if number + 1 in counts:
             each = datamodelling_score(total, *truth)
             result["score"][str(number + 1)] = float(each.mean())
             result["error"][str(number + 1)] = float(each.std() / len(each) ** 0.5)
-    return {**result, "total": total}
+    result["training_seconds"] = bench.training_seconds(epochs)
+    path.write_text(json.dumps({"settings": decisive, "result": result}))
+    return result
 
 
 def _wrong(bench: _Bench, epochs: int) -> dict[str, dict[str, float]]:
@@ -203,18 +199,21 @@ def run(config: Config, folder: Path) -> Report:
     """Train what is missing, score, and report; networks and scores are kept in ``folder``."""
     bench = _Bench(config, folder)
     truth = bench.truth()
+    few = [count for count in config.counts if count <= config.few]
+    first, *others = config.score_epochs
+    plan = [(config.methods[0], first, config.counts)]
+    plan += [(name, first, few) for name in config.methods[1:]]
+    plan += [(config.methods[0], epochs, few) for epochs in others]
     results: dict[str, Any] = {}
-    totals: dict[str, Tensor] = {}
-    for name in config.methods:
-        results[name] = _method(bench, name, truth)
-        totals[name] = results[name].pop("total")
+    for name, epochs, counts in plan:
+        row = f"{name}, {epochs} epochs"
+        results[row] = _method(bench, name, epochs, counts, truth)
         if config.progress:
-            tqdm.write(f"{name}: {results[name]['score']}, {results[name]['seconds']:.1f} s", file=sys.stderr)
+            tqdm.write(f"{row}: {results[row]}", file=sys.stderr)
     everything = {
         "scores": results,
         "queries": config.queries,
         "subsets": config.subsets,
-        "training_seconds": bench.training_seconds(),
         "wrong": {str(epochs): _wrong(bench, epochs) for epochs in config.wrong_epochs},
         "wrong_share": config.wrong,
     }
@@ -222,23 +221,26 @@ def run(config: Config, folder: Path) -> Report:
     return Report(
         title="Attribution: predicted and measured effects of training examples",
         summary=(
-            f"Networks 784-128-64-10 on halves of {config.train} digits, {config.epochs} epochs; scores of "
-            f"{config.queries} queries against losses of {config.subsets} networks trained on other halves; "
+            f"Networks 784-128-64-10 on halves of {config.train} digits; scores of "
+            f"{config.queries} queries against losses of {config.subsets} networks trained on other halves for "
+            f"{config.epochs} epochs; "
             f"λ = {config.damping:g}."
         ),
         seed=config.seed,
         config=asdict(config),
         metrics={name: each["score"] for name, each in results.items()},
         tables=[report.score_table(everything), report.wrong_table(everything), report.targets_table(verdicts)],
-        pictures=[_picture(bench, next(iter(totals.values())))] if totals else [],
+        pictures=[_picture(bench)],
         details={**everything, "verdicts": verdicts, "stand_ins": []},
     )
 
 
-def _picture(bench: _Bench, scores: Tensor) -> Picture:
+def _picture(bench: _Bench) -> Picture:
     """Queries with the largest losses under the first network, and what helped and harmed them."""
     x, y = bench.queries
-    (model,) = bench.networks([0])
+    first = bench.config.score_epochs[0]
+    (model,) = bench.networks([0], first)
+    scores, _ = _scored(bench, bench.config.methods[0], first, 0, model)
     losses = nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
     chosen = losses.topk(min(5, len(losses))).indices
 

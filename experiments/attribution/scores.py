@@ -27,8 +27,9 @@ def datamodelling_score(scores: Tensor, subsets: Tensor, losses: Tensor) -> Tens
 
 def _ranks(values: Tensor) -> Tensor:
     """Places along the first dimension, from 0; equal values share the mean of theirs."""
-    first = torch.stack([torch.searchsorted(column.sort().values, column) for column in values.T], 1)
-    last = torch.stack([torch.searchsorted(column.sort().values, column, right=True) for column in values.T], 1)
+    columns = values.T.contiguous()
+    first = torch.stack([torch.searchsorted(column.sort().values, column) for column in columns], 1)
+    last = torch.stack([torch.searchsorted(column.sort().values, column, right=True) for column in columns], 1)
     return (first + last - 1).double() / 2
 
 
