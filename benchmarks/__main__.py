@@ -18,6 +18,7 @@ NAMES = (
     "many_outputs",
     "optimizers",
     "penalty",
+    "per_example",
     "tuning",
 )
 

@@ -13,11 +13,10 @@ from torch.utils.data import DataLoader, SequentialSampler
 from laplace_kf import weighting
 from laplace_kf.attribution.values import Value, columns_of, spread
 from laplace_kf.batches import Forward, default_forward, map_examples, run, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators.base import widened
 from laplace_kf.missing import check_batch
-from laplace_kf.models import parameters_of
+from laplace_kf.models import parameters_of, preserved
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive.shares import Piece
 from laplace_kf.reading import paired

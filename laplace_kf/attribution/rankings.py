@@ -11,8 +11,8 @@ from torch import Tensor
 
 from laplace_kf.attribution.gradients import at_mean, batches_of
 from laplace_kf.attribution.scoring import self_influence
-from laplace_kf.engine import lasting
 from laplace_kf.estimators.base import widened
+from laplace_kf.models import lasting
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision
 from laplace_kf.registry import Registry

@@ -18,8 +18,8 @@ from torch import Tensor
 from laplace_kf.attribution.gradients import Gradients, at_mean, batches_of
 from laplace_kf.attribution.pairs import Queries
 from laplace_kf.attribution.values import Value
-from laplace_kf.engine import lasting
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, checked_prior

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics, collect, lasting
+from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import parameters_of, usable
+from laplace_kf.linalg import typed
+from laplace_kf.models import lasting, parameters_of, usable
 from laplace_kf.operators import DAMPINGS, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
@@ -41,6 +42,7 @@ from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import UNUSED, EntryLayout, select
 from laplace_kf.weighting import Weights
@@ -167,6 +169,7 @@ class LaplacePosterior(Answers):
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
+    @typed
     def fit(
         self,
         train_loader: Iterable[Any] | tuple[Any, Tensor],
@@ -286,6 +289,7 @@ class LaplacePosterior(Answers):
             return self.parameters, self._asked  # type: ignore[return-value]
         return [glob.escape(name) for name in layout.names], self._asked.of_entries(layout)
 
+    @typed
     @lasting()
     def update(
         self,
@@ -353,6 +357,7 @@ class LaplacePosterior(Answers):
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
+    @typed
     def tune(
         self,
         val: Iterable[Any] | tuple[Any, Tensor] | None = None,
@@ -439,6 +444,7 @@ class LaplacePosterior(Answers):
         self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
+    @typed
     @lasting()
     def calibrate(
         self,
@@ -475,6 +481,7 @@ class LaplacePosterior(Answers):
 
     # -- keeping it ----------------------------------------------------------------------------------------------------
 
+    @typed
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.
 
@@ -519,6 +526,7 @@ class LaplacePosterior(Answers):
         return tensors, {**header, **described}
 
     @classmethod
+    @typed
     def load(
         cls,
         path: str | os.PathLike[str],

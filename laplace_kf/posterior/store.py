@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.engine import Statistics, StructureRule
 from laplace_kf.errors import CorruptFile
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior.chain import Chain
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Block, EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
 
@@ -59,6 +59,8 @@ def write(
     partial = target.with_name(target.name + f".{os.getpid()}.part")
     try:
         save_file(kept, partial, metadata=metadata)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -70,6 +72,7 @@ def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Te
     Raises:
         FileNotFoundError: if there is no such file.
         CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
+        OSError: if it cannot be read at all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no posterior file at {path}")
@@ -90,7 +93,7 @@ def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Te
         return tensors, loaded
     except CorruptFile:
         raise
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} cannot be read as a {kind}: {error}") from error
 
 
@@ -126,7 +129,7 @@ def layout_of(described: Mapping[str, Any]) -> FlatLayout:
 
 
 def unpacked(
-    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: StructureRule, device: torch.device
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: Structure, device: torch.device
 ) -> Statistics:
     """The inverse of :func:`packed`, with the sums (any shapes) on ``device``."""
 
@@ -160,7 +163,7 @@ def packed_fitted(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def unpacked_fitted(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
-    structure: StructureRule,
+    structure: Structure,
     *,
     model: nn.Module,
     forward: Forward | None,
