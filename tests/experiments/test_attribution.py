@@ -67,14 +67,14 @@ WORDS = ["train=40", "queries=6", "subsets=4", "epochs=2", "counts=[1,2]", "scor
 def test_a_small_run_keeps_its_parts(digits, tmp_path, monkeypatch):
     assert main(["run", "attribution", *WORDS, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    scores = result["details"]["scores"]
+    scores = result["scores"]
     assert set(scores["Kronecker, margin, 1 epochs"]["score"]) == {"1", "2"}
     assert set(scores["Kronecker, margin, 2 epochs"]["score"]) == {"1"}
-    assert set(result["details"]["wrong"]["1"]) == {"self_influence", "loss", "left_out"}
+    assert set(result["wrong"]["1"]) == {"self_influence", "loss", "left_out"}
     assert (tmp_path / "influential.png").is_file()
     monkeypatch.setattr(run, "trained", None)  # nothing is trained again
     assert main(["run", "attribution", *WORDS, "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "result.json").read_text())["details"]["scores"] == scores
+    assert json.loads((tmp_path / "result.json").read_text())["scores"] == scores
 
 
 def test_verdicts_say_what_is_missed():
