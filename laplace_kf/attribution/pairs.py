@@ -135,14 +135,17 @@ class Terms:
         like = matrix.like
         a, g = _inputs(mine, like), _columns(mine, like)  # (n, I), (V·n, O)
         a_turned, g_turned = _turned(a, matrix.inputs.dual), _turned(g, matrix.outputs.dual)
-        energies = []
-        for own, theirs in (
-            (g_turned, _turned(_columns(other, like), matrix.outputs.dual)),
-            (a_turned, _turned(_inputs(other, like), matrix.inputs.dual)),
-        ):
-            energy = own.double().square().mean(0).sqrt() * theirs.double().square().mean(0).sqrt()
-            energies.append(energy.clamp_min(float(energy.max()) * torch.finfo(like.dtype).eps ** 2))
-        found = cross_terms(1 / matrix.grid[0].double(), energies[0], energies[1], tolerance)
+        inverse = 1 / matrix.grid[0].double()
+        found = _outer(inverse, 8 * torch.finfo(like.dtype).eps)
+        if found is None:
+            energies = []
+            for own, theirs in (
+                (g_turned, _turned(_columns(other, like), matrix.outputs.dual)),
+                (a_turned, _turned(_inputs(other, like), matrix.inputs.dual)),
+            ):
+                energy = own.double().square().mean(0).sqrt() * theirs.double().square().mean(0).sqrt()
+                energies.append(energy.clamp_min(float(energy.max()) * torch.finfo(like.dtype).eps ** 2))
+            found = cross_terms(inverse, energies[0], energies[1], tolerance)
         width, outs = a.shape[1], g.shape[1]
         if found is None or len(found[0]) * (width + outs) >= width * outs:
             empty = like.new_zeros(0, 0, 0)
@@ -194,6 +197,12 @@ def _turned(rows: Tensor, dual: Tensor | None) -> Tensor:
 
 def _back(rows: Tensor, dual: Tensor | None) -> Tensor:
     return rows if dual is None else rows @ dual[0].T
+
+
+def _outer(grid: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+    """A positive grid ``(O, I)`` as one outer product ``u (1, O)``, ``v (1, I)``, if every entry is; else ``None``."""
+    u, v = grid[:, :1].T / grid[0, 0], grid[:1]
+    return (u, v) if MOST_TERMS and bool(((u.T * v - grid).abs() <= tolerance * grid).all()) else None
 
 
 def cross_terms(grid: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:

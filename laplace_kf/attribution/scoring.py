@@ -222,5 +222,6 @@ def _arranged(scores: Tensor, shape: Shape, piece: Piece) -> Tensor:
 def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     """Parts ``(T, q, n, T')`` side by side along an axis, shorter sequences filled up with 0."""
     first, last = max(p.shape[0] for p in parts), max(p.shape[3] for p in parts)
-    padded = [torch.nn.functional.pad(p, (0, last - p.shape[3], 0, 0, 0, 0, 0, first - p.shape[0])) for p in parts]
-    return torch.cat(padded, axis)
+    sizes = [(0, last - p.shape[3], 0, 0, 0, 0, 0, first - p.shape[0]) for p in parts]
+    padded = [torch.nn.functional.pad(p, size) if any(size) else p for p, size in zip(parts, sizes, strict=True)]
+    return torch.cat(padded, axis) if len(padded) > 1 else padded[0]

@@ -130,7 +130,7 @@ def test_terms_run_and_agree_with_directions(monkeypatch, damping, dtype):
     found = lk.attribution.influence(posterior, (x, y), (x[:9], y[:9]))
     assert used  # the fast way was taken
     if damping == "factored":
-        assert 1 in used
+        assert set(used) == {1}
     exact = max(used)
     used.clear()
     rough = lk.attribution.influence(posterior, (x, y), (x[:9], y[:9]), accuracy=1e-2)
