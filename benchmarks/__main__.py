@@ -19,6 +19,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "pruning",
     "tuning",
 )
 
