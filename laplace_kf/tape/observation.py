@@ -37,11 +37,17 @@ MANY_PATTERNS = 64  # kept at a time; data of more different sizes are asked abo
 class Source(Protocol):
     """What an observation needs of the tracer that made it."""
 
-    blocks: dict[str, Block]
-    example_wise: set[str]
     rows: Rows
     gradients: ExampleGradients
     named: dict[str, Tensor]
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by name."""
+
+    @property
+    def example_wise(self) -> set[str]:
+        """Names of those that need per-example gradients."""
 
     def block_of(self, portion: Portion) -> Block:
         """The block a portion of a parameter belongs to."""
