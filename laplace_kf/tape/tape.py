@@ -126,7 +126,7 @@ class Call:
         return (*self.key, self.rule.name), self.occurrence
 
     def input(self) -> Tensor:
-        """The input as it was consumed, in its own shape.
+        """The input as it was consumed, in its own shape; dense, if it was sparse.
 
         Raises:
             UnsupportedLayer: if it was changed in place since.
@@ -138,6 +138,8 @@ class Call:
                 "read it; make that operation out of place"
             )
         value = value.detach()
+        if value.layout is not torch.strided:
+            value = value.to_dense()
         return value if self.repeated is None else value.expand(self.repeated)
 
 
