@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from laplace_kf.errors import NonFinite
 from laplace_kf.likelihoods import to_positions
 from laplace_kf.operators import CurvatureBlock
 from laplace_kf.posterior.examples import OUTPUT_DRAWS
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.predictors import Linearized, rounded
-from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, compared, nearby, rows
+from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, compared, nearby, on_all, rows
 from laplace_kf.posterior.validation import MAP, Point, Score, Scorer, Validation
 from laplace_kf.posterior.work import EPOCH, Budget, Costs, scored
 
@@ -63,6 +64,7 @@ class Candidate:
         wins: whether it beats MAP beyond the noise.
         search: everything it looked at.
         left_out: why it was not measured.
+        not_finite: whether that is because nothing it tried is finite.
     """
 
     method: str
@@ -74,6 +76,7 @@ class Candidate:
     wins: bool = False
     search: Search | None = None
     left_out: str = ""
+    not_finite: bool = False
 
 
 class Contest:
@@ -223,10 +226,15 @@ class Contest:
         for method, scorer in scorers.items():
             search = Search(self._paid(scorer, draws[method]), self.name, afford=self._prepared(scorer))
             search.look([MAP])
-            if start is None or draws[method] == 1:
-                best, edge = coarse_to_fine(search, self.plane, finest)
-            else:
-                best, edge = nearby(search, self.plane, start), False
+            try:
+                if start is None or draws[method] == 1:
+                    best, edge = coarse_to_fine(search, self.plane, finest)
+                else:
+                    best, edge = nearby(search, self.plane, start), False
+            except NonFinite as error:  # MAP and the temperature may be of use all the same
+                if method in wanted:
+                    self.found[method] = Candidate(method, left_out=str(error), not_finite=True)
+                continue
             start = best
             self._guide = self._settled(method, search, best, edge)
             if method in wanted:
@@ -284,10 +292,13 @@ class Contest:
 
         search = Search(measure, self.name, afford=afford)
         search.look([MAP])
-        if start is None or start.point == MAP or settings == SETTINGS[0]:
-            best, edge = coarse_to_fine(search, self.plane)
-        else:
-            best, edge = nearby(search, self.plane, start.point), False
+        try:
+            if start is None or start.point == MAP or settings == SETTINGS[0]:
+                best, edge = coarse_to_fine(search, self.plane)
+            else:
+                best, edge = nearby(search, self.plane, start.point), False
+        except NonFinite as error:
+            return Candidate("mc", left_out=str(error), not_finite=True)
         return self._settled("mc", search, best, edge)
 
     # -- common --------------------------------------------------------------------------------------------------------
@@ -336,7 +347,7 @@ def setting(point: Point, score: Score, before: float | None) -> dict[str, float
 def described(candidate: Candidate, overall: Score, before: float | None) -> dict[str, Any]:
     """What ``TuningResult.candidates`` holds of a candidate; objectives are on the scale of all examples.
 
-    Of a candidate that saw some of the examples only, that is MAP's objective on all of them less the gain on those.
+    Of a candidate that saw some of the examples only they are estimates (:func:`laplace_kf.posterior.search.on_all`).
 
     Args:
         candidate: measured or left out.
@@ -344,14 +355,12 @@ def described(candidate: Candidate, overall: Score, before: float | None) -> dic
         before: the posterior's noise scale.
     """
     if candidate.left_out:
-        return {
-            "method": candidate.method, "objective": math.inf, "gain": -math.inf, "gain_error": None,
-            "left_out": candidate.left_out,
-        }  # fmt: skip
+        found: dict[str, Any] = {"method": candidate.method, "objective": math.inf, "gain": -math.inf}
+        found |= {"gain_error": None, "left_out": candidate.left_out}
+        return {**found, "not_finite": True} if candidate.not_finite else found
     gain, error = compared(candidate.reference, candidate.score)
-    found: dict[str, Any] = {
-        "method": candidate.method, "objective": overall.value - gain, "gain": gain, "gain_error": error,
-    }  # fmt: skip
+    value = on_all(candidate.score, candidate.reference, overall)
+    found = {"method": candidate.method, "objective": value, "gain": gain, "gain_error": error}
     if candidate.temperature is not None:
         found["temperature"] = candidate.temperature
     if candidate.point != MAP:
