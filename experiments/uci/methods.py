@@ -61,7 +61,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Ratio λ/N (its number), size of the covariance (0: none), and noise scale (or factor), of all members together."""
+    """Ratio λ/N (its number), size of the covariance (0: none), and noise scale or factor, of all members."""
 
     ratio: int
     size: float
