@@ -1,6 +1,18 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
-from laplace_kf import attacks, bridges, continual, curvature, diagnostics, errors, graphs, likelihoods, optim, reports
+from laplace_kf import (
+    attacks,
+    attribution,
+    bridges,
+    continual,
+    curvature,
+    diagnostics,
+    errors,
+    graphs,
+    likelihoods,
+    optim,
+    reports,
+)
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
@@ -17,6 +29,7 @@ __all__ = [
     "TuningResult",
     "__version__",
     "attacks",
+    "attribution",
     "bridges",
     "continual",
     "curvature",

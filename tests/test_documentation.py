@@ -147,6 +147,7 @@ def test_all_lists_what_is_there(name: str):
                 "optimizers.md",
                 "likelihoods.md",
                 "batches.md",
+                "attribution.md",
                 "mixtures.md",
                 "evidence_training.md",
                 "diagnostics.md",

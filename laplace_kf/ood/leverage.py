@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, UnknownName
+from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, KroneckerBlock, Matrix, Spectral
 from laplace_kf.predictive.linearized import Stand
 from laplace_kf.replica import current, standing

@@ -26,12 +26,11 @@ from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss
 from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
-from laplace_kf.engine import preserved
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.missing import check_batch
-from laplace_kf.models import parameters_of, usable
+from laplace_kf.models import parameters_of, preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators import (
     BlockTridiagonal,
@@ -28,6 +27,7 @@ from laplace_kf.operators.curvature import balance, frobenius, spectral
 from laplace_kf.optim.links import Linked
 from laplace_kf.registry import Registry
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.tape import Block
 
 __all__ = ["BLOCK_SOLVERS", "INVERSES", "BlockSolver", "Inverse", "damped_power", "low_rank_solve"]

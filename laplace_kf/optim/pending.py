@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import preserved
 from laplace_kf.lookups import padding_rows
+from laplace_kf.models import preserved
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.tape import Observation, Tracer
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics
 from laplace_kf.estimators import Estimator
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power
 from laplace_kf.registry import Registry
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 
 __all__ = ["PRECONDITIONERS", "Preconditioner"]
 

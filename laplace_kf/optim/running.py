@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from laplace_kf.engine import Accumulator, Statistics, StructureRule
+from laplace_kf.engine import Accumulator
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.factors import averaged, dumped, loaded
-from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Observation
 
 __all__ = ["Running"]
@@ -38,7 +38,7 @@ class Running:
 
     def __init__(
         self,
-        accumulator: Callable[[StructureRule], Accumulator],
+        accumulator: Callable[[Structure], Accumulator],
         structure: Structure,
         ema: float,
         refresh: int,

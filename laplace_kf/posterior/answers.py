@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite
-from laplace_kf.engine import Statistics, lasting
 from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.models import lasting
 from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior.calibration import Calibration
@@ -29,6 +29,7 @@ from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.weighting import Weights
 
 __all__ = ["Answers"]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood
@@ -25,6 +24,7 @@ from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_bl
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.penalty import Penalty
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive, prior_tensors
+from laplace_kf.structures.base import Statistics
 from laplace_kf.tape import EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
 

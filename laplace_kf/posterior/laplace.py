@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics, collect, lasting
+from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import parameters_of, usable
+from laplace_kf.models import lasting, parameters_of, usable
 from laplace_kf.operators import DAMPINGS, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
@@ -41,6 +41,7 @@ from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import UNUSED, EntryLayout, select
 from laplace_kf.weighting import Weights

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
-from laplace_kf.engine import lasting
 from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, mixed
+from laplace_kf.models import lasting
 from laplace_kf.ood import score
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate

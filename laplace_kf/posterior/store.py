@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.engine import Statistics, StructureRule
 from laplace_kf.errors import CorruptFile
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior.chain import Chain
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Block, EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
 
@@ -126,7 +126,7 @@ def layout_of(described: Mapping[str, Any]) -> FlatLayout:
 
 
 def unpacked(
-    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: StructureRule, device: torch.device
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: Structure, device: torch.device
 ) -> Statistics:
     """The inverse of :func:`packed`, with the sums (any shapes) on ``device``."""
 
@@ -160,7 +160,7 @@ def packed_fitted(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def unpacked_fitted(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
-    structure: StructureRule,
+    structure: Structure,
     *,
     model: nn.Module,
     forward: Forward | None,

@@ -26,11 +26,11 @@ from laplace_kf.batches import (
     to_device,
     to_tensors,
 )
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch, UnknownName
 from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.missing import check_batch
+from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
-from laplace_kf.models import autocasting, parameters_of
+from laplace_kf.models import autocasting, parameters_of, preserved
 from laplace_kf.replica import Shared, original
 from laplace_kf.substitution import reached, require_reached, substituted
 
@@ -41,7 +40,7 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
     """Network outputs ``(N, ...)`` with some parameters replaced; the model itself is not touched.
 
     Args:
-        model: the module, in the mode it is to run in (see :func:`laplace_kf.engine.preserved`).
+        model: the module, in the mode it is to run in (see :func:`laplace_kf.models.preserved`).
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
         weights: replacements by parameter name, ``None`` for the model's own.
         inputs: what the model takes: a tensor, a tuple, or a mapping of keyword arguments.

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import to_positions
-from laplace_kf.models import parameters_of
+from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut

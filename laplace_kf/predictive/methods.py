@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds

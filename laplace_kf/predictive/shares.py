@@ -104,7 +104,7 @@ class Share:
         if isinstance(self.rule, LowRank):
             return _low_rank(piece, self.block, self.rule, width)
         if not isinstance(self.rule, Family):
-            return _by_rows(piece, self.block, _solver(self.rule), width)
+            return _by_rows(piece, self.block, solver_of(self.rule), width)
         first = self.rule.matrices[0]
         if piece.own(self.block, first):
             known = self.block.name in piece.signals
@@ -120,7 +120,7 @@ def shares_of(precisions: Sequence[Blockwise]) -> list[Share]:
     found: list[Share] = []
     for k, precision in enumerate(precisions):
         for block, given in precision.entries:
-            matrix = _simplest(given, block)
+            matrix = simplest(given, block)
             if isinstance(matrix, Spectral):
                 key = (block, id(matrix.inputs.dual), id(matrix.outputs.dual))
                 _, members, matrices = spectral.setdefault(key, (block, [], []))
@@ -139,13 +139,13 @@ def joint_of(piece: Piece, precision: Blockwise) -> Tensor:
     size = piece.width * piece.count
     total = like.new_zeros(size, size)
     for block, given in precision.entries:
-        matrix = _simplest(given, block)
+        matrix = simplest(given, block)
         if isinstance(matrix, Spectral) and piece.own(block, matrix):
             if block.name in piece.signals:
                 total = total + piece.form(block.name, matrix).joint(matrix)
             continue
         rows = piece.rows(block, slice(0, piece.count), like.dtype)
-        total = total + _by_example(rows, piece) @ _by_example(_solver(matrix)(rows), piece).T
+        total = total + _by_example(rows, piece) @ _by_example(solver_of(matrix)(rows), piece).T
     return total
 
 
@@ -155,7 +155,7 @@ def like_of(precision: Blockwise) -> Tensor:
     return matrix.like if isinstance(matrix, Spectral) else matrix.diag()[:0]
 
 
-def _simplest(matrix: Matrix, block: Block) -> Matrix:
+def simplest(matrix: Matrix, block: Block) -> Matrix:
     """A multiple of the identity as a diagonal."""
     if isinstance(matrix, Isotropic):
         return Spectral(Basis.identity(), Basis.identity(), matrix.value.expand(block.shape), matrix.label)
@@ -208,7 +208,7 @@ def _by_rows(piece: Piece, block: Block, rule: Family | Solver, width: int) -> T
     return torch.cat(found, 2)
 
 
-def _solver(matrix: Matrix) -> Solver:
+def solver_of(matrix: Matrix) -> Solver:
     """``rows (K, P_b)`` to ``rows matrix⁻¹``; a matrix without a solve of its own is factorised once."""
     if type(matrix).solve is not Matrix.solve:
         return lambda rows: matrix.solve(rows.to(matrix.like.dtype if isinstance(matrix, Spectral) else rows.dtype).T).T

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
-from laplace_kf.engine import preserved
+from laplace_kf.models import preserved
 from laplace_kf.predictive.calls import require_movable
 from laplace_kf.replica import original
 from laplace_kf.substitution import substituted
