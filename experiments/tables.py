@@ -86,7 +86,7 @@ def calibration() -> str:
     if result is None:
         return "*Not run yet.*"
     config, metrics = result["config"], result["metrics"]
-    means = {name: metrics[name][report.NAMES[0]]["nll"]["mean"] for name in metrics}
+    means = {name: metrics[name][report.MAP]["nll"]["mean"] for name in metrics}
     head, rows = report.difference_rows(means, result["comparisons"])
     text = (
         f"One hidden layer of {config['hidden']} units, {config['splits']} splits, {config['val_share']:.0%} of the "

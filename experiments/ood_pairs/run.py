@@ -69,10 +69,10 @@ class Config:
     batch: int = 128
     lr: float = 2e-3
     prior_precision: float = 1.0
-    val_most: int = 5000
-    train_most: int = 60_000
-    fit_most: int = 20_000
-    test_most: int = 5000
+    val_most: int = 4000
+    train_most: int = 25_000
+    fit_most: int = 10_000
+    test_most: int = 4000
     samples: int = 30
     progress: bool = True
 
