@@ -70,10 +70,20 @@ def _verdicts(result: dict[str, Any]) -> str:
 
 def ood_pairs() -> str:
     """AUROC of every score on pairs of image sets, and the verdicts."""
-    result = _load("docs/results/ood_pairs.json")
+    return _quoted("ood_pairs")
+
+
+def uci() -> str:
+    """Test log likelihoods and conformal intervals on regression tables, and the verdicts."""
+    return _quoted("uci")
+
+
+def _quoted(name: str) -> str:
+    """The tables that an experiment left in its result."""
+    result = _load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
-    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run ood_pairs`"]
+    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run {name}`"]
     for table in result["tables"]:
         parts += [_markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
     missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
@@ -362,6 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "ood_mnist": ood_mnist,
     "ood_pairs": ood_pairs,
+    "uci": uci,
     "predictions": predictions,
     "many_outputs": many_outputs,
     "toy_regression": toy_regression,

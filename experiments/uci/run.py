@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from experiments.common import data, training
 from experiments.common.checks import require
 from experiments.common.stacked import train_stacked
+from experiments.continual.report import quoted
 from experiments.uci.methods import HEADS, Chosen, Member, choose, likelihood, log_density, loss, member
 from experiments.uci.report import conformal_table, judged, log_likelihood_table, targets_table
 from laplace_kf.posterior import LaplacePosterior
@@ -321,20 +322,20 @@ def run(config: Config, folder: Path) -> Report:
         _part(config, name, folder)
     found = {name: list(splits.values()) for name in data.tables() if (splits := _kept(config, name, folder))}
     verdicts = judged(found)
+    tables = [log_likelihood_table(found), conformal_table(found), targets_table(verdicts)]
     missing = [name for name in data.tables() if name not in found]
     return Report(
         title="Regression tables beside published figures",
-        summary=(
+        summary=(summary := (
             f"One hidden layer of 50 units (100 for protein), {config.steps} steps; head and weight decay chosen on "
             f"{config.val_share:.0%} of the training rows, then refitted on all; mixtures of {config.members}. "
-            + (f"Not run: {', '.join(missing)}." if missing else "")
-        ),
+        )),
         seed=config.seed,
         config=asdict(config),
         metrics={name: [split["log likelihood"] for split in splits] for name, splits in found.items()},
-        tables=[log_likelihood_table(found), conformal_table(found), targets_table(verdicts)],
+        tables=tables,
         pictures=[],
         details={
-            "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
+            **quoted(summary, tables), "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
         },
     )  # fmt: skip

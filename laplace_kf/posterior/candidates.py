@@ -40,7 +40,7 @@ CAUTION = 1.0, 0.5
 """Standard errors by which a challenger's gain over MAP, and over another point or candidate, is discounted.
 
 Settled, with the floor of the noise scale, on splits 5 to 12 of UCI tables, not on those of the published comparison;
-looked at once more, with the new draws for Monte Carlo's best setting, on Friedman's functions and scikit-learn's tables.
+looked at once more, with new draws for Monte Carlo's best setting, on Friedman's functions and scikit-learn's tables.
 """
 TEMPERATURES = 0.05, 20.0
 LEAST = 16  # examples on which a candidate is looked at, unless there are fewer

@@ -4,8 +4,8 @@ Counts, not clocks: the same data and seed give the same search on every machine
 passes (the pass, gradients of activations, gradients of weights); forward passes are counted by torch's own formulas
 for the products of the network as it runs. An epoch counts ``LEAST`` multiply-adds at least, a hundredth of a second or
 two: in smaller ones the fixed costs of calls rule, which no count tells; and a quarter of what the eigenbases of the
-posterior cost at least, which any use of it takes: of few examples and a large network they are all there is. One factor, ``OVERHEAD``, says how much slower
-than large products the rest is; it was measured on one core.
+posterior cost at least, which any use of it takes: with few examples and a large network they are all there is. One
+factor, ``OVERHEAD``, says how much slower than large products the rest is; it was measured on one core.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ class Budget:
     def at_least(self, epoch: float) -> None:
         """From now on an epoch counts at least so many multiply-adds."""
         if epoch > self.epoch:
-            self.limit *= epoch / self.epoch
-            self.epoch = epoch
+            before, self.limit, self.epoch = self.cost, self.limit * epoch / self.epoch, epoch
+            if self.told is not None:
+                self.told(self.cost - before)
 
     @property
     def left(self) -> float:
