@@ -47,8 +47,8 @@ def log_likelihood_table(found: Found) -> Table:
     note = (
         "Test log likelihood in nats, original units, mean ± standard error over splits; higher is better. Linearized, "
         "full: one network, dense Gauss-Newton matrix. Published: Gal's MC dropout (training ten times as long) "
-        "and Lakshminarayanan et al. 2017 (40 epochs), means over all 20 splits (5 of protein): of fewer splits here they "
-        "are only roughly comparable."
+        "and Lakshminarayanan et al. 2017 (40 epochs), means over all 20 splits (5 of protein); of fewer splits here "
+        "they are only roughly comparable."
     )
     return Table("Test log likelihood", *rows(found), note)
 
