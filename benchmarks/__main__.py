@@ -9,7 +9,17 @@ from pathlib import Path
 
 from benchmarks.timing import RESULTS, save
 
-NAMES = ("fit_cost", "importance", "linearized", "montecarlo", "many_outputs", "optimizers", "penalty", "tuning")
+NAMES = (
+    "fit_cost",
+    "importance",
+    "linearized",
+    "montecarlo",
+    "many_outputs",
+    "optimizers",
+    "penalty",
+    "per_example",
+    "tuning",
+)
 
 
 def main() -> int:

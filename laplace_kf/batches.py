@@ -176,14 +176,14 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
 
 def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     """As :func:`predicted`, outputs ``(N, ...)``, on the inputs themselves, which the model may then change."""
-    at_inputs = getattr(forward, "outputs_at", None)  # of laplace_kf.reading.Reading
+    at_inputs = model_outputs if forward is None else getattr(forward, "outputs_at", None)  # of reading.Reading
     if at_inputs is not None:
-        return as_tensor(at_inputs(model, inputs))
-    if forward is None:
         with explained(model, inputs, None):
-            return model_outputs(model, inputs)
+            return as_tensor(at_inputs(model, inputs))
+    assert forward is not None
     try:
-        outputs = as_tensor(forward(model, inputs)[0])
+        with explained(model, inputs, None):
+            outputs = as_tensor(forward(model, inputs)[0])
     except LaplaceKFError:
         raise
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:

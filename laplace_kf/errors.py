@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "CorruptFile",
     "IncompatiblePair",
+    "InvalidTarget",
     "LaplaceKFError",
     "NonFinite",
     "NotFitted",
@@ -141,6 +142,10 @@ class NonFinite(LaplaceKFError, ArithmeticError):
 
 class ShapeMismatch(LaplaceKFError, ValueError):
     """Shapes that do not fit each other; gives both shapes and what was expected."""
+
+
+class InvalidTarget(LaplaceKFError, ValueError):
+    """A target, a class probability or a weight of an example that cannot be: says which one, and what is allowed."""
 
 
 class CorruptFile(LaplaceKFError, OSError):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import InvalidTarget, ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.prediction import (
@@ -161,7 +161,7 @@ class Categorical(Likelihood):
         allowed = f"0..{classes - 1} (outputs of shape {tuple(shape)}; ignore_index={self.ignore_index})"
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             first = f", first value {targets.flatten()[0].item()}" if targets.numel() else ""
-            raise ValueError(
+            raise InvalidTarget(
                 f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}; class "
                 f"probabilities have the shape of the outputs."
             )

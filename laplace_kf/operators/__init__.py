@@ -2,15 +2,10 @@
 
 from laplace_kf.operators.base import Isotropic, Matrix, Sum, fresh_generator, standard_normal
 from laplace_kf.operators.blockwise import Blockwise
-from laplace_kf.operators.curvature import (
-    DAMPINGS,
-    CurvatureBlock,
-    DenseBlock,
-    DiagonalBlock,
-    KroneckerBlock,
-    SpectralBlock,
-)
+from laplace_kf.operators.curvature import CurvatureBlock, DenseBlock, DiagonalBlock
+from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kept import KeptTerms, TermSum, in_common_bases
+from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
 from laplace_kf.operators.product import KroneckerProduct

@@ -18,7 +18,9 @@ from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import KNOB, cholesky, eigh
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, product_of_sum
-from laplace_kf.operators.curvature import DAMPINGS, CurvatureBlock, DiagonalBlock, KroneckerBlock, SpectralBlock
+from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock
+from laplace_kf.operators.eigenbasis import SpectralBlock
+from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = ["DRAW_TOLERANCE", "TOLERANCE", "KeptTerms", "TermSum", "in_common_bases"]

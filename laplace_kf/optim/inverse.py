@@ -23,7 +23,7 @@ from laplace_kf.operators import (
     Matrix,
     Spectral,
 )
-from laplace_kf.operators.curvature import balance, frobenius, spectral
+from laplace_kf.operators.kronecker import balance, frobenius, spectral
 from laplace_kf.optim.links import Linked
 from laplace_kf.registry import Registry
 from laplace_kf.structures import Structure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import NonFinite, ShapeMismatch
+from laplace_kf.errors import InvalidTarget, NonFinite, ShapeMismatch
 
 __all__ = [
     "NonFiniteTarget",
@@ -40,10 +40,10 @@ def known_false(condition: Tensor) -> bool:
 
 
 def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:
-    """Raises ``ValueError`` naming the first target where ``bad`` (of their shape) is True and what is ``allowed``."""
+    """Raises :class:`InvalidTarget` naming the first target where ``bad (of their shape)`` holds, and ``allowed``."""
     if known_true(bad.any()):
         index = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
+        raise InvalidTarget(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
 
 
 def refuse_nonfinite(who: str, targets: Tensor) -> None:

@@ -15,6 +15,7 @@ from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
 from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import Blockwise
@@ -198,6 +199,7 @@ class Answers:
         """The posterior as a Gaussian over flat weights ``(P,)``."""
         return self._fitted("gaussian").gaussian(self.n_data, self._prior)
 
+    @typed
     @lasting()
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
@@ -212,10 +214,12 @@ class Answers:
         drawn = self.precision.draw(n, generator)
         return {name: value + drawn[name].to(value) for name, value in self.mean.items()}
 
+    @typed
     def log_evidence(self) -> Tensor:
         """Laplace approximation of the log marginal likelihood, 0-dim: ``evidence().total`` (methods 9.4)."""
         return self.evidence().total
 
+    @typed
     @lasting()
     def evidence(self, n_data: float | None = None, prior_precision: PriorPrecision | None = None) -> Evidence:
         """The terms of ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I`` (methods 9.4).
@@ -282,6 +286,7 @@ class Answers:
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
+    @typed
     @lasting()
     def predict(
         self,
@@ -383,6 +388,7 @@ class Answers:
         noise = DRAWS[draws](samples, generator)
         return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
 
+    @typed
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
         """Covariance ``J Λ⁻¹ Jᵀ`` of the outputs of the network linearised at the mean; no Jacobian is formed.
@@ -416,6 +422,7 @@ class Answers:
 
     # -- how strange an input is ---------------------------------------------------------------------------------------
 
+    @typed
     @lasting()
     def ood_score(
         self,

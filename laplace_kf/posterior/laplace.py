@@ -22,6 +22,7 @@ from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting, parameters_of, usable
 from laplace_kf.operators import DAMPINGS, fresh_generator
 from laplace_kf.posterior import store
@@ -168,6 +169,7 @@ class LaplacePosterior(Answers):
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
+    @typed
     def fit(
         self,
         train_loader: Iterable[Any] | tuple[Any, Tensor],
@@ -287,6 +289,7 @@ class LaplacePosterior(Answers):
             return self.parameters, self._asked  # type: ignore[return-value]
         return [glob.escape(name) for name in layout.names], self._asked.of_entries(layout)
 
+    @typed
     @lasting()
     def update(
         self,
@@ -354,6 +357,7 @@ class LaplacePosterior(Answers):
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
+    @typed
     def tune(
         self,
         val: Iterable[Any] | tuple[Any, Tensor] | None = None,
@@ -440,6 +444,7 @@ class LaplacePosterior(Answers):
         self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
+    @typed
     @lasting()
     def calibrate(
         self,
@@ -476,6 +481,7 @@ class LaplacePosterior(Answers):
 
     # -- keeping it ----------------------------------------------------------------------------------------------------
 
+    @typed
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.
 
@@ -520,6 +526,7 @@ class LaplacePosterior(Answers):
         return tensors, {**header, **described}
 
     @classmethod
+    @typed
     def load(
         cls,
         path: str | os.PathLike[str],

@@ -59,6 +59,8 @@ def write(
     partial = target.with_name(target.name + f".{os.getpid()}.part")
     try:
         save_file(kept, partial, metadata=metadata)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -70,6 +72,7 @@ def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Te
     Raises:
         FileNotFoundError: if there is no such file.
         CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
+        OSError: if it cannot be read at all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no posterior file at {path}")
@@ -90,7 +93,7 @@ def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Te
         return tensors, loaded
     except CorruptFile:
         raise
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} cannot be read as a {kind}: {error}") from error
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import laplace_kf as lk
 from laplace_kf.curvature import make_structure
 from laplace_kf.operators import BlockTridiagonal, CrossFactors, Isotropic, KroneckerBlock, KroneckerProduct
-from laplace_kf.operators.curvature import balance
+from laplace_kf.operators.kronecker import balance
 from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES
 from laplace_kf.optim.objective import Batch
 from tests import oracles

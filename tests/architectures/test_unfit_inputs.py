@@ -1,0 +1,128 @@
+"""Inputs that a model cannot take, at every entry point: a typed refusal that names what was given and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import laplace_kf as lk
+
+Y = torch.arange(8) % 3
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 3)).eval()
+
+
+def table() -> nn.Module:
+    return nn.Sequential(nn.Embedding(6, 4), nn.LayerNorm(4), nn.Flatten(), nn.Linear(8, 3))
+
+
+GOOD: dict[Callable[[], nn.Module], Tensor] = {
+    dense: torch.ones(8, 4),
+    convolution: torch.ones(8, 2, 4, 4),
+    table: torch.ones(8, 2, dtype=torch.long),
+}
+CASES = {
+    "float64": (dense, torch.ones(8, 4).double(), "x.to(torch.float32)"),
+    "uint8": (dense, torch.ones(8, 4).byte(), "x.to(torch.float32)"),
+    "int64": (dense, torch.ones(8, 4).long(), "x.to(torch.float32)"),
+    "bool": (dense, torch.ones(8, 4).bool(), "x.to(torch.float32)"),
+    "half": (dense, torch.ones(8, 4).half(), "x.to(torch.float32)"),
+    "images of float64": (convolution, torch.ones(8, 2, 4, 4).double(), "x.to(torch.float32)"),
+    "images of uint8": (convolution, torch.ones(8, 2, 4, 4).byte(), "x.to(torch.float32)"),
+    "another number of features": (dense, torch.ones(8, 6), "(8, 6)"),
+    "another number of channels": (convolution, torch.ones(8, 1, 4, 4), "(8, 1, 4, 4)"),
+    "images of another size": (convolution, torch.ones(8, 2, 5, 5), "(8, 2, 5, 5)"),
+    "images without channels": (convolution, torch.ones(8, 4), "(8, 4)"),
+    "another number of tokens": (table, torch.ones(8, 3, dtype=torch.long), "(8, 3)"),
+    "tokens out of range": (table, torch.full((8, 2), 6), "(8, 2)"),
+    "tokens as numbers": (table, torch.ones(8, 2), "x.long()"),
+}
+ENTRIES: dict[str, Callable[[nn.Module, lk.LaplacePosterior, Tensor], object]] = {
+    "fit": lambda m, p, x: lk.LaplacePosterior(m, "categorical").fit(x, Y),
+    "fit, inputs=": lambda m, p, x: lk.LaplacePosterior(
+        m, "categorical", inputs=lambda b: b[0], targets=lambda b: b[1]
+    ).fit([(x, Y)]),
+    "fit, forward=": lambda m, p, x: lk.LaplacePosterior(
+        m, "categorical", forward=lambda model, b: (model(b[0]), b[1])
+    ).fit([(x, Y)]),
+    "tune": lambda m, p, x: p.tune((x, Y)),
+    "update": lambda m, p, x: p.update((x, Y)),
+    "curvature": lambda m, p, x: lk.curvature.estimate(m, "categorical", (x, Y)),
+    "functional_covariance": lambda m, p, x: p.functional_covariance(x),
+    **{
+        f"predict, {method}": lambda m, p, x, method=method: p.predict(x, method=method, samples=3)  # type: ignore[misc]
+        for method in ("mc", "linearized", "probit", "map")
+    },
+    "predictor": lambda m, p, x: p.predictor(3)(x),
+    "kfac": lambda m, p, x: lk.optim.kfac(m, "categorical").step(x, Y),
+    "hessian_free": lambda m, p, x: lk.optim.hessian_free(m, "categorical").step(x, Y),
+}
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[Callable[[], nn.Module], tuple[nn.Module, lk.LaplacePosterior]]:
+    models = {make: make() for make in GOOD}
+    return {make: (m, lk.LaplacePosterior(m, "categorical").fit(GOOD[make], Y)) for make, m in models.items()}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("case", CASES)
+def test_is_refused_with_what_was_given(
+    case: str, entry: str, fitted: dict[Callable[[], nn.Module], tuple[nn.Module, lk.LaplacePosterior]]
+) -> None:
+    make, x, words = CASES[case]
+    model, posterior = fitted[make]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = posterior.n_data, posterior.prior_precision, posterior.method
+    with pytest.raises(lk.errors.ShapeMismatch) as refused:
+        ENTRIES[entry](model, posterior, x)
+    assert words in str(refused.value)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert settings == (posterior.n_data, posterior.prior_precision, posterior.method)
+
+
+def test_a_tensor_on_another_device_is_named() -> None:
+    class Adrift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z: Tensor = self.layer(x)
+            return z + torch.ones(3, device="meta")
+
+    with pytest.raises(lk.errors.ShapeMismatch, match=r'model.to\("cpu"\)'):
+        lk.LaplacePosterior(Adrift(), "categorical").fit(torch.ones(8, 4), Y)
+
+
+def test_errors_of_the_model_itself_are_its_own() -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("out of coffee")
+
+    with pytest.raises(RuntimeError, match="out of coffee"):
+        lk.LaplacePosterior(Broken(4, 3), "categorical").fit(torch.ones(8, 4), Y)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets"),
+    [
+        ("categorical", Y + 1),
+        ("categorical", Y.double()),
+        ("categorical", torch.full((8, 3), 0.9)),
+        ("bernoulli", torch.full((8, 3), 2)),
+        ("poisson", torch.full((8, 3), -1)),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(likelihood: str, targets: Tensor) -> None:
+    with pytest.raises(lk.errors.InvalidTarget):
+        lk.LaplacePosterior(dense(), likelihood).fit(torch.ones(8, 4), targets)
