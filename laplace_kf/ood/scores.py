@@ -19,7 +19,7 @@ from laplace_kf.ood.references import References, combined
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import Registry
 
-__all__ = ["KINDS", "Subject", "reference_scores", "score"]
+__all__ = ["BY_LAYERS", "KINDS", "Subject", "reference_scores", "score"]
 
 
 class Subject(Protocol):
@@ -111,6 +111,8 @@ def _direction(request: Request) -> Tensor:
     return total(request.subject.leverage().by_layer(request.x, request.layers).directions())
 
 
+BY_LAYERS = ("leverage", "direction", "auto")
+"""The kinds that are made of layers' leverages: of a mixture, the mean of its components'."""
 AUTO = {"last": ("entropy", "last", "last direction")}
 AUTO["all"] = (*AUTO["last"], "all", "all directions")
 """The scores that ``kind="auto"`` combines, by its ``layers``."""
