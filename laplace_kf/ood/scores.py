@@ -113,7 +113,7 @@ def _direction(request: Request) -> Tensor:
 
 BY_LAYERS = ("leverage", "direction", "auto")
 """The kinds that are made of layers' leverages: of a mixture, the mean of its components'."""
-AUTO = {"last": ("entropy", "last", "last direction")}
+AUTO: dict[str, tuple[str, ...]] = {"last": ("entropy", "last", "last direction")}
 AUTO["all"] = (*AUTO["last"], "all", "all directions")
 """The scores that ``kind="auto"`` combines, by its ``layers``."""
 

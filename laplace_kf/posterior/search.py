@@ -89,9 +89,9 @@ DOUBT = 2.0
 """Further standard errors by which a challenger is discounted for every halving of the first champion's noise scale.
 
 Noise is one number for all inputs; a spread of weights that replaces it has the shape of the validation errors at hand.
-Settled on Friedman's functions (500 rows and fewer, with normal, heavy-tailed and uneven noise) and scikit-learn's
-diabetes table: without it the default lost to MAP on two of sixteen of their problems, by 0.05 and 0.1 nats; with it on
-none, and kept the large gains.
+Settled on sixteen regression problems, Friedman's functions (300 to 700 rows; normal, heavy-tailed, uneven or no noise)
+and scikit-learn's diabetes table: the mean gain on test data stays what it is without it, and the worst loss to MAP falls
+from 0.105 to 0.042 nats.
 """
 
 
@@ -102,15 +102,21 @@ def champion(scores: Mapping[K, Score], first: K, over_first: float, over_others
         scores: by whatever names the challengers.
         first: the champion to begin with.
         over_first: by how many standard errors of the paired difference it has to be beaten; by more where a spread of
-            weights takes the place of its noise (:data:`DOUBT`).
+            weights takes the place of its noise (:data:`DOUBT`). Whatever comes after it has to beat it by as much.
         over_others: and those after it.
     """
     best_yet = first
     while True:
         bounds = {}
         for name, score in scores.items():
-            gain, error = compared(scores[best_yet], score)
-            caution = over_first + _doubt(scores[first], score) if best_yet == first else over_others
+            caution = over_first + _doubt(scores[first], score)
+            gain, error = compared(scores[first], score)
+            beats_first = gain - caution * (error or 0.0) > 0
+            if best_yet != first and name != first and not beats_first:
+                continue
+            if best_yet != first:
+                gain, error = compared(scores[best_yet], score)
+                caution = over_others
             bounds[name] = gain - caution * (error or 0.0) if math.isfinite(score.value) else -math.inf
         best = max(bounds, key=lambda name: bounds[name])
         if best == best_yet or not bounds[best] > 0:

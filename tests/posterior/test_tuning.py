@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.posterior.candidates import Contest
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
 from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine
@@ -405,6 +406,20 @@ def test_less_noise_needs_more_of_a_gain() -> None:
         assert found == ("other" if wins else "map"), (gain, noise)
     both = {"map": first, "some": score(0.35, 0.4), "less": Score(-0.45, parts - 0.45, 0.2)}
     assert champion(both, "map", 1.0, 0.5) == "less"  # it beats MAP itself, and the other one too
+    chain = {"map": first, "some": score(0.12, 0.4), "less": Score(-0.2, parts - 0.2, 0.2)}
+    assert champion(chain, "map", 1.0, 0.5) == "some"  # the other one is better, but not that much better than MAP
+
+
+def test_where_map_wins_the_noise_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, val = regression()
+    posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
+    monkeypatch.setattr(Contest, "winner", lambda self: self.found["map"])
+    result = quiet(posterior, val, generator=rng(0))
+    assert any(each["gain"] > 0.01 for each in result.candidates)  # a posterior with less noise is there to be taken
+    own = float((model(val[0]).detach() - val[1]).square().mean().sqrt())
+    assert posterior.method == "map"
+    assert posterior.likelihood.noise_scale == pytest.approx(own, rel=0.02)
+    assert -float(posterior.predict(val[0]).log_prob(val[1]).mean()) == pytest.approx(result.map_objective, abs=1e-3)
 
 
 def test_monte_carlo_is_judged_by_draws_that_it_was_not_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
