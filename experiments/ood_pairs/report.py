@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.ood_pairs.problems import DEVELOPMENT, SOURCES
@@ -25,19 +25,22 @@ def named(source: str, stranger: str) -> str:
 
 def rows(found: Found) -> tuple[list[str], list[list[str]]]:
     """Head and rows: AUROC by pair and score; pairs for development come last and say so."""
-    head: list[str] = []
+    pairs = [
+        (source, stranger, scores)
+        for source in SOURCES
+        for stranger, scores in found.get(source, {}).get("pairs", {}).items()
+    ]
+    columns = list(dict.fromkeys(name for _, _, scores in pairs for name in scores))
     body = []
-    for source in SOURCES:
-        for stranger, scores in found.get(source, {}).get("pairs", {}).items():
-            head = head or ["pair", *scores]
-            mark = " (development)" if source in DEVELOPMENT else ""
-            body.append([named(source, stranger) + mark, *cells(scores)])
-    return head or ["pair"], body
+    for source, stranger, scores in pairs:
+        mark = " (development)" if source in DEVELOPMENT else ""
+        body.append([named(source, stranger) + mark, *cells(scores, columns)])
+    return ["pair", *columns], body
 
 
-def cells(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """AUROC of every score."""
-    return [f"{each['auroc']:.4f}" for each in scores.values()]
+def cells(scores: Mapping[str, Mapping[str, float]], columns: Sequence[str]) -> list[str]:
+    """AUROC of every score; a dash for one that was not measured."""
+    return [f"{scores[name]['auroc']:.4f}" if name in scores else "–" for name in columns]
 
 
 def pairs_table(found: Found) -> Table:
@@ -65,7 +68,8 @@ def judged(found: Found) -> list[dict[str, Any]]:
             wanted = {f"at least {least}": least for pair, least in TARGETS.items() if pair == (source, stranger)}
             wanted |= {f"ahead of {rival}": of[rival] for rival in RIVALS}
             best = max(ENSEMBLE, key=lambda name: of[name])
-            rows = [(AUTO, text, least) for text, least in wanted.items()] + [(MIXTURE, f"ahead of {best}", of[best])]
+            rows = [(AUTO, text, least) for text, least in wanted.items()]
+            rows += [(MIXTURE, f"ahead of {best}", of[best])] if MIXTURE in of else []
             verdicts += [
                 {"claim": f"{name} on {named(source, stranger)}: {text}", "value": of[name], "reference": least,
                  "verdict": "confirmed" if of[name] >= least else "refuted"}

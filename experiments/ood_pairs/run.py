@@ -57,6 +57,7 @@ class Config:
         fit_most: training images of the curvature at most; it is a mean.
         test_most: test images, and strangers of every kind, at most.
         samples: weight draws of the mutual information.
+        mixture: whether to fit and tune the mixture of the ensemble's posteriors too, more than half of the time.
         progress: whether to say what is going on.
     """
 
@@ -74,6 +75,7 @@ class Config:
     fit_most: int = 10_000
     test_most: int = 4000
     samples: int = 30
+    mixture: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -193,11 +195,12 @@ def _part(config: Config, source: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     for name, x in images.items():
         scores[name] |= _asked(config, posterior, x, ONE)
-    mixture = Mixture([posterior, *(_fit(config, model, given) for model in models[1:])])
-    tuned["mixture"] = _tune(config, mixture, given)
-    quality["mixture"] = _quality(mixture, given)
-    for name, x in images.items():
-        scores[name] |= _asked(config, mixture, x, SEVERAL)
+    if config.mixture:
+        mixture = Mixture([posterior, *(_fit(config, model, given) for model in models[1:])])
+        tuned["mixture"] = _tune(config, mixture, given)
+        quality["mixture"] = _quality(mixture, given)
+        for name, x in images.items():
+            scores[name] |= _asked(config, mixture, x, SEVERAL)
     inside = scores.pop("")
     pairs = {
         name: {key: metrics.out_of_distribution(inside[key], outside[key]) for key in inside}
@@ -230,9 +233,13 @@ def _kept(config: Config, source: str, folder: Path) -> dict[str, Any]:
     return part if part.get("settings") == _decisive(config) else {}
 
 
+FREE = {"sources", "threads", "progress", "mixture"}
+"""Settings that leave the numbers that are there as they are."""
+
+
 def _decisive(config: Config) -> dict[str, Any]:
     """The settings that a part's numbers depend on."""
-    return {name: value for name, value in asdict(config).items() if name not in {"sources", "threads", "progress"}}
+    return {name: value for name, value in asdict(config).items() if name not in FREE}
 
 
 def run(config: Config, folder: Path) -> Report:

@@ -292,12 +292,20 @@ def _part(config: Config, name: str, folder: Path) -> None:
     wanted = range(min(config.splits, len(data.regression(name).splits)))
     while missing := [number for number in wanted if str(number) not in _kept(config, name, folder)]:
         start = time.perf_counter()
-        splits = {**_kept(config, name, folder), **_table(config, name, missing[: config.at_a_time], folder)}
+        kept = _kept(config, name, folder)
+        splits = {**kept, **_table(config, name, missing[: config.at_a_time], folder)}
         folder.mkdir(parents=True, exist_ok=True)
-        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "splits": splits}
+        spent = (_seconds(name, folder) if kept else 0.0) + time.perf_counter() - start
+        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "seconds": spent}
+        part["splits"] = splits
         (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
         if config.progress:
             tqdm.write(f"{name}, {len(splits)} splits: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def _seconds(name: str, folder: Path) -> float:
+    """What the splits of a table that are kept have taken, by the clock."""
+    return float(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")).get("seconds", 0.0))
 
 
 def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
@@ -337,5 +345,6 @@ def run(config: Config, folder: Path) -> Report:
         pictures=[],
         details={
             **quoted(summary, tables), "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
+            "seconds": {name: _seconds(name, folder) for name in found},
         },
     )  # fmt: skip

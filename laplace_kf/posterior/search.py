@@ -90,8 +90,8 @@ DOUBT = 2.0
 
 Noise is one number for all inputs; a spread of weights that replaces it has the shape of the validation errors at hand.
 Settled on sixteen regression problems, Friedman's functions (300 to 700 rows; normal, heavy-tailed, uneven or no noise)
-and scikit-learn's diabetes table: the mean gain on test data stays what it is without it, and the worst loss to MAP falls
-from 0.105 to 0.042 nats.
+and scikit-learn's diabetes table: the mean gain on test data stays what it is without it, and the worst loss to MAP
+falls from 0.105 to 0.042 nats.
 """
 
 
