@@ -18,6 +18,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "pruning",
     "tuning",
 )
 

@@ -11,10 +11,12 @@ from laplace_kf import (
     graphs,
     likelihoods,
     optim,
+    pruning,
     reports,
 )
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.outputs.top import TopClasses
 from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
@@ -26,6 +28,7 @@ __all__ = [
     "Mixture",
     "Prediction",
     "Subnetwork",
+    "TopClasses",
     "TuningResult",
     "__version__",
     "attacks",
@@ -39,6 +42,7 @@ __all__ = [
     "graphs",
     "likelihoods",
     "optim",
+    "pruning",
     "reports",
     "support_table",
 ]
