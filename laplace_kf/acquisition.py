@@ -1,9 +1,9 @@
 """Which points to label next: BALD, BatchBALD and EPIG, from joint distributions of the linearised network's outputs.
 
 All are mutual informations in nats under ``f(x) + J(x) ε`` with ``ε ~ N(0, Λ⁻¹)``. With Gaussian noise they have a
-closed form. With classes the outputs of S functions, one draw of the weights each over all points, give them up to Monte
-Carlo error: of a batch, labels are drawn point after point once their combinations are too many to list (Kirsch et al.
-2019, section 3.3), so that no size of batch or number of classes is enumerated.
+closed form. With classes the outputs of S functions, one draw of the weights each over all points, give them up to
+Monte Carlo error: of a batch, labels are drawn point after point once their combinations are too many to list (Kirsch
+et al. 2019, section 3.3), so that nothing grows with the number of combinations.
 
 BALD: Houlsby et al. 2011; BatchBALD: Kirsch et al. 2019; EPIG: Bickford Smith et al. 2023.
 """
@@ -37,7 +37,7 @@ VALUES = 2**24  # numbers of one part of a table of pairs
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of points to label together.
+    """A batch of points to label together, in tensors ``(size,)``.
 
     Attributes:
         indices: positions in the pool, ``(size,)``, in the order in which they were chosen.
@@ -82,7 +82,7 @@ def batch_bald(
     *,
     configurations: int = CONFIGURATIONS,
 ) -> Batch:
-    """The batch of points whose labels together inform most about the function, chosen greedily.
+    """The batch of points, ``(size,)``, whose labels together inform most about the function, chosen greedily.
 
     Args:
         posterior, pool, samples, generator: as of :func:`bald`; information of more than ``log S`` nats cannot be told,

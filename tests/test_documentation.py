@@ -153,6 +153,7 @@ def test_all_lists_what_is_there(name: str):
                 "diagnostics.md",
                 "conditioning.md",
                 "acquisition.md",
+                "export.md",
             )
         ),
     ],

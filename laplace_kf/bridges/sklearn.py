@@ -45,6 +45,11 @@ SMALLEST = 1e-3  # noise scale to start from, over the targets' own deviation
 class _Network(nn.Module):
     """One hidden layer between inputs ``(N, d)`` that are standardised and outputs that are put on their scale."""
 
+    centre: Tensor
+    deviation: Tensor
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, x: Tensor, hidden: int, shift: Tensor, scale: Tensor) -> None:
         super().__init__()
         deviation = x.std(0, correction=0)
@@ -73,7 +78,7 @@ class _Logarithms(nn.Module):
         return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
 
-class _Laplace(BaseEstimator):  # type: ignore[misc]
+class _Laplace(BaseEstimator):
     """What both estimators share: training, the posterior, its tuning."""
 
     def __init__(
@@ -218,7 +223,7 @@ class _Laplace(BaseEstimator):  # type: ignore[misc]
             yield self.posterior_.predict(part, generator=torch.Generator().manual_seed(0))
 
 
-class LaplaceClassifier(ClassifierMixin, _Laplace):  # type: ignore[misc]
+class LaplaceClassifier(ClassifierMixin, _Laplace):
     """A classifier with the predictive probabilities of a Laplace posterior.
 
     Args:
@@ -302,7 +307,7 @@ class LaplaceClassifier(ClassifierMixin, _Laplace):  # type: ignore[misc]
         return labels
 
 
-class LaplaceRegressor(RegressorMixin, _Laplace):  # type: ignore[misc]
+class LaplaceRegressor(RegressorMixin, _Laplace):
     """A regressor with the predictive means and deviations of a Laplace posterior.
 
     Args:
