@@ -37,7 +37,7 @@ VALUES = 2**24  # numbers of one part of a table of pairs
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of points to label together, in tensors ``(size,)``.
+    """A batch of points to label together, B of them: tensors ``(B,)``.
 
     Attributes:
         indices: positions in the pool, ``(size,)``, in the order in which they were chosen.
@@ -82,7 +82,7 @@ def batch_bald(
     *,
     configurations: int = CONFIGURATIONS,
 ) -> Batch:
-    """The batch of points, ``(size,)``, whose labels together inform most about the function, chosen greedily.
+    """The batch of points, ``(B,)``, whose labels together inform most about the function, chosen greedily.
 
     Args:
         posterior, pool, samples, generator: as of :func:`bald`; information of more than ``log S`` nats cannot be told,

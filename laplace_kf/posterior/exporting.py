@@ -81,13 +81,22 @@ class _PlainNormalisation(TorchFunctionMode):
     """Batch normalisation by running statistics as arithmetic: torch cannot trace a batch of it otherwise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.batch_norm or len(args) != 9 or args[5]:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias, mean, variance, _, _, eps, _ = args
+        given = dict(kwargs or {})
+        if func is torch.nn.functional.batch_norm:
+            names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        elif func is torch.batch_norm:
+            names = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps")
+        else:
+            return func(*args, **given)
+        found = {**dict(zip(names, args, strict=False)), **given}
+        x, mean, variance = found["input"], found["running_mean"], found["running_var"]
+        if found.get("training") or mean is None:
+            return func(*args, **given)
+        weight, bias, eps = found.get("weight"), found.get("bias"), found.get("eps", 1e-5)
         shape = (1, -1) + (1,) * (x.dim() - 2)
         scale = (variance + eps).rsqrt() if weight is None else weight * (variance + eps).rsqrt()
-        found = (x - mean.reshape(shape)) * scale.reshape(shape)
-        return found if bias is None else found + bias.reshape(shape)
+        out = (x - mean.reshape(shape)) * scale.reshape(shape)
+        return out if bias is None else out + bias.reshape(shape)
 
 
 class _Inverse:
@@ -110,9 +119,9 @@ class _Inverse:
                 self.entries.append((block, partial(_dense, dense)))
             else:
                 raise IncompatiblePair(
-                    f"block {block.name!r} of {matrix.size} parameters has no closed form to export (several "
-                    'kept terms, or a prior for each parameter): give one prior_precision, chain with terms="project", or fit the '
-                    'last layer alone (parameters="last_layer")'
+                    f"block {block.name!r} of {matrix.size} parameters has no closed form to export (several kept "
+                    "terms, or a prior for each parameter): give one prior_precision, chain with terms='project', or "
+                    "fit the last layer alone (parameters='last_layer')"
                 )
 
     def variances(self, rows: Mapping[str, Tensor], like: Tensor) -> Tensor:
