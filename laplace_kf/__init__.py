@@ -17,6 +17,7 @@ from laplace_kf import (
 )
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.outputs.top import TopClasses
 from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
@@ -28,6 +29,7 @@ __all__ = [
     "Mixture",
     "Prediction",
     "Subnetwork",
+    "TopClasses",
     "TuningResult",
     "__version__",
     "acquisition",

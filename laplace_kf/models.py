@@ -13,15 +13,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from random import getstate, setstate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
+from laplace_kf.randomness import same_random_states
 from laplace_kf.replica import Shared
 
 __all__ = [
@@ -212,9 +211,11 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.attributes = dict(module.__dict__)
+        self.attributes = module.__dict__.copy()
         self.containers = {
-            name: value.copy() for name, value in self.attributes.items() if isinstance(value, (dict, list, set))
+            name: value.copy() if value else None  # most are empty dictionaries of hooks
+            for name, value in self.attributes.items()
+            if isinstance(value, (dict, list, set))
         }
         kept = [b for b in module._buffers.values() if b is not None]
         if getattr(module, "max_norm", None) is not None:
@@ -229,9 +230,12 @@ class _Snapshot:
         own.update(self.attributes)
         for name, contents in self.containers.items():
             current = own[name]
-            if _identities(current) != _identities(contents):
+            if not current and contents is None:
+                continue
+            if contents is None or _identities(current) != _identities(contents):
                 current.clear()
-                current.extend(contents) if isinstance(contents, list) else current.update(contents)
+                if contents is not None:
+                    current.extend(contents) if isinstance(contents, list) else current.update(contents)
         for tensor, version, content in self.tensors:
             # batch normalisation writes its running statistics without a new version
             unseen = tensor.layout is torch.strided and not torch.equal(tensor, content)
@@ -270,18 +274,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modules = [_Snapshot(module) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
-    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), getstate()  # noqa: NPY002 (the caller's)
     try:
         for snapshot in modules:
-            snapshot.module.training = False
-        with undisturbed(), torch.inference_mode(False):  # curvature needs a graph, also for a caller in inference mode
+            if snapshot.module.training:
+                snapshot.module.training = False
+        # curvature needs a graph, also for a caller in inference mode
+        with same_random_states(), undisturbed(), torch.inference_mode(False):
             yield
     finally:
         for snapshot in modules:
             snapshot.restore()
-        torch.set_rng_state(cpu)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        setstate(python_state)
         for device, state in states:
             with suppress(RuntimeError):
                 getattr(torch, device.type).set_rng_state(state, device)

@@ -93,7 +93,7 @@ class SpectralBlock(CurvatureBlock):
         return super().log_det_ratio(n, factor, prior, damping)
 
     def _check(self, damping: str) -> None:
-        if DAMPINGS[damping] is not DAMPINGS["exact"]:
+        if DAMPINGS[damping].is_product:
             raise IncompatiblePair(
                 f"block {self.label!r} has no single pair of Kronecker factors, which damping={damping!r} needs; use "
                 'damping="exact"'

@@ -14,7 +14,7 @@ from laplace_kf.batches import Forward, check_finite
 from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import Gaussian
-from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.likelihoods import Likelihood, Prediction, joined
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.ood import Leverage, References, score
@@ -24,6 +24,7 @@ from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jobs import Jobs
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
+from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.summary import Summary, summary_of
 from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
@@ -37,7 +38,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["Answers"]
 
 
-class Answers(Jobs):
+class Answers(Jobs, Shorthands):
     """What :class:`laplace_kf.LaplacePosterior` answers: nothing here changes more than a setting.
 
     Settings (:attr:`n_data`, :attr:`prior_precision`, :attr:`method`, :attr:`temperature`) can be set at any time;
@@ -57,6 +58,9 @@ class Answers(Jobs):
     _method: str | None
     _temperature: float | None
     _calibration: Calibration | None
+
+    def _site(self) -> tuple[nn.Module, Forward | None]:
+        return self.model, self.forward
 
     def _fitted(self, what: str) -> Fitted:
         """What ``fit`` found, with the model, likelihood and damping of now.
@@ -344,7 +348,7 @@ class Answers(Jobs):
             one = partial(
                 self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
             )
-            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
+            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress, joined)
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")
@@ -358,15 +362,6 @@ class Answers(Jobs):
         found = without_padding(labelled(self.model, self.forward, x, found), x, self.forward)
         kept = None if self._calibration is None else self._calibration.conformal
         return replace(found, calibration=kept) if kept is not None and kept.method == method else found
-
-    def predict_interval(
-        self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends ``(N, C)`` of intervals at inputs: ``predict(x, **settings).interval(level, of)``.
-
-        Arguments and errors as of :meth:`predict` and :meth:`laplace_kf.Prediction.interval`.
-        """
-        return self.predict(x, **settings).interval(level, of)
 
     @lasting()
     def predictor(

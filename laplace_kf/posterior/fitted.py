@@ -224,7 +224,7 @@ class Fitted:
             IncompatiblePair: for a damping other than the exact one.
             ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
         """
-        if DAMPINGS[self.damping] is not DAMPINGS["exact"] or damping != self.damping:
+        if DAMPINGS[self.damping].is_product or damping != self.damping:
             raise IncompatiblePair(
                 f"damping={self.damping!r} folds λ into the Kronecker factors, but a chain keeps it apart (methods "
                 '11.2); use damping="exact" for every task'

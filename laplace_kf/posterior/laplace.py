@@ -553,7 +553,10 @@ class LaplacePosterior(Answers):
             IncompatiblePair: if the likelihood is needed and missing.
         """
         own = reading(forward, inputs, targets)
-        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own, weights=weights)
+        model = usable(model)
+        found = store.read(path)
+        with store.consistent(path):
+            return cls.unpacked(*found, model, likelihood=likelihood, forward=own, weights=weights)
 
     @classmethod
     def unpacked(
@@ -602,8 +605,8 @@ class LaplacePosterior(Answers):
         )  # fmt: skip
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])
-        posterior._n_data = header["n_data"]
-        posterior._method, posterior._temperature = header.get("method"), header.get("temperature")
+        posterior._n_data = positive("n_data", header["n_data"])
+        posterior.method, posterior.temperature = header.get("method") or AUTO, header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))
         posterior.structure.reason = header.get("reason", "")
         return posterior

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise
+from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.functions import function_draws
@@ -142,14 +143,8 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
         NonFinite: if a variance is not finite; says which knob to turn.
     """
     rule = request.likelihood.link(request.link)
-    covariances: list[Tensor | None] = [None] * len(precisions)
-    if rule.marginal:
-        variances = network.variances(precisions)
-    else:
-        found = network.position_covariances(precisions, request.likelihood.to_positions)  # (K, N, T, C, C)
-        covariances = list(found)
-        diagonal = found.diagonal(dim1=-2, dim2=-1)
-        variances = torch.stack([request.likelihood.from_positions(part, network.outputs) for part in diagonal])
+    variances, found = network.moments(precisions, request.likelihood, marginal=rule.marginal)
+    covariances: Sequence[Tensor | Spread | None] = found or [None] * len(precisions)
     if not bool(torch.isfinite(variances.detach()).all()):
         raise NonFinite("variances of the outputs have NaN or infinite entries; increase prior_precision or n_data")
     seed = draw_seeds(1, request.generator)[0]

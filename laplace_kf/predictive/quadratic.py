@@ -20,7 +20,16 @@ from laplace_kf.operators import Basis, Spectral
 from laplace_kf.predictive.ratios import Family
 from laplace_kf.tape import GradientSignals, LookupSignals, OuterSignals, Signals
 
-__all__ = ["Form", "GradientForm", "LookupForm", "PositionForm", "SingleForm", "rotated", "rotated_rows"]
+__all__ = [
+    "Form",
+    "GradientForm",
+    "LookupForm",
+    "PositionForm",
+    "SingleForm",
+    "rotated",
+    "rotated_inputs",
+    "rotated_rows",
+]
 
 WORKING = 2**22  # numbers in the largest temporary (16 MiB in float32: it stays near the caches)
 TABLE_FROM = 3  # number of precisions from which products of columns are tabulated
@@ -276,14 +285,16 @@ def rotated_rows(rows: Tensor, shape: tuple[int, int, int], inputs: Basis, outpu
     return SingleForm(None, turned.transpose(1, 2).reshape(-1, count, rows.shape[1], 1), count)
 
 
+def rotated_inputs(signals: OuterSignals, inputs: Basis, like: Tensor) -> Tensor:
+    """Inputs ``(N, T, R, I)`` with their constant in the input basis, in the type of ``like`` (of any shape)."""
+    a = signals.a.to(like.dtype)
+    return _affine(inputs.dual, a) if signals.has_constant else _apply(inputs.dual, a)
+
+
 @rotated.register
 def _(signals: OuterSignals, inputs: Basis, outputs: Basis, like: Tensor) -> Form:
     assert signals.example is None and not signals.rotated
-    a, g, count = signals.a.to(like.dtype), signals.g, signals.count[1]
-    if signals.has_constant:
-        a = _affine(inputs.dual, a)
-    else:
-        a = _apply(inputs.dual, a)
+    a, g, count = rotated_inputs(signals, inputs, like), signals.g, signals.count[1]
     if a.shape[1] > 1:
         return PositionForm(a, _apply(outputs.dual, g.to(like.dtype)))
     if count > 1 and torch.equal(g[:, 0], g[:, -1]) and torch.equal(g, g[:, :1].expand_as(g)):

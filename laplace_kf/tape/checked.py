@@ -17,7 +17,7 @@ __all__ = ["count_uses", "disagreeing"]
 
 def disagreeing(
     observation: Observation, blocks: Sequence[Block], unseen: Sequence[str], named: Mapping[str, Tensor]
-) -> tuple[list[Block], set[str]]:
+) -> tuple[list[Block], set[str], bool]:
     """The blocks whose signals imply other gradients than autograd gives, and the parameters that only autograd met.
 
     The gradients must agree in one random direction. They do not if a rule is wrong, or if a parameter also acts where
@@ -28,6 +28,9 @@ def disagreeing(
         blocks: what is checked.
         unseen: parameters that no call used.
         named: parameters by name, each in its own shape.
+
+    Returns:
+        Those two, and whether the gradient of every block showed anything: one that is zero agrees with any rule.
     """
     outputs = observation.outputs
     generator = torch.Generator().manual_seed(1)
@@ -42,15 +45,17 @@ def disagreeing(
     with torch.no_grad():
         checked = {block.name for block in blocks}
         implied = {n: s.total() for n, s in observation.ruled_signals(seed[None]).items() if n in checked}
-    failed = []
+    failed, shown = [], True
     for block in blocks:
         expected = block.pack(true)[0]
         found = implied.get(block.name, torch.zeros_like(expected))
         scale = torch.maximum(expected.abs().max(), found.abs().max())
         rounding = torch.finfo(coarsest(expected.dtype)).eps
+        shown = shown and bool(scale > 0)
         if bool((found - expected).abs().max() > 10 * rounding**0.5 * scale):
             failed.append(block)
-    return failed, {name for name, grad in zip(names, grads, strict=True) if name in unseen and grad is not None}
+    met = {name for name, grad in zip(names, grads, strict=True) if name in unseen and grad is not None}
+    return failed, met, shown
 
 
 def count_uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:

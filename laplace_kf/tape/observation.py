@@ -14,6 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.tape.backward import backward
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
@@ -167,10 +168,14 @@ class Observation:
             to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
             curvature: the output curvature.
         """
+        return {n: OutputSignals(signals, curvature) for n, signals in self.output_inputs(to_positions).items()}
+
+    def output_inputs(self, to_positions: Callable[[Tensor], Tensor]) -> dict[str, OuterSignals]:
+        """Inputs ``(N, T, R, I)``, without columns, of the blocks whose layer's output is the network's output."""
         if not self.outputs.requires_grad:
             return {}
         node, number = _origin(self.whole)
-        found: dict[str, OutputSignals] = {}
+        found: dict[str, OuterSignals] = {}
         for name, members in self._by_block().items():
             block, call = self.tracer.blocks[name], members[0]
             plain = len(members) == 1 and block.factorises and not block.one_hot and block.turned is None
@@ -179,7 +184,7 @@ class Observation:
             if call.edge.node is node and call.edge.output_nr == number and self._has_layout(call, to_positions):
                 signals = self._matrix_signals(block, members, None)
                 assert isinstance(signals, OuterSignals)
-                found[name] = OutputSignals(signals, curvature)
+                found[name] = signals
         return found
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
@@ -241,11 +246,7 @@ class Observation:
             again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
         except (RuntimeError, ValueError, IndexError, UnsupportedLayer):
             return None
-        wanted = self.outputs.detach()[example]
-        if again.outputs.shape != wanted.shape:
-            return None
-        gap = (again.outputs.detach() - wanted).abs().max()
-        return again if bool(gap <= 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()) else None
+        return again if same_outputs(again.outputs.detach(), self.outputs.detach()[example]) else None
 
     def require_chain(self) -> Chain:
         """The chain of this minibatch; raises :class:`UnsupportedLayer` with the reason if there is none."""
