@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
+from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, by_position, log_mean_exp
@@ -119,6 +120,7 @@ class FromLoss(Likelihood):
                 'curvature="clip" (needs targets).'
             )
         self._alone = False  # whether the loss was seen to treat rows one by one
+        self._curved = False  # whether it was seen to be curved, or that was said not to be so
 
     @property
     def _labels(self) -> bool:
@@ -221,6 +223,20 @@ class FromLoss(Likelihood):
         return int(self.to_positions(outputs).shape[-1])
 
     # -- curvature
+
+    def _position_hessian(self, z: Tensor, y: Any) -> Tensor:
+        found = super()._position_hessian(z, y)
+        if not self._curved and found.numel():
+            flat = known_true((found == 0).all())
+            if flat:
+                warn_user(
+                    "FromLoss: the second derivatives of the loss are 0 at all outputs of this minibatch, so that the "
+                    "data leave the posterior as the prior is there. A loss that is piecewise linear (absolute error, "
+                    "quantile, hinge) has no curvature anywhere: use a smooth one, for example F.huber_loss or "
+                    "F.softplus in its place"
+                )
+            self._curved = flat or known_true((found != 0).any())
+        return found
 
     def _position_root(self, z: Tensor, y: Any) -> Tensor:
         return self._treatment.root(self, z, y)

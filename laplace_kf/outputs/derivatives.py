@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import NonFinite
+from laplace_kf.errors import IncompatiblePair, NonFinite
 from laplace_kf.outputs.rows import map_rows
 
 __all__ = ["autograd_hessian", "psd_root", "shifted_root", "usable_by_autograd"]
@@ -60,14 +60,17 @@ def autograd_hessian(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor
         ``(N, T, C, C)``, detached.
 
     Raises:
-        ValueError: if the objective does not depend differentiably on the outputs.
+        IncompatiblePair: if the objective does not depend differentiably on the outputs.
     """
     # A caller's no_grad or inference_mode must not decide whether derivatives exist.
     with torch.inference_mode(False), torch.enable_grad():
         leaf = z.detach().clone().requires_grad_()
         total = objective(leaf).sum()
         if not total.requires_grad:
-            raise ValueError("log p does not depend differentiably on the outputs, so it has no curvature in them.")
+            raise IncompatiblePair(
+                "log p does not depend differentiably on the outputs, so it has no curvature in them. Compute it from "
+                "the outputs with torch operations, without detach(), no_grad(), argmax or numpy"
+            )
         (gradient,) = torch.autograd.grad(total, leaf, create_graph=True, materialize_grads=True)
         if not gradient.requires_grad:  # an objective that is linear in the outputs
             return torch.zeros(*z.shape, z.shape[-1], dtype=z.dtype, device=z.device)

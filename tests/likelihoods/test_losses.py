@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -309,6 +310,33 @@ def test_losses_of_other_shapes_are_refused(loss: Any, says: str) -> None:
     model = network(3)
     with pytest.raises(ShapeMismatch, match="one loss for every example"):
         lk.LaplacePosterior(model, FromLoss(loss)).fit([(randn(4, 2), y)])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z, y: (z - y).abs().sum(1),
+        lambda z, y: torch.maximum(0.9 * (y - z), -0.1 * (y - z)).sum(1),
+        lambda z, y: torch.relu(1 - y * z).sum(1),
+        lambda z, y: (z * y).sum(1),
+    ],
+    ids=["absolute", "quantile", "hinge", "linear"],
+)
+def test_a_loss_without_curvature_says_so_once(loss: Any) -> None:
+    x, y = randn(9, 2), randn(9, 3, seed=5).sign()
+    with pytest.warns(UserWarning, match=r"piecewise linear .*huber_loss") as caught:
+        posterior = lk.LaplacePosterior(network(3), FromLoss(loss), structure="diag").fit([(x[:4], y[:4]), (x, y)])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert bool((posterior.precision.diag() == 1.0).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rule = FromLoss(lambda z, y: F.huber_loss(z, y, reduction="none").sum(1))
+        lk.LaplacePosterior(network(3), rule, structure="diag").fit([(x, y)])
+
+
+def test_a_loss_of_detached_outputs_is_refused() -> None:
+    with pytest.raises(IncompatiblePair, match=r"depend differentiably.*without detach"):
+        FromLoss(lambda z, y: (z.detach() - y).square().sum(1)).hessian(randn(4, 3), randn(4, 3))
 
 
 def test_more_refusals() -> None:
