@@ -154,6 +154,18 @@ def test_a_server_needs_nothing_of_the_package(tmp_path: Path) -> None:
     torch.testing.assert_close(variance, posterior.functional_covariance(x[:4], diagonal_only=True))
 
 
+def test_convolutions_under_derivatives_keep_their_number_of_examples() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.BatchNorm1d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+        x = torch.randn(4, 1, 6, dtype=torch.float64)
+    posterior = lk.LaplacePosterior(model.eval(), "gaussian").fit((x, x[:, 0, :2]))
+    module = posterior.export(x, dynamic=False)
+    mean, variance = module(x)
+    torch.testing.assert_close(mean, model(x).detach())
+    torch.testing.assert_close(variance, posterior.functional_covariance(x, diagonal_only=True))
+
+
 class Looks(nn.Module):
     """Control flow that depends on the data."""
 
