@@ -26,6 +26,7 @@ from laplace_kf.tape import Block
 __all__ = ["exported"]
 
 LARGEST = 4096  # parameters of a block up to which its inverse is kept dense
+PRIMES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103, 107)
 AGREEMENT = 1e-3  # of the graph with what is traced, relative to the largest variance
 
 
@@ -41,6 +42,13 @@ def exported(
     inputs = tuple(x) if isinstance(x, (tuple, list)) else (x,)
     if not inputs or not all(isinstance(part, Tensor) and part.dim() for part in inputs):
         raise ShapeMismatch(f"export needs example inputs as a tensor or a tuple of tensors, got {type(x).__name__}")
+    count = inputs[0].shape[0]
+    if not count or any(part.shape[0] != count for part in inputs):
+        raise ShapeMismatch(f"example inputs have {[part.shape[0] for part in inputs]} examples; they need one number")
+    if dynamic:  # sizes that are equal by chance are taken for one: a number of examples that is no other size
+        taken = {size for part in (*inputs, *model.parameters(), *model.buffers()) for size in part.shape}
+        rows = torch.arange(next((k for k in PRIMES if k not in taken), count), device=inputs[0].device) % count
+        inputs = tuple(part[rows] for part in inputs)
     inverse = _Inverse(precision)
     leaves = {name: value.detach().clone() for name, value in mean.items()}
 
@@ -56,25 +64,62 @@ def exported(
             rows = torch.func.vmap(torch.func.jacrev(single), (None, *(0 for _ in given)))(leaves, *given)
         return found, inverse.variances(rows, found)
 
+    def last(*given: Tensor) -> tuple[Tensor, Tensor]:
+        """As well where the weights are those of the linear layer that gives the outputs: nothing is differentiated."""
+        assert linear is not None
+        seen: list[Tensor] = []
+        handle = linear.register_forward_pre_hook(lambda _, taken: seen.append(taken[0]))
+        try:
+            found = outputs(leaves, *given)
+        finally:
+            handle.remove()
+        eye = torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
+        rows = {
+            name: eye.expand(found.shape[0], -1, -1) if value.dim() == 1 else torch.einsum("ck,ni->ncki", eye, seen[-1])
+            for name, value in leaves.items()
+        }
+        return found, inverse.variances(rows, found)
+
     with preserved(model), torch.no_grad():
         try:
             wanted = both(*inputs)
-            graph = make_fx(both, tracing_mode="symbolic" if dynamic else "real", _allow_non_fake_inputs=True)(*inputs)
-            got = graph(*inputs)
+            linear = _linear(model, leaves)
+            made = both
+            if linear is not None and wanted[0].shape[1:] == (linear.out_features,) and _agree(last(*inputs), wanted):
+                made = last
+            graph = make_fx(made, tracing_mode="symbolic" if dynamic else "real", _allow_non_fake_inputs=True)(*inputs)
+            found = [(graph(*inputs), wanted)]
+            if dynamic:
+                some = tuple(part[:3] for part in inputs)
+                found.append((graph(*some), both(*some)))
         except LaplaceKFError:
             raise
         except Exception as error:
-            way = "; export(x, dynamic=False) traces it for this number of examples alone" if dynamic else ""
+            said = next(iter(str(error).splitlines()), "")
+            way = ", or export(x, dynamic=False) for this number of examples alone" if dynamic else ""
             raise UnsupportedLayer(
                 f"{type(model).__name__} cannot be traced through its per-example derivatives "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}){way}. A posterior of "
-                'the last layer alone (parameters="last_layer") needs the least of it'
+                f'({type(error).__name__}: {said}). Fit the last layer alone (parameters="last_layer"), which needs '
+                f"none{way}"
             ) from error
-    for mine, theirs in zip(got, wanted, strict=True):
-        if not bool((mine - theirs).abs().max() <= AGREEMENT * theirs.abs().max().clamp_min(1e-12)):
-            raise UnsupportedLayer(f"the traced graph of {type(model).__name__} gives other values than the network")
+    if not all(_agree(mine, theirs) for mine, theirs in found):
+        raise UnsupportedLayer(f"the traced graph of {type(model).__name__} gives other values than the network")
     graph.eval()
     return graph
+
+
+def _agree(mine: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> bool:
+    pairs = zip(mine, theirs, strict=True)
+    return all(bool((a - b).abs().max() <= AGREEMENT * b.abs().max().clamp_min(1e-12)) for a, b in pairs)
+
+
+def _linear(model: nn.Module, names: Mapping[str, Tensor]) -> nn.Linear | None:
+    """The linear layer whose parameters these are, all of them."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, nn.Linear) and {prefix + n for n, _ in module.named_parameters()} == set(names):
+            return module
+    return None
 
 
 class _PlainNormalisation(TorchFunctionMode):
