@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.operators import Blockwise, Matrix, Spectral
-from laplace_kf.predictive.shares import Piece, like_of, simplest, solver_of
+from laplace_kf.predictive.covariance_shares import Piece, like_of, simplest, solver_of
 from laplace_kf.tape import Block, OuterSignals, Signals
 
 __all__ = ["Queries", "Terms", "cross_terms"]

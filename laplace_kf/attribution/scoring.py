@@ -23,7 +23,7 @@ from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, checked_prior
-from laplace_kf.predictive.shares import Piece, like_of, shares_of
+from laplace_kf.predictive.covariance_shares import Piece, like_of, shares_of
 from laplace_kf.registry import Registry
 
 __all__ = ["TOKENS", "group_influence", "influence", "self_influence"]
