@@ -350,7 +350,9 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
             best["noise"] = winner.score.noise
         table.append(best)
     else:
-        point = source.point if source.wins else _map_in_effect(source.search, source.point)
+        # the noise scale is one for all methods: where MAP wins, its own, not that of a spread that took its place
+        at_map = winner.search is None and winner.score.noise is not None
+        point = source.point if source.wins and not at_map else _map_in_effect(source.search, source.point)
         for method, candidate in of.items():
             assert candidate.search is not None
             for place, score in candidate.search.scores.items():

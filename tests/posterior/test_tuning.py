@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.posterior.candidates import Contest
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
-from laplace_kf.posterior.search import Plane, Search, coarse_to_fine
-from laplace_kf.posterior.validation import MAP, Point, Score
+from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine
+from laplace_kf.posterior.validation import MAP, Point, Score, Validation
 from tests.cases import rng
 
 
@@ -419,6 +420,68 @@ def test_objectives_keep_their_digits_beside_a_huge_one_of_map(make: str, count:
         assert bool((found.log_prob(y) <= 0).all()) and bool(found.probs.isfinite().all())
         if make == "categorical":
             assert float((found.probs.sum(-1) - 1).abs().max()) < 1e-12
+
+
+def test_few_examples_and_a_large_network_leave_room_for_posteriors() -> None:
+    """The eigenbases alone would take more than ten epochs of 60 rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(700, 100), nn.Tanh(), nn.Linear(100, 4))
+    x, y = torch.randn(60, 700, generator=rng(0)), torch.randint(0, 4, (60,), generator=rng(1))
+    posterior = lk.LaplacePosterior(model, "categorical").fit((x, y))
+    result = quiet(posterior, (x, y), generator=rng(0))
+    assert not any("left_out" in each for each in result.candidates)
+    assert result.cost <= 15.0
+    assert "left_out" in by_method(quiet(posterior, (x, y), budget=2.0, generator=rng(0)))["mc"]
+
+
+def test_less_noise_needs_more_of_a_gain() -> None:
+    """Beyond one standard error at MAP's noise scale, beyond three at half of it; among others by half of one."""
+    parts = torch.tensor([1.0, -1.0] * 50, dtype=torch.float64)  # its mean has the standard error 0.1005
+
+    def score(gain: float, noise: float | None) -> Score:
+        return Score(-gain, parts - gain, noise)
+
+    first = Score(0.0, torch.zeros(100, dtype=torch.float64), 0.4)
+    for gain, noise, wins in (
+        (0.12, 0.4, True), (0.12, 0.5, True), (0.12, 0.2, False), (0.29, 0.2, False), (0.31, 0.2, True),
+        (0.19, 0.283, False), (0.21, 0.283, True), (0.09, 0.4, False), (0.12, None, True),
+    ):  # fmt: skip
+        found = champion({"map": first, "other": score(gain, noise)}, "map", 1.0, 0.5)
+        assert found == ("other" if wins else "map"), (gain, noise)
+    both = {"map": first, "some": score(0.35, 0.4), "less": Score(-0.45, parts - 0.45, 0.2)}
+    assert champion(both, "map", 1.0, 0.5) == "less"  # it beats MAP itself, and the other one too
+    chain = {"map": first, "some": score(0.12, 0.4), "less": Score(-0.2, parts - 0.2, 0.2)}
+    assert champion(chain, "map", 1.0, 0.5) == "some"  # the other one is better, but not that much better than MAP
+
+
+def test_where_map_wins_the_noise_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, val = regression()
+    posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
+    monkeypatch.setattr(Contest, "winner", lambda self: self.found["map"])
+    result = quiet(posterior, val, generator=rng(0))
+    assert any(each["gain"] > 0.01 for each in result.candidates)  # a posterior with less noise is there to be taken
+    own = float((model(val[0]).detach() - val[1]).square().mean().sqrt())
+    assert posterior.method == "map"
+    assert posterior.likelihood.noise_scale == pytest.approx(own, rel=0.02)
+    assert -float(posterior.predict(val[0]).log_prob(val[1]).mean()) == pytest.approx(result.map_objective, abs=1e-3)
+
+
+def test_monte_carlo_is_judged_by_draws_that_it_was_not_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    made: list[Validation] = []
+    original = Validation.redrawn
+    monkeypatch.setattr(Validation, "redrawn", lambda self: made.append(original(self)) or made[-1])
+    result = quiet(posterior, val, method="mc", generator=rng(0))
+    assert len(made) == 1
+    chosen = by_method(result)["mc"]
+    point = chosen["n_data"], chosen["prior_precision"]
+    first = Validation(posterior._fitted("test"), val, OBJECTIVES["nll"], 20, rng(0), pairs=True, mixed=True)
+    assert not set(first.seeds) & set(first.redrawn().seeds) and first.redrawn().seeds == made[0].seeds
+    again, before = (each.scorer("mc")([point])[point].value for each in (first.redrawn(), first))
+    assert chosen["objective"] == pytest.approx(again, rel=1e-6)
+    assert abs(before - again) > 1e-5
 
 
 def test_a_budget_that_is_too_small_leaves_candidates_out() -> None:
