@@ -96,7 +96,12 @@ def attribution() -> str:
     result = _load("docs/results/attribution.json")
     if result is None:
         return "*Not run yet.*"
-    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run attribution`"]
+    config = result["config"]
+    parts = [
+        f"784-128-64-10 on halves of {config['train']} digits; {config['subsets']} networks of the truth, trained for "
+        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g}; {_machine(result)}. "
+        "`python -m experiments run attribution`"
+    ]
     for head, rows in (attribution_report.score_rows(result), attribution_report.wrong_rows(result)):
         parts.append(_markdown(head, rows))
     table = attribution_report.targets_table(result["verdicts"])

@@ -75,7 +75,7 @@ class Config:
     epochs: int = 50
     score_epochs: list[int] = field(default_factory=lambda: [5, 10, 50])
     methods: list[str] = field(default_factory=lambda: list(METHODS))
-    few: int = 10
+    few: int = 1
     damping: float = 10.0
     accuracy: float = 1e-2
     wrong: float = 0.1
