@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.timing import RESULTS, save
 
 NAMES = (
+    "attribution",
     "fit_cost",
     "importance",
     "linearized",
@@ -19,6 +20,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "pruning",
     "tuning",
 )
 

@@ -11,6 +11,7 @@ from laplace_kf import (
     graphs,
     likelihoods,
     optim,
+    pruning,
     reports,
 )
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
@@ -41,6 +42,7 @@ __all__ = [
     "graphs",
     "likelihoods",
     "optim",
+    "pruning",
     "reports",
     "support_table",
 ]

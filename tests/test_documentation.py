@@ -151,6 +151,7 @@ def test_all_lists_what_is_there(name: str):
                 "mixtures.md",
                 "evidence_training.md",
                 "diagnostics.md",
+                "conditioning.md",
             )
         ),
     ],

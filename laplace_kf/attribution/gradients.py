@@ -17,8 +17,9 @@ from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators.base import widened
 from laplace_kf.missing import check_batch
 from laplace_kf.models import parameters_of, preserved
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.predictive.shares import Piece
+from laplace_kf.predictive.covariance_shares import Piece
 from laplace_kf.reading import paired
 from laplace_kf.replica import stage
 from laplace_kf.substitution import reached, require_reached, substituted
@@ -122,9 +123,7 @@ class Gradients:
     def _cut(self, observation: Observation, part: slice, index: int, what: str) -> Observation:
         whole = observation.outputs.detach()
         own = self.observe(map_examples(observation.batch, observation.count, lambda t: t[part]), index, what)
-        expected, found = whole[part], own.outputs.detach()
-        close = 10 * torch.finfo(found.dtype).eps ** 0.5
-        if found.shape != expected.shape or bool((found - expected).abs().max() > close * expected.abs().max()):
+        if not same_outputs(own.outputs.detach(), whole[part]):
             raise ShapeMismatch(
                 f"{what} {index} of {observation.count} examples has to be cut to fit into the memory, and the model's "
                 "outputs for some of them alone are others; give smaller batches"

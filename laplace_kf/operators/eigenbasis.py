@@ -11,8 +11,8 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import eigh
 from laplace_kf.operators.base import Matrix, Sum
 from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock
-from laplace_kf.operators.factors import diagonal, full
 from laplace_kf.operators.kronecker import DAMPINGS
+from laplace_kf.operators.kronecker_factors import diagonal, full
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = ["SpectralBlock"]
@@ -93,7 +93,7 @@ class SpectralBlock(CurvatureBlock):
         return super().log_det_ratio(n, factor, prior, damping)
 
     def _check(self, damping: str) -> None:
-        if DAMPINGS[damping] is not DAMPINGS["exact"]:
+        if DAMPINGS[damping].is_product:
             raise IncompatiblePair(
                 f"block {self.label!r} has no single pair of Kronecker factors, which damping={damping!r} needs; use "
                 'damping="exact"'

@@ -11,12 +11,12 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import eigh
 from laplace_kf.operators.base import Matrix
 from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock, ridged
-from laplace_kf.operators.factors import definite, diagonal, full, generalised_basis
+from laplace_kf.operators.kronecker_factors import definite, diagonal, full, generalised_basis
 from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.registry import Registry
 
-__all__ = ["DAMPINGS", "KroneckerBlock", "balance"]
+__all__ = ["DAMPINGS", "Damping", "KroneckerBlock", "balance"]
 
 
 class KroneckerBlock(CurvatureBlock):
@@ -125,7 +125,7 @@ class KroneckerBlock(CurvatureBlock):
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """Two products for ``(P_b,)`` where λ stands beside the factors; no eigenbasis."""
-        exact = DAMPINGS[damping] is DAMPINGS["exact"]
+        exact = not DAMPINGS[damping].is_product
         return ridged(self.scaled(n), prior) if exact else self.precision(n, prior, damping)
 
     def _with_unequal_prior(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
@@ -232,46 +232,47 @@ def balance(block: KroneckerBlock, norm: Callable[[Tensor], Tensor] = _trace) ->
     return torch.where(usable, omega.clamp(1e-6, 1e6), torch.ones_like(omega))
 
 
-Damping = Callable[[KroneckerBlock, "float | Tensor", Tensor], Ridge]
+class Damping:
+    """How λ stands beside a pair of factors: on their product, or as ``√λ`` split between the two.
+
+    Args:
+        about: what it is, in a line.
+        split: the share ω ``(R,)`` of ``A``; without, λ stands beside the product.
+
+    Attributes:
+        is_product: whether a damped Kronecker product is one, too.
+    """
+
+    def __init__(self, about: str, split: Callable[[KroneckerBlock], Tensor] | None = None) -> None:
+        self.__doc__ = about
+        self.split = split
+        self.is_product = split is not None
+
+    def __call__(self, block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
+        """The spectrum ``(R, O, I)`` of ``n · C̄`` with the damping λ ``prior`` (0-dim)."""
+        s_a, s_g = block.input_spectrum()[0], block.scale * block.output_spectrum()[0]
+        if self.split is None:
+            return Ridge(n * s_g, s_a, prior)
+        root_n = torch.as_tensor(n, dtype=prior.dtype, device=prior.device).sqrt()
+        root_prior, omega = prior.sqrt(), self.split(block)
+        a = root_n * s_a + omega[:, None] * root_prior
+        g = root_n * s_g + root_prior / omega[:, None]
+        return Ridge(g, a)
+
+
+def _evenly(block: KroneckerBlock) -> Tensor:
+    return block.outputs.new_ones(block.shape[0])
+
+
 DAMPINGS: Registry[Damping] = Registry("damping")
-
-
-@DAMPINGS.register("exact")
-def _exact(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
-    """``N s_G s_Aᵀ + λ`` (methods 5.3)."""
-    inputs, _ = block.input_spectrum()
-    outputs, _ = block.output_spectrum()
-    return Ridge(n * block.scale * outputs, inputs, prior)
-
-
-def _factored_grid(block: KroneckerBlock, n: float | Tensor, prior: Tensor, omega: Tensor) -> Ridge:
-    root_n = torch.as_tensor(n, dtype=prior.dtype, device=prior.device).sqrt()
-    root_prior = prior.sqrt()
-    s_a, s_g = block.input_spectrum()[0], block.scale * block.output_spectrum()[0]
-    a = root_n * s_a + omega[:, None] * root_prior
-    g = root_n * s_g + root_prior / omega[:, None]
-    return Ridge(g, a)
-
-
-@DAMPINGS.register("factored")
-def _factored(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
-    """``(√N s_G + √λ)(√N s_A + √λ)ᵀ`` (methods 9.2; always at least the exact one)."""
-    return _factored_grid(block, n, prior, block.outputs.new_ones(block.shape[0]))
-
-
-@DAMPINGS.register("balanced")
-def _balanced(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
-    """As factored with the damping split by ω (methods 5.2)."""
-    return _factored_grid(block, n, prior, balance(block))
-
-
-@DAMPINGS.register("balanced_frobenius")
-def _balanced_frobenius(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
-    """As balanced, with ω in the Frobenius norm."""
-    return _factored_grid(block, n, prior, balance(block, frobenius))
-
-
-@DAMPINGS.register("balanced_spectral")
-def _balanced_spectral(block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
-    """As balanced, with ω in the spectral norm."""
-    return _factored_grid(block, n, prior, balance(block, spectral))
+DAMPINGS.register("exact")(Damping("``N s_G s_Aᵀ + λ`` (methods 5.3)."))
+DAMPINGS.register("factored")(
+    Damping("``(√N s_G + √λ)(√N s_A + √λ)ᵀ`` (methods 9.2; always at least the exact one).", _evenly)
+)
+DAMPINGS.register("balanced")(Damping("As factored with the damping split by ω (methods 5.2).", balance))
+DAMPINGS.register("balanced_frobenius")(
+    Damping("As balanced, with ω in the Frobenius norm.", lambda block: balance(block, frobenius))
+)
+DAMPINGS.register("balanced_spectral")(
+    Damping("As balanced, with ω in the spectral norm.", lambda block: balance(block, spectral))
+)

@@ -19,11 +19,11 @@ from laplace_kf.errors import IncompatiblePair, NotFitted, NotPositiveDefinite
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.models import preserved
-from laplace_kf.operators import Matrix
+from laplace_kf.operators import DAMPINGS, Matrix
 from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSearch
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_rank_solve
+from laplace_kf.optim.inverse import INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.running import Running
@@ -101,7 +101,7 @@ class GaussNewton(SecondOrder):
     def _set_factors(self, factors: Factors, inner: Structure, estimator: Estimator) -> None:
         """Which curvature is kept, and how it is inverted."""
         self.estimator, self.inner = estimator, inner
-        self.inverse, self.solver = INVERSES[factors.inverse], BLOCK_SOLVERS[factors.damping]
+        self.inverse, self.solver = INVERSES[factors.inverse], DAMPINGS[factors.damping]
         self.structure = self.inverse.structure(inner)
         self.damping, self.power = factors.damping, factors.power
         self.inverse.check(self.solver)

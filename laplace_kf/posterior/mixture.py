@@ -46,7 +46,7 @@ from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import PriorPrecision, plain
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
-from laplace_kf.predictive import METHODS, draw_seeds, labelled
+from laplace_kf.predictive import PREDICTION_METHODS, draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, reading
@@ -125,7 +125,7 @@ class Mixture(Shorthands):
     @method.setter
     def method(self, value: str) -> None:
         if value != AUTO:
-            _ = METHODS[value]
+            _ = PREDICTION_METHODS[value]
         for member in self.posteriors:
             member.method = value
         self._calibration = None
@@ -478,13 +478,14 @@ class Mixture(Shorthands):
                 f"{path} holds a mixture of {len(header['members'])} posteriors and {len(given)} models were given: "
                 "Mixture.load(path, [model_1, ..., model_M])"
             )
-        members = [
-            LaplacePosterior.unpacked(
-                own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights,
-                forward=reading(forward, inputs, targets),
-            )
-            for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
-        ]  # fmt: skip
+        read = reading(forward, inputs, targets)
+        with store.consistent(path):
+            members = [
+                LaplacePosterior.unpacked(
+                    own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights, forward=read
+                )
+                for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
+            ]
         made = cls(members)
         shares = [float(share) for share in header["shares"]]
         if len(shares) != len(members) or header["rule"] not in RULES:

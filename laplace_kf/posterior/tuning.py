@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
-from laplace_kf.posterior.candidates import METHODS, Candidate, Contest, described, setting
+from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
@@ -23,7 +23,7 @@ from laplace_kf.registry import AUTO
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
-CHOICES = ("auto", *METHODS)
+CHOICES = ("auto", *CANDIDATES)
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -349,7 +349,7 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
                     table.append(row)
                     if method == source.method and place == point:
                         best = row
-    candidates = [described(found[method], overall, before) for method in METHODS if method in found]
+    candidates = [described(found[method], overall, before) for method in CANDIDATES if method in found]
     gain, error = compared(winner.reference, winner.score)
     if winner is source and not winner.wins:
         gain, error = overall.value - best["objective"], None

@@ -20,10 +20,11 @@ from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, Shape
 from laplace_kf.likelihoods import Likelihood, to_positions
 from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
+from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
-from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
@@ -400,11 +401,7 @@ class Linearization:
             if whole:
                 raise
             return None
-        found, expected = observation.outputs.detach(), self.outputs[part]
-        if found.shape != expected.shape:
-            return None
-        gap = (found - expected).abs().max()
-        return observation if bool(gap <= 10 * torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()) else None
+        return observation if same_outputs(observation.outputs.detach(), self.outputs[part]) else None
 
     def _some(self, part: slice) -> Any:
         return map_examples(self.x, self.outputs.shape[0], lambda t: t[part])

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.models import preserved
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.predictive.calls import require_movable
 from laplace_kf.replica import original
 from laplace_kf.substitution import substituted
@@ -397,13 +398,13 @@ def _cut(
             again = predicted(suffix, site[2], None)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise _NoCut(f"the suffix cannot be run alone: {error}") from error
-    if again.shape != outputs.shape or not _same(again, outputs.detach()):
+    if again.shape != outputs.shape or not same_outputs(again, outputs.detach()):
         raise _NoCut("the suffix alone does not give the network's outputs")
     suffix.origin = (model, forward, inputs)
     divisible = False
     with suppress(RuntimeError, TypeError, ValueError, IndexError), preserved(suffix), torch.no_grad():
         first = predicted(suffix, tuple(t[:1] for t in features.values()), None)
-        divisible = first.shape == outputs[:1].shape and _same(first, outputs[:1].detach())
+        divisible = same_outputs(first, outputs[:1].detach())
     suffix.divisible = divisible  # not inside: attributes are put back there
     return site
 
@@ -424,8 +425,3 @@ def _linear(steps: Sequence[_Step], output: int, features: Mapping[int, Tensor])
 def _random_states(named: Mapping[str, Tensor]) -> list[Tensor]:
     devices = {p.device for p in named.values() if p.device.type != "cpu"}
     return [torch.get_rng_state(), *(getattr(torch, d.type).get_rng_state(d) for d in devices)]
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    gap = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max() if wanted.numel() else 0.0
-    return not wanted.numel() or bool((found - wanted).abs().max() <= gap)

@@ -14,11 +14,12 @@ from torch.autograd.graph import get_gradient_edge
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.tape.backward import backward
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
-from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.output_signals import OutputCurvature, OutputSignals
 from laplace_kf.tape.owners import copies
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached
@@ -245,11 +246,7 @@ class Observation:
             again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
         except (RuntimeError, ValueError, IndexError, UnsupportedLayer):
             return None
-        wanted = self.outputs.detach()[example]
-        if again.outputs.shape != wanted.shape:
-            return None
-        gap = (again.outputs.detach() - wanted).abs().max()
-        return again if bool(gap <= 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()) else None
+        return again if same_outputs(again.outputs.detach(), self.outputs.detach()[example]) else None
 
     def require_chain(self) -> Chain:
         """The chain of this minibatch; raises :class:`UnsupportedLayer` with the reason if there is none."""

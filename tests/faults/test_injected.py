@@ -67,8 +67,9 @@ ERRORS: dict[str, tuple[BaseException, ...]] = {
     "draw": (torch.OutOfMemoryError("out of memory"),),
     "file": (OSError(28, "No space left on device"), KeyboardInterrupt()),
 }
-# A factorisation is tried in float64 and with a ridge; a model that cannot be vectorised goes example by example.
-SECOND_WAYS = ("factorisation", "model")
+# A factorisation is tried in float64 and with a ridge; a model that cannot be vectorised goes example by example, and
+# one that cannot be put on the tape is run without it.
+SECOND_WAYS = ("factorisation", "model", "autograd", "draw")
 FACTORISATIONS = ("eigh", "eigvalsh", "cholesky_ex", "cholesky", "solve", "qr", "svd", "inv", "solve_triangular")
 
 

@@ -411,7 +411,7 @@ def test_map_alone_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quiet(posterior, val, method=method, generator=rng(0)).method == method
 
 
-def test_linearised_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linearized_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many settings are looked at, every minibatch is linearised once."""
     from laplace_kf.posterior import predictors
 
@@ -621,7 +621,7 @@ def test_map_method_has_nothing_to_tune() -> None:
 
 @pytest.mark.parametrize("method", ["linearized", "probit"])
 @pytest.mark.parametrize("make", [classification, regression])
-def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
+def test_linearized_scores_are_those_of_predict(make: Any, method: str) -> None:
     """Every row of the table equals the prediction at its setting; loaders and pairs give the same."""
     model, train, (x, y) = make()
     posterior = lk.LaplacePosterior(model, "categorical" if make is classification else "gaussian").fit(train)
@@ -637,7 +637,7 @@ def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["linearized", "probit"])
-def test_default_search_over_the_linearised_network(method: str) -> None:
+def test_default_search_over_the_linearized_network(method: str) -> None:
     """Regression with its noise: better than MAP's own best noise on the validation data, and set to that."""
     model, train, val = regression()
     posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
