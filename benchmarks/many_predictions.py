@@ -6,6 +6,7 @@ grows during one call over what was resident before it (Linux).
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import subprocess
@@ -32,6 +33,7 @@ def growth(call: Callable[[], object]) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed does not hide what this one takes
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     call()
@@ -52,7 +54,7 @@ def measure(classes: int, width: int, rounds: int) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, classes))
     x, y = torch.randn(EXAMPLES, 32), torch.randint(0, classes, (EXAMPLES,))
     posterior = lk.LaplacePosterior(model, "categorical", estimator="sampled", parameters="last_layer").fit((x, y))
-    ((_, matrix),) = posterior.precision.entries  # its bases and the grid of its eigenvalues
+    matrix: Any = posterior.precision.entries[0][1]  # its bases and the grid of its eigenvalues
     first = x[:1]
     outputs, inputs = matrix.outputs.dual, matrix.inputs.dual
 
@@ -101,7 +103,8 @@ def run(rounds: int = 5) -> dict[str, Any]:
     """Every network in a fresh process, the median of ``4 * rounds`` calls each, and whether the limits hold."""
     costs: dict[str, Any] = {}
     for classes, width in JOBS:
-        code = f"import json, benchmarks.many_predictions as b; print(json.dumps(b.measure({classes}, {width}, {4 * rounds})))"
+        job = f"b.measure({classes}, {width}, {4 * rounds})"
+        code = f"import json, benchmarks.many_predictions as b; print(json.dumps({job}))"
         out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
         for method, cost in json.loads(out.stdout.splitlines()[-1]).items():
             costs[f"{classes} classes, {width} wide, {method}"] = cost
