@@ -72,7 +72,11 @@ def measure(classes: int, width: int, rounds: int) -> dict[str, Any]:
                 return torch.softmax(f / (1 + math.pi / 8 * variance).sqrt(), -1)
             noise = torch.randn(DRAWS // 2, len(w)) * w.sqrt()
             spread = noise if outputs is None else noise @ outputs[0].T
-            return torch.softmax(torch.cat([f + spread, f - spread]), -1).mean(0)
+            log_p = torch.log_softmax(torch.cat([f + spread, f - spread]), -1)
+            p = log_p.exp()
+            probs = p.mean(0)  # and what a prediction has besides: entropy and mutual information
+            entropy = -(probs * probs.log()).sum()
+            return torch.cat([probs, entropy[None], (entropy + (p * log_p).sum(-1).mean())[None]])
 
     def ours(method: str) -> object:
         return posterior.predict(first, method=method, samples=DRAWS)
