@@ -71,10 +71,20 @@ def _verdicts(result: dict[str, Any]) -> str:
 
 def ood_pairs() -> str:
     """AUROC of every score on pairs of image sets, and the verdicts."""
-    result = _load("docs/results/ood_pairs.json")
+    return _quoted("ood_pairs")
+
+
+def uci() -> str:
+    """Test log likelihoods and conformal intervals on regression tables, and the verdicts."""
+    return _quoted("uci")
+
+
+def _quoted(name: str) -> str:
+    """The tables that an experiment left in its result."""
+    result = _load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
-    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run ood_pairs`"]
+    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run {name}`"]
     for table in result["tables"]:
         parts += [_markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
     missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
@@ -110,7 +120,7 @@ def calibration() -> str:
     if result is None:
         return "*Not run yet.*"
     config, metrics = result["config"], result["metrics"]
-    means = {name: metrics[name][report.NAMES[0]]["nll"]["mean"] for name in metrics}
+    means = {name: metrics[name][report.MAP]["nll"]["mean"] for name in metrics}
     head, rows = report.difference_rows(means, result["comparisons"])
     text = (
         f"One hidden layer of {config['hidden']} units, {config['splits']} splits, {config['val_share']:.0%} of the "
@@ -388,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ood_pairs": ood_pairs,
     "attribution": attribution,
     "attribution_cost": attribution_cost,
+    "uci": uci,
     "predictions": predictions,
     "many_outputs": many_outputs,
     "toy_regression": toy_regression,

@@ -435,11 +435,11 @@ class Answers(Jobs, Shorthands):
             x: inputs as for :meth:`predict`.
             kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
                 the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
-                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"auto"``,
-                Fisher's sum over p-values of entropy and leverage among the in-distribution data of ``tune`` or
-                :meth:`calibrate`, one forward pass.
-            layers: of ``"leverage"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``: ``"last"``, or
-                ``"all"`` for those of all layers besides.
+                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"direction"``,
+                the same per squared length of the input; ``"auto"``, from the p-values of the entropy and these
+                two among the in-distribution data of ``tune`` or :meth:`calibrate`, one forward pass.
+            layers: of ``"leverage"`` and ``"direction"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``:
+                ``"last"``, or ``"all"`` for those of all layers besides.
             samples, generator: for kinds that draw weights.
 
         Raises:

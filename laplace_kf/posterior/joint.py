@@ -6,6 +6,7 @@ A training epoch, in which a budget is counted, is one of all components.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -124,6 +125,13 @@ class JointValidation(Validation):
         self.epoch = sum(part.epoch for part in parts) / len(parts)
         self.forward = sum(part.forward for part in parts) / len(parts)
         self.exponent, self.lowest = 0.0, parts[0].lowest
+
+    def redrawn(self) -> JointValidation:
+        """The same data, and other weight draws of every component."""
+        other = copy.copy(self)
+        other.parts = [part.redrawn() for part in self.parts]
+        other.seeds = other.parts[0].seeds
+        return other
 
     def parts_of(self, examples: float) -> list[Part]:
         """The first examples for every component: the same ones, all where minibatches cannot be cut alike."""

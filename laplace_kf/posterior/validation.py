@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,12 @@ class Validation:
     def shared(self) -> Shared:
         """What predictions at all points have in common."""
         return Shared(self.fitted, self.mean, self.seeds, self.pairs)
+
+    def redrawn(self) -> Validation:
+        """The same data, and other weight draws."""
+        other = copy.copy(self)
+        other.seeds = draw_seeds(len(self.seeds), torch.Generator().manual_seed(self.seeds[0]))
+        return other
 
     @property
     def count(self) -> int:
