@@ -16,6 +16,7 @@ NAMES = (
     "linearized",
     "montecarlo",
     "many_outputs",
+    "many_predictions",
     "optimizers",
     "penalty",
     "per_example",

@@ -148,6 +148,7 @@ def test_all_lists_what_is_there(name: str):
                 "likelihoods.md",
                 "batches.md",
                 "attribution.md",
+                "many_outputs.md",
                 "mixtures.md",
                 "evidence_training.md",
                 "diagnostics.md",
