@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 
-__all__ = ["as_tensor", "explained", "own_loss"]
+__all__ = ["as_tensor", "explained", "own_loss", "readable"]
 
 
 def as_tensor(outputs: Any) -> Tensor:
@@ -67,12 +67,14 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 _TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|result type .* can't be cast")
+_NO_TENSOR = re.compile(r"must be Tensor, not (?:\w+\.)*(\w+)")
 _DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
 _SHAPES = re.compile(
     r"shapes cannot be multiplied|expected input.* to have|expected weight to be|[Ee]xpected \d+D|Expected .* or .*D"
     r"|must match the (?:existing )?size|size mismatch|Given groups=|normalized_shape|running_mean should contain"
     r"|is invalid for input of size|number of channels|input\.size\(-1\) must be|was expecting embedding dimension"
-    r"|index out of range in self|Kernel size can't be greater|Sizes of tensors must match|must be equal to input_size"
+    r"|index out of range in self|need to be at least 1D|Kernel size can't be greater|Sizes of tensors must match"
+    r"|must be equal to input_size"
 )
 
 
@@ -89,6 +91,12 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
     except LaplaceKFError:
         raise
     except TypeError as error:
+        other = _NO_TENSOR.search(str(error))
+        if other and other[1] in {type(leaf).__name__ for leaf in _leaves(batch)}:
+            raise ShapeMismatch(
+                f"the model was given a {other[1]} where it takes a tensor ({str(error).splitlines()[0]}); give "
+                "tensors or arrays of numbers, torch.as_tensor(x), and text as the tokens of the model's tokenizer"
+            ) from error
         if not isinstance(batch, (tuple, list)) or forward is not None or "positional argument" not in str(error):
             raise
         raise ShapeMismatch(
@@ -146,12 +154,36 @@ def _reason(model: nn.Module, batch: Any, error: Exception) -> str | None:
     return None
 
 
-def _tensors(structure: Any) -> Iterator[Tensor]:
-    if isinstance(structure, Tensor):
-        yield structure
+def readable(tensor: Tensor) -> Tensor:
+    """A tensor of the user as it is.
+
+    Raises:
+        ShapeMismatch: for one without numbers (on the meta device), or without an axis of examples (nested).
+    """
+    if tensor.is_meta:
+        raise ShapeMismatch(
+            f"a tensor of shape {tuple(tensor.shape)} lies on the device meta, which holds no numbers; make the data "
+            'on a real device, for example under torch.device("cpu")'
+        )
+    if tensor.is_nested:
+        raise ShapeMismatch(
+            "a nested tensor has no axes that could be cut into examples; give torch.nested.to_padded_tensor(x, 0.0) "
+            "and a mask, or batches of examples of one length"
+        )
+    return tensor
+
+
+def _leaves(structure: Any) -> Iterator[Any]:
+    """Everything in a nest, the nest itself included."""
+    yield structure
+    if isinstance(structure, (tuple, list)):
+        for value in structure:
+            yield from _leaves(value)
     elif isinstance(structure, Mapping):
         for value in structure.values():
-            yield from _tensors(value)
-    elif isinstance(structure, (tuple, list)):
-        for value in structure:
-            yield from _tensors(value)
+            yield from _leaves(value)
+
+
+def _tensors(structure: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, lists and mappings."""
+    return (leaf for leaf in _leaves(structure) if isinstance(leaf, Tensor))

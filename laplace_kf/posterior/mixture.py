@@ -46,7 +46,7 @@ from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import PriorPrecision, plain
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
-from laplace_kf.predictive import METHODS, draw_seeds, labelled
+from laplace_kf.predictive import PREDICTION_METHODS, draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, reading
@@ -125,7 +125,7 @@ class Mixture(Shorthands):
     @method.setter
     def method(self, value: str) -> None:
         if value != AUTO:
-            _ = METHODS[value]
+            _ = PREDICTION_METHODS[value]
         for member in self.posteriors:
             member.method = value
         self._calibration = None

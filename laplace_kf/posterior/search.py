@@ -20,7 +20,7 @@ from torch import Tensor
 from laplace_kf.errors import NonFinite
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score
 
-__all__ = ["Plane", "Search", "champion", "coarse_to_fine", "compared", "grid", "nearby"]
+__all__ = ["Plane", "Search", "champion", "coarse_to_fine", "compared", "grid", "nearby", "on_all"]
 
 
 @dataclass
@@ -143,6 +143,27 @@ def compared(one: Score, other: Score) -> tuple[float, float | None]:
             return float(gaps.mean()), float(gaps.std() / math.sqrt(both))
     gain = one.value - other.value if math.isfinite(one.value) else math.inf
     return gain, None
+
+
+def on_all(score: Score, reference: Score, overall: Score) -> float:
+    """A score on the scale of all examples, of a point that may have seen the first of them only.
+
+    Of one that saw all, its own value. Else MAP's on all less the gain on those that were seen, where that has a
+    smaller standard error than the mean over those; it has not where MAP is overconfident beyond measure, and its
+    score of another magnitude than the point's.
+
+    Args:
+        score: the point's.
+        reference: MAP's on the same examples.
+        overall: MAP's on all.
+    """
+    parts, shift = score.parts, overall.value - reference.value
+    if parts is not None and reference.parts is not None and overall.parts is not None:
+        if len(parts) == len(overall.parts):
+            return score.value
+        if len(parts) > 1 and (reference.parts - parts).std() > parts.std():
+            return score.value
+    return score.value + shift if math.isfinite(shift) else score.value
 
 
 def grid(search: Search, counts: list[float], priors: list[float], extend: int) -> tuple[Point, bool]:

@@ -124,7 +124,7 @@ class Costs:
         """Per example: outputs at ``draws`` weights, and their score."""
         return OVERHEAD * draws * (self.forward + ELEMENT * self.outputs)
 
-    def linearised(self, ratios: int) -> float:
+    def linearized(self, ratios: int) -> float:
         """Per example: the variances of all outputs at so many ratios ``λ / N``, in one pass."""
         once, each, times = self.forward * (1 + self.outputs), 0.0, self.positions
         for block, matrix in self.precision.entries:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.predictive import mc_dropout
 
 Y = torch.arange(8) % 3
 
@@ -67,6 +69,28 @@ ENTRIES: dict[str, Callable[[nn.Module, lk.LaplacePosterior, Tensor], object]] =
     "hessian_free": lambda m, p, x: lk.optim.hessian_free(m, "categorical").step(x, Y),
 }
 
+EVERYWHERE = ("float64", "images of uint8", "another number of features", "tokens out of range")
+OTHER: dict[str, Callable[[nn.Module, lk.LaplacePosterior, Tensor], object]] = {
+    **{
+        name: lambda m, p, x, name=name: getattr(lk.optim, name)(m, "categorical").step(x, Y)  # type: ignore[misc]
+        for name in ("ekfac", "kflr", "kfra", "diagonal", "natural_gradient")
+    },
+    **{
+        kind.__name__: lambda m, p, x, kind=kind: kind(m, "categorical").after_task([(x, Y)])  # type: ignore[misc]
+        for kind in (lk.continual.EWC, lk.continual.OnlineLaplace, lk.continual.NonOnlineLaplace)
+    },
+    "accuracy": lambda m, p, x: lk.continual.accuracy(m, [(x, Y)]),
+    "mc_dropout": lambda m, p, x: mc_dropout(nn.Sequential(m, nn.Dropout(0.1)), "categorical", 2)(x),
+    "predict_interval": lambda m, p, x: p.predict_interval(x),
+    "ood_score": lambda m, p, x: p.ood_score(x, kind="entropy"),
+    "calibrate": lambda m, p, x: p.calibrate([(x, Y)]),
+    "refit": lambda m, p, x: p.refit([(x, Y)]),
+    "evidence_training": lambda m, p, x: lk.evidence_training(m, "categorical", [(x, Y)], epochs=1),
+    "self_influence": lambda m, p, x: lk.attribution.self_influence(p, [(x, Y)]),
+    "jacobian": lambda m, p, x: lk.diagnostics.jacobian(m, x),
+    "Mixture": lambda m, p, x: lk.Mixture([p, p]).predict(x),
+}
+
 
 @pytest.fixture(scope="module")
 def fitted() -> dict[Callable[[], nn.Module], tuple[nn.Module, lk.LaplacePosterior]]:
@@ -74,8 +98,13 @@ def fitted() -> dict[Callable[[], nn.Module], tuple[nn.Module, lk.LaplacePosteri
     return {make: (m, lk.LaplacePosterior(m, "categorical").fit(GOOD[make], Y)) for make, m in models.items()}
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "entry"),
+    [
+        *((case, entry) for case in CASES for entry in ENTRIES),
+        *((case, entry) for case in EVERYWHERE for entry in OTHER),
+    ],
+)
 def test_is_refused_with_what_was_given(
     case: str, entry: str, fitted: dict[Callable[[], nn.Module], tuple[nn.Module, lk.LaplacePosterior]]
 ) -> None:
@@ -84,7 +113,7 @@ def test_is_refused_with_what_was_given(
     before = {name: value.clone() for name, value in model.state_dict().items()}
     settings = posterior.n_data, posterior.prior_precision, posterior.method
     with pytest.raises(lk.errors.ShapeMismatch) as refused:
-        ENTRIES[entry](model, posterior, x)
+        {**ENTRIES, **OTHER}[entry](model, posterior, x)
     assert words in str(refused.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert settings == (posterior.n_data, posterior.prior_precision, posterior.method)
@@ -102,6 +131,48 @@ def test_a_tensor_on_another_device_is_named() -> None:
 
     with pytest.raises(lk.errors.ShapeMismatch, match=r'model.to\("cpu"\)'):
         lk.LaplacePosterior(Adrift(), "categorical").fit(torch.ones(8, 4), Y)
+
+
+NO_TENSORS = {
+    "text": ("hello", "given a str"),
+    "texts": (np.array(["a"] * 8), "given a ndarray"),
+    "nothing": (None, "given a NoneType"),
+    "a set": ({1, 2}, "given a set"),
+    "one number": (torch.tensor(1.0), "shape ()"),
+    "numbers on meta": (torch.ones(8, 4, device="meta"), "meta"),
+    "nested": (torch.nested.nested_tensor([torch.ones(4)] * 8), "to_padded_tensor"),
+}
+
+
+@pytest.mark.parametrize("entry", ["fit, inputs=", "predict, mc", "predict, map", "kfac", "EWC"])
+@pytest.mark.parametrize("case", NO_TENSORS)
+def test_what_is_no_tensor_is_named(
+    case: str, entry: str, fitted: dict[Callable[[], nn.Module], tuple[nn.Module, lk.LaplacePosterior]]
+) -> None:
+    x, words = NO_TENSORS[case]
+    with pytest.raises(lk.errors.LaplaceKFError) as refused:
+        {**ENTRIES, **OTHER}[entry](*fitted[dense], x)  # type: ignore[arg-type]
+    assert words in str(refused.value) or (case, entry) == ("nothing", "kfac")
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_sparse_inputs_are_taken_as_dense_ones(structure: str, layout: torch.layout) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(8, 4) * (torch.rand(8, 4) < 0.4), dense()
+    sparse = x.to_sparse(layout=layout)
+    wanted = lk.LaplacePosterior(model, "categorical", structure).fit(x, Y)
+    for found in (
+        lk.LaplacePosterior(model, "categorical", structure).fit(sparse, Y),
+        lk.LaplacePosterior(model, "categorical", structure).fit([(sparse, Y)]),
+    ):
+        torch.testing.assert_close(found.precision.dense(), wanted.precision.dense())
+        torch.testing.assert_close(found.predict(sparse, samples=3).probs, found.predict(x, samples=3).probs)
+
+
+def test_targets_on_meta_are_refused() -> None:
+    with pytest.raises(lk.errors.ShapeMismatch, match="meta"):
+        lk.LaplacePosterior(dense(), "categorical").fit(torch.ones(8, 4), Y.to("meta"))
 
 
 def test_errors_of_the_model_itself_are_its_own() -> None:

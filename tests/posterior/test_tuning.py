@@ -377,6 +377,51 @@ def test_the_budget_is_kept(method: str) -> None:
     assert costs[0] <= costs[1]
 
 
+def ruined(scale: float, dtype: torch.dtype, count: int = 60) -> tuple[nn.Module, Any]:
+    """A network whose weights have run away, and data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model, (torch.randn(count, 4, generator=rng(0)).to(dtype), torch.randint(0, 3, (count,), generator=rng(1)))
+
+
+def test_runaway_weights_leave_map_and_the_temperature() -> None:
+    """No posterior of float32 is finite around such logits; the trained weights and a temperature are."""
+    model, data = ruined(1e15, torch.float32)
+    posterior = lk.LaplacePosterior(model, "categorical", prior_precision=2.0).fit(data)
+    for method in ("linearized", "probit"):
+        with pytest.raises(lk.errors.NonFinite, match=r"at any of the .* temperature"):
+            posterior.tune(data, method=method)
+    assert (posterior.n_data, posterior.prior_precision, posterior.method) == (60, 2.0, "probit")
+    with pytest.warns(UserWarning, match=r"probit, linearized.*not finite.*predictions are by method="):
+        result = posterior.tune(data, generator=rng(0))
+    assert result.method in ("temperature", "mc")
+    assert bool(posterior.predict(data[0], generator=rng(0)).log_prob(data[1]).isfinite().all())
+    assert all("not finite" in each["left_out"] for each in result.candidates[2:4])
+
+
+@pytest.mark.parametrize("count", [60, 3000])
+@pytest.mark.parametrize("make", ["categorical", "bernoulli"])
+def test_objectives_keep_their_digits_beside_a_huge_one_of_map(make: str, count: int) -> None:
+    """A candidate of about one nat where MAP has 1e29: its objective is its own, and no log-probability is positive."""
+    model, (x, y) = ruined(1e15, torch.float64, count)
+    y = y if make == "categorical" else nn.functional.one_hot(y, 3).double()
+    posterior = lk.LaplacePosterior(model, make, structure="diag").fit((x, y))
+    result = quiet(posterior, (x, y), generator=rng(0))
+    assert result.map_objective is not None and result.map_objective > 1e20
+    for each in result.candidates[2:]:
+        assert 0.5 < each["objective"] < 4 or "left_out" in each
+    assert all(row["objective"] > 0.5 for row in result.table)
+    for method in ("map", "temperature", "probit", "linearized", "mc"):
+        found = posterior.predict(x, method=method, generator=rng(0))
+        assert bool((found.log_prob(y) <= 0).all()) and bool(found.probs.isfinite().all())
+        if make == "categorical":
+            assert float((found.probs.sum(-1) - 1).abs().max()) < 1e-12
+
+
 def test_few_examples_and_a_large_network_leave_room_for_posteriors() -> None:
     """The eigenbases alone would take more than ten epochs of 60 rows."""
     with torch.random.fork_rng(devices=[]):
@@ -474,7 +519,7 @@ def test_map_alone_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quiet(posterior, val, method=method, generator=rng(0)).method == method
 
 
-def test_linearised_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linearized_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many settings are looked at, every minibatch is linearised once."""
     from laplace_kf.posterior import predictors
 
@@ -684,7 +729,7 @@ def test_map_method_has_nothing_to_tune() -> None:
 
 @pytest.mark.parametrize("method", ["linearized", "probit"])
 @pytest.mark.parametrize("make", [classification, regression])
-def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
+def test_linearized_scores_are_those_of_predict(make: Any, method: str) -> None:
     """Every row of the table equals the prediction at its setting; loaders and pairs give the same."""
     model, train, (x, y) = make()
     posterior = lk.LaplacePosterior(model, "categorical" if make is classification else "gaussian").fit(train)
@@ -700,7 +745,7 @@ def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["linearized", "probit"])
-def test_default_search_over_the_linearised_network(method: str) -> None:
+def test_default_search_over_the_linearized_network(method: str) -> None:
     """Regression with its noise: better than MAP's own best noise on the validation data, and set to that."""
     model, train, val = regression()
     posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
