@@ -85,7 +85,7 @@ def judged(
     *,
     size: str,
     tables: Callable[[Sequence[Found]], Sequence[Table]] = lambda runs: [],
-    pictures: Callable[[], Sequence[Picture]] = lambda: [],
+    pictures: Callable[[], Sequence[Picture]] = list,
     details: Mapping[str, Any] | None = None,
 ) -> Report:
     """Measures every seed, judges the statements, and reports.

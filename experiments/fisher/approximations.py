@@ -17,7 +17,7 @@ from torch import Tensor
 import laplace_kf as lk
 from experiments.common.drawing import matrices
 from experiments.common.statements import Found, Statement, judged
-from experiments.fisher.exact import size
+from experiments.fisher.exact import described, size
 from experiments.fisher.network import Setup, batched, damped, parts, train
 from laplace_kf.reports.html import Picture, Report
 
@@ -79,7 +79,7 @@ def run(config: Config) -> Report:
             "diagonal matrix": error(all_six.diagonal, all_six.whole),
         }
         return {
-            **rows, "training error": found.error, "gamma": found.gamma,
+            **rows, "training error": found.error, "iterations": len(found.losses), "gamma": found.gamma,
             "tridiagonal blocks": max(off([(i, j)]) for i, j in pairs if abs(i - j) <= 1),
             "far blocks": off([(i, j) for i, j in pairs if abs(i - j) > 1]),
             "inverse": rows["tridiagonal inverse"] / rows["diagonal inverse"],
@@ -93,7 +93,7 @@ def run(config: Config) -> Report:
 
     return judged(
         "E9: block-diagonal and block-tridiagonal Fisher and their inverses",
-        f"256-{config.width}x5-10 tanh units after {config.iterations} iterations of K-FAC; relative Frobenius errors.",
+        described(config),
         config,
         measure,
         STATEMENTS,

@@ -16,7 +16,7 @@ from torch import Tensor
 import laplace_kf as lk
 from experiments.common.drawing import matrices
 from experiments.common.statements import Found, Statement, judged
-from experiments.fisher.exact import size
+from experiments.fisher.exact import described, size
 from experiments.fisher.network import Setup, batched, damped, train
 from laplace_kf.reports.html import Picture, Report, Table
 
@@ -66,7 +66,7 @@ def run(config: Config) -> Report:
         near, far = distances(means[1])
         near_matrix, far_matrix = distances(means[0])
         return {
-            "training error": found.error, "gamma": found.gamma, "inverse, near": near, "inverse, far": far,
+            "training error": found.error, "iterations": len(found.losses), "gamma": found.gamma, "inverse, near": near, "inverse, far": far,
             "matrix, near": near_matrix, "matrix, far": far_matrix, "inverse, near over far": near / far,
             "far of the matrix over far of the inverse": far_matrix / far,
         }  # fmt: skip
@@ -79,7 +79,7 @@ def run(config: Config) -> Report:
 
     return judged(
         "E8: structure of the inverse Kronecker-factored Fisher",
-        f"256-{config.width}x5-10 tanh units after {config.iterations} iterations of K-FAC.",
+        described(config),
         config,
         measure,
         STATEMENTS,

@@ -32,31 +32,36 @@ class Setup(Repeated):
 
     Args:
         images: training images, the first ones; all of them are one minibatch.
-        iterations: of K-FAC before the Fisher is looked at; published: 7.
+        error: the Fisher is looked at once the error on the training images is this low; published: 5 %.
+        most: iterations of K-FAC at most until then; published: 7.
         width: of the hidden layers.
         l2: weight decay of K-FAC.
         fisher_images: images over which the Fisher is taken, the first ones.
     """
 
-    images: int = 20_000
-    iterations: int = 7
+    images: int = 10_000
+    error: float = 0.05
+    most: int = 60
     width: int = 20
     l2: float = 1e-5
-    fisher_images: int = 5_000
+    fisher_images: int = 2_000
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require("images", self.images, 1 <= self.images <= 60_000, "from 1 to 60000")
         require("fisher_images", self.fisher_images, 1 <= self.fisher_images <= self.images, "from 1 to images")
-        for name in ("iterations", "width"):
+        for name in ("most", "width"):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("error", self.error, 0 < self.error < 1, "between 0 and 1")
         require("l2", self.l2, self.l2 >= 0, "at least 0")
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
     """The first MNIST training images, ``(N, 256)`` float64 in [0, 1], and labels."""
     x, y = data.images("mnist", "train")
-    small = nn.functional.interpolate(x[:count, None].double() if x.dim() == 3 else x[:count].double(), size=SIDE, mode="area")
+    small = nn.functional.interpolate(
+        x[:count, None].double() if x.dim() == 3 else x[:count].double(), size=SIDE, mode="area"
+    )
     return small.flatten(1), y[:count]
 
 
@@ -72,8 +77,8 @@ class Trained:
     middle: list[str] = field(default_factory=list)
 
 
-def train(config: Setup, seed: int, iterations: int | None = None) -> Trained:
-    """The network, sparsely initialised, after some iterations of K-FAC on all images."""
+def train(config: Setup, seed: int) -> Trained:
+    """The network, sparsely initialised, after iterations of K-FAC on all images until the error is low enough."""
     widths = [SIDE**2, *[config.width] * 5, 10]
     layers: list[nn.Module] = []
     for fan_in, fan_out in pairwise(widths):
@@ -83,8 +88,10 @@ def train(config: Setup, seed: int, iterations: int | None = None) -> Trained:
     sparse_init_(model, generator=rng)
     x, y = digits(config.images)
     optimizer = lk.optim.kfac(model, "categorical", l2=config.l2, search_start=True, generator=rng)
-    losses = [float(optimizer.step(x, y)) for _ in range(iterations or config.iterations)]
-    wrong = float((training.outputs(model, x).argmax(-1) != y).double().mean())
+    losses, wrong = [], 1.0
+    while len(losses) < config.most and wrong > config.error:
+        losses.append(float(optimizer.step(x, y)))
+        wrong = float((training.outputs(model, x).argmax(-1) != y).double().mean())
     middle = [f"{2 * layer}.{kind}" for layer in range(1, 5) for kind in ("weight", "bias")]
     gamma = (float(optimizer.diagnostics["zeta"]) + config.l2) ** 0.5
     return Trained(model, (x[: config.fisher_images], y[: config.fisher_images]), wrong, losses, gamma, middle)
@@ -114,9 +121,7 @@ def damped(found: Trained, structure: Structure) -> Damped:
     The block-tridiagonal inverse is written out as in Martens 2016, 6.4.3: ``Ξᵀ Λ Ξ`` with
     ``Ψ_i = F̃_(i,i+1) F̃_(i+1,i+1)⁻¹`` and ``Σ_i = F̃_(i,i) − Ψ_i F̃_(i+1,i+1) Ψ_iᵀ``.
     """
-    statistics = lk.curvature.estimate(
-        found.model, "categorical", batched(found.images), "kron", "exact", found.middle
-    )
+    statistics = lk.curvature.estimate(found.model, "categorical", batched(found.images), "kron", "exact", found.middle)
     solver = lk.optim.inverse.BLOCK_SOLVERS["balanced"]
     like = structure.kronecker
     blocks = [solver.damped(block, like.new_tensor(found.gamma**2)).dense().to(like)  # type: ignore[arg-type]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from experiments.common import training
@@ -16,7 +15,7 @@ from laplace_kf.likelihoods import Prediction, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive import mc_dropout
 
-__all__ = ["Attacked", "AttackConfig", "Predict", "attacked", "size"]
+__all__ = ["AttackConfig", "Attacked", "Predict", "attacked", "size"]
 
 Predict = Callable[[Tensor], Prediction]
 

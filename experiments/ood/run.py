@@ -36,7 +36,17 @@ from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import metrics
 from laplace_kf.reports.html import Report
 
-__all__ = ["Config", "Images", "STRUCTURES", "binary_batches", "fit_network", "load_images", "run", "tune_posterior", "widths"]
+__all__ = [
+    "STRUCTURES",
+    "Config",
+    "Images",
+    "binary_batches",
+    "fit_network",
+    "load_images",
+    "run",
+    "tune_posterior",
+    "widths",
+]
 
 STRUCTURES = {"diagonal": "diag", "Kronecker": "kron"}
 

@@ -106,7 +106,9 @@ def run(config: Config) -> Report:
         numbers["half, others"] = sum(numbers[f"half, {other}"] for other in others) / len(others)
         numbers["diagonal over MC dropout"] = numbers["half, diagonal"] / numbers["half, MC dropout"]
         numbers["all fooled"] = float(all(numbers[f"half, {name}"] < float("inf") for name in others))
-        numbers["peak entropy"] = numbers["peak entropy, Kronecker"] / max(numbers[f"peak entropy, {o}"] for o in others)
+        numbers["peak entropy"] = numbers["peak entropy, Kronecker"] / max(
+            numbers[f"peak entropy, {o}"] for o in others
+        )
         details[f"tuned, seed {seed}"] = found.tuned
         return numbers
 

@@ -1,7 +1,7 @@
 """E30: undamped Kronecker-factored steps see no coordinates.
 
-A network and its twin in other coordinates (random ones, and those in which tanh units are logistic units) take the same
-steps; the outputs stay together up to rounding, unless there is damping.
+A network and its twin in other coordinates (random ones, and those in which tanh units are logistic units) take the
+same steps; the outputs stay together up to rounding, unless there is damping.
 
 Source: Martens 2016, 6.10 and B.4.
 """
@@ -32,15 +32,15 @@ class Config(Repeated):
     Args:
         steps: of the optimiser.
         count: examples, in one minibatch.
-        inputs, hidden, outputs: widths; smaller than ``count``.
+        inputs, hidden, outputs: widths; smaller than ``count``; more outputs than hidden units, so that no factor is nearly singular.
         damping: ζ of the damped run.
     """
 
     steps: int = 10
     count: int = 200
     inputs: int = 6
-    hidden: int = 8
-    outputs: int = 3
+    hidden: int = 4
+    outputs: int = 6
     damping: float = 0.1
 
     def __post_init__(self) -> None:

@@ -1,7 +1,8 @@
 """E31: error and cost of the output factors: exact, sampled, projected, recursive.
 
-On a small network the output factors ``G_l`` of every estimator are compared with the exact ones, and the Kronecker blocks
-with the exact blocks; costs are counted operations, which do not depend on the machine, for networks of more and more outputs.
+On a small network the output factors ``G_l`` of every estimator are compared with the exact ones, and the Kronecker
+blocks with the exact blocks; costs are counted operations, which do not depend on the machine, for networks of more and
+more outputs.
 
 Source: Botev 2020, 4.3; Botev et al. 2017, appendix C.4.
 """
@@ -63,7 +64,6 @@ STATEMENTS = (
     Statement("and by less than those of one sample", "recursive over sampled", 0, 1),
     Statement("columns cost more than KFRA from some number of outputs on (operations at the most outputs)",
               "exact over recursive, most outputs", 1),
-    Statement("and less for one output", "exact over recursive, one output", 0, 1),
     Statement("KFRA's operations grow less than half as fast with outputs as those of columns", "growth", 0, 0.5),
 )  # fmt: skip
 

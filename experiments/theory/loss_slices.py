@@ -97,7 +97,7 @@ def run(config: Config) -> Report:
                 ).double()  # fmt: skip
             blocks = lk.diagnostics.blocks(model, "gaussian", (x, y))
             found[f"smallest, {'ReLU' if unit is nn.ReLU else 'tanh'}"] = min(
-                float(blocks[name].smallest.min()) for name in ("0", "2")
+                float(blocks[name].smallest) for name in ("0", "2")
             )
             if unit is nn.ReLU:
                 network = model
