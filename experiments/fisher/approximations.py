@@ -1,7 +1,7 @@
 """E9: block-diagonal and block-tridiagonal approximations of the Fisher, and their inverses.
 
-The network of E7. ``F̌`` keeps the diagonal blocks of ``F̃``, ``F̂`` has its three block diagonals and a block-tridiagonal
-inverse; all with factored Tikhonov damping and the γ of K-FAC's last step.
+The network of E7. ``F̌`` keeps the diagonal blocks of ``F̃``, ``F̂`` has its three block diagonals and a
+block-tridiagonal inverse; all with factored Tikhonov damping and the γ of K-FAC's last step.
 
 Source: Martens 2016, 6.4.4, figures 6.4 and 6.5.
 """
@@ -35,7 +35,7 @@ STATEMENTS = (
     Statement("and the others nearly (relative error of the blocks further away)", "far blocks", 0, 0.3),
     Statement("its inverse is the better one (error over that of the block-diagonal inverse)", "inverse", 0, 0.8),
     Statement("also on the diagonal blocks", "inverse, diagonal blocks", 0, 0.8),
-    Statement("the block-diagonal inverse is reasonable although the matrix is not (relative errors, inverse over matrix)",
+    Statement("the block-diagonal inverse is closer than the block-diagonal matrix (ratio of relative errors)",
               "diagonal: inverse over matrix", 0, 0.8),
 )  # fmt: skip
 

@@ -2,8 +2,9 @@
 
 The only figures that the papers print exactly: summed over all pairs of weights of the middle four layers of a small
 network, the error of the Kronecker form is 2894.4, and the bound on it by cumulants 4134.6 (Martens 2016, 6.3.1,
-figure 6.1). Both depend on the initial weights, which are not known, and on the state of training: they are set beside
-the published ones where the network is about as well trained, and their ratio, which says how far the errors cancel.
+figure 6.1). Both depend on the initial weights, which are not known, and on the state of training: they are set
+beside the published ones where the network is about as well trained, and their ratio, which says how far the errors
+cancel.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def run(config: Config) -> Report:
         near, far = distances(means[1])
         near_matrix, far_matrix = distances(means[0])
         return {
-            "training error": found.error, "iterations": len(found.losses), "gamma": found.gamma, "inverse, near": near, "inverse, far": far,
+            "training error": found.error, "iterations": len(found.losses), "gamma": found.gamma,
+            "inverse, near": near, "inverse, far": far,
             "matrix, near": near_matrix, "matrix, far": far_matrix, "inverse, near over far": near / far,
             "far of the matrix over far of the inverse": far_matrix / far,
         }  # fmt: skip

@@ -1,7 +1,8 @@
 """The network of E7 to E9, and the Fisher matrices of its middle layers (Martens 2016, figure 6.1).
 
-256-20-20-20-20-20-10 tanh units on MNIST, scaled down to 16 by 16, trained by a few iterations of K-FAC on all images at
-once. The Fisher of the middle four layers, 1680 by 1680, is exact: the expectation over labels is the softmax's own.
+256-20-20-20-20-20-10 tanh units on MNIST, scaled down to 16 by 16, trained by a few iterations of K-FAC on all
+images at once. The Fisher of the middle four layers, 1680 by 1680, is exact: the expectation over labels is the
+softmax's own.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def train(config: Setup, seed: int) -> Trained:
     sparse_init_(model, generator=rng)
     x, y = digits(config.images)
     optimizer = lk.optim.kfac(model, "categorical", l2=config.l2, search_start=True, generator=rng)
-    losses, wrong = [], 1.0
+    losses: list[float] = []
+    wrong = 1.0
     while len(losses) < config.most and wrong > config.error:
         losses.append(float(optimizer.step(x, y)))
         wrong = float((training.outputs(model, x).argmax(-1) != y).double().mean())

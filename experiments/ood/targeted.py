@@ -1,7 +1,7 @@
 """E22: targeted, iterated attacks on digit classifiers.
 
-Steps of size 0.01 towards the digit 0, through every predictive, on images that it does not take for a 0: share predicted
-as a 0, accuracy and entropy after every few steps.
+Steps of size 0.01 towards the digit 0, through every predictive, on images that it does not take for a 0: share
+predicted as a 0, accuracy and entropy after every few steps.
 
 Source: Botev 2020, 5.2.3, figure 5.4.
 """
@@ -54,7 +54,7 @@ STATEMENTS = (
     Statement("and as the diagonal posterior", "Kronecker over diagonal", 1.5, float("inf"), "2", "all fooled", NEVER),
     Statement("it takes about 20 steps for half of the images", "half, Kronecker", 15, 25, "20"),
     Statement("the others take about 10 (their mean)", "half, others", 7, 13, "10"),
-    Statement("the diagonal posterior is like MC dropout (ratio of steps)", "diagonal over MC dropout", 0.75, 1.33, "1"),
+    Statement("the diagonal posterior is like MC dropout (ratio)", "diagonal over MC dropout", 0.75, 1.33, "1"),
     Statement("the Kronecker posterior's peak entropy is slightly lower than the largest of the others (ratio)",
               "peak entropy", 0.7, 1.0),
 )  # fmt: skip
@@ -118,8 +118,8 @@ def run(config: Config) -> Report:
 
     return judged(
         "E22: targeted attacks",
-        f"784-{config.hidden}-{config.hidden}-10 ReLU units with dropout on binarised MNIST; {config.steps} steps towards "
-        f"{config.target}.",
+        f"784-{config.hidden}-{config.hidden}-10 ReLU units with dropout on binarised MNIST; {config.steps} steps "
+        f"towards {config.target}.",
         config,
         measure,
         STATEMENTS,

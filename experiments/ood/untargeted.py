@@ -1,7 +1,7 @@
 """E21: untargeted attacks on digit classifiers.
 
-One fast gradient step of size ε away from the predicted class, through every predictive: mean entropy and accuracy as ε
-grows. Pixels move by ε times their range over the training images.
+One fast gradient step of size ε away from the predicted class, through every predictive: mean entropy and accuracy
+as ε grows. Pixels move by ε times their range over the training images.
 
 Source: Botev 2020, 5.2.3, figure 5.3.
 """
@@ -39,7 +39,7 @@ class Config(AttackConfig):
 
 
 STATEMENTS = (
-    Statement("entropy of the Kronecker posterior grows beyond MAP's (mean over ε, difference)", "Kronecker - MAP", 1e-9),
+    Statement("entropy of the Kronecker posterior is above MAP's (mean over ε, difference)", "Kronecker - MAP", 1e-9),
     Statement("and beyond MC dropout's", "Kronecker - MC dropout", 1e-9),
     Statement("and beyond the diagonal posterior's", "Kronecker - diagonal", 1e-9),
     Statement("the Kronecker posterior keeps a higher accuracy than MC dropout (mean over ε, difference)",
@@ -75,7 +75,8 @@ def run(config: Config) -> Report:
             for what, values in (("entropy", entropy), ("accuracy", accuracy)):
                 shown[what].setdefault(name, ([0.0, *config.epsilons], values))
             means[name] = {
-                "entropy": sum(entropy[1:]) / len(config.epsilons), "accuracy": sum(accuracy[1:]) / len(config.epsilons),
+                "entropy": sum(entropy[1:]) / len(config.epsilons),
+                "accuracy": sum(accuracy[1:]) / len(config.epsilons),
                 "wrong": float(torch.cat(wrong[1:]).mean()),
             }  # fmt: skip
         others = [name for name in means if name != "MAP"]

@@ -1,7 +1,7 @@
 """What E16 and E17 share: cosines of approximate updates with exact Gauss-Newton steps along a KFRA trajectory.
 
-Every few steps of KFRA, updates by KFAC and KFRA factors, each with the exact and the factored damped inverse, are compared
-with the steps of ``G + λ I`` by conjugate gradients: for the block of every layer, and for the full matrix.
+Every few steps of KFRA, updates by KFAC and KFRA factors, each with the exact and the factored damped inverse, are
+compared with the steps of ``G + λ I`` by conjugate gradients: for the block of every layer, and for the full matrix.
 
 Source: Botev 2020, 4.5.2, figures 4.2 and 4.3; Botev et al. 2017, appendix F.2.
 """
@@ -53,7 +53,7 @@ class AlignmentConfig(AutoencoderConfig):
 
 
 def cosines(config: AlignmentConfig, seed: int) -> list[dict[str, dict[str, float]]]:
-    """By comparison: cosines by update (and ``block Gauss-Newton`` with the full step), and by ``full, blocks`` and layer."""
+    """By comparison: cosines by update (``block Gauss-Newton`` is one), and by ``full, blocks`` and layer."""
     model, images = load(config, seed)
     rng = training.generator(seed)
     optimizer = lk.optim.kfra(model, LIKELIHOOD, l2=config.l2, search_start=True, generator=rng)

@@ -1,8 +1,8 @@
 """E11: progress of K-FAC per update against the size of the minibatch.
 
-An autoencoder trained with minibatches of several sizes by K-FAC with and without momentum, and by Nesterov's gradient.
-The measure is how many updates it takes to the loss that the smallest minibatch reaches in the end: if ``m`` times that
-number falls with ``m``, progress per update grows faster than ``m``.
+An autoencoder trained with minibatches of several sizes by K-FAC with and without momentum, and by Nesterov's
+gradient. The measure is how many updates it takes to the loss that the smallest minibatch reaches in the end: if
+``m`` times that number falls with ``m``, progress per update grows faster than ``m``.
 
 Source: Martens 2016, 6.13, figure 6.8.
 """

@@ -1,7 +1,7 @@
 """E3: the objective against the quadratic model along a run of conjugate gradients.
 
-An autoencoder after some Hessian-free steps: on the way of one more CG run, the quadratic model falls all the time, the
-objective does not, and it is lowest before the run ends by its own rule.
+An autoencoder after some Hessian-free steps: on the way of one more CG run, the quadratic model falls all the time,
+the objective does not, and it is lowest before the run ends by its own rule.
 
 Source: Martens 2016, 4.6.7, figure 4.3.
 """

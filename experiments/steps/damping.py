@@ -1,7 +1,7 @@
 """E10: what re-scaling and momentum do for K-FAC steps, against their damping.
 
-An autoencoder after some steps of block-tridiagonal K-FAC; one more step is proposed with every γ, by both inverses: as it
-is, re-scaled by the exact quadratic model, and re-scaled together with the last update (momentum).
+An autoencoder after some steps of block-tridiagonal K-FAC; one more step is proposed with every γ, by both inverses:
+as it is, re-scaled by the exact quadratic model, and re-scaled together with the last update (momentum).
 
 Source: Martens 2016, 6.6.4, figure 6.6.
 """
@@ -66,7 +66,7 @@ STATEMENTS = (
               "best, block-diagonal", 1.2),
     Statement("and by the block-tridiagonal inverse", "best, block-tridiagonal", 1.2),
     Statement("their best γ is the smaller one: raw over re-scaled (block-diagonal)", "best γ, block-diagonal", 1.5),
-    Statement("momentum adds to it: best improvement, with over without (block-diagonal)", "momentum, block-diagonal", 1),
+    Statement("momentum adds to it: best improvement, with over without", "momentum, block-diagonal", 1),
 )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ def run(config: Config) -> Report:
 
     return judged(
         "E10: re-scaling and momentum of K-FAC against damping",
-        f"An autoencoder after {config.steps} steps of block-tridiagonal K-FAC (published: 500), {config.points} values of γ.",
+        f"An autoencoder after {config.steps} steps of block-tridiagonal K-FAC (published: 500), {config.points} γ.",
         config,
         measure,
         STATEMENTS,

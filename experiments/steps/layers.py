@@ -54,8 +54,8 @@ def run(config: Config) -> Report:
 
     return judged(
         "E16: per-layer alignment of updates with the block Gauss-Newton step",
-        f"{config.steps} steps of KFRA, compared every {config.every} on {config.batch} images, {config.cg_steps} steps of "
-        "conjugate gradients.",
+        f"{config.steps} steps of KFRA, compared every {config.every} on {config.batch} images, {config.cg_steps} CG "
+        "steps.",
         config,
         measure,
         STATEMENTS,

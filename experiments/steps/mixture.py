@@ -1,8 +1,8 @@
 """E18: Fisher against Gauss-Newton where they differ: a mixture of two classifiers of odd and even digits.
 
-The likelihood ``π Bern(s₂) + (1 − π) Bern(s₃)`` of three outputs is of no natural exponential family. KFAC draws from the
-Fisher; KFLR and KFRA take the Gauss-Newton matrix, whose output curvature is made positive semi-definite by clipping; Adam
-has a grid of rates.
+The likelihood ``π Bern(s₂) + (1 − π) Bern(s₃)`` of three outputs is of no natural exponential family. KFAC draws
+from the Fisher; KFLR and KFRA take the Gauss-Newton matrix, whose output curvature is made positive semi-definite by
+clipping; Adam has a grid of rates.
 
 Source: Botev 2020, 4.5.3, figure 4.4.
 """
@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class Config(Repeated):
 
 SECOND = ("KFAC", "KFLR", "KFRA")
 STATEMENTS = (
-    Statement("second-order methods are faster per update: objective after as many updates, Adam over the worst of them",
+    Statement("second-order methods are faster per update: objective after as many, Adam over the worst of them",
               "Adam over worst, same updates", 1),
     Statement("KFAC and KFLR are almost the same (ratio of the objectives' distances on a log scale, in nats)",
               "|log KFAC - log KFLR|", 0, 0.5),
@@ -110,7 +111,7 @@ def run(config: Config) -> Report:
                         found.append(loss(model))
             return found
 
-        def second(**settings: object) -> Callable[[nn.Module], Callable[[Tensor, Tensor], object]]:
+        def second(**settings: Any) -> Callable[[nn.Module], Callable[[Tensor, Tensor], object]]:
             rule = settings.pop("likelihood", likelihood)
 
             def make(model: nn.Module) -> Callable[[Tensor, Tensor], object]:
@@ -120,7 +121,7 @@ def run(config: Config) -> Report:
                     l2=config.l2,
                     search_start=True,
                     generator=training.generator(seed),
-                    **settings,  # type: ignore[arg-type]
+                    **settings,
                 ).step
 
             return make
@@ -171,7 +172,7 @@ def run(config: Config) -> Report:
         config,
         measure,
         STATEMENTS,
-        size=f"Not the published size (784-1000-500-250-30-3, 60000 images, 5000 and 40000 updates): {config.updates} updates "
-        f"of {config.batch} images, Adam {config.adam_updates}.",
+        size=f"Not the published size (784-1000-500-250-30-3, 60000 images, 5000 and 40000 updates): "
+        f"{config.updates} updates of {config.batch} images, Adam {config.adam_updates}.",
         pictures=pictures,
     )

@@ -17,7 +17,7 @@ class Config(AlignmentConfig):
 
 
 STATEMENTS = (
-    Statement("KFRA is better aligned with the full step than KFAC, exact inverses (mean difference)", "exact inverse", 0),
+    Statement("KFRA is better aligned with the full step than KFAC, exact inverses (difference)", "exact inverse", 0),
     Statement("and with factored inverses", "factored", 0),
     Statement("the exact block-diagonal step is not always the best aligned one (best update minus it)",
               "best - block", 0),
@@ -50,8 +50,8 @@ def run(config: Config) -> Report:
 
     return judged(
         "E17: alignment of whole updates with the full Gauss-Newton step",
-        f"{config.steps} steps of KFRA, compared every {config.every} on {config.batch} images, {config.cg_steps} steps of "
-        "conjugate gradients.",
+        f"{config.steps} steps of KFRA, compared every {config.every} on {config.batch} images, {config.cg_steps} CG "
+        "steps.",
         config,
         measure,
         STATEMENTS,

@@ -1,8 +1,8 @@
 """E29: the asymptotic error of stochastic second-order steps.
 
-Steps ``θ ← θ − α_k B⁻¹ g`` with noisy gradients of a quadratic, of one and of ten dimensions: the excess
-under ``α_k = 1/(k+1)`` against its ``1/k`` term for ``B = H`` and for ``B = λ_min I``, the excess of a constant rate, and the average
-of the iterates against its bound.
+Steps ``θ ← θ − α_k B⁻¹ g`` with noisy gradients of a quadratic, of one and of ten dimensions: the excess under ``α_k
+= 1/(k+1)`` against its ``1/k`` term for ``B = H`` and for ``B = λ_min I``, the excess of a constant rate, and the
+average of the iterates against its bound.
 
 Source: Martens 2016, 5.7, theorems 6 and 8; misprints: methods 12.
 """

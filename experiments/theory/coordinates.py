@@ -32,7 +32,8 @@ class Config(Repeated):
     Args:
         steps: of the optimiser.
         count: examples, in one minibatch.
-        inputs, hidden, outputs: widths; smaller than ``count``; more outputs than hidden units, so that no factor is nearly singular.
+        inputs, hidden, outputs: widths; smaller than ``count``; with more outputs than hidden units no factor is
+            nearly singular.
         damping: ζ of the damped run.
     """
 

@@ -1,8 +1,8 @@
 """E5: why damping by the diagonal restricts too much, in two dimensions.
 
-``B = u uᵀ + a v vᵀ`` with ``u = (−1, 1)``, ``v = (1, 1)`` and a large ``a`` has a direction of low curvature (u) between
-its axes, and a diagonal that only knows the high one. Damping ``λ D`` that halves the step along v is applied with
-``D = I``, ``D = diag B`` and ``D = B``, and ``diag B`` is taken for the matrix itself.
+``B = u uᵀ + a v vᵀ`` with ``u = (−1, 1)``, ``v = (1, 1)`` and a large ``a`` has a direction of low curvature (u)
+between its axes, and a diagonal that only knows the high one. Damping ``λ D`` that halves the step along v is
+applied with ``D = I``, ``D = diag B`` and ``D = B``, and ``diag B`` is taken for the matrix itself.
 
 Source: Martens 2016, 3.3.2 and 4.6.3, figures 3.1 and 4.2.
 """
@@ -56,7 +56,7 @@ STATEMENTS = (
 
 
 def shares(a: float, share: float) -> dict[str, float]:
-    """How much of the undamped step along u is left, by damping; that along v is ``share`` of it (not for the first)."""
+    """How much of the undamped step along u is left, by damping; that along v is ``share`` (not of the first)."""
     u, v = torch.tensor([-1.0, 1], dtype=torch.float64), torch.tensor([1.0, 1], dtype=torch.float64)
     matrix = torch.outer(u, u) + a * torch.outer(v, v)
     gradient = matrix @ (u + v)  # the undamped step is −(u + v): 1 along both

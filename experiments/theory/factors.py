@@ -1,8 +1,8 @@
 """E31: error and cost of the output factors: exact, sampled, projected, recursive.
 
 On a small network the output factors ``G_l`` of every estimator are compared with the exact ones, and the Kronecker
-blocks with the exact blocks; costs are counted operations, which do not depend on the machine, for networks of more and
-more outputs.
+blocks with the exact blocks; costs are counted operations, which do not depend on the machine, for networks of more
+and more outputs.
 
 Source: Botev 2020, 4.3; Botev et al. 2017, appendix C.4.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ STATEMENTS = (
 
 
 def _factors(
-    model: nn.Module, data: tuple[Tensor, Tensor], estimator: str, rng: torch.Generator, **options: int
+    model: nn.Module, data: tuple[Tensor, Tensor], estimator: str, rng: torch.Generator, **options: Any
 ) -> list[Tensor]:
     mean = lk.curvature.estimate(model, "categorical", data, "kron", estimator, generator=rng, **options).mean()
     return [(block.scale * block.outputs).squeeze(0) for _, block in mean.entries]  # type: ignore[attr-defined]
@@ -100,7 +101,7 @@ def run(config: Config) -> Report:
         model = network(config.outputs, seed)
         with torch.no_grad():
             for parameter in model.parameters():  # as after some training: with small weights all factors are alike
-                parameter *= 3
+                parameter.mul_(3)
         exact = _factors(model, (x, y), "exact", rng)
         found = {"error, recursive": _error(_factors(model, (x, y), "recursive", rng), exact)}
         for estimator in ("sampled", "projection"):

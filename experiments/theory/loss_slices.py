@@ -100,8 +100,8 @@ def run(config: Config) -> Report:
                 float(blocks[name].smallest) for name in ("0", "2")
             )
             if unit is nn.ReLU:
-                network = model
-        first, size = network[0].weight.numel(), sum(p.numel() for p in network.parameters())
+                network, layers = model, [module for module in model if isinstance(module, nn.Linear)]
+        first, size = layers[0].weight.numel(), sum(p.numel() for p in network.parameters())
         for name, (one, two) in {
             "W1": (slice(0, first), slice(0, first)), "W2": (slice(first, size), slice(first, size)),
             "W1 and W2": (slice(0, first), slice(first, size)),
@@ -109,14 +109,14 @@ def run(config: Config) -> Report:
             u, v = torch.zeros(2, size, dtype=torch.float64)
             u[one] = torch.randn(u[one].shape, generator=rng, dtype=torch.float64)
             v[two] = torch.randn(v[two].shape, generator=rng, dtype=torch.float64)
-            moved = [network[0].weight.detach().clone(), network[2].weight.detach().clone()]
+            moved = [layers[0].weight.detach().clone(), layers[1].weight.detach().clone()]
             with torch.no_grad():  # the moved layers start at 0: W = x U + y V
-                for layer, part in ((network[0], "W1"), (network[2], "W2")):
+                for layer, part in ((layers[0], "W1"), (layers[1], "W2")):
                     layer.weight.mul_(0.0 if part in name else 1.0)
             surface = lk.diagnostics.loss_surface(network, "gaussian", (x, y), u, v, axis, axis)
             with torch.no_grad():
-                network[0].weight.copy_(moved[0])
-                network[2].weight.copy_(moved[1])
+                layers[0].weight.copy_(moved[0])
+                layers[1].weight.copy_(moved[1])
             surfaces.setdefault(name, surface)
             found[f"maxima, {name}"] = maxima(surface)
             found[f"curvature, {name}"] = _smallest_difference(surface)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -114,7 +115,7 @@ def _rank(
     data: tuple[torch.Tensor, torch.Tensor],
     estimator: str,
     rng: torch.Generator,
-    **options: int,
+    **options: Any,
 ) -> int:
     matrix = lk.curvature.estimate(model, likelihood, data, "full", estimator, generator=rng, **options).mean().dense()
     values = torch.linalg.eigvalsh(matrix)

@@ -1,4 +1,4 @@
-"""The experiments on single claims, each at a very small size: they run, judge what they found, and write their files."""
+"""The experiments on single claims, each at a very small size: they run, judge what they found, write their files."""
 
 from __future__ import annotations
 
