@@ -9,7 +9,19 @@ from pathlib import Path
 
 from benchmarks.timing import RESULTS, save
 
-NAMES = ("fit_cost", "importance", "linearized", "montecarlo", "many_outputs", "optimizers", "penalty", "tuning")
+NAMES = (
+    "attribution",
+    "fit_cost",
+    "importance",
+    "linearized",
+    "montecarlo",
+    "many_outputs",
+    "optimizers",
+    "penalty",
+    "per_example",
+    "pruning",
+    "tuning",
+)
 
 
 def main() -> int:

@@ -1,8 +1,23 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
-from laplace_kf import attacks, bridges, continual, curvature, diagnostics, errors, graphs, likelihoods, optim, reports
+from laplace_kf import (
+    acquisition,
+    attacks,
+    attribution,
+    bridges,
+    continual,
+    curvature,
+    diagnostics,
+    errors,
+    graphs,
+    likelihoods,
+    optim,
+    pruning,
+    reports,
+)
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.outputs.top import TopClasses
 from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
@@ -14,9 +29,12 @@ __all__ = [
     "Mixture",
     "Prediction",
     "Subnetwork",
+    "TopClasses",
     "TuningResult",
     "__version__",
+    "acquisition",
     "attacks",
+    "attribution",
     "bridges",
     "continual",
     "curvature",
@@ -26,6 +44,7 @@ __all__ = [
     "graphs",
     "likelihoods",
     "optim",
+    "pruning",
     "reports",
     "support_table",
 ]

@@ -1,4 +1,4 @@
-"""``python -m laplace_kf demo [--out DIR]`` and ``python -m laplace_kf evaluate POSTERIOR ...``."""
+"""``python -m laplace_kf demo [--out DIR]``, ``... evaluate POSTERIOR ...`` and ``... attribute POSTERIOR ...``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from laplace_kf import attribute
 from laplace_kf.errors import LaplaceKFError
 from laplace_kf.evaluate import arguments as declare
 
@@ -25,7 +26,11 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     evaluate.main(chosen)
 
 
-RUN = {"demo": _demo, "evaluate": _evaluate}
+def _attribute(chosen: argparse.Namespace) -> None:
+    attribute.main(chosen)
+
+
+RUN = {"demo": _demo, "evaluate": _evaluate, "attribute": _attribute}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("results/demo"), help="where to write (default: %(default)s)")
     scoring = commands.add_parser("evaluate", help="out-of-distribution scores of a saved posterior: table and page")
     declare(scoring)
+    tracing = commands.add_parser("attribute", help="the most helpful and harmful training examples of queries")
+    attribute.arguments(tracing)
     chosen = parser.parse_args(arguments)
     try:
         RUN[chosen.command](chosen)

@@ -26,7 +26,7 @@ from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called
-from laplace_kf.returned import as_tensor, explained
+from laplace_kf.returned import as_tensor, explained, readable
 
 __all__ = [
     "Forward",
@@ -176,14 +176,14 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
 
 def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     """As :func:`predicted`, outputs ``(N, ...)``, on the inputs themselves, which the model may then change."""
-    at_inputs = getattr(forward, "outputs_at", None)  # of laplace_kf.reading.Reading
+    at_inputs = model_outputs if forward is None else getattr(forward, "outputs_at", None)  # of reading.Reading
     if at_inputs is not None:
-        return as_tensor(at_inputs(model, inputs))
-    if forward is None:
         with explained(model, inputs, None):
-            return model_outputs(model, inputs)
+            return as_tensor(at_inputs(model, inputs))
+    assert forward is not None
     try:
-        outputs = as_tensor(forward(model, inputs)[0])
+        with explained(model, inputs, None):
+            outputs = as_tensor(forward(model, inputs)[0])
     except LaplaceKFError:
         raise
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
@@ -253,7 +253,7 @@ def as_batches(data: Any, model: nn.Module | None = None) -> Iterable[Any]:
     elif pair:
         targets = data[1]
     if isinstance(targets, Tensor):
-        leaves = list(tensors_of(data if isinstance(data, Mapping) else data[0]))
+        leaves = list(map(readable, tensors_of(data if isinstance(data, Mapping) else data[0])))
         if leaves and all(leaf.dim() and leaf.shape[:1] == targets.shape[:1] for leaf in leaves):
             return _Slices(data, targets.shape[0])
         if isinstance(data[0] if not isinstance(data, Mapping) else None, Tensor):
@@ -328,7 +328,7 @@ class _Slices:
 
 
 def _take(tensor: Tensor, part: slice) -> Tensor:
-    return tensor[part]
+    return tensor[part] if tensor.layout is torch.strided else tensor.to_dense()[part]
 
 
 def tensors_of(structure: Any) -> Iterator[Tensor]:
@@ -419,7 +419,7 @@ def leaves_of(structure: Any) -> Iterator[Any]:
 
 def to_device(structure: Any, device: torch.device) -> Any:
     """The structure with its tensors on ``device``."""
-    return _map(structure, lambda t: t.to(device, non_blocking=True))
+    return _map(structure, lambda t: readable(t).to(device, non_blocking=True))
 
 
 def _map(
@@ -487,7 +487,7 @@ def check_finite(structure: Any, index: int, what: str) -> None:
         index: number of the batch, for the message.
         what: name of the tensor, for the message.
     """
-    for tensor in tensors_of(structure):
+    for tensor in map(readable, tensors_of(structure)):
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             bad = int((~torch.isfinite(tensor)).sum())
             mask = bool((torch.isfinite(tensor) | (tensor == -torch.inf)).all())

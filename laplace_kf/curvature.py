@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
-from laplace_kf.engine import Statistics, collect
+from laplace_kf.engine import collect
 from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
@@ -25,6 +25,7 @@ from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, covered
 from laplace_kf.tape import UNUSED
 

@@ -1,18 +1,10 @@
-"""The engine: minibatch → tape → signals → sums. Knows likelihoods, estimators and structures by interface only.
-
-``Statistics`` are sums over data that carry their counts; ``+`` and ``scale`` are their only operations, and minibatch
-accumulation, moving averages, merging workers and discounting old data are all made of these two.
-"""
+"""The engine: minibatch → tape → signals → sums. Knows likelihoods, estimators and structures by interface only."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from random import getstate, setstate
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -25,13 +17,12 @@ from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.missing import check_batch
-from laplace_kf.models import require_memory, undisturbed, usable
-from laplace_kf.operators import Blockwise, Matrix
-from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Observation, Patterns, Signals, Tracer
+from laplace_kf.models import preserved, require_memory, usable
+from laplace_kf.structures.base import Statistics, Structure, Sums
+from laplace_kf.tape import Block, Observation, Patterns, Signals, Tracer
 
-__all__ = ["Accumulator", "Statistics", "StructureRule", "collect", "lasting", "preserved"]
+__all__ = ["Accumulator", "collect"]
 
-Sums = dict[str, tuple[Tensor, ...]]
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
 MANY_BLOCKS = 5  # named in one warning
 MANY_COLUMNS = 2000  # backward passes per minibatch from which a fit is announced as slow
@@ -39,204 +30,6 @@ INSTEAD = (
     'Use structure="diag" or "kron", fewer parameters (parameters="last_layer" or patterns), estimator="sampled", '
     '"projection" or "importance" (a few columns per example), or smaller batches.'
 )
-
-
-class StructureRule(Protocol):
-    """What the engine needs of a structure (see :class:`laplace_kf.structures.base.Structure`)."""
-
-    name: ClassVar[str]
-    several_passes: bool
-
-    @property
-    def counts_positions(self) -> bool:
-        """Whether the sums depend on which positions of an input count."""
-
-    @property
-    def fixed(self) -> Sums:
-        """What earlier passes found and the sums refer to."""
-
-    def first(self) -> Any:
-        """The structure as a user asks for it."""
-
-    def with_fixed(self, fixed: Sums) -> StructureRule:
-        """The structure that reads saved sums."""
-
-    def settled(self, blocks: Mapping[str, Block], layout: FlatLayout, outputs: Tensor, like: Tensor) -> StructureRule:
-        """The structure to gather, decided at the first minibatch (outputs ``(N, ...)``)."""
-
-    def require_memory(self, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
-        """Refuses what does not fit, in the type and on the device of ``like`` (any shape)."""
-
-    def refined(self, statistics: Statistics) -> StructureRule | None:
-        """What to gather in a further pass over the data."""
-
-    def again(self, statistics: Statistics) -> StructureRule | None:
-        """What to gather after another first pass, along the bases of this structure."""
-
-    def turned(self, statistics: Statistics) -> Statistics:
-        """Statistics of this structure along the bases that fit their own factors best."""
-
-    def merged(self, mine: Sums, other: Any, theirs: Sums) -> tuple[StructureRule, Sums]:
-        """The sums of two data sets together."""
-
-    def kept_layout(self, layout: FlatLayout) -> FlatLayout:
-        """The part of a layout that the sums cover."""
-
-    def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
-        """Whether the closed forms of the layer at the output are taken."""
-
-    def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
-        """Blocks that are kept as less than the structure's own form, and why."""
-
-    def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
-        """Bytes per column of ``count`` examples."""
-
-    def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
-        """Makes zero sums for new blocks, in the type and on the device of ``like`` (any shape)."""
-
-    def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
-        """Takes in inputs."""
-
-    def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
-        """Takes in columns."""
-
-    def add_output_factor(self, sums: Sums, name: str, factor: Tensor) -> bool:
-        """Takes in an output factor ``(O, O)``."""
-
-    def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
-        """The sums as they are kept."""
-
-    def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
-        """The mean curvature."""
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Sums over data with their counts.
-
-    Attributes:
-        structure: the structure that reads the sums.
-        layout: flat order of the selected parameters.
-        blocks: blocks by name.
-        sums: sums by block name.
-        count: number of examples behind the sums (a float once scaled); one whose targets are all ignored is none.
-        log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
-        terms: number of scalar densities in that sum.
-        outputs: layout of the outputs that the targets showed (``likelihood.with_layout``), or ``None``.
-        moments: sums of what the likelihood needs to change its noise scale later, ``(K,)`` float64, mostly empty.
-    """
-
-    structure: StructureRule
-    layout: FlatLayout
-    blocks: Mapping[str, Block]
-    sums: Sums
-    count: float
-    log_likelihood: Tensor
-    terms: float
-    outputs: str | None = None
-    moments: Tensor = field(default_factory=no_moments)
-
-    @property
-    def n_data(self) -> float:
-        """Number of examples ``N``."""
-        return self.count
-
-    def __add__(self, other: Statistics) -> Statistics:
-        """Statistics of both data sets together.
-
-        Raises:
-            IncompatiblePair: if they cover other parameters, other blocks or another structure.
-        """
-        if not isinstance(other, Statistics):
-            return NotImplemented
-        common = self.layout.common(other.layout)
-        if self.structure.name != other.structure.name or common is None:
-            raise IncompatiblePair(
-                "statistics can only be added if they have the same structure and cover the same parameters "
-                f"({self.structure.name!r} over {self.layout.size} and {other.structure.name!r} over "
-                f"{other.layout.size} parameters)"
-            )
-        mine, theirs = self.without(other.used), other.without(self.used)
-        blocks = {**mine.blocks, **theirs.blocks}
-        for name in set(mine.blocks) & set(theirs.blocks):
-            if mine.blocks[name] != theirs.blocks[name]:
-                raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
-        covered = [name for block in blocks.values() for name in block.parameters]
-        if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
-            _require_one_form(mine.blocks, theirs.blocks, covered)
-        structure, sums = mine.structure.merged(mine.sums, theirs.structure, theirs.sums)
-        return Statistics(
-            structure,
-            common,
-            blocks,
-            sums,
-            self.count + other.count,
-            self.log_likelihood + other.log_likelihood,
-            self.terms + other.terms,
-            self.outputs or other.outputs,
-            self.moments + other.moments if len(self.moments) == len(other.moments) else no_moments(),
-        )
-
-    @property
-    def used(self) -> set[str]:
-        """Names of the parameters that took part in a forward pass."""
-        return {name for block in self.blocks.values() if not block.unused for name in block.parameters}
-
-    def without(self, names: Collection[str]) -> Statistics:
-        """Without the blocks of unused parameters among ``names``, which say nothing beside others' that are used."""
-        gone = {n for n, block in self.blocks.items() if block.unused and block.parameters[0] in names}
-        if not gone:
-            return self
-        fixed = {name: parts for name, parts in self.structure.fixed.items() if name not in gone}
-        return replace(
-            self,
-            structure=self.structure.with_fixed(fixed) if fixed else self.structure,
-            blocks={name: block for name, block in self.blocks.items() if name not in gone},
-            sums={name: parts for name, parts in self.sums.items() if name not in gone},
-        )
-
-    def scale(self, factor: float) -> Statistics:
-        """Sums and counts times ``factor``: the mean does not change.
-
-        Raises:
-            ValueError: if the factor is not positive and finite.
-        """
-        if not 0 < factor < float("inf"):
-            raise ValueError(f"the factor must be positive and finite, got {factor}")
-        sums = {name: tuple(part * factor for part in parts) for name, parts in self.sums.items()}
-        return replace(
-            self,
-            sums=sums,
-            count=self.count * factor,
-            log_likelihood=self.log_likelihood * factor,
-            terms=self.terms * factor,
-            moments=self.moments * factor,
-        )
-
-    def mean(self) -> Blockwise:
-        """The mean curvature ``C̄`` as a Matrix of size ``P``."""
-        means = {name: tuple(part / self.count for part in parts) for name, parts in self.sums.items()}
-        return self.structure.matrix(means, self.blocks, self.layout)
-
-    def total(self) -> Matrix:
-        """``N · C̄``."""
-        return self.mean().scaled(self.count)
-
-
-def _require_one_form(mine: Mapping[str, Block], theirs: Mapping[str, Block], covered: Sequence[str]) -> None:
-    """Refuses parameters that two statistics keep in blocks of different names."""
-    twice = {
-        name
-        for name in set(covered)
-        if {b for b, block in mine.items() if name in block.parameters}
-        != {b for b, block in theirs.items() if name in block.parameters}
-        and any(name in block.parameters for block in mine.values())
-        and any(name in block.parameters for block in theirs.values())
-    }
-    if twice:
-        raise IncompatiblePair(
-            f"parameters {', '.join(sorted(twice))} belong to other blocks in one of the statistics than in the other"
-        )
 
 
 class Accumulator:
@@ -256,7 +49,7 @@ class Accumulator:
         tracer: Tracer,
         likelihood: Likelihood,
         estimator: Estimator,
-        structure: StructureRule,
+        structure: Structure,
         generator: torch.Generator,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -416,7 +209,7 @@ def collect(
     batches: Iterable[Any],
     likelihood: Likelihood,
     estimator: Estimator,
-    structure: StructureRule,
+    structure: Structure,
     *,
     parameters: str | Sequence[str] = "all",
     forward: Forward | None = None,
@@ -445,7 +238,7 @@ def collect(
     model = usable(model)
     with preserved(model):
         tracer = Tracer(model, forward, parameters, unused=unused)
-        following: StructureRule | None = structure
+        following: Structure | None = structure
         stage = 0
         while following is not None:
             accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype)
@@ -471,85 +264,5 @@ _ONCE = (
 )
 
 
-def _reason(structure: StructureRule, passes: int) -> str:
+def _reason(structure: Structure, passes: int) -> str:
     return f"passes={passes}" if passes > 1 else f"structure {structure.name!r} goes over the data more than once"
-
-
-class _Snapshot:
-    """What one module must look like afterwards."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(module.__dict__)
-        self.containers = {
-            name: value.copy() for name, value in self.attributes.items() if isinstance(value, (dict, list, set))
-        }
-        kept = [b for b in module._buffers.values() if b is not None]
-        if getattr(module, "max_norm", None) is not None:
-            kept += list(module.parameters(recurse=False))
-        self.tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in kept]
-
-    def restore(self) -> None:
-        """Puts attributes, containers and tensors back; tensors only if something wrote to them."""
-        own = self.module.__dict__
-        for name in own.keys() - self.attributes.keys():
-            del own[name]
-        own.update(self.attributes)
-        for name, contents in self.containers.items():
-            current = own[name]
-            if _identities(current) != _identities(contents):
-                current.clear()
-                current.extend(contents) if isinstance(contents, list) else current.update(contents)
-        for tensor, version, content in self.tensors:
-            # batch normalisation writes its running statistics without a new version
-            unseen = tensor.layout is torch.strided and not torch.equal(tensor, content)
-            if tensor._version != version or unseen:
-                with torch.no_grad():
-                    tensor.copy_(content)
-
-
-def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
-    if isinstance(container, dict):
-        return [(key, id(value)) for key, value in container.items()]
-    return [id(value) for value in container]
-
-
-@contextmanager
-def lasting() -> Iterator[None]:
-    """Tensors made inside can be kept and used anywhere, also if the caller is in inference mode (then: no graph)."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards the model and the caller's random states are what they were.
-
-    Inside, compiled modules run as plain Python, and the caller's autocast is on for the model only
-    (:mod:`laplace_kf.models`).
-
-    Of the model: every module's mode and attributes, its buffers, and the weights of embeddings that renormalise
-    themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
-    loaders shuffle and augment from them.
-    """
-    modules = [_Snapshot(module) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
-    states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
-    cpu, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), getstate()  # noqa: NPY002 (the caller's)
-    try:
-        for snapshot in modules:
-            snapshot.module.training = False
-        with undisturbed(), torch.inference_mode(False):  # curvature needs a graph, also for a caller in inference mode
-            yield
-    finally:
-        for snapshot in modules:
-            snapshot.restore()
-        torch.set_rng_state(cpu)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        setstate(python_state)
-        for device, state in states:
-            with suppress(RuntimeError):
-                getattr(torch, device.type).set_rng_state(state, device)

@@ -26,7 +26,7 @@ from laplace_kf.posterior import LaplacePosterior
 if TYPE_CHECKING:
     from laplace_kf.reports.html import Report
 
-__all__ = ["arguments", "main", "read_file"]
+__all__ = ["arguments", "batches", "main", "network", "read_file"]
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +96,13 @@ READERS: dict[str, Callable[[Path], dict[str, Any]]] = {
 }
 
 
-def _network(name: str) -> nn.Module:
+def network(name: str) -> nn.Module:
+    """The network that the function ``module:function`` makes.
+
+    Raises:
+        ShapeMismatch: for another form of name, or if it makes something else.
+        UnknownName: if the module has no such function.
+    """
     module, _, function = name.partition(":")
     if not module or not function:
         raise ShapeMismatch(f"--model takes MODULE:FUNCTION, for example my_networks:resnet, got {name!r}")
@@ -112,8 +118,8 @@ def _network(name: str) -> nn.Module:
     return made
 
 
-def _batches(data: Mapping[str, Tensor], size: int, like: Tensor) -> Any:
-    """``(x, y)`` batches; without labels, inputs and zeros."""
+def batches(data: Mapping[str, Tensor], size: int, like: Tensor) -> Any:
+    """Batches ``(x, y)`` of at most ``size`` examples; without labels, inputs ``(N, ...)`` and zeros."""
     x = data["x"].to(like) if data["x"].is_floating_point() else data["x"]
     parts = x.split(size)
     labels = data["y"].split(size) if "y" in data else [torch.zeros(len(part)) for part in parts]
@@ -138,16 +144,16 @@ def main(chosen: argparse.Namespace) -> Report:
         outside[name] = read_file(Path(path))
     inside = read_file(chosen.inside)
     calibration = None if chosen.calibrate is None else read_file(chosen.calibrate)
-    model = _network(chosen.model)
+    model = network(chosen.model)
     posterior = LaplacePosterior.load(chosen.posterior, model)
     like = next(iter(posterior.mean.values()))
     if calibration is not None:
-        posterior.calibrate(_batches(calibration, chosen.batch_size, like), samples=chosen.samples)
+        posterior.calibrate(batches(calibration, chosen.batch_size, like), samples=chosen.samples)
     kinds = None if chosen.kinds is None else [kind.strip() for kind in chosen.kinds.split(",") if kind.strip()]
     report = evaluate(
         posterior,
-        _batches(inside, chosen.batch_size, like),
-        {name: _batches(data, chosen.batch_size, like) for name, data in outside.items()},
+        batches(inside, chosen.batch_size, like),
+        {name: batches(data, chosen.batch_size, like) for name, data in outside.items()},
         chosen.out,
         kinds=kinds,
         layers=chosen.layers,

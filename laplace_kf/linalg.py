@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,7 +13,10 @@ from torch import Tensor
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotPositiveDefinite
 
-__all__ = ["all_finite", "cholesky", "eigh", "require_positive"]
+__all__ = ["all_finite", "cholesky", "eigh", "require_positive", "typed"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 KNOB = "Increase prior_precision (λ > 0), or estimate the curvature from more data or in float64."
 
@@ -73,6 +79,23 @@ def require_positive(values: Tensor, block: str) -> None:
     smallest = float(values.detach().min()) if values.numel() else 1.0
     if not smallest > 0 or not bool(torch.isfinite(values.detach()).all()):
         raise NotPositiveDefinite(block, smallest, KNOB)
+
+
+def typed(call: Callable[P, T]) -> Callable[P, T]:
+    """A public call in which a factorisation that fails inside torch comes out as a :class:`NotPositiveDefinite`.
+
+    For those that have no second way; matrices that may be singular go through :func:`eigh` and :func:`cholesky`.
+    """
+
+    @functools.wraps(call)
+    def typed_call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return call(*args, **kwargs)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            what = f"A factorisation in {call.__name__!r} failed: {error} {KNOB}"
+            raise NotPositiveDefinite("of this call", float("nan"), what) from error
+
+    return typed_call
 
 
 def _jitter(matrix: Tensor) -> Tensor:

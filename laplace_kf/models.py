@@ -1,7 +1,8 @@
-"""The user's model before anything is done with it: wrappers taken off, kinds that cannot work refused.
+"""The user's model, before and while anything is done with it: wrappers taken off, kinds that cannot work refused.
 
-Also the settings it runs under: the caller's autocast for the model alone (the package's own arithmetic stays in full
-precision), and plain Python instead of compiled code, which no tape can see into.
+Also the guard that leaves it as it was (:func:`preserved`), and the settings it runs under: the caller's autocast for
+the model alone (the package's own arithmetic stays in full precision), and plain Python instead of compiled code, which
+no tape can see into.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
+from laplace_kf.randomness import same_random_states
 from laplace_kf.replica import Shared
 
 __all__ = [
     "as_called",
     "autocasting",
     "coarsest",
+    "lasting",
     "memory_bytes",
     "parameters_of",
     "plain_name",
+    "preserved",
     "require_memory",
     "undisturbed",
     "usable",
@@ -196,6 +201,92 @@ def autocasting() -> bool:
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
     """The floating type with the largest rounding error among these and the caller's autocast types."""
     return max((*dtypes, *(dtype for _, dtype in _AUTOCAST.get())), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+# ---------------------------------------------------------------------------------------------------- guard
+
+
+class _Snapshot:
+    """What one module must look like afterwards."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = module.__dict__.copy()
+        self.containers = {
+            name: value.copy() if value else None  # most are empty dictionaries of hooks
+            for name, value in self.attributes.items()
+            if isinstance(value, (dict, list, set))
+        }
+        kept = [b for b in module._buffers.values() if b is not None]
+        if getattr(module, "max_norm", None) is not None:
+            kept += list(module.parameters(recurse=False))
+        self.tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in kept]
+
+    def restore(self) -> None:
+        """Puts attributes, containers and tensors back; tensors only if something wrote to them."""
+        own = self.module.__dict__
+        for name in own.keys() - self.attributes.keys():
+            del own[name]
+        own.update(self.attributes)
+        for name, contents in self.containers.items():
+            current = own[name]
+            if not current and contents is None:
+                continue
+            if contents is None or _identities(current) != _identities(contents):
+                current.clear()
+                if contents is not None:
+                    current.extend(contents) if isinstance(contents, list) else current.update(contents)
+        for tensor, version, content in self.tensors:
+            # batch normalisation writes its running statistics without a new version
+            unseen = tensor.layout is torch.strided and not torch.equal(tensor, content)
+            if tensor._version != version or unseen:
+                with torch.no_grad():
+                    tensor.copy_(content)
+
+
+def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
+    if isinstance(container, dict):
+        return [(key, id(value)) for key, value in container.items()]
+    return [id(value) for value in container]
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Tensors made inside can be kept and used anywhere, also if the caller is in inference mode (then: no graph)."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards the model and the caller's random states are what they were.
+
+    Inside, compiled modules run as plain Python, and the caller's autocast is on for the model only
+    (:func:`as_called`).
+
+    Of the model: every module's mode and attributes, its buffers, and the weights of embeddings that renormalise
+    themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
+    loaders shuffle and augment from them.
+    """
+    modules = [_Snapshot(module) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
+    states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
+    try:
+        for snapshot in modules:
+            if snapshot.module.training:
+                snapshot.module.training = False
+        # curvature needs a graph, also for a caller in inference mode
+        with same_random_states(), undisturbed(), torch.inference_mode(False):
+            yield
+    finally:
+        for snapshot in modules:
+            snapshot.restore()
+        for device, state in states:
+            with suppress(RuntimeError):
+                getattr(torch, device.type).set_rng_state(state, device)
 
 
 # --------------------------------------------------------------------------------------------------- memory

@@ -13,12 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss
 from laplace_kf.batches import Forward, run, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.lookups import Plainly
 from laplace_kf.missing import check_batch
-from laplace_kf.models import usable
+from laplace_kf.models import preserved, usable
 from laplace_kf.tape import FlatLayout, Tracer
 
 __all__ = ["Pass", "columns_of", "walk"]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.memory import storage_of
+from laplace_kf.randomness import same_foreign_states
 
 __all__ = ["Shared", "current", "original", "replica", "stage", "standing"]
 
@@ -36,6 +37,7 @@ _LOCKS: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _GUARD = threading.RLock()
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type)
+_PLAIN = frozenset((type(None), bool, int, float, str))
 _FOREIGN = frozenset(("torch", "numpy", "threading", "logging", "weakref", "_thread", "re", "pathlib", "inspect"))
 DEPTH = 8  # of objects inside objects that may hold a module
 
@@ -97,10 +99,11 @@ def stage(model: nn.Module, forward: Any) -> Iterator[tuple[nn.Module, Any]]:
         with in_place(model):  # nobody is in the middle of using it as it is
             pair = replica(model, forward)
     except _Unfaithful:
-        with in_place(model):
+        with in_place(model), same_foreign_states():
             yield model, forward
         return
-    yield pair
+    with same_foreign_states():
+        yield pair
 
 
 def standing(model: nn.Module, forward: Any) -> tuple[nn.Module, Any]:
@@ -173,6 +176,10 @@ class _Doubles:
                     }
                 elif name == "training":
                     own[name] = False
+                elif not value and type(value) in _COPIED:  # most are empty dictionaries of hooks
+                    own[name] = value.copy()
+                elif type(value) in _PLAIN:
+                    own[name] = value
                 else:
                     image = self.image(value, 0)
                     if image is value and type(value) in _COPIED:  # a forward pass may write into it

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 
-__all__ = ["as_tensor", "explained", "own_loss"]
+__all__ = ["as_tensor", "explained", "own_loss", "readable"]
 
 
 def as_tensor(outputs: Any) -> Tensor:
@@ -67,7 +66,16 @@ def own_loss(outputs: Any) -> Tensor | None:
     return found if _is_loss(found) else None
 
 
-_TYPES = re.compile(r"dtype|scalar type|[Ii]nput type")
+_TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|result type .* can't be cast")
+_NO_TENSOR = re.compile(r"must be Tensor, not (?:\w+\.)*(\w+)")
+_DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
+_SHAPES = re.compile(
+    r"shapes cannot be multiplied|expected input.* to have|expected weight to be|[Ee]xpected \d+D|Expected .* or .*D"
+    r"|must match the (?:existing )?size|size mismatch|Given groups=|normalized_shape|running_mean should contain"
+    r"|is invalid for input of size|number of channels|input\.size\(-1\) must be|was expecting embedding dimension"
+    r"|index out of range in self|need to be at least 1D|Kernel size can't be greater|Sizes of tensors must match"
+    r"|must be equal to input_size"
+)
 
 
 @contextmanager
@@ -76,41 +84,106 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
 
     Raises:
         ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
-            looks for in vain, and inputs of another number type than the model's.
+            looks for in vain, and inputs of another number type, device or shape than the model takes.
     """
     try:
         yield
-    except (KeyError, IndexError) as error:
-        if forward is None or isinstance(error, ShapeMismatch):
-            raise
-        raise ShapeMismatch(
-            f"forward= does not work on a batch that is a {type(batch).__name__}: {error!r}; look at what the batch "
-            "and the model's outputs hold"
-        ) from error
+    except LaplaceKFError:
+        raise
     except TypeError as error:
+        other = _NO_TENSOR.search(str(error))
+        if other and other[1] in {type(leaf).__name__ for leaf in _leaves(batch)}:
+            raise ShapeMismatch(
+                f"the model was given a {other[1]} where it takes a tensor ({str(error).splitlines()[0]}); give "
+                "tensors or arrays of numbers, torch.as_tensor(x), and text as the tokens of the model's tokenizer"
+            ) from error
         if not isinstance(batch, (tuple, list)) or forward is not None or "positional argument" not in str(error):
             raise
         raise ShapeMismatch(
             f"the model does not take the {len(batch)} entries of the {type(batch).__name__} it was given ({error}); a "
             "tuple holds the model's arguments: to predict, leave out the targets, predict(x)"
         ) from error
-    except RuntimeError as error:
-        wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-        found = [t.dtype for t in _tensors(batch) if t.dtype not in (wanted, torch.int64, torch.bool)]
-        if wanted is None or not found or not _TYPES.search(str(error)):
+    except (KeyError, IndexError, RuntimeError, ValueError, AssertionError) as error:
+        said = _reason(model, batch, error)
+        if said is None and forward is not None and isinstance(error, (KeyError, IndexError)):
+            said = (
+                f"forward= does not work on a batch that is a {type(batch).__name__}: {error!r}; look at what the "
+                "batch and the model's outputs hold"
+            )
+        if said is None:
             raise
+        raise ShapeMismatch(said) from error
+
+
+def _reason(model: nn.Module, batch: Any, error: Exception) -> str | None:
+    """What torch's error says of the batch: another number type, device or shape than the model's; ``None`` if no."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    tensors, text = list(_tensors(batch)), str(error)
+    if weight is None or not tensors or isinstance(error, KeyError):
+        return None
+    first = text.splitlines()[0] if text else repr(error)
+    if _DEVICES.search(text):
+        places = sorted({str(t.device) for t in (*model.parameters(), *model.buffers())})
+        return (
+            f"tensors of the forward pass lie on different devices ({first}): the model's parameters and buffers on "
+            f"{', '.join(places)}, and the batch is moved to {weight.device}. Put all of the model on one device, "
+            f'model.to("{weight.device}"), also tensors that forward makes or that are no registered buffers'
+        )
+    if _TYPES.search(text) or (isinstance(error, RuntimeError) and "must be Long" in text):
+        kinds = [t.dtype for t in tensors if t.dtype != weight.dtype]
+        odd = [kind for kind in kinds if kind.is_floating_point or kind.is_complex] or kinds
+        if odd:
+            return (
+                f"the model's parameters are {weight.dtype}, and the batch holds {odd[0]} ({first}); give it "
+                f"x.to({weight.dtype}), or convert the model (indices of a table are x.long())"
+            )
+        if "indices" in text:  # floats given to a table
+            return (
+                f"the model looks its input up in a table, and the batch holds {tensors[0].dtype} ({first}); give it "
+                "x.long()"
+            )
+    if _SHAPES.search(text):
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
+        where = next((name for name, p in model.named_parameters() if p.is_floating_point() and p.dim() > 1), None)
+        named = dict(model.named_parameters())
+        its = f"; its first weight, {where!r}, has shape {tuple(named[where].shape)}" if where else ""
+        return (
+            f"the model cannot take the batch, tensors of shape {shapes} ({first}){its}. Give inputs of the shape that "
+            "it was trained on, examples first: x.reshape(len(x), ...), or x[None] for one example"
+        )
+    return None
+
+
+def readable(tensor: Tensor) -> Tensor:
+    """A tensor of the user as it is.
+
+    Raises:
+        ShapeMismatch: for one without numbers (on the meta device), or without an axis of examples (nested).
+    """
+    if tensor.is_meta:
         raise ShapeMismatch(
-            f"the model's parameters are {wanted}, and the batch holds {found[0]} ({error}); give it "
-            f"x.to({wanted}), or convert the model"
-        ) from error
+            f"a tensor of shape {tuple(tensor.shape)} lies on the device meta, which holds no numbers; make the data "
+            'on a real device, for example under torch.device("cpu")'
+        )
+    if tensor.is_nested:
+        raise ShapeMismatch(
+            "a nested tensor has no axes that could be cut into examples; give torch.nested.to_padded_tensor(x, 0.0) "
+            "and a mask, or batches of examples of one length"
+        )
+    return tensor
+
+
+def _leaves(structure: Any) -> Iterator[Any]:
+    """Everything in a nest, the nest itself included."""
+    yield structure
+    if isinstance(structure, (tuple, list)):
+        for value in structure:
+            yield from _leaves(value)
+    elif isinstance(structure, Mapping):
+        for value in structure.values():
+            yield from _leaves(value)
 
 
 def _tensors(structure: Any) -> Iterator[Tensor]:
-    if isinstance(structure, Tensor):
-        yield structure
-    elif isinstance(structure, Mapping):
-        for value in structure.values():
-            yield from _tensors(value)
-    elif isinstance(structure, (tuple, list)):
-        for value in structure:
-            yield from _tensors(value)
+    """The tensors of nested tuples, lists and mappings."""
+    return (leaf for leaf in _leaves(structure) if isinstance(leaf, Tensor))

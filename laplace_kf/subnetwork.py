@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.engine import collect, preserved
+from laplace_kf.engine import collect
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.lookups import padding_rows
+from laplace_kf.models import preserved
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.tape import EntryLayout, FlatLayout, Tracer, select

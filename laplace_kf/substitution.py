@@ -103,7 +103,7 @@ def require_reached(model: nn.Module, forward: Any, names: Collection[str], call
     autograd graph, and nobody may read their memory.
 
     Args:
-        model: the module, in the mode it is to run in (see :func:`laplace_kf.engine.preserved`).
+        model: the module, in the mode it is to run in (see :func:`laplace_kf.models.preserved`).
         forward: the user's ``forward=`` or ``None``; only to remember the answer by (:func:`reached`).
         names: the parameters that are going to be replaced.
         call: runs the model and returns its outputs ``(N, ...)``.

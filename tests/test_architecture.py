@@ -21,7 +21,7 @@ PACKAGE = ROOT / "laplace_kf"
 # Folders of interchangeable rules: one file per likelihood, layer family, estimator, structure.
 RULE_FOLDERS = ("likelihoods", "layers", "estimators", "structures")
 # What the files of such a folder may import from it: its base classes, and the types that every likelihood returns.
-SHARED = {"base", "elementwise", "mixed", "noise", "predicting", "prediction", "reading", "roots"}
+SHARED = {"base", "elementwise", "joined", "mixed", "noise", "normal", "predicting", "prediction", "reading", "roots"}
 # Registered names that are also values of an option of another kind: `damping="exact"` is no estimator.
 OTHER_OPTIONS = {"damping": {"exact"}}
 CLOCKS = re.compile(r"(perf_counter|process_time|thread_time|monotonic)(_ns)?|timeit|default_timer|time_ns")

@@ -147,9 +147,13 @@ def test_all_lists_what_is_there(name: str):
                 "optimizers.md",
                 "likelihoods.md",
                 "batches.md",
+                "attribution.md",
                 "mixtures.md",
                 "evidence_training.md",
                 "diagnostics.md",
+                "conditioning.md",
+                "acquisition.md",
+                "export.md",
             )
         ),
     ],

@@ -87,7 +87,7 @@ def reference(problem: Problem, weights: Mapping[str, Tensor]) -> Tensor:
             jacobian = torch.stack(
                 [torch.cat([_flat(g, w) for g, w in zip(r, weights.values(), strict=True)]) for r in rows]
             )
-            total += ((_output_curvature(problem, z[t].detach()) @ jacobian) * jacobian).sum(0)
+            total += ((_output_curvature(problem, z[t].detach(), n) @ jacobian) * jacobian).sum(0)
     return total / count
 
 
@@ -95,9 +95,9 @@ def _flat(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return torch.zeros(weight.numel(), dtype=torch.float64) if gradient is None else gradient.to_dense().reshape(-1)
 
 
-def _output_curvature(problem: Problem, z: Tensor) -> Tensor:
+def _output_curvature(problem: Problem, z: Tensor, n: int) -> Tensor:
     if problem.curvature is not None:
-        return problem.curvature(z)
+        return problem.curvature(z, n)
     if problem.likelihood == "categorical":
         p = z.softmax(0)
         return torch.diag(p) - torch.outer(p, p)

@@ -28,7 +28,7 @@ class Problem:
         logits: ``(model, batch) -> (N, T, C)`` of a batch of examples, for the reference; by default from the batch.
         counted: which positions have a target that counts, ``(N, T)``; ``None`` for all.
         cut: ``(batch, n)``: example ``n`` alone; by default every tensor's row ``n``.
-        curvature: ``(outputs (C,)) -> (C, C)`` for likelihoods that the reference does not know.
+        curvature: ``(outputs (C,), n) -> (C, C)`` of example ``n``, for likelihoods that the reference does not know.
         names: the selected parameters, ``None`` for all that require gradients.
     """
 
@@ -39,7 +39,7 @@ class Problem:
     logits: Callable[[nn.Module, Any], Tensor] | None = None
     counted: Tensor | None = None
     cut: Callable[[Any, int], Any] | None = None
-    curvature: Callable[[Tensor], Tensor] | None = None
+    curvature: Callable[[Tensor, int], Tensor] | None = None
     names: Sequence[str] | None = None
 
 

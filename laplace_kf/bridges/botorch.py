@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import lasting
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods import Gaussian
+from laplace_kf.models import lasting
 from laplace_kf.operators import fresh_generator
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive import Linearization

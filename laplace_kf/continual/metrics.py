@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, as_batches, run, to_device
 from laplace_kf.conventions import IGNORED
-from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import of_role
+from laplace_kf.models import preserved
 from laplace_kf.reading import Part, reading
 
 __all__ = ["accuracy", "average_accuracy", "forgetting", "forward_transfer"]

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from laplace_kf.agreement import as_read
 from laplace_kf.batches import Forward, as_batches
-from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.missing import check_batch
-from laplace_kf.models import require_memory, usable
+from laplace_kf.models import preserved, require_memory, usable
 from laplace_kf.passes import Pass, walk
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, mapped, run, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import usable
+from laplace_kf.models import preserved, usable
 from laplace_kf.operators import standard_normal
 from laplace_kf.passes import Pass, walk
 from laplace_kf.substitution import substituted

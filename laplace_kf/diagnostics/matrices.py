@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, predicted
 from laplace_kf.diagnostics.base import Parameters, require_dense, walked
-from laplace_kf.engine import preserved
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.models import require_memory, usable
+from laplace_kf.models import preserved, require_memory, usable
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.passes import Pass, columns_of
 from laplace_kf.tape import Tracer

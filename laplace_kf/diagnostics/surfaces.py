@@ -14,7 +14,8 @@ from laplace_kf.curvature import estimate
 from laplace_kf.diagnostics.base import Parameters, walked
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES
+from laplace_kf.operators import DAMPINGS
+from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.passes import Pass
 from laplace_kf.substitution import substituted
@@ -145,7 +146,7 @@ def damping_study(
     _, count = walked(model, likelihood, data, visit, forward)
     theta = sums[1]
     gradient = sums[0] / count + l2 * theta
-    solver, inverse = BLOCK_SOLVERS[damping], INVERSES["block_diagonal"]
+    solver, inverse = DAMPINGS[damping], INVERSES["block_diagonal"]
     steps = torch.stack([-inverse.build(statistics, gamma**2, solver).solve(gradient) for gamma in gammas])
     curved = torch.zeros(len(gammas), dtype=torch.float64)
 

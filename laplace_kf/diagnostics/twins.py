@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import as_batches
 from laplace_kf.diagnostics.base import repeatable
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.models import usable
+from laplace_kf.models import preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim import GaussNewton
 from laplace_kf.registry import Registry

@@ -52,10 +52,11 @@ class Exact(Estimator):
         if observation.block_names() <= closed:
             return
         root = likelihood.root(outputs, observation.targets)
-        total = root.count * root.shape[1]
+        places = root.places()  # columns of targets that are ignored are not sent back
+        total = root.count * places.shape[1]
         sink.expect_columns(total, observation)
         step = sink.columns_at_once(observation)
         for start in range(0, total, step):
-            chunk = likelihood.from_positions(root.columns(start, start + step), outputs)
+            chunk = likelihood.from_positions(root.columns(start, start + step, places), outputs)
             signals = observation.signals(chunk)
             sink.add_columns({name: signal for name, signal in signals.items() if name not in closed})

@@ -14,7 +14,8 @@ from torch.nn.functional import logsigmoid
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.mixed import log_mixture
-from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction, binary_mixture, without_components
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
+from laplace_kf.likelihoods.prediction import Prediction, binary_mixture
 from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_values
 from laplace_kf.outputs.layout import from_positions
 

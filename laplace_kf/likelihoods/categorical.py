@@ -13,24 +13,18 @@ from torch import Tensor
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import InvalidTarget, ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
-from laplace_kf.likelihoods.prediction import (
-    GaussianOutputs,
-    Link,
-    Prediction,
-    by_position,
-    given,
-    log_mean_exp,
-    without_components,
-)
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
+from laplace_kf.likelihoods.prediction import Prediction, by_position, given
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
 from laplace_kf.outputs.arranged import CHANNELS_FIRST
 from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
 from laplace_kf.outputs.classes import checked_class_weights, class_masses
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
+from laplace_kf.outputs.spread import Spread
 
 __all__ = ["Categorical"]
 
@@ -52,6 +46,25 @@ def _distribution(log_p: Tensor, shape: Sequence[int]) -> Distribution:
 
 def _entropy(log_p: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def _clamped(fresh: Tensor, least: float) -> Tensor:
+    """At least so much; a tensor that nobody else has is changed in place where no gradient is asked for."""
+    return fresh.clamp_min(least) if fresh.requires_grad else fresh.clamp_min_(least)
+
+
+def _mean_and_entropy(log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """``log (1/S) Σ_s p_s (N, T, C)`` and ``(1/S) Σ_s H(p_s) (N, T)`` of ``log_p (S, N, T, C)``, by one exponential."""
+    samples = log_p.shape[0]
+    top = log_p.detach().amax(0)
+    scaled = log_p - top
+    scaled = scaled.exp() if scaled.requires_grad else scaled.exp_()
+    log_mean = scaled.sum(0).log() + top - math.log(samples)
+    products = scaled * log_p if scaled.requires_grad else scaled.mul_(log_p)
+    size = top.exp()
+    # where the probability is 0 in this type, the sum may have overflowed
+    entropy = -torch.where(size > 0, size * products.sum(0), 0.0).sum(-1) / samples
+    return log_mean, entropy
 
 
 @LIKELIHOODS.register("categorical")
@@ -161,7 +174,7 @@ class Categorical(Likelihood):
         allowed = f"0..{classes - 1} (outputs of shape {tuple(shape)}; ignore_index={self.ignore_index})"
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             first = f", first value {targets.flatten()[0].item()}" if targets.numel() else ""
-            raise ValueError(
+            raise InvalidTarget(
                 f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}; class "
                 f"probabilities have the shape of the outputs."
             )
@@ -257,9 +270,8 @@ class Categorical(Likelihood):
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         # Finite even for masked classes (logit -inf), whose p·log p and gradient would be NaN.
-        log_p = torch.log_softmax(z, -1).clamp_min(torch.finfo(z.dtype).min / 8)
-        conditional = _entropy(log_p).mean(0)
-        log_mean = log_mean_exp(log_p) if z.shape[0] > 1 else log_p[0]
+        log_p = _clamped(torch.log_softmax(z, -1), torch.finfo(z.dtype).min / 8)
+        log_mean, conditional = _mean_and_entropy(log_p) if z.shape[0] > 1 else (log_p[0], _entropy(log_p[0]))
         return Prediction(
             values={"probs": from_positions(log_mean.exp(), shape)},
             density=partial(self._density, tuple(shape), z.dtype, partial(self._mean_density, log_mean)),
@@ -301,8 +313,10 @@ class Categorical(Likelihood):
         networks": logits are first conditioned on adding up to 0, and large variances are scaled back (their "norm
         correction").
         """
-        assert outputs.covariance is not None
-        log_alpha = _bridge_concentration(outputs.mean, outputs.covariance)
+        full = outputs.covariance
+        assert full is not None
+        rows = full.product(torch.ones_like(outputs.mean[0, 0])) if isinstance(full, Spread) else full.sum(-1)
+        log_alpha = _bridge_concentration(outputs.mean, outputs.variance, rows)
         log_total = torch.logsumexp(log_alpha, -1, keepdim=True)
         prediction = self._predict((log_alpha - log_total)[None], outputs.shape)
         # mean entropy of the members of a Dirichlet family; beyond the cap it is that of their mean
@@ -317,19 +331,19 @@ class Categorical(Likelihood):
 _LARGEST_CONCENTRATION = 1e6
 
 
-def _bridge_concentration(mean: Tensor, covariance: Tensor) -> Tensor:
+def _bridge_concentration(mean: Tensor, variance: Tensor, rows: Tensor) -> Tensor:
     """Logarithms of the Dirichlet concentrations, ``(N, T, C)``.
 
     Args:
         mean: of the logits, ``(N, T, C)``.
-        covariance: of the logits, ``(N, T, C, C)``.
+        variance: of the logits, ``(N, T, C)``.
+        rows: sums of the rows of their covariance, ``(N, T, C)``.
     """
     classes = mean.shape[-1]
-    rows = covariance.sum(-1)
     whole = rows.sum(-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
     # conditioned on Σ_k f_k = 0, which the softmax does not see
     mean = mean - rows * mean.sum(-1, keepdim=True) / whole
-    variance = covariance.diagonal(dim1=-2, dim2=-1) - rows.square() / whole
+    variance = variance - rows.square() / whole
     variance = variance.clamp_min(torch.finfo(mean.dtype).eps)
     scale = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2.0)  # the norm correction
     mean, variance = mean / scale.sqrt(), variance / scale

@@ -16,16 +16,8 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
-from laplace_kf.likelihoods.prediction import (
-    LOG_2PI,
-    GaussianOutputs,
-    Link,
-    Prediction,
-    joint_normal_density,
-    normal_density,
-    normal_mixture,
-    normal_outputs,
-)
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link, joint_outputs_density, normal_outputs
+from laplace_kf.likelihoods.prediction import LOG_2PI, Prediction, normal_density, normal_mixture
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.outputs.checks import refuse_nonfinite_parameters
 from laplace_kf.outputs.layout import from_positions, masked
@@ -191,7 +183,7 @@ class Gaussian(ElementwiseLikelihood):
         value = self._value(outputs.mean, y)
         if outputs.covariance is None:
             return normal_density(outputs.mean[None], (outputs.variance + noise).log(), value, keep)
-        return joint_normal_density(outputs.mean, outputs.covariance + torch.diag_embed(noise), value, keep)
+        return joint_outputs_density(outputs, noise, value, keep)
 
     @property
     def noise_scale(self) -> float:

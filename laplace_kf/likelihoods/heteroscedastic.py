@@ -12,7 +12,8 @@ from torch import Tensor
 
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import DiagonalLikelihood
-from laplace_kf.likelihoods.prediction import LOG_2PI, GaussianOutputs, Link, Prediction, normal_mixture, normal_outputs
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link, normal_outputs
+from laplace_kf.likelihoods.prediction import LOG_2PI, Prediction, normal_mixture
 from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_shape
 from laplace_kf.outputs.layout import from_positions, to_positions
 

@@ -62,6 +62,8 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
         },
         density=partial(_density, tuple(part.density for part in parts), tuple(map(_count, parts))),
         entropies=partial(_entropies, tuple(parts)),
+        information=partial(_information, tuple(parts)) if all(part.information for part in parts) else None,
+        quantiles=partial(_quantiles, tuple(parts)) if all(part.quantiles for part in parts) else None,
         build=partial(_distribution, tuple(parts)),
     )
 
@@ -82,6 +84,14 @@ def _entropies(parts: Sequence[Prediction]) -> tuple[Tensor, Tensor | None]:
     conditional = [rest for _, rest in found if rest is not None]
     total = torch.cat([each for each, _ in found])
     return total, torch.cat(conditional) if len(conditional) == len(found) else None
+
+
+def _information(parts: Sequence[Prediction]) -> Tensor:
+    return torch.cat([part.information() for part in parts if part.information is not None])
+
+
+def _quantiles(parts: Sequence[Prediction], probability: float) -> Tensor:
+    return torch.cat([part.quantiles(probability) for part in parts if part.quantiles is not None])
 
 
 def _distribution(parts: Sequence[Prediction]) -> Distribution:

@@ -14,16 +14,14 @@ from torch.distributions import Poisson as TorchPoisson
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.mixed import poisson_entropy
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link, with_moments
 from laplace_kf.likelihoods.prediction import (
-    GaussianOutputs,
-    Link,
     Prediction,
     by_position,
     gaussian_entropy,
     log_mean_exp,
     mixture_batch,
     uniform_mixture,
-    with_moments,
 )
 from laplace_kf.outputs.checks import refuse_nonfinite_parameters, refuse_values
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape

@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch, UnknownName
-from laplace_kf.likelihoods.prediction import GaussianOutputs, Link, Prediction
+from laplace_kf.likelihoods.joined import joined
+from laplace_kf.likelihoods.normal import GaussianOutputs, Link
+from laplace_kf.likelihoods.prediction import Prediction
 from laplace_kf.likelihoods.reading import Reading, resolve_generator
 from laplace_kf.outputs.layout import from_positions, to_positions
+from laplace_kf.outputs.spread import Spread, runs
 
 __all__ = ["Predicting"]
+
+DRAWN = 2**23  # numbers of drawn outputs that exist at a time, unless one example has more
 
 
 class Predicting(Reading):
@@ -108,7 +113,7 @@ class Predicting(Reading):
         self,
         outputs: Tensor,
         variance: Tensor,
-        covariance: Tensor | None = None,
+        covariance: Tensor | Spread | None = None,
         link: str | None = None,
         samples: int = 100,
         generator: torch.Generator | None = None,
@@ -119,7 +124,8 @@ class Predicting(Reading):
         Args:
             outputs: means, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
             variance: of every output, in the same layout.
-            covariance: of the outputs of a position, ``(N, T, C, C)``; not needed by links that are ``marginal``.
+            covariance: of the outputs of a position, ``(N, T, C, C)``, or what it is made of; not needed by links
+                that are ``marginal``.
             link: a name of :meth:`links`; ``None`` for the default.
             samples: draws S of links that draw.
             generator: their random numbers; None uses a fresh private one.
@@ -137,8 +143,24 @@ class Predicting(Reading):
         full = None if rule.marginal or covariance is None else covariance.to(z)
         state = resolve_generator(generator, z.device)
         normal = GaussianOutputs(z, spread, full, tuple(outputs.shape), samples, state)
-        prediction = dataclasses.replace(rule.predict(normal), ignore_index=self.ignore_index)
+        if keep_samples or rule.marginal:
+            prediction = rule.predict(normal)
+        else:
+            prediction = _by_runs(rule, normal)
+        prediction = dataclasses.replace(prediction, ignore_index=self.ignore_index)
         if keep_samples:
             draws = from_positions(normal.draws, outputs)
             prediction = dataclasses.replace(prediction, values={**prediction.values, "samples": draws})
         return prediction
+
+
+def _by_runs(rule: Link, normal: GaussianOutputs) -> Prediction:
+    """Some examples at a time where the draws of all of them would need much memory; the numbers are the same."""
+    parts = list(runs(len(normal.mean), normal.samples * normal.mean[:1].numel(), DRAWN))
+    if len(parts) < 2:
+        return rule.predict(normal)
+    before, found = normal.generator.get_state(), []
+    for part in parts:
+        normal.generator.set_state(before)
+        found.append(rule.predict(normal.part(part)))
+    return joined(found)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +21,14 @@ from torch.distributions import (
     Distribution,
     Independent,
     MixtureSameFamily,
-    MultivariateNormal,
     Normal,
 )
 
 from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
+from laplace_kf.outputs.top import TopClasses, top_classes
 
-__all__ = ["LOG_2PI", "GaussianOutputs", "Link", "Prediction"]
+__all__ = ["LOG_2PI", "Prediction"]
 
 LOG_2PI = math.log(2.0 * math.pi)
 PositionDensity = Callable[[Tensor, "Tensor | None"], Tensor]
@@ -199,6 +198,20 @@ class Prediction:
         """
         return prediction_set(self, level)
 
+    def top_k(self, k: int) -> TopClasses:
+        """The k most probable classes, their probabilities ``(N, k)`` and the probability of all others ``(N,)``.
+
+        In the layout of :attr:`probs`, with k in place of C. For thousands of classes and many inputs
+        ``posterior.predict_top_k(loader, k)`` keeps nothing else.
+
+        Raises:
+            ValueError: for k below 1 or above the number of classes.
+            IncompatiblePair: for predictions without classes that exclude each other.
+        """
+        probs = self.values.get("probs")
+        first = probs is not None and (probs.dim() > 3 if self.channel is None else self.channel == 1)
+        return top_classes(self, probs, 1 if first else -1, k)
+
     def kept(self, y: Tensor) -> Tensor:
         """Which targets count, of the shape of ``y`` (bool): all but the likelihood's ``ignore_index`` and NaN."""
         kept = torch.ones_like(y, dtype=torch.bool) if self.ignore_index is None else y != self.ignore_index
@@ -314,175 +327,3 @@ def normal_mixture(mean: Tensor, log_variance: Tensor, shape: Sequence[int], den
         entropies=partial(given, by_position(total, shape), by_position(conditional, shape)),
         build=partial(_normal_distribution, mean, log_variance, tuple(shape)),
     )
-
-
-# --------------------------------------------------------------------------------------------------- normal outputs
-
-
-@dataclass(frozen=True)
-class GaussianOutputs:
-    """Network outputs that are normal at every position, ``N(mean, covariance)``, as a linearised network has them.
-
-    Attributes:
-        mean: ``(N, T, C)``.
-        variance: ``(N, T, C)``.
-        covariance: ``(N, T, C, C)``, or ``None`` where the link needs the variances alone.
-        shape: of the outputs in the model's layout.
-        samples: number of draws for links that need them.
-        generator: their random numbers.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    covariance: Tensor | None
-    shape: Sequence[int]
-    samples: int
-    generator: torch.Generator
-
-    @cached_property
-    def draws(self) -> Tensor:
-        """Antithetic draws ``(S, N, T, C)``; the same standard normal numbers serve every example and position.
-
-        So an example's prediction does not depend on the batch around it, and neighbouring (N, λ) are compared under
-        common random numbers.
-        """
-        width = self.mean.shape[-1]
-        half = torch.randn(
-            (self.samples + 1) // 2, width, generator=self.generator, device=self.generator.device, dtype=torch.float64
-        )
-        noise = torch.cat([half, -half])[: self.samples].to(self.mean)
-        if self.covariance is None:
-            spread = noise[:, None, None, :] * self.variance.clamp_min(0.0).sqrt()
-        else:
-            spread = torch.einsum("ntij,sj->snti", covariance_root(self.covariance), noise)
-        return self.mean + spread
-
-
-@dataclass(frozen=True)
-class Link:
-    """From normal outputs to a predictive distribution.
-
-    Attributes:
-        predict: the rule.
-        marginal: whether the variances of the outputs suffice.
-    """
-
-    predict: Callable[[GaussianOutputs], Prediction]
-    marginal: bool
-
-
-def covariance_root(covariance: Tensor) -> Tensor:
-    """``L (..., C, C)`` with ``L Lᵀ`` the covariance: Cholesky, or of a singular matrix from its eigenvectors.
-
-    The root of a matrix does not depend on the others.
-    """
-    lower, failed = torch.linalg.cholesky_ex(covariance)
-    singular = failed != 0
-    if not bool(singular.any()):
-        return lower
-    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype, device=covariance.device)
-    lower = torch.linalg.cholesky(torch.where(singular[..., None, None], eye, covariance))
-    few = covariance[singular]
-    values, vectors = torch.linalg.eigh((few + few.transpose(-1, -2)) / 2)
-    return lower.index_put((singular,), vectors * values.clamp_min(0.0).sqrt().unsqueeze(-2))
-
-
-def without_components(prediction: Prediction, outputs: GaussianOutputs, predict: PredictDraws) -> Prediction:
-    """The prediction of one set of probabilities that stands for a mixture whose components are not known.
-
-    Its mutual information is that of draws of the outputs (with what is known of their covariance), made on demand.
-
-    Args:
-        prediction: by a closed form.
-        outputs: the normal outputs behind it.
-        predict: draws ``(S, N, T, C)`` and the shape of one set of outputs → the mixture's prediction.
-    """
-    seed = int(torch.randint(2**62, (), generator=outputs.generator, device=outputs.generator.device))
-    spread = (outputs.mean, outputs.variance, outputs.covariance, tuple(outputs.shape), outputs.samples)
-    information = partial(_drawn_information, predict, spread, seed)
-    return replace(prediction, entropies=partial(given_total, prediction.position_entropy), information=information)
-
-
-def _drawn_information(predict: PredictDraws, spread: tuple[Any, ...], seed: int) -> Tensor:
-    mean, variance, covariance, shape, samples = spread
-    rng = torch.Generator().manual_seed(seed)
-    outputs = GaussianOutputs(mean, variance, covariance, shape, samples, rng)
-    total, conditional = predict(outputs.draws, torch.Size(outputs.shape)).entropies()
-    assert conditional is not None
-    return total - conditional
-
-
-def given_total(total: Tensor) -> tuple[Tensor, None]:
-    """An entropy without that of the components."""
-    return total, None
-
-
-def joint_normal_density(mean: Tensor, covariance: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
-    """``(N, T)`` log densities of normals with ``mean (N, T, E)`` and ``covariance (N, T, E, E)``."""
-    residual = masked(y - mean, keep)
-    count: Tensor | float = float(mean.shape[-1])
-    if keep is not None:  # an output that is left out: an independent standard normal one at its mean
-        keep = keep.expand_as(mean)
-        eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-        covariance = torch.where(keep.unsqueeze(-1) & keep.unsqueeze(-2), covariance, eye)
-        count = keep.sum(-1).to(mean.dtype)
-    lower = torch.linalg.cholesky(covariance)
-    white = torch.linalg.solve_triangular(lower, residual.unsqueeze(-1), upper=False).squeeze(-1)
-    logdet = 2.0 * lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return -0.5 * (white.square().sum(-1) + logdet + count * LOG_2PI)
-
-
-def _joint_normal_entropy(covariance: Tensor, noise: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    lower = torch.linalg.cholesky(covariance)
-    constant = 0.5 * covariance.shape[-1] * (LOG_2PI + 1.0)
-    total = constant + lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return by_position(total, shape), by_position(gaussian_entropy(noise).sum(-1), shape)
-
-
-def _joint_normal(mean: Tensor, covariance: Tensor, shape: Sequence[int]) -> Distribution:
-    batch, width = scalar_shape(shape), mean.shape[-1]
-    return MultivariateNormal(mean.reshape(*batch, width), covariance.reshape(*batch, width, width))
-
-
-def normal_outputs(outputs: GaussianOutputs, noise: Tensor, density: Density) -> Prediction:
-    """Exact prediction of normal targets with a known noise variance: ``N(f, V + noise)``.
-
-    Joint over the outputs of a position if their covariance is known, else with its marginals. Entropies are exact.
-
-    Args:
-        outputs: the network's outputs.
-        noise: variance, broadcastable to ``(N, T, C)``.
-        density: evaluates ``(y, keep) → (N, T, ...)`` at checked targets.
-    """
-    mean, shape = outputs.mean, tuple(outputs.shape)
-    noise = noise.expand_as(mean)
-    if outputs.covariance is None:
-        log_variance = (outputs.variance + noise).log()
-        prediction = normal_mixture(mean[None], log_variance[None], shape, density)
-        total, rest = gaussian_entropy(log_variance.exp()).sum(-1), gaussian_entropy(noise).sum(-1)
-        entropies = partial(given, by_position(total, shape), by_position(rest, shape))
-        build = partial(_independent_normal, mean, log_variance, shape)
-        prediction = replace(prediction, entropies=entropies, build=build)
-    else:
-        covariance = outputs.covariance + torch.diag_embed(noise)
-        prediction = Prediction(
-            values={"mean": from_positions(mean, shape)},
-            density=partial(density, partial(joint_normal_density, mean, covariance)),
-            entropies=partial(_joint_normal_entropy, covariance, noise, shape),
-            build=partial(_joint_normal, mean, covariance, shape),
-        )
-    return with_moments(prediction, mean, outputs.variance + noise, outputs.variance, shape)
-
-
-def _independent_normal(mean: Tensor, log_variance: Tensor, shape: Sequence[int]) -> Distribution:
-    batch, width = scalar_shape(shape), mean.shape[-1]
-    return Independent(Normal(mean.reshape(*batch, width), (0.5 * log_variance).exp().reshape(*batch, width)), 1)
-
-
-def with_moments(
-    prediction: Prediction, mean: Tensor, variance: Tensor, epistemic: Tensor, shape: Sequence[int]
-) -> Prediction:
-    """A prediction with the moments ``(N, T, E)`` that are known in closed form."""
-    moments = {"mean": mean, "variance": variance, "epistemic_variance": epistemic}
-    values = {name: from_positions(value, shape) for name, value in moments.items()}
-    return replace(prediction, values={**prediction.values, **values})

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidTarget, ShapeMismatch
 from laplace_kf.outputs.checks import known_false, refuse_nonfinite
 from laplace_kf.outputs.layout import check_layout, from_positions, to_positions
 from laplace_kf.outputs.weighted import apart
@@ -89,13 +89,13 @@ class Reading(abc.ABC):
     def _read(self, z: Tensor, shape: Sequence[int], targets: Any) -> tuple[Tensor, Tensor | None]:
         """Checked targets by position for outputs ``z (N, T, C)`` given in ``shape``, and which count."""
         if not isinstance(targets, Tensor):
-            raise ValueError(f"{type(self).__name__}: targets must be a tensor, got {type(targets).__name__}.")
+            raise InvalidTarget(f"{type(self).__name__}: targets must be a tensor, got {type(targets).__name__}.")
         return self._position_targets(shape, targets)
 
     def _unpack(self, outputs: Tensor, targets: Any) -> Given:
         self._check_outputs(outputs.shape)
         if not outputs.is_floating_point():
-            raise ValueError(f"{type(self).__name__}: outputs must be floating point, got {outputs.dtype}.")
+            raise ShapeMismatch(f"{type(self).__name__}: outputs must be floating point, got {outputs.dtype}.")
         z = to_positions(outputs)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         targets, weights = apart(targets, z.shape[0])

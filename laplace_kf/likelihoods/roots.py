@@ -33,21 +33,36 @@ class Root(ABC):
     def norms(self) -> Tensor:
         """Squared norms of all columns, ``(N, T, K)`` in float64."""
 
-    def columns(self, start: int, stop: int) -> Tensor:
-        """Columns of shape ``(V, N, T, C)``, V = stop − start, that touch one position each.
+    def places(self) -> Tensor:
+        """The positions of every example that have curvature, ``(N, L)``; L of the example that has most of them.
 
-        Column ``k · T + t`` touches position t: two positions in one column would be correlated. With one position
-        these are the columns of the root.
+        Where an example has fewer, positions without curvature follow.
+        """
+        live = (self.norms() > 0).any(-1)
+        most = max(1, int(live.sum(1).max())) if live.numel() else 1
+        return (~live).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+
+    def columns(self, start: int, stop: int, places: Tensor | None = None) -> Tensor:
+        """Columns of shape ``(V, N, T, C)``, V = stop − start of ``count · L``, that touch one position of an example.
+
+        Two positions in one column would be correlated. With one position these are the columns of the root.
+
+        Args:
+            start, stop: which.
+            places: of :meth:`places`, ``(N, L)``: column ``k · L + l`` is the k-th one at every example's l-th place.
+                All positions by default.
         """
         count, positions, width = self.shape
-        index = torch.arange(start, min(stop, self.count * positions), device=self.device)
-        kind, position = index // positions, index % positions
+        if places is None:
+            places = torch.arange(positions, device=self.device).expand(count, positions)
+        index = torch.arange(start, min(stop, self.count * places.shape[1]), device=self.device)
+        kind, position = index // places.shape[1], places.T[index % places.shape[1]]  # (V,), (V, N)
         example = torch.arange(count, device=self.device)
-        found = self.entries(kind[:, None], example[None], position[:, None])  # (V, N, C)
+        found = self.entries(kind[:, None].expand_as(position), example.expand_as(position), position)  # (V, N, C)
         if positions == 1:
             return found[:, :, None]
         out = found.new_zeros(len(index), count, positions, width)
-        out[torch.arange(len(index), device=self.device), :, position] = found
+        out.scatter_(2, position[..., None, None].expand(-1, -1, 1, width), found[:, :, None])
         return out
 
     @property

@@ -2,15 +2,11 @@
 
 from laplace_kf.operators.base import Isotropic, Matrix, Sum, fresh_generator, standard_normal
 from laplace_kf.operators.blockwise import Blockwise
-from laplace_kf.operators.curvature import (
-    DAMPINGS,
-    CurvatureBlock,
-    DenseBlock,
-    DiagonalBlock,
-    KroneckerBlock,
-    SpectralBlock,
-)
-from laplace_kf.operators.kept import KeptTerms, TermSum, in_common_bases
+from laplace_kf.operators.conditional import FreePart, by_rows, free_block, row_block
+from laplace_kf.operators.curvature import CurvatureBlock, DenseBlock, DiagonalBlock
+from laplace_kf.operators.eigenbasis import SpectralBlock
+from laplace_kf.operators.kept_terms import KeptTerms, TermSum, in_common_bases
+from laplace_kf.operators.kronecker import DAMPINGS, Damping, KroneckerBlock
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
 from laplace_kf.operators.product import KroneckerProduct
@@ -33,8 +29,10 @@ __all__ = [
     "Blockwise",
     "CrossFactors",
     "CurvatureBlock",
+    "Damping",
     "DenseBlock",
     "DiagonalBlock",
+    "FreePart",
     "Isotropic",
     "KeptTerms",
     "KroneckerBlock",
@@ -47,7 +45,9 @@ __all__ = [
     "SpectralBlock",
     "Sum",
     "TermSum",
+    "by_rows",
     "factor_sum",
+    "free_block",
     "fresh_generator",
     "in_common_bases",
     "khatri_rao",
@@ -58,6 +58,7 @@ __all__ = [
     "nearest_in_divergence",
     "nearest_product",
     "relative_error",
+    "row_block",
     "standard_normal",
     "unvec",
     "vec",

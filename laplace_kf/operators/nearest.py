@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.operators.curvature import KroneckerBlock
+from laplace_kf.operators.kronecker import KroneckerBlock
 
 __all__ = ["factor_sum", "nearest_in_divergence", "nearest_product", "relative_error"]
 

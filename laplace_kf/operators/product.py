@@ -11,7 +11,7 @@ from torch import Tensor
 
 from laplace_kf.linalg import cholesky, require_positive
 from laplace_kf.operators.base import Matrix
-from laplace_kf.operators.curvature import KroneckerBlock
+from laplace_kf.operators.kronecker import KroneckerBlock
 
 __all__ = ["KroneckerProduct"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators.base import Matrix
-from laplace_kf.operators.curvature import _generalised_basis
+from laplace_kf.operators.kronecker_factors import generalised_basis
 from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.spectral import Spectral
 from laplace_kf.tape.blocks import Block, FlatLayout
@@ -74,8 +74,8 @@ class BlockTridiagonal(Matrix):
             self._psi[link.first] = (link.second, psi_a, psi_g)
             # Σ_{i|i+1} = G_i ⊗ A_i − (Ψ^G G_{i+1} Ψ^Gᵀ) ⊗ (Ψ^A A_{i+1} Ψ^Aᵀ), by methods 5.4 with the minus sign
             known_a, known_g = psi_a @ link.inputs.T, psi_g @ link.outputs.T
-            s_a, inputs = _generalised_basis(_even(known_a)[None], first.inputs, link.first)
-            s_g, outputs = _generalised_basis(_even(known_g)[None], first.outputs, link.first)
+            s_a, inputs = generalised_basis(_even(known_a)[None], first.inputs, link.first)
+            s_g, outputs = generalised_basis(_even(known_g)[None], first.outputs, link.first)
             floor = 100 * torch.finfo(s_a.dtype).eps
             grid = (1 - s_g[:, :, None] * s_a[:, None, :]).clamp_min(floor)
             self._conditional[link.first] = Spectral(inputs, outputs, grid, link.first)

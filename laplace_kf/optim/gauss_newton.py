@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Accumulator, Statistics, StructureRule, preserved
+from laplace_kf.engine import Accumulator
 from laplace_kf.errors import IncompatiblePair, NotFitted, NotPositiveDefinite
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.operators import Matrix
+from laplace_kf.models import preserved
+from laplace_kf.operators import DAMPINGS, Matrix
 from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSearch
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power, low_rank_solve
+from laplace_kf.optim.inverse import INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.running import Running
@@ -37,7 +38,7 @@ from laplace_kf.optim.settings import (
 )
 from laplace_kf.optim.stepsize import model_change, optimal_coefficients
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Observation, OuterSignals
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class GaussNewton(SecondOrder):
     def _set_factors(self, factors: Factors, inner: Structure, estimator: Estimator) -> None:
         """Which curvature is kept, and how it is inverted."""
         self.estimator, self.inner = estimator, inner
-        self.inverse, self.solver = INVERSES[factors.inverse], BLOCK_SOLVERS[factors.damping]
+        self.inverse, self.solver = INVERSES[factors.inverse], DAMPINGS[factors.damping]
         self.structure = self.inverse.structure(inner)
         self.damping, self.power = factors.damping, factors.power
         self.inverse.check(self.solver)
@@ -136,7 +137,7 @@ class GaussNewton(SecondOrder):
             if observation is not None and self.low_rank and self._direct:
                 self._outer = self._gradient_factors(observation)
 
-    def _accumulating(self, structure: StructureRule) -> Accumulator:
+    def _accumulating(self, structure: Structure) -> Accumulator:
         return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator)
 
     @contextmanager

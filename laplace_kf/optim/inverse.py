@@ -1,75 +1,47 @@
 """Which damped inverse turns a gradient into a direction: rows of two registries.
 
-``BLOCK_SOLVERS`` says how one block takes its damping ``k = ζ + η`` (methods 5.2, 5.3), ``INVERSES`` how blocks are
-put together: on their own, or linked with the next layer (methods 5.5).
+:data:`laplace_kf.operators.DAMPINGS` says how one block takes its damping ``k = ζ + η`` (methods 5.2, 5.3),
+``INVERSES`` how blocks are put together: on their own, or linked with the next layer (methods 5.5).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
 
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators import (
     BlockTridiagonal,
     Blockwise,
     CurvatureBlock,
+    Damping,
     KroneckerBlock,
     KroneckerProduct,
     Matrix,
     Spectral,
 )
-from laplace_kf.operators.curvature import balance, frobenius, spectral
 from laplace_kf.optim.links import Linked
 from laplace_kf.registry import Registry
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.tape import Block
 
-__all__ = ["BLOCK_SOLVERS", "INVERSES", "BlockSolver", "Inverse", "damped_power", "low_rank_solve"]
+__all__ = ["INVERSES", "Inverse", "damped_block", "damped_power", "low_rank_solve"]
 
 
-class BlockSolver(ABC):
-    """How one block of curvature takes the damping ``k``.
+def damped_block(block: CurvatureBlock, k: Tensor, damping: Damping) -> Matrix:
+    """A block plus ``k`` (0-dim) times the identity, exactly or approximately, as something that solves.
 
-    Attributes:
-        is_product: whether a Kronecker block stays one Kronecker product.
+    Exactly in the eigenbasis (methods 5.3); approximately as ``(A + ω√k I) ⊗ (G + √k/ω I)`` (methods 5.2), for which no
+    eigenbasis is needed. Blocks that are no Kronecker product take ``k`` exactly.
     """
-
-    is_product: ClassVar[bool] = False
-
-    @abstractmethod
-    def damped(self, block: CurvatureBlock, k: Tensor) -> Matrix:
-        """The block plus ``k`` (0-dim) times the identity, exactly or approximately, as something that solves."""
-
-
-BLOCK_SOLVERS: Registry[BlockSolver] = Registry("damping of the direction")
-
-
-class _Exact(BlockSolver):
-    """In the eigenbasis (methods 5.3)."""
-
-    def damped(self, block: CurvatureBlock, k: Tensor) -> Matrix:
+    if damping.split is None or not isinstance(block, KroneckerBlock):
         return block.precision(1.0, k, "exact")
-
-
-@dataclass(frozen=True)
-class _Product(BlockSolver):
-    """``(A + ω√k I) ⊗ (G + √k/ω I)`` (methods 5.2); blocks that are no Kronecker product take ``k`` exactly."""
-
-    is_product: ClassVar[bool] = True
-    omega: Callable[[KroneckerBlock], Tensor]
-
-    def damped(self, block: CurvatureBlock, k: Tensor) -> Matrix:
-        if not isinstance(block, KroneckerBlock):
-            return block.precision(1.0, k, "exact")
-        root, omega = k.sqrt(), self.omega(block)[:, None]
-        a = _shifted(block.inputs, omega * root)
-        return KroneckerProduct(a, _shifted(block.scale * block.outputs, root / omega), block.label)
+    root, omega = k.sqrt(), damping.split(block)[:, None]
+    a = _shifted(block.inputs, omega * root)
+    return KroneckerProduct(a, _shifted(block.scale * block.outputs, root / omega), block.label)
 
 
 def _shifted(factor: Tensor, amount: Tensor) -> Tensor:
@@ -81,21 +53,10 @@ def _shifted(factor: Tensor, amount: Tensor) -> Tensor:
     return out
 
 
-def _even_split(block: KroneckerBlock) -> Tensor:
-    return block.outputs.new_ones(block.shape[0])
-
-
-BLOCK_SOLVERS.register("exact")(_Exact())
-BLOCK_SOLVERS.register("factored")(_Product(_even_split))
-BLOCK_SOLVERS.register("balanced")(_Product(balance))
-BLOCK_SOLVERS.register("balanced_frobenius")(_Product(lambda block: balance(block, frobenius)))
-BLOCK_SOLVERS.register("balanced_spectral")(_Product(lambda block: balance(block, spectral)))
-
-
 class Inverse(ABC):
     """How damped blocks are put together."""
 
-    def check(self, solver: BlockSolver) -> None:
+    def check(self, damping: Damping) -> None:
         """Raises :class:`IncompatiblePair` for a damping that this inverse cannot use."""
         return
 
@@ -104,7 +65,7 @@ class Inverse(ABC):
         """The structure that keeps the factors this inverse needs."""
 
     @abstractmethod
-    def build(self, statistics: Statistics, k: float, solver: BlockSolver) -> Matrix:
+    def build(self, statistics: Statistics, k: float, damping: Damping) -> Matrix:
         """The damped curvature as a Matrix of size ``P`` that solves.
 
         Raises:
@@ -119,8 +80,8 @@ class _BlockDiagonal(Inverse):
     def structure(self, inner: Structure) -> Structure:
         return inner
 
-    def build(self, statistics: Statistics, k: float, solver: BlockSolver) -> Matrix:
-        return _damped(statistics, k, solver)
+    def build(self, statistics: Statistics, k: float, damping: Damping) -> Matrix:
+        return _damped(statistics, k, damping)
 
 
 class _BlockTridiagonal(Inverse):
@@ -132,15 +93,15 @@ class _BlockTridiagonal(Inverse):
             )
         return Linked(inner)
 
-    def check(self, solver: BlockSolver) -> None:
-        if not solver.is_product:
+    def check(self, damping: Damping) -> None:
+        if not damping.is_product:
             raise IncompatiblePair(
                 'inverse="block_tridiagonal" needs factors that are damped one by one; use damping="balanced" or '
                 '"factored", or inverse="block_diagonal"'
             )
 
-    def build(self, statistics: Statistics, k: float, solver: BlockSolver) -> Matrix:
-        damped = _damped(statistics, k, solver)
+    def build(self, statistics: Statistics, k: float, damping: Damping) -> Matrix:
+        damped = _damped(statistics, k, damping)
         assert isinstance(statistics.structure, Linked)
         return BlockTridiagonal(damped.layout, damped.entries, statistics.structure.links(statistics))
 
@@ -149,14 +110,14 @@ INVERSES.register("block_diagonal")(_BlockDiagonal())
 INVERSES.register("block_tridiagonal")(_BlockTridiagonal())
 
 
-def _damped(statistics: Statistics, k: float, solver: BlockSolver) -> Blockwise:
+def _damped(statistics: Statistics, k: float, damping: Damping) -> Blockwise:
     mean = statistics.mean()
     like = next(iter(statistics.sums.values()))[0]
     entries: list[tuple[Block, Matrix]] = []
     for block, matrix in mean.entries:
         if not isinstance(matrix, CurvatureBlock):
             raise IncompatiblePair(f"block {block.name!r} is a {type(matrix).__name__}, which cannot be damped")
-        entries.append((block, solver.damped(matrix, like.new_tensor(k))))
+        entries.append((block, damped_block(matrix, like.new_tensor(k), damping)))
     return Blockwise(mean.layout, entries)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators import Blockwise, CrossFactors
 from laplace_kf.structures import Structure, Sums
-from laplace_kf.structures.base import zeros
+from laplace_kf.structures.base import Statistics, zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, OuterSignals, Signals
 
 __all__ = ["Linked"]

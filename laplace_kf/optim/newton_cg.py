@@ -13,21 +13,22 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import check_finite, to_device
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Accumulator, Statistics, preserved
+from laplace_kf.engine import Accumulator
 from laplace_kf.errors import IncompatiblePair, UnknownName, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import preserved
 from laplace_kf.operators import Matrix
 from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
 from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
-from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.objective import Batch, counting
 from laplace_kf.optim.penalties import PENALTIES, Curvature
 from laplace_kf.optim.preconditioner import PRECONDITIONERS
 from laplace_kf.optim.recipes import RECIPES, Recipe
+from laplace_kf.optim.running_statistics import averaged, dumped, loaded
 from laplace_kf.optim.settings import (
     Damping,
     HessianFreePreset,
@@ -40,6 +41,7 @@ from laplace_kf.optim.settings import (
     sorted_into,
 )
 from laplace_kf.optim.stepsize import line_search
+from laplace_kf.structures.base import Statistics
 from laplace_kf.tape import Observation
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics
 from laplace_kf.estimators import Estimator
-from laplace_kf.operators import Matrix
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power
+from laplace_kf.operators import DAMPINGS, Matrix
+from laplace_kf.optim.inverse import INVERSES, damped_power
 from laplace_kf.registry import Registry
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 
 __all__ = ["PRECONDITIONERS", "Preconditioner"]
 
@@ -44,12 +44,12 @@ class Preconditioner:
             IncompatiblePair: for an inverse that does not go with the damping.
         """
         inner, estimator = make_pair(self.structure, self.estimator, dict(self.options))
-        INVERSES[self.inverse].check(BLOCK_SOLVERS[self.damping])
+        INVERSES[self.inverse].check(DAMPINGS[self.damping])
         return INVERSES[self.inverse].structure(inner), estimator
 
     def build(self, statistics: Statistics, k: float) -> Matrix:
         """The preconditioner as a Matrix of size ``P``, from mean curvature and the damping ``k``."""
-        matrix = INVERSES[self.inverse].build(statistics, k, BLOCK_SOLVERS[self.damping])
+        matrix = INVERSES[self.inverse].build(statistics, k, DAMPINGS[self.damping])
         return damped_power(matrix, self.power)
 
 

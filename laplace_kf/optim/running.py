@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from laplace_kf.engine import Accumulator, Statistics, StructureRule
+from laplace_kf.engine import Accumulator
 from laplace_kf.operators import Matrix
-from laplace_kf.optim.factors import averaged, dumped, loaded
-from laplace_kf.structures import Structure
+from laplace_kf.optim.running_statistics import averaged, dumped, loaded
+from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Observation
 
 __all__ = ["Running"]
@@ -28,7 +28,7 @@ class Running:
     Args:
         accumulator: makes an empty accumulator of a structure.
         structure: of the factors.
-        ema: limit of the average (:func:`laplace_kf.optim.factors.averaged`).
+        ema: limit of the average (:func:`laplace_kf.optim.running_statistics.averaged`).
         refresh: steps between fresh inverses, or fresh bases.
         build: ``(statistics, ζ) -> damped matrix``.
 
@@ -38,7 +38,7 @@ class Running:
 
     def __init__(
         self,
-        accumulator: Callable[[StructureRule], Accumulator],
+        accumulator: Callable[[Structure], Accumulator],
         structure: Structure,
         ema: float,
         refresh: int,

@@ -1,4 +1,4 @@
-"""Refusals of targets and outputs, with what was found and what is allowed."""
+"""Refusals of targets and outputs, with what was found and what is allowed; and whether outputs are others again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import NonFinite, ShapeMismatch
+from laplace_kf.errors import InvalidTarget, NonFinite, ShapeMismatch
 
 __all__ = [
     "NonFiniteTarget",
@@ -17,11 +17,20 @@ __all__ = [
     "refuse_nonfinite_parameters",
     "refuse_shape",
     "refuse_values",
+    "same_outputs",
 ]
 
 
 class NonFiniteTarget(NonFinite, ValueError):
     """NaN or infinity among the targets: both a :class:`~laplace_kf.errors.NonFinite` and a ``ValueError``."""
+
+
+def same_outputs(found: Tensor, wanted: Tensor) -> bool:
+    """Whether a forward pass gave again the outputs ``(N, ...)`` of another one, up to rounding: half the digits."""
+    if found.shape != wanted.shape:
+        return False
+    gap = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max() if wanted.numel() else 0.0
+    return not wanted.numel() or bool((found - wanted).abs().max() <= gap)
 
 
 def known_true(condition: Tensor) -> bool:
@@ -40,10 +49,10 @@ def known_false(condition: Tensor) -> bool:
 
 
 def refuse_values(who: str, targets: Tensor, bad: Tensor, allowed: str) -> None:
-    """Raises ``ValueError`` naming the first target where ``bad`` (of their shape) is True and what is ``allowed``."""
+    """Raises :class:`InvalidTarget` naming the first target where ``bad (of their shape)`` holds, and ``allowed``."""
     if known_true(bad.any()):
         index = tuple(int(i) for i in bad.nonzero()[0])
-        raise ValueError(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
+        raise InvalidTarget(f"{who}: target {targets[index].item()} at index {index} is outside {allowed}.")
 
 
 def refuse_nonfinite(who: str, targets: Tensor) -> None:

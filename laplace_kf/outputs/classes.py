@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import InvalidTarget, ShapeMismatch
 from laplace_kf.outputs.checks import known_true, refuse_values
 from laplace_kf.outputs.layout import to_positions
 
@@ -44,7 +44,7 @@ def class_masses(who: str, targets: Tensor, ignore_index: int | None) -> tuple[T
         ValueError: for entries outside [0, 1], or that do not add up to 1 at a position.
     """
     if targets.is_complex():
-        raise ValueError(f"{who}: class probabilities must be real numbers, got {targets.dtype}.")
+        raise InvalidTarget(f"{who}: class probabilities must be real numbers, got {targets.dtype}.")
     hot = not targets.is_floating_point()
     coarse = targets.dtype in (torch.float16, torch.bfloat16)
     y = to_positions(targets).to(targets.dtype if targets.dtype == torch.float32 else torch.float64)
@@ -60,7 +60,7 @@ def class_masses(who: str, targets: Tensor, ignore_index: int | None) -> tuple[T
     gap = (y.sum(-1) - 1.0).abs() > (COARSE if coarse else TOLERANCE)
     if known_true(gap.any()):
         first = tuple(int(i) for i in gap.nonzero()[0])
-        raise ValueError(
+        raise InvalidTarget(
             f"{who}: the class probabilities of position {first} (example, position) add up to "
             f"{float(y.sum(-1)[first]):.6g}, not to 1. Divide them by their sum; to weigh examples, pass weights=True "
             "and batches (x, y, w)."

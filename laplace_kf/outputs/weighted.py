@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import NonFinite, ShapeMismatch
+from laplace_kf.errors import InvalidTarget, NonFinite, ShapeMismatch
 from laplace_kf.outputs.checks import known_true
 
 __all__ = ["WeightedTargets", "apart", "bare", "concatenated"]
@@ -48,14 +48,16 @@ def apart(targets: Any, count: int) -> tuple[Any, Tensor | None]:
             f"weights of shape {tuple(weights.shape)} do not fit {count} examples; expected ({count},){hint}"
         )
     if weights.is_complex():
-        raise ValueError(f"weights of examples must be real numbers, got {weights.dtype}")
+        raise InvalidTarget(f"weights of examples must be real numbers, got {weights.dtype}")
     if weights.is_floating_point() and known_true((~torch.isfinite(weights)).any()):
         raise NonFinite(
             "the weights of the examples have NaN or infinite entries; leave such examples out, or weight 0"
         )
     if weights.dtype != torch.bool and known_true((weights < 0).any()):
         first = int((weights < 0).nonzero()[0])
-        raise ValueError(f"the weight {weights[first].item()} of example {first} is negative; weights are at least 0")
+        raise InvalidTarget(
+            f"the weight {weights[first].item()} of example {first} is negative; weights are at least 0"
+        )
     return targets.targets, weights
 
 

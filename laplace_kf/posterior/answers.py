@@ -11,30 +11,34 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite
-from laplace_kf.engine import Statistics, lasting
 from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
-from laplace_kf.gaussian import Gaussian
-from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.gaussian import WeightGaussian
+from laplace_kf.likelihoods import Likelihood, Prediction, joined
+from laplace_kf.linalg import typed
+from laplace_kf.models import lasting
 from laplace_kf.ood import Leverage, References, score
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior.calibration import Calibration
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jobs import Jobs
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
+from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.summary import Summary, summary_of
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
+from laplace_kf.predictive import DRAWS, PREDICTION_METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.weighting import Weights
 
 __all__ = ["Answers"]
 
 
-class Answers:
+class Answers(Jobs, Shorthands):
     """What :class:`laplace_kf.LaplacePosterior` answers: nothing here changes more than a setting.
 
     Settings (:attr:`n_data`, :attr:`prior_precision`, :attr:`method`, :attr:`temperature`) can be set at any time;
@@ -54,6 +58,9 @@ class Answers:
     _method: str | None
     _temperature: float | None
     _calibration: Calibration | None
+
+    def _site(self) -> tuple[nn.Module, Forward | None]:
+        return self.model, self.forward
 
     def _fitted(self, what: str) -> Fitted:
         """What ``fit`` found, with the model, likelihood and damping of now.
@@ -116,7 +123,7 @@ class Answers:
     @method.setter
     def method(self, value: str) -> None:
         if value != AUTO:
-            _ = METHODS[value]
+            _ = PREDICTION_METHODS[value]
         self._method, self._calibration = None if value == AUTO else value, None
 
     @property
@@ -193,10 +200,11 @@ class Answers:
         return self._fitted("precision").factor
 
     @property
-    def gaussian(self) -> Gaussian:
+    def gaussian(self) -> WeightGaussian:
         """The posterior as a Gaussian over flat weights ``(P,)``."""
         return self._fitted("gaussian").gaussian(self.n_data, self._prior)
 
+    @typed
     @lasting()
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
@@ -211,10 +219,12 @@ class Answers:
         drawn = self.precision.draw(n, generator)
         return {name: value + drawn[name].to(value) for name, value in self.mean.items()}
 
+    @typed
     def log_evidence(self) -> Tensor:
         """Laplace approximation of the log marginal likelihood, 0-dim: ``evidence().total`` (methods 9.4)."""
         return self.evidence().total
 
+    @typed
     @lasting()
     def evidence(self, n_data: float | None = None, prior_precision: PriorPrecision | None = None) -> Evidence:
         """The terms of ``log p(D|θ*) + ½ log|Λ₀| − ½ log|Λ| − ½ θ*ᵀ Λ₀ θ*`` with ``Λ₀ = λ I`` (methods 9.4).
@@ -281,6 +291,7 @@ class Answers:
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
+    @typed
     @lasting()
     def predict(
         self,
@@ -331,13 +342,13 @@ class Answers:
         if method == AUTO:
             drawn = space != AUTO or draws != "independent"
             method = "linearized" if link is not None else "mc" if drawn else self.method
-        rule = METHODS[method]
+        rule = PREDICTION_METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         if is_loader(x):
             one = partial(
                 self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
             )
-            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress)
+            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress, joined)
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")
@@ -351,15 +362,6 @@ class Answers:
         found = without_padding(labelled(self.model, self.forward, x, found), x, self.forward)
         kept = None if self._calibration is None else self._calibration.conformal
         return replace(found, calibration=kept) if kept is not None and kept.method == method else found
-
-    def predict_interval(
-        self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends ``(N, C)`` of intervals at inputs: ``predict(x, **settings).interval(level, of)``.
-
-        Arguments and errors as of :meth:`predict` and :meth:`laplace_kf.Prediction.interval`.
-        """
-        return self.predict(x, **settings).interval(level, of)
 
     @lasting()
     def predictor(
@@ -382,6 +384,7 @@ class Answers:
         noise = DRAWS[draws](samples, generator)
         return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
 
+    @typed
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False, joint: bool = False) -> Tensor:
         """Covariance ``J Λ⁻¹ Jᵀ`` of the outputs of the network linearised at the mean; no Jacobian is formed.
@@ -415,6 +418,7 @@ class Answers:
 
     # -- how strange an input is ---------------------------------------------------------------------------------------
 
+    @typed
     @lasting()
     def ood_score(
         self,
@@ -431,11 +435,11 @@ class Answers:
             x: inputs as for :meth:`predict`.
             kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
                 the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
-                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"auto"``,
-                Fisher's sum over p-values of entropy and leverage among the in-distribution data of ``tune`` or
-                :meth:`calibrate`, one forward pass.
-            layers: of ``"leverage"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``: ``"last"``, or
-                ``"all"`` for those of all layers besides.
+                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"direction"``,
+                the same per squared length of the input; ``"auto"``, from the p-values of the entropy and these
+                two among the in-distribution data of ``tune`` or :meth:`calibrate`, one forward pass.
+            layers: of ``"leverage"`` and ``"direction"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``:
+                ``"last"``, or ``"all"`` for those of all layers besides.
             samples, generator: for kinds that draw weights.
 
         Raises:

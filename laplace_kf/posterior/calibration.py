@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward, inputs_of, run, tensors_of, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.graphs import check_ignored, of_role
 from laplace_kf.missing import check_batch
+from laplace_kf.models import preserved
 from laplace_kf.ood.references import References
 from laplace_kf.ood.scores import Subject, reference_scores
 from laplace_kf.outputs import conformal

@@ -17,10 +17,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import Blockwise, CurvatureBlock
 from laplace_kf.operators.blockwise import prior_of
+from laplace_kf.structures.base import Statistics
 
 __all__ = ["Evidence", "EvidenceModel", "ascend", "squares_by_block"]
 

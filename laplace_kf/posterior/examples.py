@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.outputs.spread import Spread, together
 from laplace_kf.outputs.weighted import WeightedTargets, bare, concatenated
 from laplace_kf.predictive.suffix import Site
 
@@ -57,6 +58,10 @@ class Pools:
     def joined_targets(self, parts: Sequence[Any]) -> list[Any]:
         """The targets of every pool from those of every batch, of whatever structure."""
         return [concatenated([parts[k] for k in group]) for group in self.groups]
+
+    def joined_spreads(self, parts: Sequence[Tensor | Spread]) -> list[Tensor | Spread]:
+        """Covariances of every pool from those of every batch, ``(N, T, C, C)`` or what they are made of."""
+        return [together([parts[k] for k in group]) for group in self.groups]
 
     def joined(self, parts: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
         """One tensor for every pool from one ``(..., N, ...)`` for every batch, with the examples along ``dim``."""

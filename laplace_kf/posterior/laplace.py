@@ -18,16 +18,16 @@ from torch import Tensor, nn
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
-from laplace_kf.engine import Statistics, collect, lasting
+from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import parameters_of, usable
+from laplace_kf.linalg import typed
+from laplace_kf.models import lasting, parameters_of, usable
 from laplace_kf.operators import DAMPINGS, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
-from laplace_kf.posterior.chain import Chain
 from laplace_kf.posterior.fitted import Fitted, flat_weights
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
@@ -36,11 +36,13 @@ from laplace_kf.posterior.prior import (
     plain,
     positive,
 )
+from laplace_kf.posterior.task_chain import TaskChain
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
+from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
 from laplace_kf.tape import UNUSED, EntryLayout, select
 from laplace_kf.weighting import Weights
@@ -145,7 +147,7 @@ class LaplacePosterior(Answers):
         self._state = None
         self._calibration = None
         self.prior_precision = prior_precision
-        self._chain: Chain | None = None
+        self._chain: TaskChain | None = None
         if prior is not None:
             left = prior._fitted("a chained posterior").left
             self._chain = left(prior.n_data, self.damping, multiplier, terms, forgetting)
@@ -167,6 +169,7 @@ class LaplacePosterior(Answers):
 
     # -- fitting -------------------------------------------------------------------------------------------------------
 
+    @typed
     def fit(
         self,
         train_loader: Iterable[Any] | tuple[Any, Tensor],
@@ -279,13 +282,14 @@ class LaplacePosterior(Answers):
         self._n_data = found.count if n_data is None or found.reference is not None else float(n_data)
         self._calibration = None
 
-    def _covered_by_chain(self, chain: Chain) -> tuple[str | Sequence[str], Structure]:
+    def _covered_by_chain(self, chain: TaskChain) -> tuple[str | Sequence[str], Structure]:
         """What a chained posterior covers: of a subnetwork, the weights that were chosen for the first task."""
         layout = chain.curvature.layout
         if not isinstance(self.parameters, Subnetwork) or not isinstance(layout, EntryLayout):
             return self.parameters, self._asked  # type: ignore[return-value]
         return [glob.escape(name) for name in layout.names], self._asked.of_entries(layout)
 
+    @typed
     @lasting()
     def update(
         self,
@@ -353,6 +357,7 @@ class LaplacePosterior(Answers):
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
+    @typed
     def tune(
         self,
         val: Iterable[Any] | tuple[Any, Tensor] | None = None,
@@ -439,6 +444,7 @@ class LaplacePosterior(Answers):
         self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
         return found
 
+    @typed
     @lasting()
     def calibrate(
         self,
@@ -475,6 +481,7 @@ class LaplacePosterior(Answers):
 
     # -- keeping it ----------------------------------------------------------------------------------------------------
 
+    @typed
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file (no pickle) with a checksum; :meth:`load` needs the same architecture.
 
@@ -519,6 +526,7 @@ class LaplacePosterior(Answers):
         return tensors, {**header, **described}
 
     @classmethod
+    @typed
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -545,7 +553,10 @@ class LaplacePosterior(Answers):
             IncompatiblePair: if the likelihood is needed and missing.
         """
         own = reading(forward, inputs, targets)
-        return cls.unpacked(*store.read(path), model, likelihood=likelihood, forward=own, weights=weights)
+        model = usable(model)
+        found = store.read(path)
+        with store.consistent(path):
+            return cls.unpacked(*found, model, likelihood=likelihood, forward=own, weights=weights)
 
     @classmethod
     def unpacked(
@@ -594,8 +605,8 @@ class LaplacePosterior(Answers):
         )  # fmt: skip
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])
-        posterior._n_data = header["n_data"]
-        posterior._method, posterior._temperature = header.get("method"), header.get("temperature")
+        posterior._n_data = positive("n_data", header["n_data"])
+        posterior.method, posterior.temperature = header.get("method") or AUTO, header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))
         posterior.structure.reason = header.get("reason", "")
         return posterior

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
-from laplace_kf.engine import lasting
 from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
-from laplace_kf.likelihoods import Likelihood, Prediction, mixed
-from laplace_kf.ood import score
+from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
+from laplace_kf.models import lasting
+from laplace_kf.ood import BY_LAYERS, score
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.components import (
@@ -44,8 +44,9 @@ from laplace_kf.posterior.joint import Joint, JointValidation
 from laplace_kf.posterior.laplace import LaplacePosterior
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import PriorPrecision, plain
+from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
-from laplace_kf.predictive import METHODS, draw_seeds, labelled
+from laplace_kf.predictive import PREDICTION_METHODS, draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, reading
@@ -58,7 +59,7 @@ __all__ = ["Mixture"]
 RULES = ("equal", "evidence")
 
 
-class Mixture:
+class Mixture(Shorthands):
     """Several fitted posteriors, one for each trained network, as one predictive.
 
     It keeps copies of the posteriors (of their settings; what was fitted is shared), so that tuning it leaves the ones
@@ -124,7 +125,7 @@ class Mixture:
     @method.setter
     def method(self, value: str) -> None:
         if value != AUTO:
-            _ = METHODS[value]
+            _ = PREDICTION_METHODS[value]
         for member in self.posteriors:
             member.method = value
         self._calibration = None
@@ -218,9 +219,8 @@ class Mixture:
         methods = [method_of(member, method, link, space, draws) for member in self.posteriors]
         settings: dict[str, Any] = {"samples": samples, "link": link, "draws": draws, "keep_samples": keep_samples}
         if is_loader(x):
-            first = self.posteriors[0]
             one = partial(self._predict, methods=methods, **settings)
-            found = batch_after_batch(one, x, first.model, first.forward, space, generator, progress)
+            found = batch_after_batch(one, x, *self._site(), space, generator, progress, joined)
         else:
             found = self._predict(x, methods=methods, space=space, generator=generator, **settings)
         kept = None if self._calibration is None else self._calibration.conformal
@@ -249,6 +249,9 @@ class Mixture:
             parts.append(with_samples(found, count))
         return self._mixed(x, parts)
 
+    def _site(self) -> tuple[nn.Module, Forward | None]:
+        return self.posteriors[0].model, self.posteriors[0].forward
+
     def _mixed(self, x: Any, parts: Sequence[Prediction]) -> Prediction:
         first = self.posteriors[0]
 
@@ -256,12 +259,6 @@ class Mixture:
             return without_padding(labelled(first.model, first.forward, x, found), x, first.forward)
 
         return mixed(first.likelihood, parts, self._shares, relabelled)
-
-    def predict_interval(
-        self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Lower and upper ends ``(N, C)`` of intervals at inputs: ``predict(x, **settings).interval(level, of)``."""
-        return self.predict(x, **settings).interval(level, of)
 
     @lasting()
     def predictor(
@@ -312,11 +309,11 @@ class Mixture:
     ) -> Tensor:
         """How strange inputs are, larger is stranger: ``(N,)``.
 
-        Entropy, mutual information, variance and the largest probability are those of the mixture; ``"leverage"`` and
-        ``"auto"`` are means over the components of theirs, by weight. Arguments and errors as of
+        Entropy, mutual information, variance and the largest probability are those of the mixture; ``"leverage"``,
+        ``"direction"`` and ``"auto"`` are means over the components of theirs, by weight. Arguments and errors as of
         :meth:`LaplacePosterior.ood_score`.
         """
-        if kind in ("leverage", AUTO):
+        if kind in BY_LAYERS:
             found = [m.ood_score(x, kind, layers=layers, samples=samples, generator=generator) for m in self.posteriors]
             return torch.einsum("m,mn->n", self.weights.to(found[0]), torch.stack(found))
         return score(self._subject(), x, kind, layers, samples, generator)
@@ -481,13 +478,14 @@ class Mixture:
                 f"{path} holds a mixture of {len(header['members'])} posteriors and {len(given)} models were given: "
                 "Mixture.load(path, [model_1, ..., model_M])"
             )
-        members = [
-            LaplacePosterior.unpacked(
-                own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights,
-                forward=reading(forward, inputs, targets),
-            )
-            for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
-        ]  # fmt: skip
+        read = reading(forward, inputs, targets)
+        with store.consistent(path):
+            members = [
+                LaplacePosterior.unpacked(
+                    own_part(tensors, f"{k}/"), own, model, likelihood=likelihood, weights=weights, forward=read
+                )
+                for k, (own, model) in enumerate(zip(header["members"], given, strict=True))
+            ]
         made = cls(members)
         shares = [float(share) for share in header["shares"]]
         if len(shares) != len(members) or header["rule"] not in RULES:

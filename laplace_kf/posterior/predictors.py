@@ -19,12 +19,13 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.operators import Blockwise
+from laplace_kf.outputs.spread import Spread, scaled
 from laplace_kf.posterior.examples import OUTPUT_DRAWS, Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
 from laplace_kf.registry import Registry
 
-__all__ = ["MAP", "METHODS", "Linearised", "Point", "Predictions", "Predictor", "Shared", "rounded"]
+__all__ = ["MAP", "TUNING_METHODS", "Linearized", "Point", "Predictions", "Shared", "TuningPredictor", "rounded"]
 
 Point = tuple[float, float]
 MAP: Point = (math.inf, math.inf)
@@ -58,7 +59,7 @@ class Shared:
     pairs: bool
 
 
-class Predictor(ABC):
+class TuningPredictor(ABC):
     """Predictions at points; one object for all points of a search, so that it can keep what they share."""
 
     def __init__(self, shared: Shared, part: Part) -> None:
@@ -81,11 +82,11 @@ class Predictor(ABC):
         return lambda likelihood: [likelihood.predict(z) for z in joined]
 
 
-METHODS: Registry[type[Predictor]] = Registry("prediction method of tune")
+TUNING_METHODS: Registry[type[TuningPredictor]] = Registry("prediction method of tune")
 
 
-@METHODS.register("map")
-class AtMean(Predictor):
+@TUNING_METHODS.register("map")
+class AtMean(TuningPredictor):
     """The mean weights, whatever the point."""
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
@@ -93,8 +94,8 @@ class AtMean(Predictor):
             yield point, self.at_mean()
 
 
-@METHODS.register("mc")
-class Sampled(Predictor):
+@TUNING_METHODS.register("mc")
+class Sampled(TuningPredictor):
     """Outputs at weight draws (methods 10.1), on request in pairs ``θ* ± ε``.
 
     A pair has no mean shift of its own. Among few independent draws that shift is of first order in the spread, where
@@ -145,8 +146,8 @@ class Sampled(Predictor):
             yield (-1.0 if pairs and number % 2 else 1.0), count, kept[number // 2 if pairs else number]
 
 
-@METHODS.register("linearized")
-class Linearised(Predictor):
+@TUNING_METHODS.register("linearized")
+class Linearized(TuningPredictor):
     """Normal outputs of the network linearised at the mean weights, through the likelihood's default link."""
 
     link: ClassVar[str | None] = None
@@ -157,7 +158,7 @@ class Linearised(Predictor):
         if self.link is not None and self.link not in likelihood.links():
             raise IncompatiblePair(f'{likelihood!r} has no {self.link} approximation; use method="linearized"')
         self.marginal = likelihood.link(self.link).marginal
-        self._spreads: dict[float, tuple[float, list[Tensor], list[Tensor] | None]] = {}
+        self._spreads: dict[float, tuple[float, list[Tensor], list[Tensor | Spread] | None]] = {}
 
     @property
     def ratios(self) -> set[float]:
@@ -167,7 +168,8 @@ class Linearised(Predictor):
     def prepare(self, points: Sequence[Point]) -> None:
         """Passes over the data once for all points whose ratio is new, ``K`` of them; what it finds is kept.
 
-        Kept are variances ``(K, N, ...)`` and, for links that need them, covariances of positions ``(K, N, T, C, C)``.
+        Kept are variances ``(K, N, ...)`` and, for links that need them, covariances of positions ``(K, N, T, C, C)``;
+        of many outputs, what these are made of.
         """
         new = {rounded(p / n): (n, p) for n, p in points if rounded(p / n) not in self._spreads}
         if not new:
@@ -184,10 +186,13 @@ class Linearised(Predictor):
                 )
         for k, (ratio, (n, _)) in enumerate(new.items()):
             variances = self._joined([[spread[0][k] for spread in spreads] for spreads in found])
-            full = None if self.marginal else self._joined([[spread[1][k] for spread in spreads] for spreads in found])
+            full = None
+            if not self.marginal:
+                parts = [[spread[1][k] for spread in spreads] for spreads in found]
+                full = [c for pool, mine in zip(self.pools, parts, strict=True) for c in pool.joined_spreads(mine)]
             self._spreads[ratio] = n, variances, full
 
-    def shared(self, other: Linearised) -> None:
+    def shared(self, other: Linearized) -> None:
         """Takes over what another one found on the same examples, as far as it is enough for this link."""
         for ratio, (n, variances, full) in other._spreads.items():
             if self.marginal or full is not None:
@@ -201,26 +206,22 @@ class Linearised(Predictor):
             scale = count / n  # the covariance of a ratio goes with 1 / N
             yield (
                 (n, p),
-                self._predictions(outputs, [scale * v for v in variances], full and [scale * c for c in full]),
+                self._predictions(outputs, [scale * v for v in variances], full and [scaled(c, scale) for c in full]),
             )
 
-    def _spread(self, network: Linearization, precisions: list[Blockwise]) -> tuple[Tensor, Tensor]:
+    def _spread(self, network: Linearization, precisions: list[Blockwise]) -> tuple[Tensor, Sequence[Tensor | Spread]]:
         """Variances in the layout of the outputs, and covariances of a position (unless only variances count)."""
-        if self.marginal:
-            return network.variances(precisions), torch.empty(0)
-        like, likelihood = network.outputs, self.fitted.likelihood
-        found = network.position_covariances(precisions, likelihood.to_positions)
-        return torch.stack([likelihood.from_positions(part.diagonal(dim1=-2, dim2=-1), like) for part in found]), found
+        return network.moments(precisions, self.fitted.likelihood, marginal=self.marginal)
 
     def _joined(self, parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         return [z for pool, mine in zip(self.pools, parts, strict=True) for z in pool.joined(mine)]
 
     def _predictions(
-        self, outputs: list[Tensor], variances: list[Tensor], covariances: list[Tensor] | None
+        self, outputs: list[Tensor], variances: list[Tensor], covariances: list[Tensor | Spread] | None
     ) -> Predictions | None:
         if not all(bool(torch.isfinite(variance).all()) for variance in variances):
             return None
-        full: Sequence[Tensor | None] = covariances or [None] * len(outputs)
+        full: Sequence[Tensor | Spread | None] = covariances or [None] * len(outputs)
         seed, samples = self.common.seeds[0], max(len(self.common.seeds), OUTPUT_DRAWS)
 
         def predict(likelihood: Likelihood) -> list[Prediction]:
@@ -232,8 +233,8 @@ class Linearised(Predictor):
         return predict
 
 
-@METHODS.register("probit")
-class Probit(Linearised):
+@TUNING_METHODS.register("probit")
+class Probit(Linearized):
     """As linearised, with the probit approximation, which needs the variances of the outputs only."""
 
     link: ClassVar[str | None] = "probit"

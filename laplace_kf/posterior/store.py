@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.engine import Statistics, StructureRule
-from laplace_kf.errors import CorruptFile
+from laplace_kf.errors import CorruptFile, LaplaceKFError
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.posterior.chain import Chain
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.task_chain import TaskChain
+from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Block, EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
 
-__all__ = ["layout_of", "packed", "packed_fitted", "read", "unpacked", "unpacked_fitted", "write"]
+__all__ = ["consistent", "layout_of", "packed", "packed_fitted", "read", "unpacked", "unpacked_fitted", "write"]
 
 FORMAT = "laplace_kf posterior"
 MIXTURE = "laplace_kf mixture"
@@ -59,6 +60,8 @@ def write(
     partial = target.with_name(target.name + f".{os.getpid()}.part")
     try:
         save_file(kept, partial, metadata=metadata)
+        with partial.open("rb+") as written:
+            os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -70,6 +73,7 @@ def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Te
     Raises:
         FileNotFoundError: if there is no such file.
         CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
+        OSError: if it cannot be read at all.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no posterior file at {path}")
@@ -90,8 +94,23 @@ def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Te
         return tensors, loaded
     except CorruptFile:
         raise
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
         raise CorruptFile(f"{path} cannot be read as a {kind}: {error}") from error
+
+
+@contextmanager
+def consistent(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What is put together inside comes from a file whose checksum is right; where it cannot be, the file is at fault.
+
+    Raises:
+        CorruptFile: in place of the error of whatever part did not fit the others.
+    """
+    try:
+        yield
+    except (LaplaceKFError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CorruptFile(f"{path} contradicts itself: {type(error).__name__}: {error}") from error
 
 
 def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -114,6 +133,7 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "entries": statistics.layout.to_json(),
         "held": [list(place) for place in statistics.layout.held],
     }
+    described["sizes"] = {name: list(tensor.shape) for name, tensor in tensors.items()}
     return tensors, described
 
 
@@ -126,9 +146,12 @@ def layout_of(described: Mapping[str, Any]) -> FlatLayout:
 
 
 def unpacked(
-    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: StructureRule, device: torch.device
+    tensors: Mapping[str, Tensor], described: Mapping[str, Any], structure: Structure, device: torch.device
 ) -> Statistics:
     """The inverse of :func:`packed`, with the sums (any shapes) on ``device``."""
+    for name, size in described.get("sizes", {}).items():
+        if list(tensors[name].shape) != size:
+            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, and was saved with {tuple(size)}")
 
     def parts(prefix: str, counts: Mapping[str, int]) -> dict[str, tuple[Tensor, ...]]:
         return {n: tuple(tensors[f"{prefix}{n}/{k}"].to(device) for k in range(c)) for n, c in counts.items()}
@@ -160,7 +183,7 @@ def packed_fitted(fitted: Fitted) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def unpacked_fitted(
     tensors: Mapping[str, Tensor],
     header: Mapping[str, Any],
-    structure: StructureRule,
+    structure: Structure,
     *,
     model: nn.Module,
     forward: Forward | None,
@@ -179,7 +202,9 @@ def unpacked_fitted(
     device = dict(model.named_parameters(remove_duplicate=False))[layout.names[0]].device
     statistics = unpacked(tensors, header["statistics"], structure, device)
     rest = {name: tensors[f"rest/{name}"].to(device) for name in layout.names if f"rest/{name}" in tensors}
-    chain = None if header.get("chain") is None else Chain.unpacked(tensors, header["chain"], layout, device)
+    chain = None if header.get("chain") is None else TaskChain.unpacked(tensors, header["chain"], layout, device)
+    if tensors["mean"].shape != (layout.size,):
+        raise ValueError(f"a mean of shape {tuple(tensors['mean'].shape)} for {layout.size} weights")
     found = Fitted(
         model, forward, weights, likelihood, damping, statistics, statistics.mean(), tensors["mean"].to(device),
         header["noise"], rest, chain,

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 
 from laplace_kf import conventions
 from laplace_kf.batches import Forward, leaves_of, predicted, to_tensors
-from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.models import preserved
 from laplace_kf.replica import stage
 
 __all__ = ["asked", "labelled"]

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch
 from laplace_kf.layers.base import RULES, BoundCall, LayerRule
-from laplace_kf.models import autocasting, parameters_of
+from laplace_kf.models import autocasting, parameters_of, preserved
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.replica import Shared, original
 from laplace_kf.substitution import reached, require_reached, substituted
 
@@ -41,7 +41,7 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
     """Network outputs ``(N, ...)`` with some parameters replaced; the model itself is not touched.
 
     Args:
-        model: the module, in the mode it is to run in (see :func:`laplace_kf.engine.preserved`).
+        model: the module, in the mode it is to run in (see :func:`laplace_kf.models.preserved`).
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
         weights: replacements by parameter name, ``None`` for the model's own.
         inputs: what the model takes: a tensor, a tuple, or a mapping of keyword arguments.
@@ -159,16 +159,9 @@ def over_draws(
         if together is not None and kind in known:
             return together
         first = one(0)
-        if together is not None and _agree(together[0].detach(), first.detach()):
+        if together is not None and same_outputs(together[0].detach(), first.detach()):
             known[kind] = True
             return together
         known[kind] = False
         return torch.stack([first, *(one(k) for k in range(1, count))])
     return torch.stack([one(k) for k in range(count)])
-
-
-def _agree(found: Tensor, wanted: Tensor) -> bool:
-    if found.shape != wanted.shape:
-        return False
-    gap = (found - wanted).abs().max() if wanted.numel() else wanted.new_zeros(())
-    return not bool(gap > 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max())

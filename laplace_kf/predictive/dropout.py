@@ -18,10 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_kf.batches import Forward, check_finite, predicted, tensors_of, to_device
-from laplace_kf.engine import lasting, preserved
 from laplace_kf.errors import NonFinite, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
-from laplace_kf.models import usable
+from laplace_kf.models import lasting, preserved, usable
 from laplace_kf.predictive.activations import examples
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.replica import stage

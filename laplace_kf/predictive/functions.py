@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import preserved
 from laplace_kf.errors import LaplaceKFError
-from laplace_kf.likelihoods.prediction import covariance_root
+from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, standard_normal
+from laplace_kf.outputs.spread import covariance_root
 from laplace_kf.predictive.calls import over_draws
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.linearized import Linearization, Stand

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
-from laplace_kf.engine import preserved
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnsupportedLayer
-from laplace_kf.likelihoods import to_positions
-from laplace_kf.models import parameters_of
+from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.likelihoods import Likelihood, to_positions
+from laplace_kf.models import parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
-from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.outputs.checks import same_outputs
+from laplace_kf.outputs.layout import from_positions
+from laplace_kf.outputs.spread import Spread
+from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer
@@ -29,6 +32,7 @@ from laplace_kf.tape import Observation, Tracer
 __all__ = ["Linearization", "Stand"]
 
 SMALL = 16  # examples up to which the whole minibatch is one run
+FEW = 2**12  # numbers of more examples up to which the first pass is on the tape all the same
 EXAMPLES = 256  # examples of one run: enough rows for the matrix products, few enough for the caches
 COLUMN_BYTES = 128 * 2**20  # back-propagated columns of one run
 RESULT_BYTES = 4 * 2**30  # a larger covariance is refused
@@ -93,15 +97,22 @@ class Linearization:
         if isinstance(model, Suffix) and not model.divisible:  # some ways need single examples
             model, forward, self.x = model.origin
         self.model, self.keep = model, keep
-        with preserved(model):
-            leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
-            self.forward = Stand(model, forward, leaves)
-            self.tracer = Tracer(model, self.forward, weights=leaves)
-            self._leaves = leaves
-            inputs = (t for t in tensors_of(self.x) if t.requires_grad)
-            self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
-            with torch.set_grad_enabled(self.differentiable):
-                self.outputs = self._run(self.x)
+        inputs = (t for t in tensors_of(self.x) if t.requires_grad)
+        self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
+        self.head = linear_head(model, mean, self.x)
+        self._first: Observation | None = None
+        # nothing writes into the weights of a linear map
+        own = {
+            name: value.detach() if self.head is not None else value.detach().clone() for name, value in mean.items()
+        }
+        self._leaves = {name: value.requires_grad_() for name, value in own.items()}
+        self.forward = Stand(model, forward, self._leaves)
+        self.tracer = Tracer(model, self.forward, weights=self._leaves)
+        if self.head is not None:
+            self.outputs = self.head.outputs
+        else:
+            with preserved(model):
+                self.outputs = self._first_outputs()
         if self.outputs.dim() < 2:
             raise ShapeMismatch(
                 f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(self.outputs.shape)}"
@@ -109,6 +120,24 @@ class Linearization:
         if not torch.isfinite(self.outputs).all():
             raise NonFinite("the outputs at the posterior mean have NaN or infinite entries; check inputs and weights")
         self._pieces: dict[bytes, list[Piece]] = {}
+
+    def _first_outputs(self) -> Tensor:
+        """Outputs at the mean; where the inputs are few enough to be one run, of the pass on the tape."""
+        tensors = [t for t in tensors_of(self.x) if t.dim()]
+        few = max((t.shape[0] for t in tensors), default=FEW) <= SMALL or sum(t.numel() for t in tensors) <= FEW
+        if few and not self.differentiable:
+            try:
+                self._first = self.tracer.observe(self.x)
+                return self._first.outputs.detach()
+            except (LaplaceKFError, RuntimeError, ValueError, TypeError, IndexError):  # whoever asks for it is told
+                self.tracer = Tracer(self.model, self.forward, weights=self._leaves)
+        with torch.set_grad_enabled(self.differentiable):
+            return self._run(self.x)
+
+    def _whole(self) -> Observation:
+        """The pass over all inputs on the tape."""
+        found, self._first = self._first, None  # its graph takes memory: for whoever asks first
+        return self.tracer.observe(self.x) if found is None else found
 
     def _run(self, x: Any) -> Tensor:
         return run(self.model, x, self.forward)[0]
@@ -140,11 +169,17 @@ class Linearization:
 
     def covariances(self, precisions: Sequence[Blockwise]) -> Tensor:
         """:meth:`covariance` for ``K`` precisions at once, ``(K, N, C', C')``; much cheaper than one by one."""
+        spreads = self.spreads(precisions) if self._flat == self.outputs.shape[1] else None
+        if spreads is not None:
+            return torch.stack([spread.covariance()[:, 0] for spread in spreads])
         order = torch.arange(self._flat)
         return self._grouped(precisions, _Wanted(order, self._flat))[:, 0]
 
     def variances(self, precisions: Sequence[Blockwise]) -> Tensor:
         """Variances of all outputs for ``K`` precisions, ``(K, *outputs.shape)``."""
+        spreads = self.spreads(precisions)
+        if spreads is not None:
+            return torch.stack([from_positions(spread.variance(), self.outputs.shape) for spread in spreads])
         found = self._grouped(precisions, _Wanted(torch.arange(self._flat), 1))[..., 0, 0]  # (K, C', N)
         return found.transpose(1, 2).reshape(len(precisions), *self.outputs.shape)
 
@@ -164,6 +199,57 @@ class Linearization:
         index = torch.arange(self._flat).reshape(1, *self.outputs.shape[1:])
         index = to_positions(index)[0]  # (T, C)
         return self._grouped(precisions, _Wanted(index.reshape(-1), index.shape[1])).transpose(1, 2)
+
+    def spreads(
+        self, precisions: Sequence[Blockwise], to_positions: Callable[[Tensor], Tensor] = to_positions
+    ) -> Sequence[Spread] | None:
+        """Covariances of the outputs of a position by what they are made of, one for each of ``K`` precisions.
+
+        Args:
+            precisions: K of them.
+            to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
+
+        Returns:
+            ``None`` for few outputs (unless it costs nothing), where the inputs' gradients are wanted, and where there
+            is no such form.
+        """
+        if self.differentiable or not self.outputs.numel():
+            return None
+        few = to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1] < MANY
+        if few and (self.head is None or len(precisions) > 1):
+            return None
+        self._check_positive(precisions)
+        if self.head is not None:
+            return self.head.spreads(precisions, to_positions)
+        with preserved(self.model), torch.no_grad():
+            return head_spreads(self._whole(), precisions, to_positions)
+
+    def moments(
+        self, precisions: Sequence[Blockwise], likelihood: Likelihood, *, marginal: bool
+    ) -> tuple[Tensor, list[Tensor | Spread]]:
+        """What a likelihood's link needs of the outputs for each of ``K`` precisions.
+
+        Args:
+            precisions: K of them.
+            likelihood: its reading of outputs as ``(N, T, C)``.
+            marginal: whether the variances suffice.
+
+        Returns:
+            Variances ``(K, *outputs.shape)``; and unless these suffice, covariances of the outputs of a position
+            ``(N, T, C, C)``, of many outputs what they are made of.
+        """
+        many: list[Tensor | Spread] = []
+        spreads = self.spreads(precisions, likelihood.to_positions)
+        if spreads is not None:
+            variances = [spread.variance() for spread in spreads]
+            if not marginal:
+                many = [spread if spread.shape[-1] >= MANY else spread.covariance() for spread in spreads]
+        elif marginal:
+            return self.variances(precisions), many
+        else:
+            dense = self.position_covariances(precisions, likelihood.to_positions)  # (K, N, T, C, C)
+            many, variances = list(dense), list(dense.diagonal(dim1=-2, dim2=-1))
+        return torch.stack([likelihood.from_positions(each, self.outputs) for each in variances]), many
 
     # -- how it is found ---------------------------------------------------------------------------------------------
 
@@ -201,7 +287,7 @@ class Linearization:
         if self.differentiable:
             return self._between(self._jacobian(precision).flatten(0, 1)[None, None], precision)[0, 0]
         with preserved(self.model), torch.no_grad():
-            observation = self.tracer.observe(self.x)
+            observation = self._whole()
             piece = self._piece(observation, slice(0, observation.count), torch.arange(self._flat))
         return joint_of(piece, precision)
 
@@ -266,7 +352,9 @@ class Linearization:
         count = self.outputs.shape[0]
         sliceable = count > max(2, SMALL) and any(t.dim() and t.shape[0] == count for t in tensors_of(self.x))
         examples, columns = count, len(wanted.order)
-        if sliceable:
+        if sliceable and self._first is not None:
+            examples, columns = _run_sizes(max(1, self._first.column_bytes() // count), wanted, count)
+        elif sliceable:
             probe = self._observe(slice(0, 2))
             if probe is not None:
                 examples, columns = _run_sizes(max(1, probe.column_bytes() // 2), wanted, count)
@@ -279,7 +367,7 @@ class Linearization:
                         "the model's outputs for some of the examples alone differ from those for all of them, so "
                         "per-example covariances are not defined; use running statistics, or fewer inputs at a time"
                     )
-                self._split(self.tracer.observe(self.x), slice(0, count), wanted, None, hand_out)
+                self._split(self._whole(), slice(0, count), wanted, None, hand_out)
                 return
             self._split(observation, part, wanted, columns if sliceable else None, hand_out)
 
@@ -305,17 +393,18 @@ class Linearization:
         """A run of the examples on the tape; ``None`` if its outputs are not those of the whole."""
         count = self.outputs.shape[0]
         whole = part.start == 0 and part.stop == count
+        if whole and self._first is not None:
+            return self._whole()
         try:
-            observation = self.tracer.observe(self.x if whole else map_examples(self.x, count, lambda t: t[part]))
+            observation = self._whole() if whole else self.tracer.observe(self._some(part))
         except (RuntimeError, ValueError, IndexError, UnsupportedLayer):  # it cannot be cut (a mask as long as it)
             if whole:
                 raise
             return None
-        found, expected = observation.outputs.detach(), self.outputs[part]
-        if found.shape != expected.shape:
-            return None
-        gap = (found - expected).abs().max()
-        return observation if bool(gap <= 10 * torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()) else None
+        return observation if same_outputs(observation.outputs.detach(), self.outputs[part]) else None
+
+    def _some(self, part: slice) -> Any:
+        return map_examples(self.x, self.outputs.shape[0], lambda t: t[part])
 
     def _piece(self, observation: Observation, examples: slice, order: Tensor) -> Piece:
         """The signals of some columns of the identity over an example's flattened outputs."""

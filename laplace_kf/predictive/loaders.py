@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 from laplace_kf.batches import Forward, as_batches, inputs_of
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import is_graph
-from laplace_kf.likelihoods import Prediction, joined
 from laplace_kf.operators import fresh_generator
 from laplace_kf.registry import AUTO
 
@@ -29,15 +28,19 @@ def is_loader(x: Any) -> bool:
     return isinstance(x, (DataLoader, Iterator)) or (hasattr(x, "__iter__") and hasattr(x, "dataset"))
 
 
+R = TypeVar("R")
+
+
 def batch_after_batch(
-    predict: Callable[..., Prediction],
+    predict: Callable[..., R],
     loader: Any,
     model: nn.Module,
     forward: Forward | None,
     space: str,
     generator: torch.Generator | None,
     progress: bool,
-) -> Prediction:
+    join: Callable[[Sequence[R]], R],
+) -> R:
     """One prediction over all examples of a loader.
 
     Every batch sees the same random numbers, so that a sample is one function over all of them; drawn weights are
@@ -51,6 +54,7 @@ def batch_after_batch(
         space: as asked for.
         generator: random numbers; afterwards it is where one call would have left it.
         progress: show a bar.
+        join: puts the answers of all batches together.
 
     Raises:
         ShapeMismatch: for an empty loader, batches that have to be told apart by ``inputs=``, or outputs of several
@@ -71,4 +75,4 @@ def batch_after_batch(
         parts.append(predict(inputs, space="weights" if space == AUTO else space, generator=generator))
     if not parts:
         raise ShapeMismatch("the loader is empty: no batch was yielded, so there is nothing to predict")
-    return joined(parts)
+    return join(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise
+from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.calls import outputs_at, require_movable
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.functions import function_draws
@@ -21,7 +22,7 @@ from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import independent_examples, monte_carlo
 from laplace_kf.registry import Registry
 
-__all__ = ["METHODS", "PredictionMethod", "Request", "linearized"]
+__all__ = ["PREDICTION_METHODS", "PredictionMethod", "Request", "linearized"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Request:
 
 
 PredictionMethod = Callable[[Request], Prediction]
-METHODS: Registry[PredictionMethod] = Registry("prediction method")
+PREDICTION_METHODS: Registry[PredictionMethod] = Registry("prediction method")
 
 
-@METHODS.register("mc")
+@PREDICTION_METHODS.register("mc")
 def _monte_carlo(request: Request) -> Prediction:
     """Average over draws of weights or pre-activations (methods 10.1)."""
     request.without_link("mc")
@@ -82,14 +83,14 @@ def _monte_carlo(request: Request) -> Prediction:
     return replace(found, independent_samples=independent_examples(request.space))
 
 
-@METHODS.register("map")
+@PREDICTION_METHODS.register("map")
 def _mean_weights(request: Request) -> Prediction:
     """The network at the mean weights."""
     request.without_link("map")
     return request.likelihood.predict(_outputs(request), keep_samples=request.keep_samples)
 
 
-@METHODS.register("temperature")
+@PREDICTION_METHODS.register("temperature")
 def _tempered(request: Request) -> Prediction:
     """The network at the mean weights with its logits divided by a temperature."""
     request.without_link("temperature")
@@ -114,14 +115,14 @@ def _outputs(request: Request) -> Tensor:
     return outputs
 
 
-@METHODS.register("linearized")
+@PREDICTION_METHODS.register("linearized")
 def _linearized(request: Request) -> Prediction:
     """Normal outputs of the network linearised at the mean weights, through the likelihood's link."""
     network = Linearization(request.model, request.forward, request.mean, request.inputs, keep=False)
     return linearized(request, network, [request.precision()])[0]
 
 
-@METHODS.register("probit")
+@PREDICTION_METHODS.register("probit")
 def _probit(request: Request) -> Prediction:
     """As ``linearized`` with the probit approximation, which needs the variances of the outputs only."""
     if request.link not in (None, "probit"):
@@ -142,14 +143,8 @@ def linearized(request: Request, network: Linearization, precisions: list[Blockw
         NonFinite: if a variance is not finite; says which knob to turn.
     """
     rule = request.likelihood.link(request.link)
-    covariances: list[Tensor | None] = [None] * len(precisions)
-    if rule.marginal:
-        variances = network.variances(precisions)
-    else:
-        found = network.position_covariances(precisions, request.likelihood.to_positions)  # (K, N, T, C, C)
-        covariances = list(found)
-        diagonal = found.diagonal(dim1=-2, dim2=-1)
-        variances = torch.stack([request.likelihood.from_positions(part, network.outputs) for part in diagonal])
+    variances, found = network.moments(precisions, request.likelihood, marginal=rule.marginal)
+    covariances: Sequence[Tensor | Spread | None] = found or [None] * len(precisions)
     if not bool(torch.isfinite(variances.detach()).all()):
         raise NonFinite("variances of the outputs have NaN or infinite entries; increase prior_precision or n_data")
     seed = draw_seeds(1, request.generator)[0]

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NonFinite
-from laplace_kf.models import undisturbed
+from laplace_kf.models import preserved, undisturbed
 from laplace_kf.operators import Blockwise
 from laplace_kf.predictive.activations import activation_outputs, examples
 from laplace_kf.predictive.asked import asked, labelled

@@ -20,11 +20,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.batches import Forward, predicted, tensors_of
-from laplace_kf.engine import preserved
+from laplace_kf.models import preserved
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.predictive.calls import require_movable
 from laplace_kf.replica import original
 from laplace_kf.substitution import substituted
@@ -261,10 +263,12 @@ class Suffix(nn.Module):
         origin: model, ``forward=`` and inputs that it stands for.
         divisible: whether the first example's features alone give the first example's outputs (they do not where the
             suffix has the number of examples written into a reshape); whoever runs single examples takes ``origin``.
+        linear: names of weight and bias (``None`` without one) where all of it is one linear map of its only feature.
     """
 
     origin: Site
     divisible: bool
+    linear: tuple[str, str | None] | None = None
 
     def __init__(
         self,
@@ -385,27 +389,39 @@ def _cut(
         (features if rows else fixed)[number] = tensor.detach()
     suffix = Suffix(recorder.steps, recorder.slots[id(outputs)], {n: named[n] for n in names}, fixed, list(features))
     site: Site = (suffix, None, tuple(features.values()))
+    suffix.linear = _linear(recorder.steps, recorder.slots[id(outputs)], features)
+    if suffix.linear is not None:  # nothing about one function of one tensor is left to be tried out
+        suffix.origin, suffix.divisible = (model, forward, inputs), True
+        return site
     with preserved(suffix), torch.no_grad():
         try:
             again = predicted(suffix, site[2], None)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise _NoCut(f"the suffix cannot be run alone: {error}") from error
-    if again.shape != outputs.shape or not _same(again, outputs.detach()):
+    if again.shape != outputs.shape or not same_outputs(again, outputs.detach()):
         raise _NoCut("the suffix alone does not give the network's outputs")
     suffix.origin = (model, forward, inputs)
     divisible = False
     with suppress(RuntimeError, TypeError, ValueError, IndexError), preserved(suffix), torch.no_grad():
         first = predicted(suffix, tuple(t[:1] for t in features.values()), None)
-        divisible = first.shape == outputs[:1].shape and _same(first, outputs[:1].detach())
+        divisible = same_outputs(first, outputs[:1].detach())
     suffix.divisible = divisible  # not inside: attributes are put back there
     return site
+
+
+def _linear(steps: Sequence[_Step], output: int, features: Mapping[int, Tensor]) -> tuple[str, str | None] | None:
+    """Weight and bias if the steps are one linear map of the only feature ``(N, ..., H)``."""
+    if len(steps) != 1 or steps[0].func is not F.linear or steps[0].made != (output,) or len(features) != 1:
+        return None
+    given = {**dict(zip(("input", "weight", "bias"), steps[0].args, strict=False)), **steps[0].kwargs}
+    weight, bias = given["weight"], given.get("bias")
+    known = isinstance(weight, _Weight) and isinstance(given["input"], _Feature)
+    if not known or not (bias is None or isinstance(bias, _Weight)):
+        return None
+    (feature,) = features.values()
+    return None if feature.dim() < 2 else (weight.name, None if bias is None else bias.name)
 
 
 def _random_states(named: Mapping[str, Tensor]) -> list[Tensor]:
     devices = {p.device for p in named.values() if p.device.type != "cpu"}
     return [torch.get_rng_state(), *(getattr(torch, d.type).get_rng_state(d) for d in devices)]
-
-
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    gap = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max() if wanted.numel() else 0.0
-    return not wanted.numel() or bool((found - wanted).abs().max() <= gap)

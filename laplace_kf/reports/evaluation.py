@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from laplace_kf.batches import as_batches, inputs_of, run, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
 from laplace_kf.graphs import of_role
+from laplace_kf.models import preserved
 from laplace_kf.ood import KINDS
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports import metrics, plots

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from laplace_kf.batches import as_batches, inputs_of, run, to_device
-from laplace_kf.engine import preserved
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import of_role
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.models import preserved
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 from laplace_kf.posterior.summary import Summary
 from laplace_kf.reports import metrics, plots

@@ -1,22 +1,27 @@
-"""A structure: which sums over the data it keeps, and which matrix they become."""
+"""A structure: which sums over the data it keeps, and which matrix they become; and those sums, with their counts.
+
+``Statistics`` are sums over data that carry their counts; ``+`` and ``scale`` are their only operations, and minibatch
+accumulation, moving averages, merging workers and discounting old data are all made of these two.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.errors import IncompatiblePair
+from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.models import memory_bytes
-from laplace_kf.operators import Blockwise
+from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
 
-__all__ = ["STRUCTURES", "Structure", "Sums", "added", "memory_limit", "pairs", "zeros"]
+__all__ = ["STRUCTURES", "Statistics", "Structure", "Sums", "added", "memory_limit", "pairs", "zeros"]
 
 Sums = dict[str, tuple[Tensor, ...]]
 
@@ -169,6 +174,135 @@ class Structure(ABC):
     @abstractmethod
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
         """The mean curvature from means (sums divided by the number of examples)."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over data with their counts.
+
+    Attributes:
+        structure: the structure that reads the sums.
+        layout: flat order of the selected parameters.
+        blocks: blocks by name.
+        sums: sums by block name.
+        count: number of examples behind the sums (a float once scaled); one whose targets are all ignored is none.
+        log_likelihood: sum of ``log p(y | x)`` over them, 0-dim float64.
+        terms: number of scalar densities in that sum.
+        outputs: layout of the outputs that the targets showed (``likelihood.with_layout``), or ``None``.
+        moments: sums of what the likelihood needs to change its noise scale later, ``(K,)`` float64, mostly empty.
+    """
+
+    structure: Structure
+    layout: FlatLayout
+    blocks: Mapping[str, Block]
+    sums: Sums
+    count: float
+    log_likelihood: Tensor
+    terms: float
+    outputs: str | None = None
+    moments: Tensor = field(default_factory=no_moments)
+
+    @property
+    def n_data(self) -> float:
+        """Number of examples ``N``."""
+        return self.count
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of both data sets together.
+
+        Raises:
+            IncompatiblePair: if they cover other parameters, other blocks or another structure.
+        """
+        if not isinstance(other, Statistics):
+            return NotImplemented
+        common = self.layout.common(other.layout)
+        if self.structure.name != other.structure.name or common is None:
+            raise IncompatiblePair(
+                "statistics can only be added if they have the same structure and cover the same parameters "
+                f"({self.structure.name!r} over {self.layout.size} and {other.structure.name!r} over "
+                f"{other.layout.size} parameters)"
+            )
+        mine, theirs = self.without(other.used), other.without(self.used)
+        blocks = {**mine.blocks, **theirs.blocks}
+        for name in set(mine.blocks) & set(theirs.blocks):
+            if mine.blocks[name] != theirs.blocks[name]:
+                raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
+        covered = [name for block in blocks.values() for name in block.parameters]
+        if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
+            _require_one_form(mine.blocks, theirs.blocks, covered)
+        structure, sums = mine.structure.merged(mine.sums, theirs.structure, theirs.sums)
+        return Statistics(
+            structure,
+            common,
+            blocks,
+            sums,
+            self.count + other.count,
+            self.log_likelihood + other.log_likelihood,
+            self.terms + other.terms,
+            self.outputs or other.outputs,
+            self.moments + other.moments if len(self.moments) == len(other.moments) else no_moments(),
+        )
+
+    @property
+    def used(self) -> set[str]:
+        """Names of the parameters that took part in a forward pass."""
+        return {name for block in self.blocks.values() if not block.unused for name in block.parameters}
+
+    def without(self, names: Collection[str]) -> Statistics:
+        """Without the blocks of unused parameters among ``names``, which say nothing beside others' that are used."""
+        gone = {n for n, block in self.blocks.items() if block.unused and block.parameters[0] in names}
+        if not gone:
+            return self
+        fixed = {name: parts for name, parts in self.structure.fixed.items() if name not in gone}
+        return replace(
+            self,
+            structure=self.structure.with_fixed(fixed) if fixed else self.structure,
+            blocks={name: block for name, block in self.blocks.items() if name not in gone},
+            sums={name: parts for name, parts in self.sums.items() if name not in gone},
+        )
+
+    def scale(self, factor: float) -> Statistics:
+        """Sums and counts times ``factor``: the mean does not change.
+
+        Raises:
+            ValueError: if the factor is not positive and finite.
+        """
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"the factor must be positive and finite, got {factor}")
+        sums = {name: tuple(part * factor for part in parts) for name, parts in self.sums.items()}
+        return replace(
+            self,
+            sums=sums,
+            count=self.count * factor,
+            log_likelihood=self.log_likelihood * factor,
+            terms=self.terms * factor,
+            moments=self.moments * factor,
+        )
+
+    def mean(self) -> Blockwise:
+        """The mean curvature ``C̄`` as a Matrix of size ``P``."""
+        means = {name: tuple(part / self.count for part in parts) for name, parts in self.sums.items()}
+        return self.structure.matrix(means, self.blocks, self.layout)
+
+    def total(self) -> Matrix:
+        """``N · C̄``."""
+        return self.mean().scaled(self.count)
+
+
+def _require_one_form(mine: Mapping[str, Block], theirs: Mapping[str, Block], covered: Sequence[str]) -> None:
+    """Refuses parameters that two statistics keep in blocks of different names."""
+    twice = {
+        name
+        for name in set(covered)
+        if {b for b, block in mine.items() if name in block.parameters}
+        != {b for b, block in theirs.items() if name in block.parameters}
+        and any(name in block.parameters for block in mine.values())
+        and any(name in block.parameters for block in theirs.values())
+    }
+    if twice:
+        raise IncompatiblePair(
+            f"parameters {', '.join(sorted(twice))} belong to other blocks in one of the statistics than in the other"
+        )
 
 
 def memory_limit(device: torch.device) -> int:

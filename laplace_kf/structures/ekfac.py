@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.operators import Basis, Blockwise, Matrix, SpectralBlock
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, pairs, zeros
+from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums, added, pairs, zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
 
 

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.engine import Statistics
 from laplace_kf.errors import NotPositiveDefinite
 from laplace_kf.operators import Blockwise, LowRankBlock
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, zeros
+from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums, added, zeros
 from laplace_kf.tape import Block, FlatLayout, Signals
 from laplace_kf.tape.blocks import merged
 

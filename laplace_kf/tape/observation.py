@@ -14,13 +14,16 @@ from torch.autograd.graph import get_gradient_edge
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
+from laplace_kf.outputs.checks import same_outputs
+from laplace_kf.tape.backward import backward
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
-from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.output_signals import OutputCurvature, OutputSignals
+from laplace_kf.tape.owners import copies
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached
-from laplace_kf.tape.rows import Rows, copies, occurrences
+from laplace_kf.tape.rows import Rows, occurrences
 from laplace_kf.tape.sharing import pulled_back
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
 from laplace_kf.tape.tape import Call, Portion, Tape
@@ -35,11 +38,17 @@ MANY_PATTERNS = 64  # kept at a time; data of more different sizes are asked abo
 class Source(Protocol):
     """What an observation needs of the tracer that made it."""
 
-    blocks: dict[str, Block]
-    example_wise: set[str]
     rows: Rows
     gradients: ExampleGradients
     named: dict[str, Tensor]
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by name."""
+
+    @property
+    def example_wise(self) -> set[str]:
+        """Names of those that need per-example gradients."""
 
     def block_of(self, portion: Portion) -> Block:
         """The block a portion of a parameter belongs to."""
@@ -159,10 +168,14 @@ class Observation:
             to_positions: the likelihood's reading of outputs as ``(N, T, C)``.
             curvature: the output curvature.
         """
+        return {n: OutputSignals(signals, curvature) for n, signals in self.output_inputs(to_positions).items()}
+
+    def output_inputs(self, to_positions: Callable[[Tensor], Tensor]) -> dict[str, OuterSignals]:
+        """Inputs ``(N, T, R, I)``, without columns, of the blocks whose layer's output is the network's output."""
         if not self.outputs.requires_grad:
             return {}
         node, number = _origin(self.whole)
-        found: dict[str, OutputSignals] = {}
+        found: dict[str, OuterSignals] = {}
         for name, members in self._by_block().items():
             block, call = self.tracer.blocks[name], members[0]
             plain = len(members) == 1 and block.factorises and not block.one_hot and block.turned is None
@@ -171,7 +184,7 @@ class Observation:
             if call.edge.node is node and call.edge.output_nr == number and self._has_layout(call, to_positions):
                 signals = self._matrix_signals(block, members, None)
                 assert isinstance(signals, OuterSignals)
-                found[name] = OutputSignals(signals, curvature)
+                found[name] = signals
         return found
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
@@ -233,11 +246,7 @@ class Observation:
             again = self.tracer.observe(map_examples(self.batch, self.count, lambda t: t[example.to(t.device)]))
         except (RuntimeError, ValueError, IndexError, UnsupportedLayer):
             return None
-        wanted = self.outputs.detach()[example]
-        if again.outputs.shape != wanted.shape:
-            return None
-        gap = (again.outputs.detach() - wanted).abs().max()
-        return again if bool(gap <= 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max()) else None
+        return again if same_outputs(again.outputs.detach(), self.outputs.detach()[example]) else None
 
     def require_chain(self) -> Chain:
         """The chain of this minibatch; raises :class:`UnsupportedLayer` with the reason if there is none."""
@@ -273,15 +282,11 @@ class Observation:
         """Gradients ``(V, *output shape)`` of every call."""
         if not self.calls:
             return []
-        edges = [call.edge for call in self.calls]
-        rows = [
-            torch.autograd.grad(self.outputs, edges, column, retain_graph=True, allow_unused=True) for column in columns
-        ]
+        edges, sizes = [call.edge for call in self.calls], [call.shape.numel() for call in self.calls]
         stacked = []
-        for k, call in enumerate(self.calls):
-            parts = [call.gradient(row[k]) for row in rows]
-            zero = columns.new_zeros(call.shape)
-            stacked.append(torch.stack([zero if part is None else part for part in parts]))
+        for call, found in zip(self.calls, backward(self.outputs, edges, sizes, columns), strict=True):
+            shape = (len(columns), *call.shape)
+            stacked.append(columns.new_zeros(shape) if found is None else found.reshape(shape))
         return stacked
 
     def _arrange(self, rows: Tensor, call: Call, axis: int) -> Tensor:

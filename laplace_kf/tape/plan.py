@@ -64,6 +64,21 @@ class _Uses:
             return None
         return first, hot, other
 
+    def partner(self, place: Place, opaque: Collection[str]) -> Place | None:
+        """The bias that a weight shares its block with, or the weight that a bias does.
+
+        Those that are always used together do, unless one of them is ``opaque``.
+        """
+        (found, *others) = self.partners[place]
+        # a block holds a parameter once: two ranges of one are two blocks
+        if found is None or others or found[0] == place[0] or self.partners[found] != {place}:
+            return None
+        if {found[0], place[0]} & set(opaque):
+            return None
+        reading = self.reading(place if place in self.views else found)
+        assert reading is not None  # it would be opaque
+        return None if reading[2] is not None else found
+
 
 def _scattered(places: Collection[Place], sizes: Mapping[str, int]) -> set[str]:
     """Parameters whose places overlap or leave entries out."""
@@ -102,8 +117,35 @@ def plan(
         The blocks, and the names of those that need per-example gradients.
     """
     uses = _Uses(calls)
-    sizes = {name: named[name].numel() for name in layout.names}
+    reasons = _reasons(uses, unruled, layout, named)
+    forms = _Forms(uses, reasons, layout, named)
+    opaque, affine = set(reasons), uses.affine - set(reasons)
+    blocks: list[Block] = []
+    example_wise: set[str] = set()
+    done: set[str] = set()
+    for name in layout.names:
+        kind = opaque if name in opaque else affine
+        if name in done:
+            continue
+        if name in kind:
+            made = forms.vector([n for n in layout.names if n in kind and owner(n) == owner(name)])
+            blocks.append(made)
+            done.update(made.parameters)
+            example_wise |= {made.name} if kind is opaque else set()
+            continue
+        for place in sorted(place for place in uses.partners if place[0] == name):
+            partner = uses.partner(place, opaque)
+            if partner is None or place in uses.views:  # else its weight claims it
+                blocks.append(forms.matrix([place] if partner is None else [place, partner]))
+    return blocks, example_wise
+
+
+def _reasons(
+    uses: _Uses, unruled: Mapping[str, str], layout: FlatLayout, named: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """The parameters that have no matrix form, and why."""
     reasons = {name: unruled[name] for name in layout.names if name in unruled}
+    sizes = {name: named[name].numel() for name in layout.names}
     for found, why in (
         (uses.refused, "read by a table lookup or transposed, and in other ways"),
         (_scattered(uses.partners, sizes), "read in parts that overlap or leave entries out"),
@@ -112,79 +154,67 @@ def plan(
     ):
         for name in sorted(found):
             reasons.setdefault(name, why)
-    opaque = set(reasons)
-    affine = uses.affine - opaque
+    return reasons
 
-    blocks: list[Block] = []
-    example_wise: set[str] = set()
-    done: set[str] = set()
 
-    def vector(members: Sequence[str]) -> Block:
-        size = sum(sizes[n] for n in members)
+class _Forms:
+    """Makes blocks of parameters whose use is known.
+
+    Args:
+        uses: how they were used.
+        reasons: why some have no matrix form.
+        layout: flat order of the selected parameters.
+        named: parameters by name, each in its own shape.
+    """
+
+    def __init__(
+        self, uses: _Uses, reasons: Mapping[str, str], layout: FlatLayout, named: Mapping[str, Tensor]
+    ) -> None:
+        self.uses, self.reasons, self.layout = uses, reasons, layout
+        self.shapes = {name: tuple(named[name].shape) for name in layout.names}
+
+    def vector(self, members: Sequence[str]) -> Block:
+        """The vector block of parameters without a matrix form."""
+        sizes = [math.prod(self.shapes[name]) for name in members]
         notes = dict.fromkeys(
-            f"by gradients of single examples: {reasons[n]}"
-            if n in reasons
+            f"by gradients of single examples: {self.reasons[n]}"
+            if n in self.reasons
             else "by a copy for every example: no rule for the function that joins it to the data"
             for n in members
-            if n in reasons or n in uses.copied
+            if n in self.reasons or n in self.uses.copied
         )
         return Block(
-            _title([Portion(n, 0, sizes[n]) for n in members], layout),
+            _title([Portion(n, 0, size) for n, size in zip(members, sizes, strict=True)], self.layout),
             tuple(members),
-            tuple(tuple(named[n].shape) for n in members),
-            (1, size, 1),
+            tuple(self.shapes[n] for n in members),
+            (1, sum(sizes), 1),
             None,
             False,
             note="; ".join(notes),
         )
 
-    def matrix(places: Sequence[Place]) -> Block:
+    def matrix(self, places: Sequence[Place]) -> Block:
+        """The block of a weight, of ``[W|b]``, or of a bias on its own."""
         names = [name for name, _, _ in places]
-        pieces = tuple(None if (a, b) == (0, sizes[n]) else (a, b) for n, a, b in places)
-        weight = uses.reading(places[0]) if places[0] in uses.views else None
-        view, one_hot, turned = weight if weight is not None else (None, False, None)
+        whole = [(start, stop) == (0, math.prod(self.shapes[name])) for name, start, stop in places]
+        reading = self.uses.reading(places[0]) if places[0] in self.uses.views else None
+        view, one_hot, turned = reading if reading is not None else (None, False, None)
         shape = (1, places[0][2] - places[0][1], 1)
         if view is not None:
             shape = (view.shape[0], view.shape[1], view.shape[2] + len(places) - 1)
-        portions = [Portion(n, a, b, False, (a, b) == (0, sizes[n])) for n, a, b in places]
+        portions = [Portion(*place, False, all_of_it) for place, all_of_it in zip(places, whole, strict=True)]
+        pieces = tuple(None if all_of_it else place[1:] for place, all_of_it in zip(places, whole, strict=True))
         return Block(
-            name=_title(portions, layout, tuple(named[names[0]].shape)),
+            name=_title(portions, self.layout, self.shapes[names[0]]),
             parameters=tuple(names),
-            shapes=tuple(tuple(named[n].shape) for n in names),
+            shapes=tuple(self.shapes[n] for n in names),
             shape=shape,
             view=view,
             factorises=True,
             one_hot=one_hot,
-            pieces=pieces if any(piece is not None for piece in pieces) else (),
+            pieces=() if all(whole) else pieces,
             turned=turned,
         )
-
-    for name in layout.names:
-        places = sorted(place for place in uses.partners if place[0] == name)
-        if name in done or not (places or name in affine or name in opaque):
-            continue
-        if name in opaque or name in affine:
-            kind = opaque if name in opaque else affine
-            made = vector([n for n in layout.names if n in kind and owner(n) == owner(name)])
-            blocks.append(made)
-            done.update(made.parameters)
-            if name in opaque:
-                example_wise.add(made.name)
-            continue
-        for place in places:
-            (partner, *others) = uses.partners[place]
-            joint = (
-                partner is not None
-                and partner[0] != name  # a block holds a parameter once: two ranges of one are two blocks
-                and not others
-                and uses.partners[partner] == {place}
-                and not {partner[0], name} & opaque
-                and uses.reading(place if place in uses.views else partner)[2] is None  # type: ignore[index]
-            )
-            if joint and place not in uses.views:
-                continue  # its weight will claim it
-            blocks.append(matrix([place, partner] if joint and partner is not None else [place]))
-    return blocks, example_wise
 
 
 def _title(portions: Sequence[Portion], layout: FlatLayout, shape: tuple[int, ...] = ()) -> str:

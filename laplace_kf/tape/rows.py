@@ -9,20 +9,19 @@ different numbers of rows, in any order (the nodes of graphs, the tokens of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.layers.base import flatten_rows
 from laplace_kf.ragged import Ragged
+from laplace_kf.tape.owners import Owners, asked, lead, measured, sizes
 from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
-__all__ = ["Rows", "copies", "number", "occurrences"]
+__all__ = ["Rows", "number", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
@@ -49,9 +48,7 @@ class Rows:
     ) -> list[Call]:
         """Finds out about calls whose number of rows per example is new, from gradients of ``outputs (N, ...)``.
 
-        Examples are told apart by the binary digits of their number: one backward pass for every digit, with the
-        examples whose digit is 1, and one with all examples. A row belongs to examples whose digit is 1 if both give it
-        the same gradient, and to several if it has another one from those whose digit is 0, which is then asked for.
+        Examples are told apart by their numbers' digits (:mod:`laplace_kf.tape.owners`).
 
         Args:
             calls: the recorded uses.
@@ -67,7 +64,7 @@ class Rows:
         unknown: list[tuple[Call, Key, int]] = []
         known_calls: list[tuple[Call, Key, int]] = []
         for call, key in zip(calls, occurrences(calls), strict=True):
-            total = math.prod(_lead(call))
+            total = math.prod(lead(call))
             mode = self._modes.get((key, total // count)) if total % count == 0 else None
             if mode is None:
                 unknown.append((call, key, total))
@@ -78,27 +75,23 @@ class Rows:
             unknown += known_calls
         if count < 2 or not unknown or not outputs.requires_grad:
             return []
-        noise = torch.randn(outputs.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
-        def plain(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
-            seed = torch.zeros_like(outputs)
-            seed[part] = noise.to(outputs)
+        def opened(calls: Sequence[Call], factors: Tensor) -> list[Tensor | None]:
             edges = [call.edge for call in calls]
-            return list(torch.autograd.grad(outputs, edges, seed, retain_graph=True, allow_unused=True))
-
-        def opened(calls: Sequence[Call], part: Tensor) -> list[Tensor | None]:
-            counted = part.reshape(-1, *[1] * (outputs.dim() - 1)).expand(outputs.shape)
-            return reached(outputs, [call.edge for call in calls], counted, flat)
+            counted = (factors != 0).reshape(*factors.shape, *[1] * (outputs.dim() - 1))
+            counted = counted.expand(len(factors), *outputs.shape)
+            columns = zip(*(reached(outputs, edges, one, flat) for one in counted), strict=True)
+            return [_stacked(column) for column in columns]
 
         failed: list[Call] = []
-        irregular: list[tuple[Call, Key, _Owners]] = []
-        owners = _owners([call for call, _, _ in unknown], outputs, plain)
+        irregular: list[tuple[Call, Key, Owners]] = []
+        owners = measured([call for call, _, _ in unknown], outputs)
         for (call, key, total), found in zip(unknown, owners, strict=True):
             few = call.source is not None and total < count  # no copy for each, even if one example alone reached it
             if found.several or few:
                 failed.append(call)
                 continue
-            readings = _readings(_lead(call), count, found)
+            readings = _readings(lead(call), count, found)
             if not readings:
                 irregular.append((call, key, found))
                 continue
@@ -107,7 +100,7 @@ class Rows:
                 self._modes[key, total // count] = readings[0]
         # rows that are switched off at the present weights belong to an example all the same
         again = [k for k, (_, _, found) in enumerate(irregular) if not bool(found.known.all())]
-        for k, found in zip(again, _owners([irregular[k][0] for k in again], outputs, opened), strict=True):
+        for k, found in zip(again, asked([irregular[k][0] for k in again], outputs, opened), strict=True):
             if not found.several:
                 irregular[k] = (*irregular[k][:2], found)
         for _, key, found in irregular:
@@ -133,7 +126,7 @@ class Rows:
         for grad, (call, key, total) in zip(grads, calls, strict=True):
             if grad is None:
                 continue
-            touched = _sizes(grad, call, outputs.device) != 0
+            touched = sizes(grad, call, outputs.device) != 0
             mode = self._now[key]
             assert not isinstance(mode, Ragged)  # never kept
             outer = _outer(mode, call, total // count)
@@ -188,86 +181,16 @@ def number(calls: Sequence[Call]) -> None:
 
 def _outer(mode: int, call: Call, positions: int) -> int:
     """How many rows there are for every example before its axis."""
-    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(_lead(call)[:mode])
+    return {FIRST: 1, LAST: positions}.get(mode) or math.prod(lead(call)[:mode])
 
 
-def _lead(call: Call) -> tuple[int, ...]:
-    """The axes of a call's output that enumerate rows; of copies those along which they can differ."""
-    if call.source is None:
-        return tuple(call.shape[: call.leading])
-    return tuple(size for size, own in zip(call.shape, call.aligned, strict=True) if own == 1)
+def _stacked(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Gradients (of one shape, or ``None``) as ``(V, ...)``; ``None`` if there is none."""
+    like = next((part for part in parts if part is not None), None)
+    return None if like is None else torch.stack([torch.zeros_like(like) if part is None else part for part in parts])
 
 
-def copies(gradients: Tensor, call: Call) -> Tensor:
-    """Gradients ``(V, *shape)`` of the copies of a shared tensor as ``(V, B, entries of the tensor)``: a row a copy."""
-    apart = [1 + k for k, own in enumerate(call.aligned) if own == 1]  # none: one copy for all
-    moved = gradients.movedim(apart, list(range(1, 1 + len(apart))))
-    return moved.reshape(len(gradients), math.prod(_lead(call)), -1)
-
-
-def _sizes(grad: Tensor, call: Call, device: torch.device) -> Tensor:
-    """Sum of the absolute entries of every row ``(B,)`` of a gradient in the shape of a call's output.
-
-    Zero exactly where no entry is touched. The layer may lie on another device than the outputs.
-    """
-    grad = grad.reshape(call.shape)
-    if call.source is None:
-        rows = flatten_rows(grad, call.leading)
-    else:
-        rows = copies(grad[None], call)[0]
-    return (rows.flatten(1).abs().sum(1) if rows.dim() > 1 else rows.abs()).to(device)
-
-
-@dataclass(frozen=True)
-class _Owners:
-    """Which example every row of a call belongs to.
-
-    Attributes:
-        example: ``(B,)``.
-        known: which of them are known, ``(B,)``; no gradient came to the others.
-        several: whether some row belongs to several examples.
-    """
-
-    example: Tensor
-    known: Tensor
-    several: bool
-
-
-def _owners(
-    calls: Sequence[Call], outputs: Tensor, gradients: Callable[[Sequence[Call], Tensor], list[Tensor | None]]
-) -> list[_Owners]:
-    """Who owns the rows of calls, from ``gradients(calls, examples (N,) bool)`` of the outputs ``(N, ...)``."""
-    if not calls:
-        return []
-    count, device = outputs.shape[0], outputs.device
-    number = torch.arange(count, device=device)
-    totals = [math.prod(_lead(call)) for call in calls]
-    example = [torch.zeros(total, dtype=torch.long, device=device) for total in totals]
-    known = [torch.zeros(total, dtype=torch.bool, device=device) for total in totals]
-    several = [False] * len(calls)
-
-    def passed_back(part: Tensor) -> list[Tensor | None]:
-        pairs = zip(gradients(calls, part), calls, strict=True)
-        return [None if grad is None else _sizes(grad, call, device) for grad, call in pairs]
-
-    every = passed_back(number >= 0)
-    for digit in range(max(1, (count - 1).bit_length())):
-        ones = (number >> digit) % 2 == 1
-        others: list[Tensor | None] | None = None
-        for k, (rows, whole) in enumerate(zip(passed_back(ones), every, strict=True)):
-            if rows is None or whole is None:
-                continue
-            one = rows != 0
-            if bool((one & (rows != whole)).any()):
-                others = passed_back(~ones) if others is None else others
-                zero = others[k]
-                several[k] = several[k] or zero is None or bool((one & (zero != 0)).any())
-            example[k] += one.long() << digit
-            known[k] |= one | (whole != 0)
-    return [_Owners(*found) for found in zip(example, known, several, strict=True)]
-
-
-def _readings(lead: Sequence[int], count: int, owners: _Owners) -> list[int]:
+def _readings(lead: Sequence[int], count: int, owners: Owners) -> list[int]:
     """The regular readings of the rows that agree with every row whose example is known; equal ones count once."""
     example, known = owners.example, owners.known
     total = math.prod(lead)

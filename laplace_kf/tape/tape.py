@@ -27,9 +27,9 @@ from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
 from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, meeting
-from laplace_kf.tape.choices import NUMBERS, picks_rows
 from laplace_kf.tape.edges import activates_view, edge_of
 from laplace_kf.tape.made import Made, MadeTensors, writes
+from laplace_kf.tape.row_picks import NUMBERS, picks_rows
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["Call", "Portion", "Step", "Tape"]
@@ -126,7 +126,7 @@ class Call:
         return (*self.key, self.rule.name), self.occurrence
 
     def input(self) -> Tensor:
-        """The input as it was consumed, in its own shape.
+        """The input as it was consumed, in its own shape; dense, if it was sparse.
 
         Raises:
             UnsupportedLayer: if it was changed in place since.
@@ -138,6 +138,8 @@ class Call:
                 "read it; make that operation out of place"
             )
         value = value.detach()
+        if value.layout is not torch.strided:
+            value = value.to_dense()
         return value if self.repeated is None else value.expand(self.repeated)
 
 

@@ -14,19 +14,21 @@ from laplace_kf.batches import Forward, run, to_device
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
-from laplace_kf.models import coarsest
 from laplace_kf.registry import Registry
 from laplace_kf.returned import as_tensor
-from laplace_kf.substitution import leaves_of, require_reached
+from laplace_kf.substitution import require_reached
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout, unused_blocks
 from laplace_kf.tape.chain import Chain, OnStep, derivative
+from laplace_kf.tape.checked import count_uses, disagreeing
 from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.known import Known, State, changed
 from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.plan import plan
 from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
 from laplace_kf.tape.sharing import Readings
 from laplace_kf.tape.tape import Portion, Tape
+from laplace_kf.tape.verdicts import has_passed, note_passed, verdict_key
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["UNUSED", "Tracer"]
@@ -50,8 +52,8 @@ class Tracer:
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
-        blocks: blocks by name, in the order they were met (their order inside a dense matrix).
-        example_wise: names of the vector blocks that need per-example gradients (no rule for their use).
+        known: the blocks, and how far each is checked.
+        may_be_chain: whether every observation so far was a chain (:class:`laplace_kf.tape.chain.Chain`).
         rows: which rows belong to which example.
         gradients: per-example gradients.
         warned: names of blocks whose poorer form was warned of.
@@ -72,7 +74,6 @@ class Tracer:
         self.parameters = parameters
         self.unused = UNUSED[unused]
         self.named: dict[str, Tensor] = dict(model.named_parameters())
-        self.blocks: dict[str, Block] = {}
         self.layout: FlatLayout
         self._selected: list[str] | None
         if weights is not None:
@@ -81,19 +82,12 @@ class Tracer:
         else:
             self._selected = None if parameters == "last_layer" else select(model, parameters)
         self._guarded = weights is not None  # who puts weights in watches over them
-        self.example_wise: set[str] = set()
-        self._hidden: set[str] = set()
-        self._constant: dict[str, int | None] = {}  # by parameter, the row that all its uses take for a constant
-        self._failed: dict[str, str] = {}  # parameter to the layer rules that failed the check
-        self._counts: dict[str, int] = {}
-        self._verified: set[str] = set()
-        self._tried: set[str] = set()  # blocks checked so far, perhaps with a single example only
-        self._blocks_of: dict[str, list[str]] = {}
+        self.known = Known()
         self.rows = Rows()
         self.warned: set[str] = set()
         self._readings = Readings()
         self.gradients = ExampleGradients(model, forward, self.named)
-        self._may_be_chain = True
+        self.may_be_chain = True
         if self._selected is not None:
             self.layout = flat_layout(self.named, self._selected)
 
@@ -103,18 +97,22 @@ class Tracer:
         return next(iter(self.named.values())).device
 
     @property
-    def may_be_chain(self) -> bool:
-        """Whether every observation so far was a chain (:class:`laplace_kf.tape.chain.Chain`)."""
-        return self._may_be_chain
+    def blocks(self) -> dict[str, Block]:
+        """Blocks by name, in the order they were met (their order inside a dense matrix)."""
+        return self.known.blocks
+
+    @property
+    def example_wise(self) -> set[str]:
+        """Names of the vector blocks that need per-example gradients (no rule for their use)."""
+        return self.known.example_wise
 
     def block_of(self, portion: Portion) -> Block:
         """The block that a portion of a parameter belongs to."""
-        found = [self.blocks[name] for name in self._blocks_of[portion.name]]
-        return next(block for block in found if len(found) == 1 or block.covers(*portion.place))
+        return self.known.block_of(portion)
 
     def unseen(self) -> list[str]:
         """Selected parameters that no observation has met yet."""
-        return [name for name in self.layout.names if name not in self._blocks_of]
+        return self.known.unmet(self.layout.names)
 
     def require_all_seen(self) -> None:
         """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass.
@@ -160,8 +158,8 @@ class Tracer:
         wiring = Wiring(self.named.values(), self.model.buffers())
         tape = Tape(
             tracked,
-            record_steps=self._may_be_chain,
-            on_step=derivative if self._may_be_chain else None,
+            record_steps=self.may_be_chain,
+            on_step=derivative if self.may_be_chain else None,
             wiring=wiring,
             constants=self._constants(tracked),
         )
@@ -198,22 +196,11 @@ class Tracer:
             ) from error
 
     def _note_constants(self, tape: Tape) -> None:
-        """Rows of tables that are constants: every use of the table so far has to take them for that."""
-        for call in tape.calls:
-            for role, portion in call.portions.items():
-                plain = role == "weight" and portion.whole and not portion.transposed
-                row = call.rule.constant_row(call.bound) if plain else None
-                if self._constant.setdefault(portion.name, row) != row:
-                    self._constant[portion.name] = None
-        self._constant.update(dict.fromkeys((*tape.opaque, *self._hidden)))
-        held = []
-        for name in self.layout.names:
-            row = self._constant.get(name)
-            if row is not None:
-                width = self.named[name][0].numel()
-                held.append((name, row * width, (row + 1) * width))
-        if tuple(held) != self.layout.held:
-            self.layout = replace(self.layout, held=tuple(held))
+        """Tells the layout of the rows of tables that are constants."""
+        ranges = self.known.constants(tape.calls, tape.opaque, self.named)
+        held = tuple((name, *ranges[name]) for name in self.layout.names if name in ranges)
+        if held != self.layout.held:
+            self.layout = replace(self.layout, held=held)
 
     def _observation(self, batch: Any, tape: Tape, outputs: Tensor, targets: Any) -> Observation:
         """What was recorded, with rows located and blocks planned and checked."""
@@ -228,6 +215,7 @@ class Tracer:
         if not self.verify or self._verify(observation):
             return observation
         self._plan(tape)
+        self.known.checked(1)  # what is left of the blocks was: this minibatch goes into their sums
         return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
 
     def _constants(self, tracked: Collection[int]) -> list[Tensor]:
@@ -236,12 +224,12 @@ class Tracer:
 
     def _chain(self, tape: Tape, outputs: Tensor) -> Chain | None:
         """The chain of this forward pass, if the network is one; asked once, then remembered."""
-        if not self._may_be_chain:
+        if not self.may_be_chain:
             return None
         try:
             return Chain(tape, outputs)
         except UnsupportedLayer:
-            self._may_be_chain = False
+            self.may_be_chain = False
             tape.steps.clear()
             return None
 
@@ -270,90 +258,46 @@ class Tracer:
         """Blocks of parameters met for the first time; those known already must be used as before."""
         unruled = {
             **dict.fromkeys(
-                self._hidden, "also used where its calls do not tell its gradient (an own autograd function?)"
+                self.known.hidden, "also used where its calls do not tell its gradient (an own autograd function?)"
             ),
             **dict.fromkeys(self.rows.shared, "rows that belong to several examples, or to examples in no order"),
             **{name: f"no rule for: {why}" for name, why in tape.opaque.items()},
         }
-        planned, example_wise = plan(tape.calls, unruled, self.layout, self.named)
-        parameters = {name for block in planned for name in block.parameters}
-        known = {name for found in map(self._blocks_of.get, parameters) for name in found or ()}
-        fresh = [block for block in planned if all(name not in self._blocks_of for name in block.parameters)]
-        if {b.name: b for b in planned if b not in fresh} != {name: self.blocks[name] for name in known}:
-            raise _changed(parameters & set(self._blocks_of))
-        # what was elementwise so far may be used in another way now: then per-example gradients from here on
-        self.example_wise |= example_wise & known
-        for found in fresh:
-            rules = sorted({self._failed[name] for name in found.parameters if name in self._failed})
-            block = replace(found, failed=", ".join(rules)) if rules else found
-            self.blocks[block.name] = block
-            for name in block.parameters:
-                self._blocks_of.setdefault(name, []).append(block.name)
-            self.example_wise |= {block.name} & example_wise
+        self.known.take(*plan(tape.calls, unruled, self.layout, self.named))
 
     def _verify(self, observation: Observation) -> bool:
-        """Checks the blocks met for the first time against one ordinary backward pass.
-
-        The gradients that their signals imply must add up to what autograd gives for the parameters themselves. They
-        do not if a parameter also acts where no tape sees it: inside a custom ``autograd.Function``, or through a
-        gradient taken in the forward pass. Such parameters go through per-example gradients.
-
-        A single example cannot tell everything (what is shared by all examples), so the next minibatch is checked, too;
-        and a block is checked again whenever autograd counts another number of uses of its parameters.
+        """Checks the blocks whose :class:`~laplace_kf.tape.known.State` asks for it; those that fail are forgotten.
 
         Returns:
-            Whether all blocks passed; if not, the failed ones are forgotten, to be planned anew.
+            Whether all passed; if not, their parameters are to be planned anew.
 
         Raises:
             UnsupportedLayer: if a block fails that an earlier minibatch went into.
         """
-        counts = _uses(observation.outputs, {id(self.named[name]): name for name in self.layout.names})
-        changed = {name for name, uses in counts.items() if self._counts.get(name, uses) != uses}
-        self._counts.update(counts)
-        self._verified -= {block for name in changed for block in self._blocks_of.get(name, ())}
-        fresh = {n: b for n, b in self.blocks.items() if n not in self._verified}
-        earlier = self._tried & set(fresh)
-        self._tried.update(fresh)
-        if observation.count > 1:
-            self._verified.update(fresh)
-        fresh = {n: b for n, b in fresh.items() if n not in self.example_wise}
-        unseen = [name for name in self.unseen() if name not in self._hidden]
-        outputs = observation.outputs
-        if not (fresh or unseen) or not outputs.requires_grad:
+        known, outputs = self.known, observation.outputs
+        uses = count_uses(outputs, {id(self.named[name]): name for name in self.layout.names})
+        known.count(uses)
+        states = known.unchecked()
+        known.checked(observation.count)
+        blocks = [known.blocks[name] for name in states if name not in known.example_wise]
+        unseen = [name for name in self.unseen() if name not in known.hidden]
+        if not (blocks or unseen) or not outputs.requires_grad:
             return True
-        generator = torch.Generator().manual_seed(1)
-        seed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
-        names = [*(name for block in fresh.values() for name in block.parameters), *unseen]
-        weights = [self.named[name] for name in names]
-        grads = torch.autograd.grad(outputs, weights, seed, retain_graph=True, allow_unused=True)
-        true = {
-            name: (torch.zeros_like(weight) if grad is None else grad.to_dense())[None]
-            for name, weight, grad in zip(names, weights, grads, strict=True)
-        }
-        with torch.no_grad():
-            implied = {n: s.total() for n, s in observation.ruled_signals(seed[None]).items() if n in fresh}
-        failed = []
-        met = {name for name, grad in zip(names, grads, strict=True) if name in unseen and grad is not None}
-        self._hidden |= met
-        for name, block in fresh.items():
-            expected = block.pack(true)[0]
-            found = implied.get(name, torch.zeros_like(expected))
-            scale = torch.maximum(expected.abs().max(), found.abs().max())
-            rounding = torch.finfo(coarsest(expected.dtype)).eps
-            if bool((found - expected).abs().max() > 10 * rounding**0.5 * scale):
-                failed.append(block)
-        if any(block.name in earlier for block in failed):
-            raise _changed({name for block in failed for name in block.parameters})
+        whole = len(states) == len(known.blocks) and not known.hidden
+        selected = tuple(self.layout.names), tuple(sorted(known.example_wise))
+        key = verdict_key(observation, selected) if whole else None
+        if has_passed(self.model, key):
+            return True
+        failed, met, shown = disagreeing(observation, blocks, unseen, self.named)
+        if earlier := [block for block in failed if states[block.name] is State.TRIED]:
+            raise changed({name for block in earlier for name in block.parameters})
         for block in failed:
-            self._hidden.update(block.parameters)
-            self._note_failure(block, observation, counts)
-        # a bias or other rows of a failed weight are planned anew together with it
-        for block in [b for b in self.blocks.values() if self._hidden & set(b.parameters)]:
-            del self.blocks[block.name]
-            for name in block.parameters:
-                self._blocks_of.pop(name, None)
+            self._note_failure(block, observation, uses)
+        known.hide({*met, *(name for block in failed for name in block.parameters)})
         passed = not failed and not met
-        self._may_be_chain = self._may_be_chain and passed
+        if passed and shown:
+            note_passed(self.model, key)
+        self.may_be_chain = self.may_be_chain and passed
         return passed
 
     def _note_failure(self, block: Block, observation: Observation, uses: Mapping[str, int]) -> None:
@@ -363,7 +307,7 @@ class Tracer:
         if any(uses.get(name, 0) > recorded[name] for name in block.parameters):
             return
         rules = ", ".join(sorted({call.rule.name for call in calls}))
-        self._failed.update(dict.fromkeys(block.parameters, rules))
+        self.known.refuted.update(dict.fromkeys(block.parameters, rules))
         warnings.warn(
             f"layer rule {rules!r} failed its check against autograd in block {block.name!r}: its gradient for "
             f"{', '.join(block.parameters)} is another one. Per-example gradients take its place: all numbers are "
@@ -374,28 +318,10 @@ class Tracer:
         )
 
 
-def _uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:
-    """How often each parameter (name by id) enters the autograd graph of ``outputs (N, ...)``."""
-    found: dict[str, int] = {}
-    for leaf in leaves_of(outputs):
-        name = names.get(id(leaf))
-        if name is not None:
-            found[name] = found.get(name, 0) + 1
-    return found
-
-
 def _some(names: Sequence[str], most: int = 10) -> str:
     """The first ten names, and how many more there are."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def _changed(names: Collection[str]) -> UnsupportedLayer:
-    return UnsupportedLayer(
-        f"parameters {', '.join(sorted(names))} are used one way in one minibatch and in another way in the next (if "
-        "one of them has a single example, or rows are ordered by the data, others can show more: put the largest "
-        "minibatch first, or take all of one size); otherwise leave them out with parameters=[patterns]"
-    )
 
 
 def _check_outputs(outputs: Tensor, index: int) -> None:

@@ -166,7 +166,7 @@ class Wiring:
         raise _Unknown
 
     def _tensor(self, tensor: Tensor) -> Hashable:
-        if tensor.is_floating_point() and tensor.element_size() < 4:
+        if tensor.layout is not torch.strided or (tensor.is_floating_point() and tensor.element_size() < 4):
             raise _Unknown
         form = tuple(tensor.shape), tensor.stride(), tensor.dtype
         constant = self._constant(tensor)

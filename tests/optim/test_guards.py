@@ -12,9 +12,9 @@ from torch import Tensor
 
 import laplace_kf as lk
 from laplace_kf.curvature import make_structure
-from laplace_kf.operators import BlockTridiagonal, CrossFactors, Isotropic, KroneckerBlock, KroneckerProduct
-from laplace_kf.operators.curvature import balance
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES
+from laplace_kf.operators import DAMPINGS, BlockTridiagonal, CrossFactors, Isotropic, KroneckerBlock, KroneckerProduct
+from laplace_kf.operators.kronecker import balance
+from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.objective import Batch
 from tests import oracles
 from tests.cases import rng
@@ -87,7 +87,7 @@ def test_layers_that_predict_each_other_perfectly_are_still_solved() -> None:
     rule = INVERSES["block_tridiagonal"]
     structure = rule.structure(make_structure("kron"))
     stats = lk.curvature.estimate(model, "categorical", ref.batch(30, 3, 3), structure)
-    matrix = rule.build(stats, 0.1, BLOCK_SOLVERS["balanced"])
+    matrix = rule.build(stats, 0.1, DAMPINGS["balanced"])
     assert isinstance(matrix, BlockTridiagonal)
     (one, first), (two, second) = matrix.entries
     assert isinstance(first, KroneckerProduct) and isinstance(second, KroneckerProduct)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import laplace_kf as lk
 from laplace_kf.curvature import make_structure
 from laplace_kf.errors import IncompatiblePair
-from laplace_kf.operators import KroneckerProduct
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES, damped_power
+from laplace_kf.operators import DAMPINGS, KroneckerProduct
+from laplace_kf.optim.inverse import INVERSES, damped_power
 from laplace_kf.optim.links import Linked
 from tests import oracles
 from tests.cases import BERNOULLI, CATEGORICAL, GAUSSIAN, HETEROSCEDASTIC, POISSON, mixture
@@ -94,7 +94,7 @@ def test_block_tridiagonal_inverse(k: float, route: str) -> None:
     rule = INVERSES["block_tridiagonal"]
     structure = rule.structure(make_structure("kron"))
     stats = lk.curvature.estimate(model if route == "chain" else Wrapped(model), "categorical", (x, y), structure)
-    matrix = rule.build(stats, k, BLOCK_SOLVERS["balanced"])
+    matrix = rule.build(stats, k, DAMPINGS["balanced"])
     v = torch.randn(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expected = torch.zeros_like(v)
     expected[index] = inverse @ v[index]
@@ -179,7 +179,7 @@ def test_powers_of_the_damped_curvature(structure: str, power: float) -> None:
     dense = dense + 0.2 * torch.eye(len(dense), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(dense)
     v = torch.randn(len(dense), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix = damped_power(INVERSES["block_diagonal"].build(stats, 0.2, BLOCK_SOLVERS["exact"]), power)
+    matrix = damped_power(INVERSES["block_diagonal"].build(stats, 0.2, DAMPINGS["exact"]), power)
     torch.testing.assert_close(matrix.solve(v), vectors @ (values**-power * (vectors.T @ v)))
 
 

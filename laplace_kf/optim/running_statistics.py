@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from laplace_kf.engine import Statistics, StructureRule
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.posterior.store import packed, unpacked
+from laplace_kf.structures.base import Statistics, Structure
 
 __all__ = ["averaged", "dumped", "loaded"]
 
@@ -51,7 +51,7 @@ def averaged(running: Statistics | None, new: Statistics, step: int, limit: floa
     )
 
 
-def _in_common(one: StructureRule, other: StructureRule) -> bool:
+def _in_common(one: Structure, other: Structure) -> bool:
     """Whether sums refer to the very same bases, or to none."""
     mine, theirs = one.fixed, other.fixed
     return mine.keys() == theirs.keys() and all(
@@ -67,6 +67,6 @@ def dumped(statistics: Statistics | None) -> dict[str, Any] | None:
     return {"tensors": tensors, "described": described}
 
 
-def loaded(state: Mapping[str, Any] | None, structure: StructureRule, device: torch.device) -> Statistics | None:
+def loaded(state: Mapping[str, Any] | None, structure: Structure, device: torch.device) -> Statistics | None:
     """The inverse of :func:`dumped`."""
     return None if state is None else unpacked(state["tensors"], state["described"], structure, device)

@@ -18,7 +18,9 @@ from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import KNOB, cholesky, eigh
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, product_of_sum
-from laplace_kf.operators.curvature import DAMPINGS, CurvatureBlock, DiagonalBlock, KroneckerBlock, SpectralBlock
+from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock
+from laplace_kf.operators.eigenbasis import SpectralBlock
+from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = ["DRAW_TOLERANCE", "TOLERANCE", "KeptTerms", "TermSum", "in_common_bases"]
@@ -112,7 +114,7 @@ class KeptTerms(CurvatureBlock):
         return self.precision(1.0, self.diag().new_zeros(()), "exact")
 
     def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
-        if DAMPINGS[damping] is not DAMPINGS["exact"]:
+        if DAMPINGS[damping].is_product:
             raise IncompatiblePair(
                 f"block {self.label!r} is a sum of {len(self._terms)} Kronecker products, damping={damping!r} needs a "
                 'single one; use damping="exact", or terms="project"'
@@ -128,7 +130,7 @@ class KeptTerms(CurvatureBlock):
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """The terms side by side: their products for ``(P_b,)``, one after another."""
-        exact = DAMPINGS[damping] is DAMPINGS["exact"]
+        exact = not DAMPINGS[damping].is_product
         scaled = [_scaled(term, n) for term in self._terms]
         return TermSum(scaled, prior, self.label) if exact else self.precision(n, prior, damping)
 

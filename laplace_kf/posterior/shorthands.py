@@ -1,0 +1,69 @@
+"""Questions that are one prediction and one look at it, for posteriors and for mixtures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.batches import Forward
+from laplace_kf.likelihoods import Prediction
+from laplace_kf.outputs.top import TopClasses
+from laplace_kf.predictive.loaders import batch_after_batch, is_loader
+from laplace_kf.registry import AUTO
+
+__all__ = ["Shorthands"]
+
+
+class Shorthands:
+    """What follows from ``predict`` alone."""
+
+    predict: Callable[..., Prediction]
+
+    def _site(self) -> tuple[nn.Module, Forward | None]:
+        """The network that reads a batch, and the user's ``forward=``."""
+        raise NotImplementedError
+
+    def predict_interval(
+        self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Lower and upper ends ``(N, C)`` of intervals at inputs: ``predict(x, **settings).interval(level, of)``.
+
+        Arguments and errors as of :meth:`predict` and :meth:`laplace_kf.Prediction.interval`.
+        """
+        return self.predict(x, **settings).interval(level, of)
+
+    def predict_top_k(
+        self,
+        x: Any,
+        k: int = 5,
+        *,
+        space: str = AUTO,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+        **settings: Any,
+    ) -> TopClasses:
+        """The k most probable classes ``(N, k)`` at inputs: ``predict(x, **settings).top_k(k)``.
+
+        Of a loader's batches nothing else is kept, so that memory does not grow with inputs × classes.
+
+        Args:
+            x: inputs as for :meth:`predict`, or a loader of batches.
+            k: how many.
+            space, generator, progress: as of :meth:`predict`.
+            **settings: other arguments of :meth:`predict`.
+
+        Raises:
+            ValueError: for k below 1 or above the number of classes.
+            IncompatiblePair: for predictions without classes that exclude each other.
+        """
+        if not is_loader(x):
+            return self.predict(x, space=space, generator=generator, **settings).top_k(k)
+        one = partial(self._top_k_of_batch, k=k, **settings)
+        return batch_after_batch(one, x, *self._site(), space, generator, progress, TopClasses.joined)
+
+    def _top_k_of_batch(self, x: Any, k: int, **settings: Any) -> TopClasses:
+        return self.predict(x, **settings).top_k(k)

@@ -1,0 +1,65 @@
+"""The caller's random states (torch on the CPU, numpy, Python), put back after whatever ran in between.
+
+Loaders shuffle and augment from all three. Reading and writing numpy's state takes longer than a small network's
+forward pass, so that inside a guard another one only looks whether the state has moved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["same_foreign_states", "same_random_states"]
+
+_WORDS = 624  # of the Mersenne twister, 32 bits each; then its position, an int
+_inside = threading.local()
+
+
+@contextmanager
+def same_random_states() -> Iterator[None]:
+    """Afterwards the random states are what they were."""
+    with same_foreign_states():
+        cpu = torch.get_rng_state()
+        try:
+            yield
+        finally:
+            torch.set_rng_state(cpu)
+
+
+@contextmanager
+def same_foreign_states() -> Iterator[None]:
+    """Afterwards the random states of numpy and Python are; torch's moves, as it does for who draws from it."""
+    depth = getattr(_inside, "depth", 0)
+    python, raw = random.getstate(), _raw() if depth else None
+    whole: Any = np.random.get_state() if raw is None else None  # noqa: NPY002 (the caller's)
+    _inside.depth = depth + 1
+    try:
+        yield
+    finally:
+        _inside.depth = depth
+        random.setstate(python)
+        if whole is not None:
+            np.random.set_state(whole)  # noqa: NPY002
+        elif raw != _raw():
+            np.random.set_state(_read(raw))  # type: ignore[arg-type]  # noqa: NPY002
+
+
+def _raw() -> bytes | None:
+    """The memory of numpy's generator; ``None`` if it is not the kind whose layout is known."""
+    generator = getattr(np.random, "get_bit_generator", lambda: None)()
+    if not isinstance(generator, np.random.MT19937):
+        return None
+    return ctypes.string_at(generator.ctypes.state_address, 4 * _WORDS + 4)
+
+
+def _read(raw: bytes) -> tuple[str, Any, int, int, float]:
+    """The state in numpy's own form (its half-used normal number is left to the outer guard)."""
+    key, position = np.frombuffer(raw, np.uint32, _WORDS), np.frombuffer(raw, np.int32, 1, 4 * _WORDS)
+    return "MT19937", key, int(position[0]), 0, 0.0

@@ -1,0 +1,55 @@
+"""Several columns sent back through one recorded forward pass: one after another, or all of them at once.
+
+A small network's backward pass is mostly the cost of starting its functions, so that many columns at once (a vectorised
+backward pass) cost little more than one; a large one's is arithmetic, and gains nothing but memory to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["AT_ONCE", "SMALL", "backward"]
+
+SMALL = 2**17  # entries of a gradient, on average, up to which columns go back together
+AT_ONCE = 4  # columns below which one after another is as fast
+
+
+def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], columns: Tensor) -> list[Tensor | None]:
+    """Gradients at places of the autograd graph for columns, which are kept apart.
+
+    Args:
+        outputs: of the network, ``(N, ...)``; the graph is kept.
+        edges: the places.
+        sizes: how many entries a gradient there has.
+        columns: ``(V, N, ...)``.
+
+    Returns:
+        For every place the gradients ``(V, ...)``, or ``None`` where none arrived for any column.
+    """
+    if len(columns) >= AT_ONCE and sum(sizes) <= SMALL * len(sizes):
+        together = _together(outputs, edges, columns)
+        if together is not None:
+            return together
+    rows = [torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True) for column in columns]
+    stacked: list[Tensor | None] = []
+    for k in range(len(edges)):
+        parts = [row[k] for row in rows]
+        like = next((part for part in parts if part is not None), None)
+        zero = None if like is None else torch.zeros_like(like)
+        stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
+    return stacked
+
+
+def _together(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Tensor | None] | None:
+    """As :func:`backward`, for all columns ``(V, N, ...)`` at once; ``None`` where a function has no rule for that."""
+    try:
+        found = torch.autograd.grad(
+            outputs, edges, columns, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+    except (RuntimeError, NotImplementedError):  # an own autograd function, a hook that reads numbers
+        return None
+    return list(found)

@@ -1,0 +1,68 @@
+"""The check of layer rules against autograd: what signals say must be what one ordinary backward pass gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from laplace_kf.models import coarsest
+from laplace_kf.substitution import leaves_of
+from laplace_kf.tape.blocks import Block
+from laplace_kf.tape.observation import Observation
+
+__all__ = ["count_uses", "disagreeing"]
+
+
+def disagreeing(
+    observation: Observation, blocks: Sequence[Block], unseen: Sequence[str], named: Mapping[str, Tensor]
+) -> tuple[list[Block], set[str], bool]:
+    """The blocks whose signals imply other gradients than autograd gives, and the parameters that only autograd met.
+
+    The gradients must agree in one random direction. They do not if a rule is wrong, or if a parameter also acts where
+    no tape sees it: inside a custom ``autograd.Function``, or through a gradient taken in the forward pass.
+
+    Args:
+        observation: one minibatch.
+        blocks: what is checked.
+        unseen: parameters that no call used.
+        named: parameters by name, each in its own shape.
+
+    Returns:
+        Those two, and whether the gradient of every block showed anything: one that is zero agrees with any rule.
+    """
+    outputs = observation.outputs
+    generator = torch.Generator().manual_seed(1)
+    seed = torch.randn(outputs.shape, generator=generator, dtype=torch.float64).to(outputs)
+    names = [*(name for block in blocks for name in block.parameters), *unseen]
+    weights = [named[name] for name in names]
+    grads = torch.autograd.grad(outputs, weights, seed, retain_graph=True, allow_unused=True)
+    true = {
+        name: (torch.zeros_like(weight) if grad is None else grad.to_dense())[None]
+        for name, weight, grad in zip(names, weights, grads, strict=True)
+    }
+    with torch.no_grad():
+        checked = {block.name for block in blocks}
+        implied = {n: s.total() for n, s in observation.ruled_signals(seed[None]).items() if n in checked}
+    failed, shown = [], True
+    for block in blocks:
+        expected = block.pack(true)[0]
+        found = implied.get(block.name, torch.zeros_like(expected))
+        scale = torch.maximum(expected.abs().max(), found.abs().max())
+        rounding = torch.finfo(coarsest(expected.dtype)).eps
+        shown = shown and bool(scale > 0)
+        if bool((found - expected).abs().max() > 10 * rounding**0.5 * scale):
+            failed.append(block)
+    met = {name for name, grad in zip(names, grads, strict=True) if name in unseen and grad is not None}
+    return failed, met, shown
+
+
+def count_uses(outputs: Tensor, names: Mapping[int, str]) -> dict[str, int]:
+    """How often each parameter (name by id) enters the autograd graph of ``outputs (N, ...)``."""
+    found: dict[str, int] = {}
+    for leaf in leaves_of(outputs):
+        name = names.get(id(leaf))
+        if name is not None:
+            found[name] = found.get(name, 0) + 1
+    return found
