@@ -15,7 +15,7 @@ from laplace_kf.likelihoods import Prediction, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive import mc_dropout
 
-__all__ = ["AttackConfig", "Attacked", "Predict", "attacked", "size"]
+__all__ = ["AttackConfig", "Attacked", "Predict", "attacked", "inside_grid", "size"]
 
 Predict = Callable[[Tensor], Prediction]
 
@@ -45,7 +45,7 @@ class AttackConfig(Repeated):
     curvature_size: int = 5_000
     samples: int = 20
     count: int = 300
-    n_data_factors: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
+    n_data_factors: list[float] = field(default_factory=lambda: [0.1, 1.0, 10.0, 100.0, 1000.0, 10_000.0])
     prior_precisions: list[float] = field(default_factory=lambda: [0.01, 1.0, 100.0, 10_000.0])
     tune_size: int = 500
     progress: bool = False
@@ -115,6 +115,15 @@ def attacked(config: AttackConfig, seed: int) -> Attacked:
 
 def _sampled(posterior: LaplacePosterior, samples: int, seed: int) -> Predict:
     return lambda x: posterior.predict(x, method="mc", samples=samples, generator=training.generator(seed))
+
+
+EDGE = "tuning ended on the edge of its grid, where a posterior is as good as its mode (see tuned in result.json)"
+"""Why a comparison of tuned posteriors may say nothing about them."""
+
+
+def inside_grid(found: Attacked) -> float:
+    """1 if both posteriors were tuned to settings inside the grid, else 0."""
+    return float(not any(entry["at_edge"] for entry in found.tuned.values()))
 
 
 def size(config: AttackConfig) -> str:
