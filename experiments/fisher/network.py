@@ -18,7 +18,9 @@ from experiments.common import data, training
 from experiments.common.checks import require
 from experiments.common.statements import Repeated
 from laplace_kf.diagnostics import Structure
+from laplace_kf.operators import DAMPINGS
 from laplace_kf.optim import sparse_init_
+from laplace_kf.optim.inverse import damped_block
 
 __all__ = ["SIDE", "Damped", "Setup", "Trained", "damped", "digits", "parts", "train"]
 
@@ -124,9 +126,8 @@ def damped(found: Trained, structure: Structure) -> Damped:
     ``Ψ_i = F̃_(i,i+1) F̃_(i+1,i+1)⁻¹`` and ``Σ_i = F̃_(i,i) − Ψ_i F̃_(i+1,i+1) Ψ_iᵀ``.
     """
     statistics = lk.curvature.estimate(found.model, "categorical", batched(found.images), "kron", "exact", found.middle)
-    solver = lk.optim.inverse.BLOCK_SOLVERS["balanced"]
     like = structure.kronecker
-    blocks = [solver.damped(block, like.new_tensor(found.gamma**2)).dense().to(like)  # type: ignore[arg-type]
+    blocks = [damped_block(block, like.new_tensor(found.gamma**2), DAMPINGS["balanced"]).dense().to(like)  # type: ignore[arg-type]
               for _, block in statistics.mean().entries]  # fmt: skip
     cells = parts(structure, structure.kronecker.clone())
     count = len(blocks)

@@ -13,9 +13,9 @@ from experiments.autoencoders.run import network
 from experiments.common import data, training
 from experiments.common.checks import require
 from experiments.common.statements import Repeated
-from laplace_kf.engine import Statistics
-from laplace_kf.operators import Matrix
-from laplace_kf.optim.inverse import BLOCK_SOLVERS, INVERSES
+from laplace_kf.operators import DAMPINGS, Matrix
+from laplace_kf.optim.inverse import INVERSES
+from laplace_kf.structures.base import Statistics
 
 __all__ = [
     "LIKELIHOOD",
@@ -108,7 +108,7 @@ def slope(model: nn.Module, images: Tensor, l2: float) -> Tensor:
 
 def inverse(statistics: Statistics, k: float, damping: str, kind: str = "block_diagonal") -> Matrix:
     """The damped inverse of the factors, as the optimisers make it (methods 5)."""
-    return INVERSES[kind].build(statistics, k, BLOCK_SOLVERS[damping])
+    return INVERSES[kind].build(statistics, k, DAMPINGS[damping])
 
 
 def coefficients(
