@@ -6,7 +6,8 @@ import re
 import shutil
 from functools import partial
 
-from experiments.tables import ROOT, STREAMS, TABLES
+from experiments.registry import EXPERIMENTS
+from experiments.tables import FOLDED, ROOT, STREAMS, TABLES
 
 __all__ = ["PAGES", "ROOT", "TABLES", "render", "write"]
 
@@ -31,6 +32,7 @@ PAGES = {
     "docs/recurrent.md": ("recurrent",),
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
+    "docs/experiments.md": ("papers",),
     "docs/optimizers.md": ("autoencoders", "optimizers"),
 }
 """Which tables stand on which page."""
@@ -78,6 +80,11 @@ COLLECTED = {
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
+    **{
+        f"results/{name}/result.json": f"docs/results/{name}.json"
+        for name, entry in EXPERIMENTS.items()
+        if entry.id.startswith("E") and entry.module and name not in FOLDED
+    },
     **{f"{_folder(run)}/result.json": f"docs/results/{name}.json" for name, run in STREAMS.items()},
     **{
         f"{_folder(STREAMS[name])}/{picture}.png": f"docs/pictures/{name}.png"

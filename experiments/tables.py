@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from experiments.attribution import report as attribution_report
 from experiments.autoencoders import report as autoencoders_report
 from experiments.calibration import report
 from experiments.recurrent import report as recurrent_report
+from experiments.registry import EXPERIMENTS
 
 __all__ = ["ROOT", "STREAMS", "TABLES"]
 
@@ -396,6 +398,50 @@ def autoencoders() -> str:
     return "\n\n".join([*parts, _markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
 
 
+FOLDED = {
+    "E1": "autoencoders", "E2": "autoencoders", "E4": "recurrent", "E12": "autoencoders", "E14": "autoencoders",
+    "E15": "autoencoders", "E19": "toy_regression", "E20": "ood_mnist", "E24": "multiplier_toy",
+    "E25": "continual_permuted_50", "E26": "continual_multiplier", "E27": "continual_disjoint",
+    "E28": "continual_vision", "E35": "continual_terms",
+}  # fmt: skip
+"""Experiments whose results have a name of their own under ``docs/results/``; the others have their id's."""
+
+
+def _counts(verdicts: Sequence[dict[str, Any]]) -> str:
+    words = ("confirmed", "refuted", "not comparable")
+    found = {word: sum(v["verdict"] == word for v in verdicts) for word in words}
+    return ", ".join(f"{count} {word}" for word, count in found.items() if count) or "none judged"
+
+
+def papers() -> str:
+    """One line for each of the 35 experiments, then the claims of those on single claims."""
+    head = ["id", "experiment", "claims", "size of the run", "seeds", "minutes"]
+    rows, parts = [], []
+    for entry in EXPERIMENTS.values():
+        if not re.fullmatch(r"E\d+", entry.id):
+            continue
+        result = _load(f"docs/results/{FOLDED.get(entry.id, entry.id)}.json")
+        if result is None:
+            state = "not run at a size worth keeping" if entry.module else "not written"
+            rows.append([entry.id, entry.title, state, "", "", ""])
+            continue
+        verdicts = [v for v in result.get("verdicts", []) if isinstance(v, dict)]
+        own = entry.id not in FOLDED
+        size = result["size"] if own else "see its page"
+        rows.append([entry.id, entry.title, _counts(verdicts), size,
+                     str(len(result.get("seeds", [result["seed"]]))), f"{result['wall_time_s'] / 60:.1f}"])  # fmt: skip
+        if own:
+            claims = [
+                [v["claim"], f"{v['value']['mean']:.4g} ± {v['value']['std']:.2g}", v["published"] or "-",
+                 v["verdict"] + (f": {v['why']}" if v["why"] else ""), v["seeds"]]
+                for v in verdicts
+            ]  # fmt: skip
+            columns = ["claim", "here", "published", "verdict", "seeds"]
+            parts.append(f"**{result['title']}.** {result['size']} {_machine(result)}. "
+                         f"`python -m experiments run {entry.id}`\n\n{_markdown(columns, claims)}")  # fmt: skip
+    return "\n\n".join([_markdown(head, rows), *parts])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "continual_short": continual_short,
     "recurrent": recurrent,
@@ -417,4 +463,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare": shakespeare,
     **{name: partial(stream, name) for name in STREAMS},
     "autoencoders": autoencoders,
+    "papers": papers,
 }

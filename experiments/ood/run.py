@@ -36,7 +36,17 @@ from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import metrics
 from laplace_kf.reports.html import Report
 
-__all__ = ["Config", "run"]
+__all__ = [
+    "STRUCTURES",
+    "Config",
+    "Images",
+    "binary_batches",
+    "fit_network",
+    "load_images",
+    "run",
+    "tune_posterior",
+    "widths",
+]
 
 STRUCTURES = {"diagonal": "diag", "Kronecker": "kron"}
 
@@ -144,7 +154,7 @@ class Images:
     letters: Tensor
 
 
-def _images(config: Config, seed: int) -> Images:
+def load_images(config: Config, seed: int) -> Images:
     device = torch.device(config.device)
     (x, y), (x_test, y_test), (letters, letter_labels) = (
         data.images("mnist", "train"), data.images("mnist", "test"), data.images("notmnist", "test")
@@ -166,15 +176,15 @@ def _images(config: Config, seed: int) -> Images:
     )
 
 
-def _widths(config: Config) -> list[int]:
+def widths(config: Config) -> list[int]:
     return [784, config.hidden, config.hidden, 10]
 
 
-def _fit_network(config: Config, images: Images, seed: int, model: nn.Sequential, note: str) -> nn.Sequential:
+def fit_network(config: Config, images: Images, seed: int, model: nn.Sequential, note: str) -> nn.Sequential:
     """Train ``model`` on freshly binarised images; a mean-field network on the variational bound, others with L2."""
     device = torch.device(config.device)
     n_data = len(images.train[0])
-    batches = _binary_batches(config.batch, images, seed)
+    batches = binary_batches(config.batch, images, seed)
     bayesian = any(isinstance(module, variational.MeanFieldLinear) for module in model)
     decay = 0.0 if bayesian else config.prior_precision / n_data
     model = model.to(device)
@@ -189,14 +199,14 @@ def _fit_network(config: Config, images: Images, seed: int, model: nn.Sequential
     return model
 
 
-def _binary_batches(size: int, images: Images, seed: int) -> training.Batches:
+def binary_batches(size: int, images: Images, seed: int) -> training.Batches:
     rng = training.generator(seed, images.train[0].device)
     return training.Batches(*images.train, size, rng, transform=training.binarise)
 
 
 def _repetition(config: Config, seed: int) -> Outcome:
     """Everything for one seed."""
-    images = _images(config, seed)
+    images = load_images(config, seed)
     n_data = len(images.train[0])
     inputs = torch.cat([images.test[0], images.letters])
     probs: dict[str, Tensor] = {}
@@ -208,11 +218,11 @@ def _repetition(config: Config, seed: int) -> Outcome:
         return _stage(name, seconds, f"seed {seed}: {name}" if config.progress else None)
 
     with stage("training"):
-        noisy = training.mlp(_widths(config), dropout=config.dropout, seed=seed)
-        model = noisy = _fit_network(config, images, seed, noisy, "network with dropout")
+        noisy = training.mlp(widths(config), dropout=config.dropout, seed=seed)
+        model = noisy = fit_network(config, images, seed, noisy, "network with dropout")
         if config.network == "plain":
-            plain = training.mlp(_widths(config), seed=seed)
-            model = _fit_network(config, images, seed, plain, "network without dropout")
+            plain = training.mlp(widths(config), seed=seed)
+            model = fit_network(config, images, seed, plain, "network without dropout")
     rng = training.generator(seed, config.device)
     probs["MAP"] = training.outputs(model, inputs).softmax(-1)
     with stage("MC dropout: prediction"):
@@ -224,7 +234,7 @@ def _repetition(config: Config, seed: int) -> Outcome:
             model, "categorical", structure=structure, estimator="exact", damping=config.damping,
             prior_precision=config.prior_precision,
         )  # fmt: skip
-        batches = _binary_batches(config.curvature_batch, images, seed)
+        batches = binary_batches(config.curvature_batch, images, seed)
         with stage(f"{name}: curvature"):
             posterior.fit(batches, passes=config.passes, n_data=n_data, generator=rng)
         settings[f"{name}, untuned"] = {"n_data": float(n_data), "prior_precision": config.prior_precision}
@@ -232,16 +242,16 @@ def _repetition(config: Config, seed: int) -> Outcome:
             prediction = posterior.predict(inputs, method="mc", samples=config.samples, generator=rng)
             probs[f"{name}, untuned"] = prediction.probs
         with stage(f"{name}: tuning"):
-            tuning[name] = _tune(config, posterior, images.val, n_data, rng)
+            tuning[name] = tune_posterior(config, posterior, images.val, n_data, rng)
         settings[f"{name}, tuned"] = {key: tuning[name]["best"][key] for key in ("n_data", "prior_precision")}
         with stage(f"{name}: prediction"):
             prediction = posterior.predict(inputs, method="mc", samples=config.samples, generator=rng)
             probs[f"{name}, tuned"] = prediction.probs
     if config.mean_field:
         sigma = config.mean_field_sigma
-        bayes = variational.mean_field_mlp(_widths(config), sigma=sigma, seed=seed, device=config.device)
+        bayes = variational.mean_field_mlp(widths(config), sigma=sigma, seed=seed, device=config.device)
         with stage("mean field: training"):
-            _fit_network(config, images, seed, bayes, "mean-field network")
+            fit_network(config, images, seed, bayes, "mean-field network")
         with stage("mean field: prediction"):
             probs["mean field"] = variational.predict(bayes, inputs, config.samples)
     probs = {name: p.cpu() for name, p in probs.items()}
@@ -258,7 +268,7 @@ def _stage(name: str, seconds: dict[str, float], announce: str | None) -> Iterat
     seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _tune(
+def tune_posterior(
     config: Config, posterior: LaplacePosterior, val: tuple[Tensor, Tensor], n_data: int, rng: torch.Generator
 ) -> dict[str, Any]:
     """Grid search; returns the best point, whether it lies on the grid's edge, and the whole table."""

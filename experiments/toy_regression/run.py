@@ -32,7 +32,7 @@ from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports import metrics, plots, private_rng
 from laplace_kf.reports.html import Picture, Report, Table
 
-__all__ = ["Config", "run"]
+__all__ = ["EDGE", "INPUT_SCALE", "LIMIT", "NOISE", "TARGET_SCALE", "Config", "draw_points", "fit_network", "run"]
 
 STRUCTURES = {"full": "full", "diagonal": "diag", "Kronecker": "kron"}
 NOISE = 3.0
@@ -113,14 +113,14 @@ class Outcome:
     seconds: dict[str, float]
 
 
-def _points(count: int, rng: torch.Generator) -> Pair:
+def draw_points(count: int, rng: torch.Generator) -> Pair:
     """Inputs ``(N, 1)`` and targets ``(N, 1)`` in float64, scaled."""
     x = (2 * torch.rand(count, 1, generator=rng, dtype=torch.float64) - 1) * EDGE
     y = x**3 + NOISE * torch.randn(count, 1, generator=rng, dtype=torch.float64)
     return x / INPUT_SCALE, y / TARGET_SCALE
 
 
-def _network(config: Config, likelihood: Gaussian, train: Pair, seed: int) -> nn.Sequential:
+def fit_network(config: Config, likelihood: Gaussian, train: Pair, seed: int) -> nn.Sequential:
     """The MAP estimate: the best of several optima of the full-batch log joint."""
     x, y = train
 
@@ -211,7 +211,7 @@ def _mean_field(
 def _repetition(config: Config, seed: int) -> Outcome:
     """Everything for one seed."""
     rng = generator(seed)
-    train, val = _points(config.points, rng), _points(config.points, rng)
+    train, val = draw_points(config.points, rng), draw_points(config.points, rng)
     grid = torch.linspace(-LIMIT, LIMIT, config.grid, dtype=torch.float64)[:, None]
     noisy = grid**3 + NOISE * torch.randn(grid.shape, generator=rng, dtype=torch.float64)
     inputs, targets = torch.cat([val[0], grid / INPUT_SCALE]), torch.cat([val[1], noisy / TARGET_SCALE])
@@ -223,7 +223,7 @@ def _repetition(config: Config, seed: int) -> Outcome:
         nonlocal start
         seconds[name], start = time.perf_counter() - start, time.perf_counter()
 
-    model = _network(config, likelihood, train, seed)
+    model = fit_network(config, likelihood, train, seed)
     lap("training")
     predictions: dict[str, Prediction] = {}
     settings: dict[str, dict[str, float]] = {}

@@ -7,7 +7,7 @@ from laplace_kf.diagnostics.asymptotics import Convergence, convergence
 from laplace_kf.diagnostics.bounds import Ranks, ranks, reduction_bound
 from laplace_kf.diagnostics.checking import Check, check
 from laplace_kf.diagnostics.costs import Costs, costs
-from laplace_kf.diagnostics.direction import alignment, block_diagonal_residual
+from laplace_kf.diagnostics.direction import Steps, alignment, block_diagonal_residual, gauss_newton_steps
 from laplace_kf.diagnostics.expectation import kronecker_error
 from laplace_kf.diagnostics.fisher import Structure, fisher_structure
 from laplace_kf.diagnostics.matrices import hessian, jacobian, quadratic_form
@@ -24,6 +24,7 @@ __all__ = [
     "Invariance",
     "Ranks",
     "Record",
+    "Steps",
     "Structure",
     "alignment",
     "block_diagonal_residual",
@@ -33,6 +34,7 @@ __all__ = [
     "costs",
     "damping_study",
     "fisher_structure",
+    "gauss_newton_steps",
     "hessian",
     "invariance",
     "jacobian",

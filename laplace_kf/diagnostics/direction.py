@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from laplace_kf.optim.cg import Progress, conjugate_gradients
 from laplace_kf.passes import Pass
 from laplace_kf.tape import FlatLayout
 
-__all__ = ["alignment", "block_diagonal_residual", "minimum_norm"]
+__all__ = ["Steps", "alignment", "block_diagonal_residual", "gauss_newton_steps", "minimum_norm"]
 
 DENSE = 1500  # parameters up to which the systems are solved by an eigendecomposition
 
@@ -62,6 +63,49 @@ def alignment(
         ShapeMismatch: if the update does not have one entry for every parameter, or the data are empty.
         IncompatiblePair: for a negative damping.
     """
+    found = gauss_newton_steps(model, likelihood, data, damping, steps=steps, forward=forward)
+    flat = _flat(update, found.layout).to(found.full)
+    cosines = {"full": cosine(flat, found.full), "block_diagonal": cosine(flat, found.blocks)}
+    return {**cosines, **{m: cosine(flat[at], found.blocks[at]) for m, at in found.modules.items()}}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Gauss-Newton steps ``−(G + damping I)⁻¹ ∇`` of a network.
+
+    Attributes:
+        full: with the full matrix, ``(P,)``.
+        blocks: with the blocks of all modules, each solved on its own, ``(P,)``.
+        gradient: ``∇`` of the mean loss, ``(P,)``.
+        modules: positions ``(P_l,)`` of the parameters of every module, by its path.
+        layout: flat order of the parameters.
+    """
+
+    full: Tensor
+    blocks: Tensor
+    gradient: Tensor
+    modules: dict[str, Tensor]
+    layout: FlatLayout
+
+
+def gauss_newton_steps(
+    model: nn.Module,
+    likelihood: str | Likelihood,
+    data: Iterable[Any] | tuple[Any, Any],
+    damping: float = 0.0,
+    *,
+    steps: int = 500,
+    forward: Forward | None = None,
+) -> Steps:
+    """The steps that :func:`alignment` compares with, for several updates at one point (Botev 2020, 4.5.2).
+
+    Args:
+        model, likelihood, data, damping, steps, forward: as for :func:`alignment`.
+
+    Raises:
+        ShapeMismatch: if the data are empty.
+        IncompatiblePair: for a negative damping.
+    """
     if not 0 <= damping < float("inf"):
         raise IncompatiblePair(f"damping must be finite and not negative, got {damping}")
     sums: list[Tensor] = []
@@ -72,7 +116,6 @@ def alignment(
 
     layout, count = walked(model, likelihood, data, visit, forward)
     gradient = sums[0] / count
-    flat = _flat(update, layout).to(gradient)
     small = layout.size <= DENSE
     problem = dense(model, likelihood, data, forward) if small else Dense(gradient, gradient[:0], layout, count)
 
@@ -89,13 +132,11 @@ def alignment(
 
         return conjugate_gradients(product, right, limit=steps, progress=Progress(1e-10)).x
 
-    found = {"full": cosine(flat, solved(None, "all"))}
-    together = torch.zeros_like(flat)
+    together = torch.zeros_like(gradient)
     for module, places in problem.modules.items():
         names = [name for name in layout.names if name.rpartition(".")[0] == module]
         together[places] = solved(places, [name.replace("[", "[[]") for name in names])
-        found[module] = cosine(flat[places], together[places])
-    return {"full": found.pop("full"), "block_diagonal": cosine(flat, together), **found}
+    return Steps(solved(None, "all"), together, gradient, problem.modules, layout)
 
 
 def _flat(update: Tensor | Mapping[str, Tensor], layout: FlatLayout) -> Tensor:

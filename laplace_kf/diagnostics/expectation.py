@@ -110,6 +110,11 @@ class _Pair:
         assert self.sums is not None
         return {name: part / self.count for name, part in self.sums.items()}
 
+    def exact(self) -> Tensor:
+        """``E[g hᵀ ⊗ a bᵀ]`` with both layers' weights by rows, ``(P_a, P_b)``."""
+        joint = self._means()["abg"]  # (I, J, O, Q)
+        return joint.permute(2, 0, 3, 1).reshape(joint.shape[2] * joint.shape[0], -1)
+
     def product(self) -> Tensor:
         """``E[a bᵀ] ⊗ E[g hᵀ]`` with both layers' weights by rows, ``(P_a, P_b)``."""
         m = self._means()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.diagnostics.base import dense, repeatable
+from laplace_kf.diagnostics.base import Parameters, repeatable
 from laplace_kf.diagnostics.expectation import moments
 from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
@@ -47,14 +47,15 @@ def fisher_structure(
     likelihood: str | Likelihood,
     data: Iterable[Any] | tuple[Any, Any],
     damping: float,
+    parameters: Parameters = "all",
     *,
     forward: Forward | None = None,
 ) -> Structure:
     """Exact and Kronecker-factored Fisher of all layers with their damped inverses (Martens 2016, Fig. 6.1 to 6.5).
 
     Args:
-        model, likelihood, data, forward: as for :func:`laplace_kf.curvature.estimate`; small networks whose layers use
-            their weights once an example.
+        model, likelihood, data, parameters, forward: as for :func:`laplace_kf.curvature.estimate`; small networks, or
+            some layers of one, whose layers use their weights once an example.
         damping: added to the diagonal of both before they are inverted, positive.
 
     Raises:
@@ -64,16 +65,15 @@ def fisher_structure(
     if not 0 < damping < float("inf"):
         raise IncompatiblePair(f"damping must be positive, got {damping}")
     data = repeatable(data)
-    found, blocks = moments(model, likelihood, data, "all", forward)
+    found, blocks = moments(model, likelihood, data, parameters, forward)
     if len(found) != len(blocks) ** 2:
         left = next(name for name in blocks if (name, name) not in found)
         raise UnsupportedLayer(
             f"block {left!r} shares its weight over positions, or is no Kronecker product; F̃ between all layers is for "
             "layers that use their weight once an example"
         )
-    problem = dense(model, likelihood, data, forward)
-    places = torch.cat([problem.layout.positions(block) for block in blocks.values()])
-    exact = problem.ggn[places][:, places]
+    exact = torch.cat([torch.cat([found[k, m].exact() for m in blocks], 1) for k in blocks])
+    exact = (exact + exact.T) / 2
     kronecker = torch.cat([torch.cat([found[k, m].product() for m in blocks], 1) for k in blocks])
     shift = damping * torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     sizes = {name: block.size for name, block in blocks.items()}

@@ -56,6 +56,14 @@ class TestFisherStructure:
         assert float(means[0, 1]) == pytest.approx(float(found.exact[:9, 9:].abs().mean()))
         assert list(found.sizes.values()) == [9, 8]
 
+    def test_some_layers(self):
+        model, x, y = problem()
+        whole = lk.diagnostics.fisher_structure(model, "categorical", (x, y), 0.1)
+        part = lk.diagnostics.fisher_structure(model, "categorical", (x, y), 0.1, ["2.weight", "2.bias"])
+        assert list(part.sizes.values()) == [8]
+        close(part.exact, whole.exact[9:, 9:])
+        close(part.kronecker, whole.kronecker[9:, 9:])
+
     def test_refusals(self):
         model, x, y = problem()
         with pytest.raises(LaplaceKFError, match="damping"):

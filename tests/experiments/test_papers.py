@@ -1,0 +1,137 @@
+"""The experiments on single claims, each at a very small size: they run, judge what they found, write their files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+
+import pytest
+import torch
+
+from experiments.__main__ import main
+from experiments.common.statements import Repeated, Statement, judged
+from experiments.ood.targeted import steps_until
+from experiments.registry import EXPERIMENTS
+from experiments.steps.batches import exponent
+from experiments.theory import damping_toy, empirical_fisher_toy
+from experiments.theory.clusters import left
+from experiments.theory.loss_slices import maxima
+
+AUTOENCODER = "count=60 side=7 widths=[6,3]"
+ATTACK = (
+    "hidden=16 epochs=2 train_size=500 curvature_size=200 samples=3 count=20 tune_size=50 n_data_factors=[1] "
+    "prior_precisions=[1]"
+)
+FISHER = "images=200 fisher_images=100 most=3 width=4"
+SMOKE = {
+    "E3": f"{AUTOENCODER} steps=2 limit=12 inner=3",
+    "E5": "",
+    "E6": "steps=20",
+    "E7": FISHER,
+    "E8": FISHER,
+    "E9": FISHER,
+    "E10": f"{AUTOENCODER} steps=3 points=4",
+    "E11": f"{AUTOENCODER} sizes=[20,60] updates=5",
+    "E13": "points=11 count=10",
+    "E16": f"{AUTOENCODER} steps=2 every=2 batch=30 cg_steps=3",
+    "E17": f"{AUTOENCODER} steps=2 every=2 batch=30 cg_steps=3",
+    "E18": "count=60 side=7 widths=[6] batch=30 updates=3 adam_updates=6 rates=[0.01] treatments=[em]",
+    "E21": f"{ATTACK} epsilons=[0.1]",
+    "E22": f"{ATTACK} steps=4 every=2",
+    "E29": "steps=40 repetitions=50",
+    "E30": "steps=2 count=40",
+    "E31": "count=20 draws=1 samples=[1,4] wide=[1,3]",
+    "E32": "counts=[1,3] outputs=[2] samples=[2]",
+    "E33": "size=5 steps=8",
+    "E34": "points=8 width=3 restarts=1 samples=20 tune_samples=5 n_data_factors=[1,10] prior_precisions=[1] grid=13",
+}
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_a_small_run(name, tmp_path):
+    """Files are written, numbers are finite or said to be none, and every verdict follows from its own number."""
+    assert main(["run", name, *SMOKE[name].split(), "repeats=1", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["experiment"] == name and result["seeds"] == [0] and result["size"]
+    assert result["stand_ins"] == []
+    module = importlib.import_module(EXPERIMENTS[name].module)
+    assert [one["claim"] for one in result["verdicts"]] == [
+        one.text for one in module.STATEMENTS if one.metric in result["metrics"]["found"]
+    ]
+    found = {key: entry["values"][0] for key, entry in result["metrics"]["found"].items()}
+    for one, statement in zip(
+        result["verdicts"], [s for s in module.STATEMENTS if s.metric in found], strict=True
+    ):  # fmt: skip
+        value = found[statement.metric]
+        value = math.nan if value is None else value  # JSON has no infinity: judged below only where there is a number
+        if not math.isnan(value) and one["verdict"] != "not comparable":
+            assert one["verdict"] == ("confirmed" if statement.least <= value <= statement.most else "refuted")
+        assert one["verdict"] != "not comparable" or one["why"]
+    assert (tmp_path / "report.html").stat().st_size > 1000
+
+
+def test_two_runs_with_one_seed_are_the_same(tmp_path):
+    for folder in ("one", "two"):
+        assert main(["run", "E32", *SMOKE["E32"].split(), "repeats=1", "--out", str(tmp_path / folder)]) == 0
+    one, two = (json.loads((tmp_path / folder / "result.json").read_text()) for folder in ("one", "two"))
+    assert one["metrics"] == two["metrics"]
+
+
+def test_verdicts_follow_the_numbers():
+    statement = Statement("a claim", "x", 1, 2, "1.5", "fair", "no reason to compare")
+    fair = [{"x": 0.5, "fair": 1.0}, {"x": 2.0, "fair": 1.0}]
+    assert statement.judge(fair)["verdict"] == "confirmed"  # the mean is 1.25
+    assert statement.judge(fair)["seeds"] == "1 of 2"
+    assert statement.judge([{"x": 3.0, "fair": 1.0}])["verdict"] == "refuted"
+    assert statement.judge([{"x": math.nan, "fair": 1.0}])["verdict"] == "refuted"
+    unfair = statement.judge([{"x": 1.5, "fair": 0.0}])
+    assert unfair["verdict"] == "not comparable" and unfair["why"] == "no reason to compare"
+
+
+def test_seeds_are_counted_up():
+    seen = []
+    report = judged("t", "s", Repeated(seed=4, repeats=3), lambda seed: seen.append(seed) or {"x": seed},
+                    [Statement("five", "x", 5, 5)], size="small")  # fmt: skip
+    assert seen == [4, 5, 6] and report.details["verdicts"][0]["verdict"] == "confirmed"
+
+
+@pytest.mark.parametrize("word", ["repeats=0", "a=0.5", "share=2"])
+def test_settings_are_refused(word, tmp_path, capsys):
+    assert main(["run", "E5", word, "--out", str(tmp_path)]) != 0
+    assert word.split("=")[0] in capsys.readouterr().err
+
+
+def test_shares_of_the_damped_steps():
+    found = damping_toy.shares(15.0, 0.5)  # curvatures 2 along u and 30 along v; diag B is 16 times the identity
+    assert found["damped by diag B"] == pytest.approx(2 / (2 + 30))
+    assert found["damped by B"] == pytest.approx(0.5)
+    assert found["diagonal matrix"] == pytest.approx(2 / 16)
+
+
+def test_walks_on_the_empirical_fisher():
+    assert empirical_fisher_toy.path("exact", 1.0, 0.5, 3, 2.0, False) == pytest.approx([2, 1, 0.5, 0.25])
+    walked = empirical_fisher_toy.path("empirical", 0.5, 0.5, 3, 2.1, False)  # θ − α sign θ
+    assert walked == pytest.approx([2.1, 1.6, 1.1, 0.6])
+    assert empirical_fisher_toy.path("empirical", 1.0, 1.0, 1, 2.0, True)[1] == pytest.approx(2 - 1 / 2)
+
+
+def test_cg_errors_end_at_zero():
+    curvature = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    errors = left(curvature, torch.ones(3, dtype=torch.float64), 3)
+    assert errors[0].tolist() == [1, 1, 1] and float(errors[3].norm()) < 1e-12
+
+
+def test_maxima_are_counted():
+    surface = torch.zeros(5, 5, dtype=torch.float64)
+    assert maxima(surface) == 0
+    surface[2, 2] = 1.0
+    surface[0, 0] = 9.0  # on the border
+    assert maxima(surface) == 1
+
+
+def test_exponents_and_steps():
+    assert exponent([10, 100], [100, 10]) == pytest.approx(1)
+    assert exponent([10, 100], [50, 50]) == pytest.approx(0)
+    assert steps_until(0.5, [0, 5, 10], [0.0, 0.4, 0.6]) == pytest.approx(7.5)
+    assert steps_until(0.5, [0, 5], [0.0, 0.4]) == math.inf
