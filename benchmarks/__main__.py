@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.timing import RESULTS, save
 
 NAMES = (
+    "attribution",
     "fit_cost",
     "importance",
     "linearized",

@@ -33,7 +33,7 @@ from laplace_kf.reports.style import colour
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Trained", "data", "evidence_gradient", "held_out_nll", "linearised", "main", "network", "run", "train"]
+__all__ = ["Trained", "data", "evidence_gradient", "held_out_nll", "linearized", "main", "network", "run", "train"]
 
 NOISE = 0.3
 """Standard deviation of the noise in the data."""
@@ -164,7 +164,7 @@ def _patterns(precisions: dict[str, float]) -> dict[str, float]:
     return {f"{name}.*": value for name, value in precisions.items()}
 
 
-def linearised(posterior: lk.LaplacePosterior, x: Tensor) -> tuple[Tensor, Tensor]:
+def linearized(posterior: lk.LaplacePosterior, x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and epistemic variance, ``(N,)`` each, of the linearised network at ``x (N, 1)``: ``f`` and ``J Λ⁻¹ Jᵀ``.
 
     The evidence of a Laplace posterior is that of this model, whose Gauss-Newton matrix is exact.
@@ -185,7 +185,7 @@ def linearised(posterior: lk.LaplacePosterior, x: Tensor) -> tuple[Tensor, Tenso
 def held_out_nll(posterior: lk.LaplacePosterior, test_data: Pair) -> float:
     """Mean negative log density in nats of test data ``(N, 1)`` under the linearised prediction."""
     x, y = test_data
-    mean, variance = linearised(posterior, x)
+    mean, variance = linearized(posterior, x)
     total = variance + posterior.likelihood.scale**2  # type: ignore[attr-defined]
     return float(0.5 * ((y[:, 0] - mean).square() / total + total.log() + math.log(2 * math.pi)).mean())
 
@@ -244,7 +244,7 @@ def _picture(learned: Trained, fixed: dict[float, Trained], train_data: Pair, re
     middle.set_ylabel("test NLL (nats per point)")
     middle.set_title("on test data", loc="left", fontsize=11)
     grid = torch.linspace(-4, 4, 161, dtype=torch.float64)
-    mean, variance = linearised(learned.posterior, grid[:, None])
+    mean, variance = linearized(learned.posterior, grid[:, None])
     plots.regression_band(
         grid, mean, variance.sqrt(), (variance + learned.noise[-1] ** 2).sqrt(), points=train_data,
         truth=torch.sin(2 * grid), axis=right, title="linearised prediction", labels=("x", "y"), limits=(-3, 3),

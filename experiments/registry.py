@@ -105,6 +105,8 @@ for _entry in (
     Experiment("ood_pairs", "scores of strange inputs on pairs of image sets", "experiments.ood_pairs.run",
                "ood_pairs", resumable=True),
     Experiment("uci", "regression tables beside published figures", "experiments.uci.run", "uci", resumable=True),
+    Experiment("attribution", "predicted and measured effects of training examples", "experiments.attribution.run",
+               "attribution", resumable=True),
     Experiment("shakespeare", "a tutorial: what a transformer does not know", "experiments.shakespeare.run",
                "shakespeare"),
     Experiment("demo", "known and unknown handwritten digits, in half a minute", "laplace_kf.demo", "demo"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
+from experiments.attribution import report as attribution_report
 from experiments.autoencoders import report as autoencoders_report
 from experiments.calibration import report
 from experiments.recurrent import report as recurrent_report
@@ -70,14 +71,47 @@ def _verdicts(result: dict[str, Any]) -> str:
 
 def ood_pairs() -> str:
     """AUROC of every score on pairs of image sets, and the verdicts."""
-    result = _load("docs/results/ood_pairs.json")
+    return _quoted("ood_pairs")
+
+
+def uci() -> str:
+    """Test log likelihoods and conformal intervals on regression tables, and the verdicts."""
+    return _quoted("uci")
+
+
+def _quoted(name: str) -> str:
+    """The tables that an experiment left in its result."""
+    result = _load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
-    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run ood_pairs`"]
+    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run {name}`"]
     for table in result["tables"]:
         parts += [_markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
     missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
     return "\n\n".join([*parts, *missing])
+
+
+def attribution() -> str:
+    """Datamodelling scores, wrong labels found, and aims."""
+    result = _load("docs/results/attribution.json")
+    if result is None:
+        return "*Not run yet.*"
+    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run attribution`"]
+    for head, rows in (attribution_report.score_rows(result), attribution_report.wrong_rows(result)):
+        parts.append(_markdown(head, rows))
+    table = attribution_report.targets_table(result["verdicts"])
+    return "\n\n".join([*parts, _markdown(list(table.columns), [list(row) for row in table.rows])])
+
+
+def attribution_cost() -> str:
+    """Scores of 5,000 x 500 pairs in training epochs."""
+    result = _load("benchmarks/results/attribution.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = [[name, f"{cost['ratio']:.1f}", f"{cost['seconds']:.2f}"] for name, cost in result["costs"].items()]
+    met = [f"{claim}: {'met' if held else 'missed'}" for claim, held in result["met"].items()]
+    head = f"{result['workload']}; {_machine(result)}. {'; '.join(met)}. `python -m benchmarks attribution`"
+    return f"{head}\n\n" + _markdown(["job", "epochs", "s"], rows)
 
 
 def calibration() -> str:
@@ -86,7 +120,7 @@ def calibration() -> str:
     if result is None:
         return "*Not run yet.*"
     config, metrics = result["config"], result["metrics"]
-    means = {name: metrics[name][report.NAMES[0]]["nll"]["mean"] for name in metrics}
+    means = {name: metrics[name][report.MAP]["nll"]["mean"] for name in metrics}
     head, rows = report.difference_rows(means, result["comparisons"])
     text = (
         f"One hidden layer of {config['hidden']} units, {config['splits']} splits, {config['val_share']:.0%} of the "
@@ -362,6 +396,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "ood_mnist": ood_mnist,
     "ood_pairs": ood_pairs,
+    "attribution": attribution,
+    "attribution_cost": attribution_cost,
+    "uci": uci,
     "predictions": predictions,
     "many_outputs": many_outputs,
     "toy_regression": toy_regression,

@@ -1,6 +1,7 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
 from laplace_kf import (
+    acquisition,
     attacks,
     attribution,
     bridges,
@@ -31,6 +32,7 @@ __all__ = [
     "TopClasses",
     "TuningResult",
     "__version__",
+    "acquisition",
     "attacks",
     "attribution",
     "bridges",

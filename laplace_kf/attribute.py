@@ -18,6 +18,8 @@ from laplace_kf.posterior import LaplacePosterior
 
 __all__ = ["arguments", "main"]
 
+DRAWN = 10  # queries of a picture at most
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
@@ -29,6 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--damping", type=float, help="λ in place of the posterior's")
     parser.add_argument("--top", type=int, default=5, help="examples shown of every query (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--accuracy", type=float, help="relative error that scores may have for speed, such as 0.01")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draws them (images x; PNG)")
     parser.add_argument("--out", type=Path, default=Path("scores.safetensors"), help="default: %(default)s")
 
 
@@ -40,6 +44,8 @@ def main(chosen: argparse.Namespace) -> Tensor:
     """
     if chosen.top < 1 or chosen.batch_size < 1:
         raise ShapeMismatch("--top and --batch-size must be at least 1")
+    if chosen.picture is not None and read_file(chosen.queries)["x"].dim() not in (3, 4):
+        raise ShapeMismatch(f"--picture needs images x (N, H, W) or (N, C, H, W), and {chosen.queries} has none")
     posteriors = [LaplacePosterior.load(path, network(chosen.model)) for path in chosen.posterior]
     like = next(iter(posteriors[0].mean.values()))
 
@@ -50,7 +56,9 @@ def main(chosen: argparse.Namespace) -> Tensor:
         return batches(found, chosen.batch_size, like)
 
     attribution = Attribution(posteriors)
-    scores = attribution.influence(data(chosen.train), data(chosen.queries), chosen.of, damping=chosen.damping)
+    scores = attribution.influence(
+        data(chosen.train), data(chosen.queries), chosen.of, damping=chosen.damping, accuracy=chosen.accuracy
+    )
     attribution.save(chosen.out)
     print("query  most helpful (training example: score)  |  most harmful")
     for query, row in enumerate(scores):
@@ -60,5 +68,15 @@ def main(chosen: argparse.Namespace) -> Tensor:
             found = (sign * row).topk(shown)
             listed.append("  ".join(f"{int(i)}: {sign * float(v):+.3g}" for v, i in zip(*found, strict=True)))
         print(f"{query:5d}  {listed[0]}  |  {listed[1]}")
+    if chosen.picture is not None:
+        _drawn(scores, chosen)
+        print(f"\npicture written to {chosen.picture}")
     print(f"\n{scores.shape[0]} x {scores.shape[1]} scores written to {chosen.out}")
     return scores
+
+
+def _drawn(scores: Tensor, chosen: argparse.Namespace) -> None:
+    from laplace_kf.reports.influence_plots import influential  # needs the experiments extra
+
+    train, queries = (read_file(path)["x"] for path in (chosen.train, chosen.queries))
+    influential(scores[:DRAWN], train, queries[:DRAWN], chosen.top).savefig(chosen.picture, dpi=150)

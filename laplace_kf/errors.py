@@ -30,6 +30,9 @@ NAMES = {
     "multiclass": "categorical",
     "softmax": "categorical",
     "cross_entropy": "categorical",
+    "crossentropy": "categorical",
+    "ce": "categorical",
+    "categorical_crossentropy": "categorical",
     "crossentropyloss": "categorical",
     "nllloss": "categorical",
     "binary": "bernoulli",
@@ -42,6 +45,9 @@ NAMES = {
     "mse": "gaussian",
     "mseloss": "gaussian",
     "normal": "gaussian",
+    "squared_error": "gaussian",
+    "count": "poisson",
+    "counts": "poisson",
     "heteroscedastic_regression": "heteroscedastic_gaussian",
     "gaussiannllloss": "heteroscedastic_gaussian",
     "poissonnllloss": "poisson",
@@ -50,18 +56,37 @@ NAMES = {
     "diagonal": "diag",
     "dense": "full",
     "gp": "full",
+    "block": "layer",
+    "blockdiag": "layer",
+    "block_diag": "layer",
+    "block_diagonal": "layer",
     "low_rank": "lowrank",
     "scalar": "isotropic",
     "ggn": "exact",
     "fisher": "sampled",
+    "mc": "sampled",
     "ef": "empirical",
+    "empirical_fisher": "empirical",
+    "emp_fisher": "empirical",
     "glm": "linearized",
     "nn": "mc",
     "sampling": "mc",
+    "sample": "mc",
+    "samples": "mc",
+    "mean": "map",
     "monte_carlo": "mc",
     "marglik": "evidence",
     "gridsearch": "nll",
     "last": "last_layer",
+}
+# Names of what is chosen by another argument, or is a function of its own.
+ELSEWHERE = {
+    "last_layer": 'parameters="last_layer"',
+    "subnetwork": "parameters=lk.Subnetwork(size)",
+    "bridge": 'method="linearized", link="bridge"',
+    "dropout": "lk.predictive.mc_dropout(model, likelihood)",
+    "mc_dropout": "lk.predictive.mc_dropout(model, likelihood)",
+    "ensemble": "lk.Mixture([posterior, ...])",
 }
 ARGUMENTS = {
     "hessian_structure": "structure",
@@ -76,14 +101,16 @@ ARGUMENTS = {
     "link_approx": "predict(method=...)",
     "backend": "estimator",
     "last_layer_name": "parameters=[patterns]",
+    "subnetwork_indices": "parameters=lk.Subnetwork(size)",
+    "temperature": "posterior.n_data = ...",
 }
 
 
 def nearest(name: object, allowed: Iterable[str]) -> str | None:
     """The allowed name that is meant by another one: what neighbours call so, else the most similar."""
     allowed = tuple(allowed)
-    word = name if isinstance(name, str) else type(name).__name__
-    known = NAMES.get(word.lower())
+    word = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
+    known = NAMES.get(word.lower().replace("-", "_").replace(" ", "_"))
     if known in allowed:
         return known
     near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
@@ -103,8 +130,9 @@ class UnknownName(LaplaceKFError, ValueError):
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str]) -> None:
         self.kind, self.name, self.allowed = kind, name, tuple(sorted(allowed))
-        near = nearest(name, self.allowed)
-        hint = f" Did you mean {near!r}?" if near else ""
+        other = ELSEWHERE.get(name.lower()) if isinstance(name, str) else None
+        near = None if other else nearest(name, self.allowed)
+        hint = f" Did you mean {other or repr(near)}?" if other or near else ""
         super().__init__(f"Unknown {kind} {name!r}; registered: {', '.join(map(repr, self.allowed))}.{hint}")
 
 

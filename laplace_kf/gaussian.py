@@ -11,11 +11,11 @@ from torch import Tensor
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.operators import Blockwise, Isotropic, Matrix, Spectral
 
-__all__ = ["Gaussian"]
+__all__ = ["WeightGaussian"]
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class WeightGaussian:
     """``N(mean, precision⁻¹)`` over ``P`` weights.
 
     Attributes:
@@ -31,7 +31,7 @@ class Gaussian:
             raise ShapeMismatch(f"mean {tuple(self.mean.shape)} does not fit a precision of size {self.precision.size}")
 
     @classmethod
-    def isotropic(cls, mean: Tensor, precision: float | Tensor) -> Gaussian:
+    def isotropic(cls, mean: Tensor, precision: float | Tensor) -> WeightGaussian:
         """``N(mean (P,), I / precision)``."""
         value = torch.as_tensor(precision, dtype=mean.dtype, device=mean.device)
         return cls(mean, Isotropic(mean.shape[0], value))
@@ -52,7 +52,7 @@ class Gaussian:
         constant = self.precision.logdet() - self.mean.shape[0] * math.log(2 * math.pi)
         return constant / 2 - self.energy(weights)
 
-    def kl(self, other: Gaussian) -> Tensor:
+    def kl(self, other: WeightGaussian) -> Tensor:
         """``KL(self ‖ other)`` in nats, 0-dim; forms dense matrices, so for small ``P``."""
         size = self.mean.shape[0]
         trace = self.precision.solve(other.precision.dense()).diagonal().sum()

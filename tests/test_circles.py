@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_architecture import ROOT, python_files
+from tests.test_architecture import ROOT, RULE_FOLDERS, python_files
 
 Graph = dict[str, dict[str, int]]
 
@@ -88,7 +88,7 @@ def test_large_folders_have_an_order_inside():
     for folder in sorted({path.parent for path in python_files(ROOT / "laplace_kf")}):
         names = {path.stem for path in folder.glob("*.py")} - {"__init__"}
         package = module_name(folder / "__init__.py", ROOT)
-        if len(names) > MANY:
+        if len(names) > MANY and folder.name not in RULE_FOLDERS:  # whose files do not know each other
             assert package in ordered, f"{package} has {len(names)} files: give it a contract in setup.cfg"
     for package, names in ordered.items():
         for name in names:

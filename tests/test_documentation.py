@@ -152,6 +152,8 @@ def test_all_lists_what_is_there(name: str):
                 "evidence_training.md",
                 "diagnostics.md",
                 "conditioning.md",
+                "acquisition.md",
+                "export.md",
             )
         ),
     ],

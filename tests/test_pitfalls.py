@@ -400,7 +400,7 @@ def test_normalisation_with_parameters(name: str, structure: str) -> None:
 
 @over_structures
 @pytest.mark.parametrize("name", ["batchnorm1d", "batchnorm2d", "layernorm", "layernorm-multidim", "groupnorm"])
-def test_linearised_prediction_with_normalisation(name: str, structure: str) -> None:
+def test_linearized_prediction_with_normalisation(name: str, structure: str) -> None:
     """BatchNorm/LayerNorm with trainable parameters: refused, or dropped at fit and crashing at predict."""
     problem = BY_NAME[name].make()
     posterior = lk.LaplacePosterior(problem.model, "categorical", structure=structure).fit(problem.uneven())

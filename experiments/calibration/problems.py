@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from experiments.common import data, training
@@ -53,6 +55,10 @@ class Task(ABC):
         Returns:
             What makes a prediction of test outputs ``(N, C)``.
         """
+
+    def temperature(self, outputs: Tensor, targets: Tensor) -> float:
+        """By what to divide ``(N, C)`` outputs: where that is a choice, what suits targets ``(N, ...)`` best."""
+        return 1.0
 
     @abstractmethod
     def point(self, prediction: Prediction) -> Tensor:
@@ -100,6 +106,14 @@ class ClassificationTask(Task):
     def plain(self, outputs: Tensor, val: tuple[Tensor, Tensor]) -> Callable[[Tensor], Prediction]:
         """The softmax of ``(N, C)`` outputs as it is."""
         return lambda found: Categorical().predict(found[None])
+
+    def temperature(self, outputs: Tensor, targets: Tensor) -> float:
+        """The temperature between 0.05 and 20 of the smallest cross-entropy of ``(N, C)`` logits, labels ``(N,)``."""
+
+        def value(log: float) -> float:
+            return float(nn.functional.cross_entropy(outputs.double() / math.exp(log), targets))
+
+        return math.exp(minimize_scalar(value, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
 
     def point(self, prediction: Prediction) -> Tensor:
         """Class probabilities ``(N, C)``."""

@@ -11,7 +11,11 @@ from laplace_kf.reports import metrics, plots
 from laplace_kf.reports.html import Picture, Table
 
 __all__ = [
+    "MAP",
     "NAMES",
+    "OURS",
+    "PEERS",
+    "SCALED",
     "claims",
     "claims_table",
     "compare",
@@ -23,8 +27,11 @@ __all__ = [
     "verdict",
 ]
 
-NAMES = ("MAP", "laplace_kf", "laplace_kf, linearized", "laplace-torch, marglik", "laplace-torch, gridsearch")
-"""The methods: the network itself, this package by default and linearised, and laplace-torch."""
+MAP, SCALED, OURS = "MAP", "MAP, temperature", "laplace_kf"
+PEERS = "laplace-torch, marglik", "laplace-torch, gridsearch"
+NAMES = (MAP, SCALED, OURS, "laplace_kf, linearized", *PEERS)
+"""The methods: the network itself, with one temperature on its logits, this package by default and linearised, and
+laplace-torch."""
 
 NEGLIGIBLE = 1e-3
 """Nats below which a difference counts as none, whatever its standard error is."""
@@ -60,12 +67,13 @@ def verdict(mean: float, error: float | None) -> str:
 
 def compare(found: Found) -> dict[str, dict[str, dict[str, Any] | None]]:
     """By set and method, the difference in test NLL to MAP (None where the method failed on every split)."""
-    return {name: {method: paired(splits, method, NAMES[0]) for method in NAMES[1:]} for name, splits in found.items()}
+    return {name: {method: paired(splits, method, MAP) for method in NAMES[1:]} for name, splits in found.items()}
 
 
 def claims(found: Found) -> list[dict[str, Any]]:
-    """ "Nowhere worse": the defaults against MAP and against laplace-torch, and every other method against MAP."""
-    pairs = [(NAMES[1], other) for other in (NAMES[0], *NAMES[3:])] + [(method, NAMES[0]) for method in NAMES[2:]]
+    """ "Nowhere worse": the defaults against the others, and every other method against MAP."""
+    others = [method for method in NAMES[1:] if method != OURS]
+    pairs = [(OURS, other) for other in (MAP, SCALED, *PEERS)] + [(method, MAP) for method in others]
     judged = []
     for method, other in pairs:
         sets: dict[str, list[str]] = {}
@@ -99,11 +107,11 @@ def difference_rows(
     means: Mapping[str, float], comparisons: Mapping[str, Mapping[str, Mapping[str, Any] | None]]
 ) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of differences; ``means`` are MAP's NLL by set."""
-    shown = [method for method in NAMES[1:] if any(found[method] for found in comparisons.values())]
-    head = ["set", "MAP: NLL", *shown, f"{NAMES[1]} is"]
+    shown = [method for method in NAMES[1:] if any(found.get(method) for found in comparisons.values())]
+    head = ["set", "MAP: NLL", *shown, f"{OURS} is"]
     rows = [
-        [name, f"{means[name]:.3f}", *(_signed(found[method]) for method in shown),
-         (found[NAMES[1]] or {"verdict": "failed"})["verdict"]]
+        [name, f"{means[name]:.3f}", *(_signed(found.get(method)) for method in shown),
+         (found[OURS] or {"verdict": "failed"})["verdict"]]
         for name, found in comparisons.items()
     ]  # fmt: skip
     return head, rows
@@ -111,7 +119,7 @@ def difference_rows(
 
 def difference_table(found: Found, comparisons: Mapping[str, Mapping[str, dict[str, Any] | None]]) -> Table:
     """One row per set: MAP's test NLL and every method's difference to it."""
-    means = {name: statistics.fmean(s["metrics"][NAMES[0]]["nll"] for s in splits) for name, splits in found.items()}
+    means = {name: statistics.fmean(s["metrics"][MAP]["nll"] for s in splits) for name, splits in found.items()}
     head, rows = difference_rows(means, comparisons)
     note = (
         "Test NLL in nats, in original units; the columns after MAP's are differences to it: negative is better, ± "
@@ -126,7 +134,7 @@ def metrics_table(found: Found) -> Table:
     rows = []
     for name, methods in summarise(found).items():
         for key, scale in (("rmse", 1), ("accuracy", 100), ("ece", 100)):
-            if key in methods[NAMES[0]]:
+            if key in methods[MAP]:
                 label = key.upper() if scale == 1 else f"{'ECE' if key == 'ece' else key} %"
                 cells = [f"{scale * methods[m][key]['mean']:.4g}" if m in methods else "failed" for m in NAMES]
                 rows.append([f"{name}: {label}", *cells])
@@ -144,9 +152,9 @@ def picture(comparisons: Mapping[str, Mapping[str, dict[str, Any] | None]]) -> P
     """Differences to MAP with their standard errors, one row per set."""
     figure, (axis,) = plots.panels(1, 1, width=8.0, height=1.2 + 0.42 * len(comparisons))
     names = list(comparisons)
-    for number, (method, marker) in enumerate(zip(NAMES[1:], "os^v", strict=True)):
+    for number, (method, marker) in enumerate(zip(NAMES[1:], "xos^v", strict=True)):
         points = [(row, comparisons[name][method]) for row, name in enumerate(names)]
-        drawn = [(row + 0.16 * (number - 1.5), d["mean"], d["se"] or 0.0) for row, d in points if d is not None]
+        drawn = [(row + 0.14 * (number - 2), d["mean"], d["se"] or 0.0) for row, d in points if d is not None]
         if drawn:
             heights, means, errors = (list(values) for values in zip(*drawn, strict=True))
             shade = plots.colour(method, NAMES)  # a package's methods share it and differ by marker

@@ -4,6 +4,8 @@ A network with one hidden layer of 50 units is trained on each of nine UCI regre
 images. A part of the training split is held out; every method may use it to choose its settings:
 
 * ``MAP``: the network itself. For regression its noise is the one that suits the held-out part best.
+* ``MAP, temperature``: its logits divided by the temperature that suits the held-out part best. For regression the
+  noise is that already, and the two are one.
 * ``laplace_kf``: ``LaplacePosterior(model, likelihood).fit(train)``, ``tune(val)``, ``predict(test)``, nothing else.
 * ``laplace_kf, linearized``: the same with ``method="linearized"`` in both calls.
 * ``laplace-torch, marglik`` and ``laplace-torch, gridsearch``: Kronecker, all weights (``peers.py``).
@@ -36,6 +38,7 @@ from experiments.calibration import peers
 from experiments.calibration.problems import SETS, Forecast, Problem, problem
 from experiments.calibration.report import (
     NAMES,
+    PEERS,
     claims,
     claims_table,
     compare,
@@ -116,6 +119,14 @@ def _map(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[F
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), {}
 
 
+def _scaled(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    outputs = training.outputs(model, given.val[0])
+    temperature = given.task.temperature(outputs, given.val[1])
+    prediction = given.task.plain(outputs, given.val)(training.outputs(model, given.test[0]) / temperature)
+    settings = {"temperature": temperature}
+    return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
+
+
 def _ours(**method: Any) -> Method:
     def forecast(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
         rng = training.generator(seed)
@@ -125,6 +136,7 @@ def _ours(**method: Any) -> Method:
             tuned = posterior.tune(given.val, generator=rng, **method)
         prediction = posterior.predict(given.test[0], generator=rng, **method)
         settings = {
+            "method": posterior.method,
             "n_data_factor": posterior.n_data / posterior.counted_data,
             "prior_precision": posterior.prior_precision,
             **posterior.likelihood.parameters(),
@@ -143,10 +155,10 @@ def _peer(how: str) -> Method:
 
 
 COMPARED: dict[str, Method] = dict(
-    zip(NAMES, (_map, _ours(), _ours(method="linearized"), _peer("marglik"), _peer("gridsearch")), strict=True)
+    zip(NAMES, (_map, _scaled, _ours(), _ours(method="linearized"), _peer("marglik"), _peer("gridsearch")), strict=True)
 )
-PEERS, OPTIONAL = NAMES[3:], NAMES[2:3]
-"""Methods of another package, whose failures are results; and those that a version of this one may lack."""
+OPTIONAL = NAMES[3:4]
+"""Methods that a version of this package may lack; failures of another package's are results."""
 
 
 def _network(config: Config, given: Problem, seed: int) -> nn.Module:

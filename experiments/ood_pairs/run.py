@@ -1,12 +1,12 @@
-"""Which score tells strange images from known ones? One network, its posterior, and an ensemble of five.
+"""Which score tells strange images from known ones? One network, its posterior, an ensemble and a mixture of five.
 
 Fully connected ReLU networks are trained on one set of images; every score then ranks test images of that set and
 images of another one, and AUROC says how well it tells them apart. Nothing is tuned on strangers: (N, λ), the method
 and the references of ``kind="auto"`` come from held-out images of the known set.
 
 The scores: entropy of the network (MAP), of the tuned default prediction, and of the ensemble's mean; mutual
-information of the posterior and of the ensemble; leverages of the last and of all layers; Fisher's sums
-(``kind="auto"``).
+information of the posterior and of the ensemble; leverages of the last and of all layers, and of their inputs'
+directions; what ``kind="auto"`` makes of them; and the same of the mixture of the ensemble's posteriors.
 
 Finished sources are kept in ``parts`` of the results folder: ``python -m experiments run ood_pairs sources=[mnist]``.
 """
@@ -30,8 +30,8 @@ from experiments.common.checks import require
 from experiments.common.stacked import train_stacked
 from experiments.continual.report import quoted
 from experiments.ood_pairs.problems import SOURCES, Problem, problem
-from experiments.ood_pairs.report import judged, pairs_table, targets_table
-from laplace_kf.posterior import LaplacePosterior
+from experiments.ood_pairs.report import judged, pairs_table, quality_table, targets_table
+from laplace_kf.posterior import LaplacePosterior, Mixture
 from laplace_kf.reports import machine, metrics, versions
 from laplace_kf.reports.html import Report
 
@@ -54,8 +54,10 @@ class Config:
         prior_precision: ``λ``; training uses the weight decay ``λ/N``.
         val_most: held-out images at most.
         train_most: images to train on at most.
+        fit_most: training images of the curvature at most; it is a mean.
         test_most: test images, and strangers of every kind, at most.
         samples: weight draws of the mutual information.
+        mixture: whether to fit and tune the mixture of the ensemble's posteriors too, more than half of the time.
         progress: whether to say what is going on.
     """
 
@@ -68,14 +70,26 @@ class Config:
     batch: int = 128
     lr: float = 2e-3
     prior_precision: float = 1.0
-    val_most: int = 5000
-    train_most: int = 60_000
-    test_most: int = 5000
+    val_most: int = 4000
+    train_most: int = 25_000
+    fit_most: int = 10_000
+    test_most: int = 4000
     samples: int = 30
+    mixture: bool = True
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "members", "epochs", "batch", "val_most", "train_most", "test_most", "samples"):
+        for name in (
+            "hidden",
+            "members",
+            "epochs",
+            "batch",
+            "val_most",
+            "train_most",
+            "fit_most",
+            "test_most",
+            "samples",
+        ):
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         require("threads", self.threads, self.threads >= 0, "at least 0")
         for name in ("lr", "prior_precision"):
@@ -107,37 +121,55 @@ def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(outputs.transpose(1, 2), labels, reduction="none").mean(1)
 
 
-def _posterior(config: Config, model: nn.Module, given: Problem) -> tuple[LaplacePosterior, str]:
-    rng = training.generator(config.seed)
-    posterior = LaplacePosterior(model, "categorical").fit(given.train, generator=rng)
+def _fit(config: Config, model: nn.Module, given: Problem) -> LaplacePosterior:
+    some = given.train[0][: config.fit_most], given.train[1][: config.fit_most]
+    return LaplacePosterior(model, "categorical").fit(some, generator=training.generator(config.seed))
+
+
+def _tune(config: Config, posterior: LaplacePosterior | Mixture, given: Problem) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a best value on the edge of the search
-        tuned = posterior.tune(given.val, generator=rng)
-    return posterior, str(tuned)
+        return str(posterior.tune(given.val, generator=training.generator(config.seed)))
 
 
-def _scores(config: Config, models: list[nn.Sequential], posterior: LaplacePosterior, x: Tensor) -> dict[str, Tensor]:
-    """Every score ``(N,)`` of images ``(N, 784)``, larger is stranger."""
+ONE: dict[str, dict[str, Any]] = {
+    "default: entropy": {"kind": "entropy"},
+    "default: information": {"kind": "mutual_information"},
+    "leverage, last layer": {"kind": "leverage"},
+    "leverage, all layers": {"kind": "leverage", "layers": "all"},
+    "direction, last layer": {"kind": "direction"},
+    "auto": {"kind": "auto"},
+    "auto, all layers": {"kind": "auto", "layers": "all"},
+}
+"""Scores of the posterior of one network."""
+SEVERAL: dict[str, dict[str, Any]] = {
+    "mixture: entropy": {"kind": "entropy"},
+    "mixture: information": {"kind": "mutual_information"},
+    "mixture: auto": {"kind": "auto"},
+}
+
+
+def _asked(
+    config: Config, posterior: LaplacePosterior | Mixture, x: Tensor, scores: dict[str, dict[str, Any]]
+) -> dict[str, Tensor]:
+    """Scores ``(N,)`` of images ``(N, 784)``, larger is stranger."""
+    found = {}
+    for name, settings in scores.items():
+        rng, settings = training.generator(config.seed), {"samples": config.samples, **settings}
+        found[name] = torch.cat([posterior.ood_score(part, generator=rng, **settings) for part in x.split(2500)])
+    return found
+
+
+def _plain(models: list[nn.Sequential], x: Tensor) -> dict[str, Tensor]:
+    """Scores ``(N,)`` of the first network and of the ensemble."""
     members = torch.stack([training.outputs(model, x).softmax(-1) for model in models])
     entropies = metrics.entropy(members.flatten(0, 1)).unflatten(0, members.shape[:2])
     whole = metrics.entropy(members.mean(0))
-    found = {
+    return {
         "MAP: entropy": entropies[0],
         "ensemble: entropy": whole,
         "ensemble: information": whole - entropies.mean(0),
     }
-    asked: dict[str, dict[str, Any]] = {
-        "default: entropy": {"kind": "entropy"},
-        "default: information": {"kind": "mutual_information", "samples": config.samples},
-        "leverage, last layer": {"kind": "leverage"},
-        "leverage, all layers": {"kind": "leverage", "layers": "all"},
-        "auto": {"kind": "auto"},
-        "auto, all layers": {"kind": "auto", "layers": "all"},
-    }
-    for name, settings in asked.items():
-        rng = training.generator(config.seed)
-        found[name] = torch.cat([posterior.ood_score(part, generator=rng, **settings) for part in x.split(2500)])
-    return found
 
 
 def _part(config: Config, source: str, folder: Path) -> dict[str, Any]:
@@ -151,21 +183,32 @@ def _part(config: Config, source: str, folder: Path) -> dict[str, Any]:
     )
     models = _networks(config, given, folder / f"{source}.pt")
     trained = time.perf_counter() - start
-    posterior, tuned = _posterior(config, models[0], given)
+    images = {"": given.test[0], **given.strangers}
     probs = torch.stack([training.outputs(model, given.test[0]).softmax(-1) for model in models])
-    quality = {
+    scores = {name: _plain(models, x) for name, x in images.items()}
+    posterior = _fit(config, models[0], given)
+    tuned = {"default": _tune(config, posterior, given)}
+    method, quality = posterior.method, {
         "MAP": metrics.classification(probs[0], given.test[1]),
-        "default": metrics.classification(posterior.predict(given.test[0]).probs, given.test[1]),
+        "default": _quality(posterior, given),
         "ensemble": metrics.classification(probs.mean(0), given.test[1]),
+    }  # fmt: skip
+    for name, x in images.items():
+        scores[name] |= _asked(config, posterior, x, ONE)
+    if config.mixture:
+        mixture = Mixture([posterior, *(_fit(config, model, given) for model in models[1:])])
+        tuned["mixture"] = _tune(config, mixture, given)
+        quality["mixture"] = _quality(mixture, given)
+        for name, x in images.items():
+            scores[name] |= _asked(config, mixture, x, SEVERAL)
+    inside = scores.pop("")
+    pairs = {
+        name: {key: metrics.out_of_distribution(inside[key], outside[key]) for key in inside}
+        for name, outside in scores.items()
     }
-    inside = _scores(config, models, posterior, given.test[0])
-    pairs: dict[str, dict[str, dict[str, float]]] = {}
-    for name, strangers in given.strangers.items():
-        outside = _scores(config, models, posterior, strangers)
-        pairs[name] = {key: metrics.out_of_distribution(inside[key], outside[key]) for key in inside}
     part = {
         "settings": _decisive(config), "versions": versions(), "machine": machine(), "quality": quality,
-        "pairs": pairs, "tuned": tuned, "method": posterior.method, "references": len(given.val[0]),
+        "pairs": pairs, "tuned": tuned, "method": method, "references": len(given.val[0]),
         "seconds": {"training": trained, "all": time.perf_counter() - start},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -173,6 +216,12 @@ def _part(config: Config, source: str, folder: Path) -> dict[str, Any]:
     if config.progress:
         tqdm.write(f"{source}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return part
+
+
+def _quality(posterior: LaplacePosterior | Mixture, given: Problem) -> dict[str, float]:
+    """Metrics of the default prediction of test images."""
+    parts = [posterior.predict(x, generator=training.generator(0)).probs for x in given.test[0].split(2500)]
+    return metrics.classification(torch.cat(parts), given.test[1])
 
 
 def _kept(config: Config, source: str, folder: Path) -> dict[str, Any]:
@@ -184,9 +233,13 @@ def _kept(config: Config, source: str, folder: Path) -> dict[str, Any]:
     return part if part.get("settings") == _decisive(config) else {}
 
 
+FREE = {"sources", "threads", "progress", "mixture"}
+"""Settings that leave the numbers that are there as they are."""
+
+
 def _decisive(config: Config) -> dict[str, Any]:
     """The settings that a part's numbers depend on."""
-    return {name: value for name, value in asdict(config).items() if name not in {"sources", "threads", "progress"}}
+    return {name: value for name, value in asdict(config).items() if name not in FREE}
 
 
 def run(config: Config, folder: Path) -> Report:
@@ -195,7 +248,7 @@ def run(config: Config, folder: Path) -> Report:
         _part(config, source, folder)
     found = {source: part for source in SOURCES if (part := _kept(config, source, folder))}
     verdicts = judged(found)
-    tables = [pairs_table(found), targets_table(verdicts)]
+    tables = [pairs_table(found), targets_table(verdicts), quality_table(found)]
     summary = (
         f"784-{config.hidden}-{config.hidden} ReLU networks, {config.epochs} epochs, ensembles of {config.members}; "
         f"{config.test_most} test images and as many strangers at most; seed {config.seed}."

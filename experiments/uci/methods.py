@@ -21,7 +21,10 @@ HEADS: dict[str, int] = {"constant": 1, "heteroscedastic": 2}
 LOG_2PI = math.log(2 * math.pi)
 RATIOS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 SIZES = (0.0, *(10 ** (k / 2) for k in range(-6, 5)))
-NOISES = tuple(10 ** (k / 20) for k in range(-20, 5))
+NOISES = tuple(10 ** (k / 20) for k in range(-60, 5))
+"""Noise scales in standard deviations of the target: tables without noise (yacht, naval) need a hundredth."""
+FACTORS = tuple(10 ** (k / 20) for k in range(-6, 13))
+"""Factors on the noise that a network predicts, which is too small where the network fits its training rows closely."""
 
 
 def likelihood(head: str, noise: float = 1.0) -> Likelihood:
@@ -58,7 +61,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Ratio λ/N (its number), size of the covariance (0: none), and noise scale, of all members together."""
+    """Ratio λ/N (its number), size of the covariance (0: none), and noise scale or factor, of all members."""
 
     ratio: int
     size: float
@@ -105,7 +108,7 @@ def choose(members: Sequence[Member], targets: Tensor, count: int) -> Chosen:
         count: training rows, the unit of the sizes.
     """
     own = members[0].noise is not None
-    noises = torch.ones(1) if own else torch.tensor(NOISES)
+    noises = torch.tensor(FACTORS if own else NOISES)
     best, chosen = -math.inf, Chosen(0, 0.0, 1.0)
     for ratio, size in [(0, 0.0), *((r, s / count) for r in range(len(members[0].variances)) for s in SIZES[1:])]:
         found = _densities(members, ratio, size, noises, targets).mean(1)  # of every noise scale at once

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from experiments.common import data, training
 from experiments.common.checks import require
 from experiments.common.stacked import train_stacked
+from experiments.continual.report import quoted
 from experiments.uci.methods import HEADS, Chosen, Member, choose, likelihood, log_density, loss, member
 from experiments.uci.report import conformal_table, judged, log_likelihood_table, targets_table
 from laplace_kf.posterior import LaplacePosterior
@@ -75,7 +76,7 @@ class Config:
     steps: int = 3000
     batch: int = 50
     lr: float = 1e-2
-    priors: list[float] = field(default_factory=lambda: [0.03, 0.3, 3.0])
+    priors: list[float] = field(default_factory=lambda: [0.03, 0.3, 2.0, 10.0])
     val_share: float = 0.2
     curvature_most: int = 4000
     at_a_time: int = 5
@@ -172,10 +173,25 @@ def _conformal(one: Split, head: str, model: nn.Module, seed: int) -> dict[str, 
     }  # fmt: skip
 
 
-def _table(config: Config, name: str, numbers: Sequence[int]) -> dict[str, Any]:
-    """Some splits of one table, by number."""
-    table = data.regression(name)
-    splits = [_split(config, table, number) for number in numbers]
+@dataclass(frozen=True)
+class Networks:
+    """What was trained for one split.
+
+    Args:
+        head: and the prior precision λ, chosen on the held-out rows.
+        prior: λ.
+        trial: networks of the first stage, trained without those rows.
+        final: networks trained on all training rows.
+    """
+
+    head: str
+    prior: float
+    trial: list[nn.Module]
+    final: list[nn.Module]
+
+
+def _networks(config: Config, splits: Sequence[Split]) -> list[Networks]:
+    """Head and weight decay chosen, and networks trained anew on all rows, for several splits of a table."""
     trials: dict[tuple[int, str, float], list[nn.Module]] = {}
     for head in HEADS:
         nets = _train(config, [one.train for one in splits], head, config.priors, config.trial_members, config.seed)
@@ -194,19 +210,56 @@ def _table(config: Config, name: str, numbers: Sequence[int]) -> dict[str, Any]:
         own = [s for s, chosen in enumerate(plans) if chosen == plan]
         nets = _train(config, [splits[s].all for s in own], plan[0], [plan[1]], config.members, config.seed + 7)
         finals |= {s: nets[k][0] for k, s in enumerate(own)}
-    found_splits = {}
-    for s, (one, plan) in enumerate(zip(splits, plans, strict=True)):
-        number = numbers[s]
-        seed = 1000 * config.seed + number
-        found_splits[str(number)] = _measured(config, one, plan, trials[s, plan[0], plan[1]], finals[s], seed)
-    return found_splits
+    return [Networks(*plan, trials[s, plan[0], plan[1]], finals[s]) for s, plan in enumerate(plans)]
 
 
-def _measured(
-    config: Config, one: Split, plan: tuple[str, float], trial: list[nn.Module], final: list[nn.Module], seed: int
-) -> dict[str, Any]:
+def _table(config: Config, name: str, numbers: Sequence[int], folder: Path) -> dict[str, Any]:
+    """Some splits of one table, by number; their networks are kept in ``folder`` and used again."""
+    table = data.regression(name)
+    splits = {number: _split(config, table, number) for number in numbers}
+    paths = {number: folder / "networks" / f"{name}-{number}.pt" for number in numbers}
+    loaded = {number: _loaded(config, paths[number], splits[number]) for number in numbers}
+    missing = [number for number in numbers if loaded[number] is None]
+    if missing:
+        for number, found in zip(missing, _networks(config, [splits[number] for number in missing]), strict=True):
+            loaded[number] = found
+            _save(config, found, paths[number])
+    return {
+        str(number): _measured(config, splits[number], networks, 1000 * config.seed + number)
+        for number, networks in loaded.items()
+        if networks is not None
+    }
+
+
+def _save(config: Config, networks: Networks, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = {name: [net.state_dict() for net in getattr(networks, name)] for name in ("trial", "final")}
+    torch.save({"settings": _decisive(config), "head": networks.head, "prior": networks.prior, **parts}, path)
+
+
+def _loaded(config: Config, path: Path, one: Split) -> Networks | None:
+    """Networks that are kept, if they were trained with the same settings."""
+    if not path.is_file():
+        return None
+    kept = torch.load(path, weights_only=True)
+    if kept["settings"] != _decisive(config):
+        return None
+
+    def nets(states: list[dict[str, Tensor]]) -> list[nn.Module]:
+        found: list[nn.Module] = []
+        for state in states:
+            hidden = len(next(iter(state.values())))
+            net = training.mlp([one.train[0].shape[1], hidden, HEADS[kept["head"]]])
+            net.load_state_dict(state)
+            found.append(net.eval())
+        return found
+
+    return Networks(kept["head"], kept["prior"], nets(kept["trial"]), nets(kept["final"]))
+
+
+def _measured(config: Config, one: Split, networks: Networks, seed: int) -> dict[str, Any]:
     """Mean test log likelihood by method, in original units, and the conformal intervals, of one split."""
-    head, count = plan[0], len(one.train[0])
+    head, count, trial, final = networks.head, len(one.train[0]), networks.trial, networks.final
     shrink = count / len(one.all[0])
     some, every = _some(one.train, config.curvature_most), _some(one.all, config.curvature_most)
     before: list[Member] = [member(net, head, some, one.val[0]) for net in trial]
@@ -224,7 +277,7 @@ def _measured(
     logs["laplace_kf"], method = _default(one, head, trial[0], final[0], seed)
     errors = torch.stack([each.mean for each in after]) - one.test[1][:, 0]
     return {
-        "head": head, "prior": plan[1], "method": method,
+        "head": head, "prior": networks.prior, "method": method,
         "log likelihood": {name: float(value.mean()) - math.log(one.scale) for name, value in logs.items()},
         "rmse": {"one network": one.scale * float(errors[0].square().mean().sqrt()),
                  "five networks": one.scale * float(errors.mean(0).square().mean().sqrt())},
@@ -239,12 +292,20 @@ def _part(config: Config, name: str, folder: Path) -> None:
     wanted = range(min(config.splits, len(data.regression(name).splits)))
     while missing := [number for number in wanted if str(number) not in _kept(config, name, folder)]:
         start = time.perf_counter()
-        splits = {**_kept(config, name, folder), **_table(config, name, missing[: config.at_a_time])}
+        kept = _kept(config, name, folder)
+        splits = {**kept, **_table(config, name, missing[: config.at_a_time], folder)}
         folder.mkdir(parents=True, exist_ok=True)
-        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "splits": splits}
+        spent = (_seconds(name, folder) if kept else 0.0) + time.perf_counter() - start
+        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "seconds": spent}
+        part["splits"] = splits
         (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
         if config.progress:
             tqdm.write(f"{name}, {len(splits)} splits: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+def _seconds(name: str, folder: Path) -> float:
+    """What the splits of a table that are kept have taken, by the clock."""
+    return float(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")).get("seconds", 0.0))
 
 
 def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
@@ -269,20 +330,21 @@ def run(config: Config, folder: Path) -> Report:
         _part(config, name, folder)
     found = {name: list(splits.values()) for name in data.tables() if (splits := _kept(config, name, folder))}
     verdicts = judged(found)
+    tables = [log_likelihood_table(found), conformal_table(found), targets_table(verdicts)]
     missing = [name for name in data.tables() if name not in found]
     return Report(
         title="Regression tables beside published figures",
-        summary=(
+        summary=(summary := (
             f"One hidden layer of 50 units (100 for protein), {config.steps} steps; head and weight decay chosen on "
             f"{config.val_share:.0%} of the training rows, then refitted on all; mixtures of {config.members}. "
-            + (f"Not run: {', '.join(missing)}." if missing else "")
-        ),
+        )),
         seed=config.seed,
         config=asdict(config),
         metrics={name: [split["log likelihood"] for split in splits] for name, splits in found.items()},
-        tables=[log_likelihood_table(found), conformal_table(found), targets_table(verdicts)],
+        tables=tables,
         pictures=[],
         details={
-            "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
+            **quoted(summary, tables), "splits": found, "verdicts": verdicts, "not_run": missing, "stand_ins": [],
+            "seconds": {name: _seconds(name, folder) for name in found},
         },
     )  # fmt: skip

@@ -54,6 +54,7 @@ class Attribution:
         *,
         damping: PriorPrecision | None = None,
         tokens: str | None = None,
+        accuracy: float | None = None,
     ) -> Tensor:
         """The mean of :func:`laplace_kf.attribution.influence` over the posteriors, ``(Q, N)``; arguments as there.
 
@@ -61,7 +62,8 @@ class Attribution:
             ShapeMismatch: without posteriors, or if their scores have different shapes; otherwise as there.
         """
         return self._kept(
-            "influence", lambda p: single.influence(p, train, queries, of, damping=damping, tokens=tokens)
+            "influence",
+            lambda p: single.influence(p, train, queries, of, damping=damping, tokens=tokens, accuracy=accuracy),
         )
 
     def self_influence(self, train: Any, *, damping: PriorPrecision | None = None) -> Tensor:
@@ -76,10 +78,12 @@ class Attribution:
         of: str | Value = "loss",
         *,
         damping: PriorPrecision | None = None,
+        accuracy: float | None = None,
     ) -> Tensor:
         """The mean of :func:`laplace_kf.attribution.group_influence`, ``(Q, G)``; arguments and errors as there."""
         return self._kept(
-            "group_influence", lambda p: single.group_influence(p, train, queries, groups, of, damping=damping)
+            "group_influence",
+            lambda p: single.group_influence(p, train, queries, groups, of, damping=damping, accuracy=accuracy),
         )
 
     def _kept(self, kind: str, one: Callable[[LaplacePosterior], Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from laplace_kf.missing import check_batch
 from laplace_kf.models import parameters_of, preserved
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.predictive.shares import Piece
+from laplace_kf.predictive.covariance_shares import Piece
 from laplace_kf.reading import paired
 from laplace_kf.replica import stage
 from laplace_kf.substitution import reached, require_reached, substituted

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from laplace_kf.operators import Blockwise, Matrix, Spectral
-from laplace_kf.predictive.shares import Piece, like_of, simplest, solver_of
+from laplace_kf.predictive.covariance_shares import Piece, like_of, simplest, solver_of
 from laplace_kf.tape import Block, OuterSignals, Signals
 
 __all__ = ["Queries", "Terms", "cross_terms"]
 
 ACCURACY = 100  # roundings of the type, to which a grid is approximated (in the norm that scores are made of)
 MOST_TERMS = 64
+CACHED = 256  # examples at a time, so that products of 500 queries stay in a processor's cache
 
 
 class Queries:
@@ -34,27 +35,30 @@ class Queries:
     Args:
         piece: signals of the queries, ``V·n`` rows.
         precision: Λ.
+        accuracy: relative error of the scores, where terms are summed; ``None`` for the type's rounding.
     """
 
-    def __init__(self, piece: Piece, precision: Blockwise) -> None:
+    def __init__(self, piece: Piece, precision: Blockwise, accuracy: float | None = None) -> None:
         self.rows = piece.width * piece.count
         self.like = like_of(precision)
-        self._shares = [_Share(block, simplest(matrix, block), piece, self.like) for block, matrix in precision.entries]
+        tolerance = max(accuracy or 0.0, ACCURACY * torch.finfo(self.like.dtype).eps)
+        self._shares = [
+            _Share(block, simplest(matrix, block), piece, self.like, tolerance) for block, matrix in precision.entries
+        ]
 
     def scores(self, piece: Piece) -> Tensor:
         """Products with another piece's gradients, ``(K, M)``: ``K = V·n`` queries, columns outermost on both sides."""
         total = self.like.new_zeros(self.rows, piece.width * piece.count)
         for share in self._shares:
-            found = share.scores(piece)
-            if found is not None:
-                total += found
+            share.add(piece, total)
         return total
 
 
 class _Share:
     """What one block of the precision adds."""
 
-    def __init__(self, block: Block, matrix: Matrix, piece: Piece, like: Tensor) -> None:
+    def __init__(self, block: Block, matrix: Matrix, piece: Piece, like: Tensor, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.block, self.matrix, self.piece, self.like = block, matrix, piece, like
         self._directions: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._terms: Terms | None = None
@@ -62,24 +66,22 @@ class _Share:
             not isinstance(matrix, Spectral) or matrix.shape == block.shape
         )
 
-    def scores(self, other: Piece) -> Tensor | None:
-        """``(K, M)``; ``None`` for nothing."""
+    def add(self, other: Piece, total: Tensor) -> None:
+        """Adds to the scores ``(K, M)``."""
         if self.own and (self.block.name not in self.piece.signals or self.block.name not in other.signals):
-            return None
+            return
         if self.own and self._separable(other):
             signals = other.signals[self.block.name]
             assert isinstance(signals, OuterSignals)
             if self._terms is None:
                 mine = self.piece.signals[self.block.name]
                 assert isinstance(self.matrix, Spectral) and isinstance(mine, OuterSignals)
-                self._terms = Terms.of(mine, signals, self.matrix)
+                self._terms = Terms.of(mine, signals, self.matrix, self.tolerance)
             if self._terms.cheaper:
-                return self._terms.scores(signals)
-        total = None
+                self._terms.add(signals, total)
+                return
         for name, directions in self._solved(other).items():
-            found = other.signals[name].project(directions).T.to(self.like)
-            total = found if total is None else total + found
-        return total
+            total += other.signals[name].project(directions).T.to(self.like)
 
     def _separable(self, other: Piece) -> bool:
         sides = (self.piece.signals[self.block.name], other.signals[self.block.name])
@@ -118,51 +120,61 @@ class Terms:
     """A Kronecker block's scores as a sum of products of two inner products.
 
     Attributes:
-        inputs: ``(k*K, I)`` against the other side's raw inputs, term by term; with the bias column last.
-        outputs: ``(k*K, O)`` against its raw columns.
-        count: k.
+        inputs: ``(k, n, I)`` against the other side's raw inputs; with the bias column last.
+        outputs: ``(k, V*n, O)`` against its raw columns.
         cheaper: whether that is less work than directions.
     """
 
     inputs: Tensor
     outputs: Tensor
-    count: int
     cheaper: bool
 
     @classmethod
-    def of(cls, mine: OuterSignals, other: OuterSignals, matrix: Spectral) -> Terms:
+    def of(cls, mine: OuterSignals, other: OuterSignals, matrix: Spectral, tolerance: float) -> Terms:
         """Made for the queries ``mine``, accurate for other sides with about the energies of ``other``."""
         like = matrix.like
         a, g = _inputs(mine, like), _columns(mine, like)  # (n, I), (V·n, O)
         a_turned, g_turned = _turned(a, matrix.inputs.dual), _turned(g, matrix.outputs.dual)
-        energies = []
-        for own, theirs in (
-            (g_turned, _turned(_columns(other, like), matrix.outputs.dual)),
-            (a_turned, _turned(_inputs(other, like), matrix.inputs.dual)),
-        ):
-            energy = own.double().square().mean(0).sqrt() * theirs.double().square().mean(0).sqrt()
-            energies.append(energy.clamp_min(float(energy.max()) * torch.finfo(like.dtype).eps ** 2))
-        tolerance = ACCURACY * torch.finfo(like.dtype).eps
-        found = cross_terms(1 / matrix.grid[0].double(), energies[0], energies[1], tolerance)
+        inverse = 1 / matrix.grid[0].double()
+        found = _outer(inverse, 8 * torch.finfo(like.dtype).eps)
+        if found is None:
+            energies = []
+            for own, theirs in (
+                (g_turned, _turned(_columns(other, like), matrix.outputs.dual)),
+                (a_turned, _turned(_inputs(other, like), matrix.inputs.dual)),
+            ):
+                energy = own.double().square().mean(0).sqrt() * theirs.double().square().mean(0).sqrt()
+                energies.append(energy.clamp_min(float(energy.max()) * torch.finfo(like.dtype).eps ** 2))
+            found = cross_terms(inverse, energies[0], energies[1], tolerance)
         width, outs = a.shape[1], g.shape[1]
         if found is None or len(found[0]) * (width + outs) >= width * outs:
-            empty = like.new_zeros(0, 0)
-            return cls(empty, empty, 0, False)
+            empty = like.new_zeros(0, 0, 0)
+            return cls(empty, empty, False)
         u, v = (part.to(like) for part in found)
-        repeats = g.shape[0] // a.shape[0]
         inputs = torch.stack([_back(a_turned * row, matrix.inputs.dual) for row in v])  # (k, n, I)
         outputs = torch.stack([_back(g_turned * row, matrix.outputs.dual) for row in u])  # (k, V·n, O)
-        return cls(inputs.repeat(1, repeats, 1).flatten(0, 1), outputs.flatten(0, 1), len(u), True)
+        return cls(inputs, outputs, True)
 
-    def scores(self, signals: OuterSignals) -> Tensor:
-        """``(K, M)``."""
+    @property
+    def count(self) -> int:
+        """k."""
+        return len(self.inputs)
+
+    def add(self, signals: OuterSignals, total: Tensor) -> None:
+        """Adds the scores against ``M = V'·n'`` columns to ``total (K, M)``, term by term: nothing larger is made."""
         a, g = signals.a[:, 0, 0].to(self.inputs), _columns(signals, self.inputs)
-        left = self.inputs[:, : a.shape[1]] @ a.T
-        if signals.has_constant:
-            left = left + self.inputs[:, -1:]
-        columns = g.shape[0] // a.shape[0]
-        left = left.repeat(1, columns) if columns > 1 else left
-        return (left * (self.outputs @ g.T)).reshape(self.count, -1, g.shape[0]).sum(0)
+        queries, examples = self.inputs.shape[1], a.shape[0]
+        width = a.shape[1]
+        whole = total.view(-1, queries, total.shape[1] // examples, examples)
+        for inputs, outputs in zip(self.inputs, self.outputs, strict=True):
+            for start in range(0, examples, CACHED):
+                part = slice(start, start + CACHED)
+                left = inputs[:, :width] @ a[part].T
+                if signals.has_constant:
+                    left += inputs[:, -1:]
+                right = outputs @ _some(g, examples, part).T
+                shape = (len(whole), queries, whole.shape[2], left.shape[1])
+                whole[..., part].addcmul_(left[None, :, None], right.view(shape))
 
 
 def _inputs(signals: OuterSignals, like: Tensor) -> Tensor:
@@ -174,12 +186,23 @@ def _columns(signals: OuterSignals, like: Tensor) -> Tensor:
     return signals.g[:, :, 0, 0].to(like).flatten(0, 1)
 
 
+def _some(columns: Tensor, examples: int, part: slice) -> Tensor:
+    """Those of columns ``(V·n, O)`` that belong to a run of the examples."""
+    return columns.reshape(-1, examples, columns.shape[1])[:, part].flatten(0, 1)
+
+
 def _turned(rows: Tensor, dual: Tensor | None) -> Tensor:
     return rows if dual is None else rows @ dual[0]
 
 
 def _back(rows: Tensor, dual: Tensor | None) -> Tensor:
     return rows if dual is None else rows @ dual[0].T
+
+
+def _outer(grid: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+    """A positive grid ``(O, I)`` as one outer product ``u (1, O)``, ``v (1, I)``, if every entry is; else ``None``."""
+    u, v = grid[:, :1].T / grid[0, 0], grid[:1]
+    return (u, v) if MOST_TERMS and bool(((u.T * v - grid).abs() <= tolerance * grid).all()) else None
 
 
 def cross_terms(grid: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
@@ -194,7 +217,7 @@ def cross_terms(grid: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float)
         ``u (k, O)`` and ``v (k, I)`` with ``grid ≈ uᵀ v``; ``None`` if 64 terms do not suffice.
     """
     rest = outputs[:, None] * grid * inputs[None, :]
-    wanted = tolerance * rest.norm()
+    wanted = tolerance / 10 * rest.norm()  # the rest is for leaving out the smallest of the terms
     us: list[Tensor] = []
     vs: list[Tensor] = []
     while len(us) < MOST_TERMS:
@@ -211,4 +234,16 @@ def cross_terms(grid: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float)
             break
     else:
         return None
-    return (torch.stack(us), torch.stack(vs)) if us else None
+    if not us:
+        return None
+    return _fewest(torch.stack(us) * outputs, torch.stack(vs) * inputs, outputs, inputs, tolerance)
+
+
+def _fewest(u: Tensor, v: Tensor, outputs: Tensor, inputs: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Weighted terms ``(k, O)`` and ``(k, I)`` in fewest with the same sum up to ``tolerance``, weights divided out."""
+    left, right = torch.linalg.qr(u.T), torch.linalg.qr(v.T)
+    p, values, q = torch.linalg.svd(left.R @ right.R.T)
+    tail = values.square().flip(0).cumsum(0).flip(0).sqrt()  # what is lost from each on
+    count = max(1, int((tail > 0.9 * tolerance * values.norm()).sum()))
+    roots = values[:count].sqrt()
+    return (left.Q @ p[:, :count] * roots).T / outputs, (right.Q @ q[:count].T * roots).T / inputs

@@ -23,7 +23,7 @@ from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, checked_prior
-from laplace_kf.predictive.shares import Piece, like_of, shares_of
+from laplace_kf.predictive.covariance_shares import Piece, like_of, shares_of
 from laplace_kf.registry import Registry
 
 __all__ = ["TOKENS", "group_influence", "influence", "self_influence"]
@@ -43,6 +43,7 @@ def influence(
     *,
     damping: PriorPrecision | None = None,
     tokens: str | None = None,
+    accuracy: float | None = None,
 ) -> Tensor:
     """Influence of every training example on every query.
 
@@ -57,6 +58,8 @@ def influence(
         tokens: for outputs with positions: ``"queries"`` splits every query's value over its T positions, ``"train"``
             every training example's loss; the positions add up to the whole. Needs a value that is a sum over
             positions.
+        accuracy: relative error (root mean square) that Kronecker blocks may make for speed, such as ``1e-2``;
+            ``None``: none beyond rounding.
 
     Returns:
         ``(Q, N)``; with ``tokens="queries"`` ``(Q, T, N)``, with ``"train"`` ``(Q, N, T)`` (0 behind shorter ones).
@@ -68,11 +71,12 @@ def influence(
             gone through only once where the queries need several passes.
         ShapeMismatch: for empty data, or a function that gives something else than one number a query.
         NonFinite: for NaN or infinity.
+        ValueError: for an ``accuracy`` that is not between 0 and 1.
     """
     by_query, by_train = (False, False) if tokens is None else TOKENS[tokens]
     rows: list[Tensor] = []
     with _ready(posterior, damping) as (gradients, precision):
-        for many in _chunks(gradients, precision, batches_of(queries, posterior, "query"), of, by_query):
+        for many in _chunks(gradients, precision, batches_of(queries, posterior, "query"), of, by_query, accuracy):
             data = _once_more(batches_of(train, posterior, "training"), len(rows))
             parts = [
                 [_arranged(q.scores(piece), q_shape, piece) for q, q_shape in many]
@@ -94,11 +98,12 @@ def group_influence(
     of: str | Value = "loss",
     *,
     damping: PriorPrecision | None = None,
+    accuracy: float | None = None,
 ) -> Tensor:
     """Influence of groups of training examples, to first order the sums of their members' (:func:`influence`).
 
     Args:
-        posterior, train, queries, of, damping: as of :func:`influence`; N training examples, Q queries.
+        posterior, train, queries, of, damping, accuracy: as of :func:`influence`; N training examples, Q queries.
         groups: the group ``(N,)`` of every training example, 0 ... G-1; negative for none.
 
     Returns:
@@ -118,7 +123,7 @@ def group_influence(
         raise ShapeMismatch("not one training example belongs to a group: all groups are negative")
     rows: list[Tensor] = []
     with _ready(posterior, damping) as (gradients, precision):
-        for many in _chunks(gradients, precision, batches_of(queries, posterior, "query"), of, False):
+        for many in _chunks(gradients, precision, batches_of(queries, posterior, "query"), of, False, accuracy):
             data = _once_more(batches_of(train, posterior, "training"), len(rows))
             totals = [q.like.new_zeros(q.rows, count + 1) for q, _ in many]
             start = 0
@@ -175,9 +180,16 @@ Shape = tuple[int, int]
 
 
 def _chunks(
-    gradients: Gradients, precision: Blockwise, batches: Any, of: str | Value, tokens: bool
+    gradients: Gradients,
+    precision: Blockwise,
+    batches: Any,
+    of: str | Value,
+    tokens: bool,
+    accuracy: float | None,
 ) -> Iterator[list[tuple[Queries, Shape]]]:
     """Solved queries with their columns and examples, as many at a time as fit."""
+    if accuracy is not None and not 0 < accuracy < 1:
+        raise ValueError(f"accuracy is a relative error between 0 and 1, such as 1e-2, got {accuracy}")
     each = precision.size * like_of(precision).element_size()
     room = max(1, QUERY_BYTES // each)
     kept: list[tuple[Queries, Shape]] = []
@@ -187,7 +199,7 @@ def _chunks(
         if kept and used + rows > room:
             yield kept
             kept, used = [], 0
-        kept.append((Queries(piece, precision), (piece.width, piece.count)))
+        kept.append((Queries(piece, precision, accuracy), (piece.width, piece.count)))
         used += rows
     if kept:
         yield kept
@@ -210,5 +222,6 @@ def _arranged(scores: Tensor, shape: Shape, piece: Piece) -> Tensor:
 def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
     """Parts ``(T, q, n, T')`` side by side along an axis, shorter sequences filled up with 0."""
     first, last = max(p.shape[0] for p in parts), max(p.shape[3] for p in parts)
-    padded = [torch.nn.functional.pad(p, (0, last - p.shape[3], 0, 0, 0, 0, 0, first - p.shape[0])) for p in parts]
-    return torch.cat(padded, axis)
+    sizes = [(0, last - p.shape[3], 0, 0, 0, 0, 0, first - p.shape[0]) for p in parts]
+    padded = [torch.nn.functional.pad(p, size) if any(size) else p for p, size in zip(parts, sizes, strict=True)]
+    return torch.cat(padded, axis) if len(padded) > 1 else padded[0]

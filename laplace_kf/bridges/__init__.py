@@ -1,11 +1,14 @@
-"""Bridges to other libraries, each imported only when it is asked for: BoTorch, Lightning, Pyro, transformers."""
+"""Bridges to other libraries, each imported only when it is asked for.
+
+BoTorch, Lightning, Pyro, scikit-learn, transformers.
+"""
 
 from __future__ import annotations
 
 import importlib
 from types import ModuleType
 
-__all__ = ["botorch", "lightning", "pyro", "transformers"]
+__all__ = ["botorch", "lightning", "pyro", "sklearn", "transformers"]
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, model_outputs, private, run, to_device
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
-from laplace_kf.gaussian import Gaussian
+from laplace_kf.gaussian import WeightGaussian
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior
@@ -64,7 +64,7 @@ def _seed() -> torch.Generator:
 
 
 class JointGaussian(TorchDistribution):
-    """A :class:`~laplace_kf.gaussian.Gaussian` over flat weights as a Pyro distribution.
+    """A :class:`~laplace_kf.gaussian.WeightGaussian` over flat weights as a Pyro distribution.
 
     Args:
         gaussian: mean ``(P,)`` and precision. The event is a vector ``(P,)``, there are no batch dimensions.
@@ -74,7 +74,7 @@ class JointGaussian(TorchDistribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, gaussian: Gaussian) -> None:
+    def __init__(self, gaussian: WeightGaussian) -> None:
         self.gaussian = gaussian
         super().__init__(torch.Size(), gaussian.mean.shape, validate_args=False)
 

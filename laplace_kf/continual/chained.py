@@ -15,9 +15,9 @@ from laplace_kf.batches import Forward
 from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_data
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.posterior.chain import TERMS
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.prior import PriorPrecision
+from laplace_kf.posterior.task_chain import TERMS
 from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
 

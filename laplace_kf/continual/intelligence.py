@@ -121,6 +121,8 @@ class SynapticIntelligence(Learner):
 
             loss = learner.record(cross_entropy(model(x), y)) + learner.penalty() / N_task
 
+        So with k minibatches a step it is ``record(loss) / k``: a loss that is divided already is another loss.
+
         Args:
             loss: 0-dim, once a backward pass.
 

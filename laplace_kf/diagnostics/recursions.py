@@ -14,7 +14,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.passes import Pass
 from laplace_kf.tape import Block, Chain, FlatLayout, Observation, Tracer
-from laplace_kf.tape.chain import Link, second_derivative
+from laplace_kf.tape.chain import ChainLink, second_derivative
 
 __all__ = ["blocks"]
 
@@ -137,7 +137,7 @@ def _recursion(seen: Observation, rule: Likelihood, chain: Chain, bends: Chain, 
     return ordered
 
 
-def _inputs(link: Link, block: Block) -> Tensor:
+def _inputs(link: ChainLink, block: Block) -> Tensor:
     """Inputs ``(N, I)`` of a layer with the 1 of its bias; ``(N, 1)`` ones for a bias alone."""
     assert link.call is not None
     inputs = link.call.input()

@@ -8,6 +8,9 @@ exactly those directions. Where a structure has no input factor (diagonal, dense
 what the posterior itself says of that input: N times the summed variances of the layer's outputs,
 ``N Σ_o Var(w_oᵀ a)``. Positions (pixels, steps, nodes) are summed over, as A sums over them; an example's score is the
 sum of logarithms over layers.
+
+The leverage grows with the square of the input, so it does not see a stranger that excites a layer weakly. The leverage
+of its direction, ``aᵀ (A + δ I)⁻¹ a / aᵀ a``, does.
 """
 
 from __future__ import annotations
@@ -42,13 +45,20 @@ class Layers:
 
     Attributes:
         values: leverage ``(N,)`` by layer, in the order in which the layers first ran.
+        lengths: squared length of the layer's input ``(N,)``, over its positions, likewise.
         outputs: the network's outputs ``(N, ...)`` at the posterior mean.
         last: name of the layer that ran last.
     """
 
     values: dict[str, Tensor]
+    lengths: dict[str, Tensor]
     outputs: Tensor
     last: str
+
+    def directions(self) -> dict[str, Tensor]:
+        """Leverages of the inputs' directions ``(N,)`` by layer."""
+        tiny = torch.finfo(self.outputs.dtype).tiny
+        return {name: value / self.lengths[name].clamp_min(tiny) for name, value in self.values.items()}
 
 
 class Leverage:
@@ -124,8 +134,10 @@ class Leverage:
             last = next(name for name in reversed(order) if name in usable)
             chosen = _chosen(layers, last, {name: self._tracer.blocks[name] for name in usable})
             with torch.no_grad():
-                found = {name: self._form(name)(self._shared(_plain(usable[name]))) for name in chosen}
-        return Layers(found, observation.outputs.detach(), last)
+                shared = {name: self._shared(_plain(usable[name])) for name in chosen}
+                found = {name: self._form(name)(signal) for name, signal in shared.items()}
+                lengths = {name: _length(signal, found[name]) for name, signal in shared.items()}
+        return Layers(found, lengths, observation.outputs.detach(), last)
 
     def _shared(self, signal: OuterSignals | LookupSignals) -> OuterSignals | LookupSignals:
         return signal if self.sharing is None or isinstance(signal, LookupSignals) else self.sharing(signal)
@@ -260,6 +272,13 @@ def _dense(matrix: Tensor, factor: float) -> Form:
         return factor * _counted(torch.einsum("ntri,rij->ntrj", a, matrix) * a, signal).sum((1, 2, 3))
 
     return form
+
+
+def _length(signal: OuterSignals | LookupSignals, like: Tensor) -> Tensor:
+    """``Σ_t aᵀ a``, ``(N,)``; of a lookup, the number of its tokens."""
+    if isinstance(signal, LookupSignals):
+        return (signal.tokens >= 0).sum(1).to(like)
+    return _inputs(signal, like).square().sum((1, 2, 3))
 
 
 def _inputs(signal: OuterSignals, like: Tensor) -> Tensor:

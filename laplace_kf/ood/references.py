@@ -1,4 +1,4 @@
-"""Scores of in-distribution data, against which new ones are judged, and Fisher's sum over several scores."""
+"""Scores of in-distribution data, against which new ones are judged, and one score from several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["References", "fisher"]
+__all__ = ["References", "combined"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class References:
         return (1.0 + above.double()) / (len(known) + 1.0)
 
 
-def fisher(p_values: list[Tensor]) -> Tensor:
-    """Fisher's combination ``−Σ_k log p_k`` of p-values ``(N,)`` (Fisher 1932): ``(N,)``, larger is stranger."""
-    return -torch.stack(p_values).log().sum(0)
+def combined(p_values: list[Tensor]) -> Tensor:
+    """``log mean_k 1 / p_k`` of p-values ``(N,)``: ``(N,)``, larger is stranger; minus the log of their harmonic mean.
+
+    The harmonic mean p-value (Wilson 2019, PNAS 116(4)) needs no independence, and one small p-value is enough: scores
+    that say nothing about a stranger hide it less than in Fisher's sum of logarithms.
+    """
+    return (1.0 / torch.stack(p_values)).mean(0).log()

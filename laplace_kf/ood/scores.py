@@ -15,11 +15,11 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair, NotFitted
 from laplace_kf.likelihoods import Likelihood, Prediction, to_positions
 from laplace_kf.ood.leverage import Leverage, total
-from laplace_kf.ood.references import References, fisher
+from laplace_kf.ood.references import References, combined
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import Registry
 
-__all__ = ["KINDS", "Subject", "reference_scores", "score"]
+__all__ = ["BY_LAYERS", "KINDS", "Subject", "reference_scores", "score"]
 
 
 class Subject(Protocol):
@@ -105,11 +105,26 @@ def _leverage(request: Request) -> Tensor:
     return request.subject.leverage()(request.x, request.layers)
 
 
+@KINDS.register("direction")
+def _direction(request: Request) -> Tensor:
+    """Sum over layers of the logarithm of the leverage of the input's direction: leverage per squared length."""
+    return total(request.subject.leverage().by_layer(request.x, request.layers).directions())
+
+
+BY_LAYERS = ("leverage", "direction", "auto")
+"""The kinds that are made of layers' leverages: of a mixture, the mean of its components'."""
+AUTO: dict[str, tuple[str, ...]] = {"last": ("entropy", "last", "last direction")}
+AUTO["all"] = (*AUTO["last"], "all", "all directions")
+"""The scores that ``kind="auto"`` combines, by its ``layers``."""
+
+
 @KINDS.register("auto")
 def _auto(request: Request) -> Tensor:
-    """Fisher's sum over upper-tail p-values of entropy and leverages among in-distribution examples: one forward pass.
+    """Minus the log of the harmonic mean of upper-tail p-values among in-distribution examples: one forward pass.
 
-    The entropy is that at the mean weights.
+    The p-values are those of the entropy at the mean weights, and of the leverage and its direction's. Each sees what
+    another one does not: the entropy strangers between classes, the leverage those that excite a layer in new ways, its
+    direction those that excite it too weakly for either.
     """
     references = request.subject.references
     if references is None:
@@ -119,17 +134,31 @@ def _auto(request: Request) -> Tensor:
         )
     if request.layers not in ("last", "all"):
         raise IncompatiblePair(f'kind="auto" takes layers="last" or "all", got {request.layers!r}')
-    names = ["entropy", "last", *(["all"] if request.layers == "all" else [])]
+    names = AUTO[request.layers]
+    if not set(names) <= set(references.scores):
+        raise NotFitted(
+            'the references of kind="auto" are from an older version of this package, which combined fewer scores: '
+            "call posterior.calibrate(val_loader) again"
+        )
     scores = reference_scores(request.subject, request.x)
-    return fisher([references.p_value(name, scores[name]) for name in names])
+    return combined([references.p_value(name, scores[name]) for name in names])
 
 
 def reference_scores(subject: Subject, x: Any) -> dict[str, Tensor]:
-    """Entropy at the mean weights and log leverages of the last and of all layers, each ``(N,)``; one forward pass."""
+    """Entropy at the mean weights, and log leverages of the last and of all layers and of their inputs' directions.
+
+    Each ``(N,)``; one forward pass.
+    """
     found = subject.leverage().by_layer(x, "all")
     entropy = without_padding(subject.likelihood.predict(found.outputs[None]), x, None).entropy
-    leverages = found.values
-    return {"entropy": entropy, "last": total({found.last: leverages[found.last]}), "all": total(leverages)}
+    leverages, directions = found.values, found.directions()
+    return {
+        "entropy": entropy,
+        "last": total({found.last: leverages[found.last]}),
+        "last direction": total({found.last: directions[found.last]}),
+        "all": total(leverages),
+        "all directions": total(directions),
+    }
 
 
 def score(

@@ -5,7 +5,7 @@ from laplace_kf.operators.blockwise import Blockwise
 from laplace_kf.operators.conditional import FreePart, by_rows, free_block, row_block
 from laplace_kf.operators.curvature import CurvatureBlock, DenseBlock, DiagonalBlock
 from laplace_kf.operators.eigenbasis import SpectralBlock
-from laplace_kf.operators.kept import KeptTerms, TermSum, in_common_bases
+from laplace_kf.operators.kept_terms import KeptTerms, TermSum, in_common_bases
 from laplace_kf.operators.kronecker import DAMPINGS, Damping, KroneckerBlock
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error

@@ -24,7 +24,7 @@ from laplace_kf.linalg import KNOB, cholesky, eigh, require_positive
 from laplace_kf.operators.base import Matrix
 from laplace_kf.operators.blockwise import Blockwise
 from laplace_kf.operators.curvature import DenseBlock, DiagonalBlock
-from laplace_kf.operators.kept import TOLERANCE
+from laplace_kf.operators.kept_terms import TOLERANCE
 from laplace_kf.operators.lowrank import LowRank
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.tape.blocks import merged

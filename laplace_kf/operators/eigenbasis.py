@@ -11,8 +11,8 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import eigh
 from laplace_kf.operators.base import Matrix, Sum
 from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock
-from laplace_kf.operators.factors import diagonal, full
 from laplace_kf.operators.kronecker import DAMPINGS
+from laplace_kf.operators.kronecker_factors import diagonal, full
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = ["SpectralBlock"]

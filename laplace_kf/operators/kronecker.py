@@ -11,7 +11,7 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import eigh
 from laplace_kf.operators.base import Matrix
 from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock, ridged
-from laplace_kf.operators.factors import definite, diagonal, full, generalised_basis
+from laplace_kf.operators.kronecker_factors import definite, diagonal, full, generalised_basis
 from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.registry import Registry

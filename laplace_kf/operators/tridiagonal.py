@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.operators.base import Matrix
-from laplace_kf.operators.factors import generalised_basis
+from laplace_kf.operators.kronecker_factors import generalised_basis
 from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.spectral import Spectral
 from laplace_kf.tape.blocks import Block, FlatLayout

@@ -36,7 +36,7 @@ from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective, counting
-from laplace_kf.optim.pending import Pending, Proposal
+from laplace_kf.optim.pending_step import PendingStep, Proposal
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
 from laplace_kf.reading import reading
@@ -102,7 +102,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
-        self.pending = Pending(self.objective, self.tracer, self.named, self.names, self.l2)
+        self.pending = PendingStep(self.objective, self.tracer, self.named, self.names, self.l2)
         self._reached = False  # whether trial steps can put other weights into the model; asked once
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 

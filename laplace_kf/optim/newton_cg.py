@@ -23,12 +23,12 @@ from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
 from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
-from laplace_kf.optim.factors import averaged, dumped, loaded
 from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.objective import Batch, counting
 from laplace_kf.optim.penalties import PENALTIES, Curvature
 from laplace_kf.optim.preconditioner import PRECONDITIONERS
 from laplace_kf.optim.recipes import RECIPES, Recipe
+from laplace_kf.optim.running_statistics import averaged, dumped, loaded
 from laplace_kf.optim.settings import (
     Damping,
     HessianFreePreset,

@@ -9,7 +9,7 @@ import torch
 
 from laplace_kf.engine import Accumulator
 from laplace_kf.operators import Matrix
-from laplace_kf.optim.factors import averaged, dumped, loaded
+from laplace_kf.optim.running_statistics import averaged, dumped, loaded
 from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Observation
 
@@ -28,7 +28,7 @@ class Running:
     Args:
         accumulator: makes an empty accumulator of a structure.
         structure: of the factors.
-        ema: limit of the average (:func:`laplace_kf.optim.factors.averaged`).
+        ema: limit of the average (:func:`laplace_kf.optim.running_statistics.averaged`).
         refresh: steps between fresh inverses, or fresh bases.
         build: ``(statistics, ζ) -> damped matrix``.
 

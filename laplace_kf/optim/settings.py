@@ -85,7 +85,8 @@ class Factors(Settings):
         1.0, 'exponent of the inverse, ``(C̃ + ζ)^-power``; other than 1 needs ``damping="exact"`` (methods 8.2).'
     )
     ema: float = _field(
-        0.9, "limit of the moving average of the factors (:func:`laplace_kf.optim.factors.averaged`); 0: none."
+        0.9,
+        "limit of the moving average of the factors (:func:`laplace_kf.optim.running_statistics.averaged`); 0: none.",
     )
     refresh: int = _field(1, "steps between fresh inverses (the first three always get one).")
     curvature_fraction: float | tuple[float, float] = _field(

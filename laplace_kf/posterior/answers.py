@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, check_finite
 from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
-from laplace_kf.gaussian import Gaussian
+from laplace_kf.gaussian import WeightGaussian
 from laplace_kf.likelihoods import Likelihood, Prediction, joined
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -26,7 +26,7 @@ from laplace_kf.posterior.jobs import Jobs
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.summary import Summary, summary_of
-from laplace_kf.predictive import DRAWS, METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
+from laplace_kf.predictive import DRAWS, PREDICTION_METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import AUTO
@@ -123,7 +123,7 @@ class Answers(Jobs, Shorthands):
     @method.setter
     def method(self, value: str) -> None:
         if value != AUTO:
-            _ = METHODS[value]
+            _ = PREDICTION_METHODS[value]
         self._method, self._calibration = None if value == AUTO else value, None
 
     @property
@@ -200,7 +200,7 @@ class Answers(Jobs, Shorthands):
         return self._fitted("precision").factor
 
     @property
-    def gaussian(self) -> Gaussian:
+    def gaussian(self) -> WeightGaussian:
         """The posterior as a Gaussian over flat weights ``(P,)``."""
         return self._fitted("gaussian").gaussian(self.n_data, self._prior)
 
@@ -342,7 +342,7 @@ class Answers(Jobs, Shorthands):
         if method == AUTO:
             drawn = space != AUTO or draws != "independent"
             method = "linearized" if link is not None else "mc" if drawn else self.method
-        rule = METHODS[method]
+        rule = PREDICTION_METHODS[method]
         _ = SPACES[space], DRAWS[draws]  # unknown names are refused for every method
         if is_loader(x):
             one = partial(
@@ -435,11 +435,11 @@ class Answers(Jobs, Shorthands):
             x: inputs as for :meth:`predict`.
             kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
                 the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
-                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"auto"``,
-                Fisher's sum over p-values of entropy and leverage among the in-distribution data of ``tune`` or
-                :meth:`calibrate`, one forward pass.
-            layers: of ``"leverage"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``: ``"last"``, or
-                ``"all"`` for those of all layers besides.
+                ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"direction"``,
+                the same per squared length of the input; ``"auto"``, from the p-values of the entropy and these
+                two among the in-distribution data of ``tune`` or :meth:`calibrate`, one forward pass.
+            layers: of ``"leverage"`` and ``"direction"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``:
+                ``"last"``, or ``"all"`` for those of all layers besides.
             samples, generator: for kinds that draw weights.
 
         Raises:

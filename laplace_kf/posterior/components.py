@@ -15,7 +15,7 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.ood import References
 from laplace_kf.posterior.laplace import LaplacePosterior
-from laplace_kf.predictive import METHODS, Predictor
+from laplace_kf.predictive import PREDICTION_METHODS, Predictor
 from laplace_kf.registry import AUTO
 from laplace_kf.weighting import Weights
 
@@ -93,7 +93,7 @@ class MixtureSubject:
 def method_of(member: LaplacePosterior, method: str, link: str | None, space: str, draws: str) -> str:
     """How a component predicts where this is asked of the mixture."""
     if method != AUTO:
-        _ = METHODS[method]
+        _ = PREDICTION_METHODS[method]
         return method
     drawn = space != AUTO or draws != "independent"
     return "linearized" if link is not None else "mc" if drawn else member.method

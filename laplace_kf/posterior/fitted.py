@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
 from laplace_kf.errors import IncompatiblePair
-from laplace_kf.gaussian import Gaussian
+from laplace_kf.gaussian import WeightGaussian
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.models import parameters_of
 from laplace_kf.ood import Leverage
 from laplace_kf.operators import DAMPINGS, Blockwise
-from laplace_kf.posterior.chain import Chain, ChainedEvidence
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_block
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.penalty import Penalty
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive, prior_tensors
+from laplace_kf.posterior.task_chain import ChainedEvidence, TaskChain
 from laplace_kf.structures.base import Statistics
 from laplace_kf.tape import EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
@@ -61,7 +61,7 @@ class Fitted:
     mean: Tensor
     noise: dict[str, float]
     rest: dict[str, Tensor] = field(default_factory=dict)
-    chain: Chain | None = None
+    chain: TaskChain | None = None
     newest: float | None = None
     reference: float | None = None
     errors: tuple[dict[str, float], ...] = ()
@@ -124,9 +124,9 @@ class Fitted:
         """``Λ = N C̄ + λ I``, a Matrix of size ``P``; kept until it is asked for at other (N, λ)."""
         return self._made("precision", n, prior, lambda c, given: c.precision(n, given, self.damping))
 
-    def gaussian(self, n: float, prior: PriorPrecision) -> Gaussian:
+    def gaussian(self, n: float, prior: PriorPrecision) -> WeightGaussian:
         """The posterior as a Gaussian over flat weights ``(P,)``."""
-        return Gaussian(self.mean, self.precision(n, prior))
+        return WeightGaussian(self.mean, self.precision(n, prior))
 
     def summed(self, n: float, prior: PriorPrecision) -> tuple[Blockwise, Tensor | dict[str, Tensor]]:
         """The two parts of ``Λ``: ``N C̄``, and λ as a 0-dim tensor or one for every parameter name."""
@@ -217,7 +217,7 @@ class Fitted:
         curvature, reference, errors = self.chain.extended(self.curvature, newest)
         return replace(self, curvature=curvature, newest=newest, reference=reference, errors=errors, _kept={})
 
-    def left(self, n: float, damping: str, multiplier: float, terms: str, forgetting: float) -> Chain:
+    def left(self, n: float, damping: str, multiplier: float, terms: str, forgetting: float) -> TaskChain:
         """What this posterior at N leaves to the one of the next task, which has that damping.
 
         Raises:
@@ -233,7 +233,7 @@ class Fitted:
         if kept > 1:
             raise ValueError(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
         total = self.curvature.scaled(kept * n * self.factor)
-        return Chain(terms, positive("multiplier", multiplier), total, self.mean, kept * n, self.errors)
+        return TaskChain(terms, positive("multiplier", multiplier), total, self.mean, kept * n, self.errors)
 
 
 def flat_weights(model: nn.Module, layout: FlatLayout) -> tuple[Tensor, dict[str, Tensor]]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from laplace_kf.models import parameters_of
 from laplace_kf.operators import Blockwise, CurvatureBlock, Isotropic, Matrix, in_common_bases
 from laplace_kf.operators.blockwise import prior_of
-from laplace_kf.posterior.chain import TERMS, in_one_form
 from laplace_kf.posterior.prior import positive
+from laplace_kf.posterior.task_chain import TERMS, in_one_form
 from laplace_kf.tape import Block
 
 __all__ = ["ImplicitPenalty"]

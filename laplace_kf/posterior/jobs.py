@@ -1,15 +1,21 @@
-"""What a fitted posterior is asked for by other jobs than predicting: conditioning on weights."""
+"""What a fitted posterior is asked for by other jobs than predicting: conditioning, derivatives, export."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from laplace_kf.batches import check_finite
 from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior.conditioning import Conditional, Constraints, conditioned
+from laplace_kf.posterior.derivatives import Derivatives, Operator, derivatives
+from laplace_kf.posterior.exporting import exported
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.predictive.asked import asked
+from laplace_kf.replica import stage
 
 __all__ = ["Jobs"]
 
@@ -58,3 +64,55 @@ class Jobs:
         """
         fitted = self._in_model("condition")
         return conditioned(fitted, self.precision, values, masks, constraints)
+
+    @lasting()
+    def derivatives(self, x: Any, operator: Operator | None = None, *, joint: bool = False) -> Derivatives:
+        """Means and variances of the network's derivatives to its inputs, or of other values made of it.
+
+        Args:
+            x: inputs ``(N, ...)``, one tensor of floating type.
+            operator: ``(f, x) -> values``, any shape, made of the network ``f`` (a function of inputs) at ``x``, which
+                requires a gradient: a force ``-grad(f(x).sum(), x, create_graph=True)[0]``, an energy over atoms
+                ``f(x).sum()``, the residual of a differential equation. Default: ``∂f/∂x (N, C, *x.shape[1:])``. Exact
+                for linear operators, first order for others.
+            joint: the covariance ``(K, K)`` of all values, too.
+
+        Returns:
+            ``.mean`` and ``.epistemic_variance`` of the values, and ``.covariance``. One backward pass a value.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: for inputs that are not one tensor of floating type.
+            UnsupportedLayer: for values without a graph to the weights.
+            NonFinite: for NaN or infinity in inputs or values.
+            NotPositiveDefinite: if the precision is singular.
+        """
+        fitted = self._in_model("derivatives")
+        with stage(fitted.model, fitted.forward) as (model, forward):
+            x = asked(model, forward, x)
+            check_finite(x, 0, "the input")
+            return derivatives(model, forward, fitted.mean_by_name(), self.precision, x, operator, joint)
+
+    @lasting()
+    def export(self, x: Any, *, dynamic: bool = True) -> nn.Module:
+        """The linearised predictions as a module of torch's own operations: ``x -> (mean, epistemic_variance)``.
+
+        It holds the weights and the precision of now and needs neither data nor this package: ``torch.export.export(
+        module, (x,))`` takes it further. What is exported is ``f(x; μ)`` and ``diag(J Λ⁻¹ Jᵀ)`` of the parameters that
+        the posterior covers, which for ``parameters="last_layer"`` costs little more than the network.
+
+        Args:
+            x: example inputs ``(N, ...)``, a tensor or a tuple of tensors, N at least 2.
+            dynamic: let the number of examples vary.
+
+        Raises:
+            NotFitted: before ``fit``.
+            ShapeMismatch: for inputs of another kind.
+            UnsupportedLayer: for a network whose per-example derivatives cannot be traced.
+            IncompatiblePair: for a precision without a closed form.
+            NotPositiveDefinite: if the precision is singular.
+        """
+        fitted = self._in_model("export")
+        with stage(fitted.model, fitted.forward) as (model, forward):
+            x = asked(model, forward, x)
+            return exported(model, forward, fitted.mean_by_name(), self.precision, x, dynamic)

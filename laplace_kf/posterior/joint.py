@@ -6,6 +6,7 @@ A training epoch, in which a budget is counted, is one of all components.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -22,7 +23,7 @@ from laplace_kf.likelihoods import Likelihood, Prediction, mixed
 from laplace_kf.posterior.examples import Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import Objective, OODContrast
-from laplace_kf.posterior.predictors import METHODS, Linearised, Point, Predictions, Predictor, rounded
+from laplace_kf.posterior.predictors import TUNING_METHODS, Linearized, Point, Predictions, TuningPredictor, rounded
 from laplace_kf.posterior.prior import PriorPrecision
 from laplace_kf.posterior.validation import Scorer, Validation
 from laplace_kf.predictive import draw_seeds
@@ -125,6 +126,13 @@ class JointValidation(Validation):
         self.forward = sum(part.forward for part in parts) / len(parts)
         self.exponent, self.lowest = 0.0, parts[0].lowest
 
+    def redrawn(self) -> JointValidation:
+        """The same data, and other weight draws of every component."""
+        other = copy.copy(self)
+        other.parts = [part.redrawn() for part in self.parts]
+        other.seeds = other.parts[0].seeds
+        return other
+
     def parts_of(self, examples: float) -> list[Part]:
         """The first examples for every component: the same ones, all where minibatches cannot be cut alike."""
         found = [part.part(examples) for part in self.parts]
@@ -137,8 +145,8 @@ class JointValidation(Validation):
 
     def scorer(self, method: str, examples: float = math.inf) -> Scorer:
         """As :meth:`Validation.scorer`."""
-        if method not in METHODS:
-            raise UnknownName(METHODS.kind, method, METHODS)
+        if method not in TUNING_METHODS:
+            raise UnknownName(TUNING_METHODS.kind, method, TUNING_METHODS)
         return _JointScorer(self, self.parts_of(examples), method)
 
 
@@ -148,14 +156,14 @@ class _JointScorer(Scorer):
     def __init__(self, validation: JointValidation, parts: Sequence[Part], method: str) -> None:
         super().__init__(validation, parts[0], "map")
         own = [each.scorer(method, part.count).predictor for each, part in zip(validation.parts, parts, strict=True)]
-        kind = _JointLinearised if isinstance(own[0], Linearised) else _JointPredictor
+        kind = _JointLinearized if isinstance(own[0], Linearized) else _JointTuningPredictor
         self.predictor = kind(validation, own)
 
 
-class _JointPredictor(Predictor):
+class _JointTuningPredictor(TuningPredictor):
     """The components' predictions at points, mixed."""
 
-    def __init__(self, validation: JointValidation, members: Sequence[Predictor]) -> None:
+    def __init__(self, validation: JointValidation, members: Sequence[TuningPredictor]) -> None:
         self.members = members
         self.part, self.pools = members[0].part, members[0].pools
         joint: Any = validation.fitted
@@ -183,10 +191,10 @@ class _JointPredictor(Predictor):
         return self.joint.mixed(parts, likelihood)
 
 
-class _JointLinearised(_JointPredictor, Linearised):
+class _JointLinearized(_JointTuningPredictor, Linearized):
     """As well, for linearised components."""
 
-    members: Sequence[Linearised]
+    members: Sequence[Linearized]
 
     @property
     def ratios(self) -> set[float]:
@@ -196,7 +204,7 @@ class _JointLinearised(_JointPredictor, Linearised):
         for member in self.members:
             member.prepare(points)
 
-    def shared(self, other: Linearised) -> None:
-        assert isinstance(other, _JointLinearised)
+    def shared(self, other: Linearized) -> None:
+        assert isinstance(other, _JointLinearized)
         for mine, theirs in zip(self.members, other.members, strict=True):
             mine.shared(theirs)

@@ -28,7 +28,6 @@ from laplace_kf.operators import DAMPINGS, fresh_generator
 from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
-from laplace_kf.posterior.chain import Chain
 from laplace_kf.posterior.fitted import Fitted, flat_weights
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
@@ -37,6 +36,7 @@ from laplace_kf.posterior.prior import (
     plain,
     positive,
 )
+from laplace_kf.posterior.task_chain import TaskChain
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
@@ -147,7 +147,7 @@ class LaplacePosterior(Answers):
         self._state = None
         self._calibration = None
         self.prior_precision = prior_precision
-        self._chain: Chain | None = None
+        self._chain: TaskChain | None = None
         if prior is not None:
             left = prior._fitted("a chained posterior").left
             self._chain = left(prior.n_data, self.damping, multiplier, terms, forgetting)
@@ -282,7 +282,7 @@ class LaplacePosterior(Answers):
         self._n_data = found.count if n_data is None or found.reference is not None else float(n_data)
         self._calibration = None
 
-    def _covered_by_chain(self, chain: Chain) -> tuple[str | Sequence[str], Structure]:
+    def _covered_by_chain(self, chain: TaskChain) -> tuple[str | Sequence[str], Structure]:
         """What a chained posterior covers: of a subnetwork, the weights that were chosen for the first task."""
         layout = chain.curvature.layout
         if not isinstance(self.parameters, Subnetwork) or not isinstance(layout, EntryLayout):

@@ -23,7 +23,7 @@ from laplace_kf.batches import Forward
 from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
 from laplace_kf.models import lasting
-from laplace_kf.ood import score
+from laplace_kf.ood import BY_LAYERS, score
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.components import (
@@ -46,7 +46,7 @@ from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import PriorPrecision, plain
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
-from laplace_kf.predictive import METHODS, draw_seeds, labelled
+from laplace_kf.predictive import PREDICTION_METHODS, draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, reading
@@ -125,7 +125,7 @@ class Mixture(Shorthands):
     @method.setter
     def method(self, value: str) -> None:
         if value != AUTO:
-            _ = METHODS[value]
+            _ = PREDICTION_METHODS[value]
         for member in self.posteriors:
             member.method = value
         self._calibration = None
@@ -309,11 +309,11 @@ class Mixture(Shorthands):
     ) -> Tensor:
         """How strange inputs are, larger is stranger: ``(N,)``.
 
-        Entropy, mutual information, variance and the largest probability are those of the mixture; ``"leverage"`` and
-        ``"auto"`` are means over the components of theirs, by weight. Arguments and errors as of
+        Entropy, mutual information, variance and the largest probability are those of the mixture; ``"leverage"``,
+        ``"direction"`` and ``"auto"`` are means over the components of theirs, by weight. Arguments and errors as of
         :meth:`LaplacePosterior.ood_score`.
         """
-        if kind in ("leverage", AUTO):
+        if kind in BY_LAYERS:
             found = [m.ood_score(x, kind, layers=layers, samples=samples, generator=generator) for m in self.posteriors]
             return torch.einsum("m,mn->n", self.weights.to(found[0]), torch.stack(found))
         return score(self._subject(), x, kind, layers, samples, generator)

@@ -25,7 +25,7 @@ from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
 from laplace_kf.registry import Registry
 
-__all__ = ["MAP", "METHODS", "Linearised", "Point", "Predictions", "Predictor", "Shared", "rounded"]
+__all__ = ["MAP", "TUNING_METHODS", "Linearized", "Point", "Predictions", "Shared", "TuningPredictor", "rounded"]
 
 Point = tuple[float, float]
 MAP: Point = (math.inf, math.inf)
@@ -59,7 +59,7 @@ class Shared:
     pairs: bool
 
 
-class Predictor(ABC):
+class TuningPredictor(ABC):
     """Predictions at points; one object for all points of a search, so that it can keep what they share."""
 
     def __init__(self, shared: Shared, part: Part) -> None:
@@ -82,11 +82,11 @@ class Predictor(ABC):
         return lambda likelihood: [likelihood.predict(z) for z in joined]
 
 
-METHODS: Registry[type[Predictor]] = Registry("prediction method of tune")
+TUNING_METHODS: Registry[type[TuningPredictor]] = Registry("prediction method of tune")
 
 
-@METHODS.register("map")
-class AtMean(Predictor):
+@TUNING_METHODS.register("map")
+class AtMean(TuningPredictor):
     """The mean weights, whatever the point."""
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
@@ -94,8 +94,8 @@ class AtMean(Predictor):
             yield point, self.at_mean()
 
 
-@METHODS.register("mc")
-class Sampled(Predictor):
+@TUNING_METHODS.register("mc")
+class Sampled(TuningPredictor):
     """Outputs at weight draws (methods 10.1), on request in pairs ``θ* ± ε``.
 
     A pair has no mean shift of its own. Among few independent draws that shift is of first order in the spread, where
@@ -146,8 +146,8 @@ class Sampled(Predictor):
             yield (-1.0 if pairs and number % 2 else 1.0), count, kept[number // 2 if pairs else number]
 
 
-@METHODS.register("linearized")
-class Linearised(Predictor):
+@TUNING_METHODS.register("linearized")
+class Linearized(TuningPredictor):
     """Normal outputs of the network linearised at the mean weights, through the likelihood's default link."""
 
     link: ClassVar[str | None] = None
@@ -192,7 +192,7 @@ class Linearised(Predictor):
                 full = [c for pool, mine in zip(self.pools, parts, strict=True) for c in pool.joined_spreads(mine)]
             self._spreads[ratio] = n, variances, full
 
-    def shared(self, other: Linearised) -> None:
+    def shared(self, other: Linearized) -> None:
         """Takes over what another one found on the same examples, as far as it is enough for this link."""
         for ratio, (n, variances, full) in other._spreads.items():
             if self.marginal or full is not None:
@@ -233,8 +233,8 @@ class Linearised(Predictor):
         return predict
 
 
-@METHODS.register("probit")
-class Probit(Linearised):
+@TUNING_METHODS.register("probit")
+class Probit(Linearized):
     """As linearised, with the probit approximation, which needs the variances of the outputs only."""
 
     link: ClassVar[str | None] = "probit"

@@ -109,7 +109,13 @@ def _like(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def _number(value: float) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except TypeError as error:
+        raise ValueError(
+            f"prior_precision must be a number, a 0-dim tensor or {{name pattern: number}}, got {value!r}; the default "
+            "is 1.0, and posterior.tune(val) finds it"
+        ) from error
     if not (math.isfinite(number) and number >= 0):
         raise ValueError(f"prior_precision must be finite and not negative, got {value}")
     return number

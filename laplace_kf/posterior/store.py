@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward
 from laplace_kf.errors import CorruptFile, LaplaceKFError
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.posterior.chain import Chain
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.task_chain import TaskChain
 from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Block, EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
@@ -202,7 +202,7 @@ def unpacked_fitted(
     device = dict(model.named_parameters(remove_duplicate=False))[layout.names[0]].device
     statistics = unpacked(tensors, header["statistics"], structure, device)
     rest = {name: tensors[f"rest/{name}"].to(device) for name in layout.names if f"rest/{name}" in tensors}
-    chain = None if header.get("chain") is None else Chain.unpacked(tensors, header["chain"], layout, device)
+    chain = None if header.get("chain") is None else TaskChain.unpacked(tensors, header["chain"], layout, device)
     if tensors["mean"].shape != (layout.size,):
         raise ValueError(f"a mean of shape {tuple(tensors['mean'].shape)} for {layout.size} weights")
     found = Fitted(

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from laplace_kf.callers import users_line
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
-from laplace_kf.posterior.candidates import METHODS, Candidate, Contest, described, setting
+from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
-from laplace_kf.posterior.search import Search, compared, grid
+from laplace_kf.posterior.search import Search, compared, grid, on_all
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
 from laplace_kf.registry import AUTO
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
-CHOICES = ("auto", *METHODS)
+CHOICES = ("auto", *CANDIDATES)
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -124,14 +124,20 @@ class TuningResult:
         return "\n".join(lines)
 
     def warn(self) -> None:
-        """Warns of a best point on the edge and of a win of MAP, at the user's line."""
+        """Warns of candidates that are nowhere finite, of a best point on the edge, and of a win of MAP."""
+        if ruined := [each for each in self.candidates if each.get("not_finite")]:
+            warnings.warn(
+                f"{', '.join(each['method'] for each in ruined)}: {ruined[0]['left_out']}; predictions are by "
+                f"method={self.method!r}. Logits of such a size are a sign of weights that have run away",
+                stacklevel=users_line(),
+            )
         if self.at_edge:
             warnings.warn(
                 f"the best {self.objective} lies on the edge of the grid ({_shown(self.best)}); widen the grid, or "
                 "pass extend=k to extend it up to k times",
                 stacklevel=users_line(),
             )
-        elif self.map_wins and self.searched:
+        elif self.map_wins and self.searched and not ruined:
             warnings.warn(
                 f"no posterior tried beats the trained weights alone (MAP, {self.objective} {self.map_objective:.4f}) "
                 f"beyond the noise of the validation data; set to {_shown(self.best)}, which is MAP in effect",
@@ -321,10 +327,15 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
     contest.run(offered if asked == AUTO else [each for each in ("map", "temperature", asked) if each in offered])
     before = likelihood.noise_scale if validation.noise else None
     found, overall = contest.found, contest.found["map"].score
-    if asked != AUTO and found[asked].left_out:
-        raise IncompatiblePair(
-            f"method={asked!r} cannot be tuned within budget={options.budget:g}: {found[asked].left_out}"
+    if not any(math.isfinite(candidate.score.value) for candidate in found.values()):
+        raise NonFinite(
+            f"objective {name!r} is not finite at the trained weights, nor at any posterior that was tried; check the "
+            "validation data, the weights and the objective"
         )
+    if asked != AUTO and (reason := found[asked].left_out):
+        if found[asked].not_finite:
+            raise NonFinite(f'{reason}; tune(method="auto") falls back on the trained weights and a temperature')
+        raise IncompatiblePair(f"method={asked!r} cannot be tuned within budget={options.budget:g}: {reason}")
     winner = contest.winner() if asked == AUTO else found[asked]
     of = {method: candidate for method, candidate in found.items() if candidate.search is not None}
     # a winner without a posterior leaves (N, λ) to the best of those that have one, for all else that needs them
@@ -339,17 +350,18 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
             best["noise"] = winner.score.noise
         table.append(best)
     else:
-        point = source.point if source.wins else _map_in_effect(source.search, source.point)
+        # the noise scale is one for all methods: where MAP wins, its own, not that of a spread that took its place
+        at_map = winner.search is None and winner.score.noise is not None
+        point = source.point if source.wins and not at_map else _map_in_effect(source.search, source.point)
         for method, candidate in of.items():
             assert candidate.search is not None
             for place, score in candidate.search.scores.items():
                 if place != MAP:
-                    gain, _ = compared(candidate.reference, score)
-                    row = {**setting(place, score, before), "objective": overall.value - gain}
+                    row = {**setting(place, score, before), "objective": on_all(score, candidate.reference, overall)}
                     table.append(row)
                     if method == source.method and place == point:
                         best = row
-    candidates = [described(found[method], overall, before) for method in METHODS if method in found]
+    candidates = [described(found[method], overall, before) for method in CANDIDATES if method in found]
     gain, error = compared(winner.reference, winner.score)
     if winner is source and not winner.wins:
         gain, error = overall.value - best["objective"], None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import Objective, OODContrast
-from laplace_kf.posterior.predictors import MAP, METHODS, Point, Predictions, Shared
+from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
@@ -128,6 +129,12 @@ class Validation:
     def shared(self) -> Shared:
         """What predictions at all points have in common."""
         return Shared(self.fitted, self.mean, self.seeds, self.pairs)
+
+    def redrawn(self) -> Validation:
+        """The same data, and other weight draws."""
+        other = copy.copy(self)
+        other.seeds = draw_seeds(len(self.seeds), torch.Generator().manual_seed(self.seeds[0]))
+        return other
 
     @property
     def count(self) -> int:
@@ -248,14 +255,14 @@ class Validation:
         return inputs, outputs
 
     def scorer(self, method: str, examples: float = math.inf) -> Scorer:
-        """What measures points by a prediction method (a name of :data:`METHODS`) on the first examples.
+        """What measures points by a prediction method (a name of :data:`TUNING_METHODS`) on the first examples.
 
         Raises:
             UnknownName: for an unknown method.
             IncompatiblePair: for one that the likelihood does not have.
         """
-        if method not in METHODS:
-            raise UnknownName(METHODS.kind, method, METHODS)
+        if method not in TUNING_METHODS:
+            raise UnknownName(TUNING_METHODS.kind, method, TUNING_METHODS)
         return Scorer(self, self.part(examples), method)
 
 
@@ -265,14 +272,14 @@ class Scorer:
     Args:
         validation: the data.
         part: of them.
-        method: a name of :data:`METHODS`.
+        method: a name of :data:`TUNING_METHODS`.
     """
 
     def __init__(self, validation: Validation, part: Part, method: str) -> None:
         self.validation, self.part = validation, part
         self.fitted = validation.fitted
         with preserved(self.fitted.model):
-            self.predictor = METHODS[method](validation.shared, part)
+            self.predictor = TUNING_METHODS[method](validation.shared, part)
         self._held: float | None = None
         self._factor = 1.0
 

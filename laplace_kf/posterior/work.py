@@ -3,8 +3,9 @@
 Counts, not clocks: the same data and seed give the same search on every machine. A training step costs three forward
 passes (the pass, gradients of activations, gradients of weights); forward passes are counted by torch's own formulas
 for the products of the network as it runs. An epoch counts ``LEAST`` multiply-adds at least, a hundredth of a second or
-two: in smaller ones the fixed costs of calls rule, which no count tells. One factor, ``OVERHEAD``, says how much slower
-than large products the rest is; it was measured on one core.
+two: in smaller ones the fixed costs of calls rule, which no count tells; and a quarter of what the eigenbases of the
+posterior cost at least, which any use of it takes: with few examples and a large network they are all there is. One
+factor, ``OVERHEAD``, says how much slower than large products the rest is; it was measured on one core.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from laplace_kf.operators import Blockwise, LowRank, Spectral
 from laplace_kf.predictive.cost import draw_cost, rotations
 
-__all__ = ["EPOCH", "Budget", "Costs", "Counter", "multiply_adds", "scored"]
+__all__ = ["EPOCH", "FIXED", "Budget", "Costs", "Counter", "multiply_adds", "scored"]
 
 EPOCH = 3.0  # forward passes in a training step
 DECOMPOSITION = 10.0  # multiply-adds of a symmetric eigendecomposition, in units of side³
 ELEMENT = 40.0  # multiply-adds in the time of scoring one drawn output
 OVERHEAD = 1.3
 LEAST = 2e8  # multiply-adds of an epoch
+FIXED = 4.0  # epochs that the eigenbases may take
 
 
 class _Nowhere:
@@ -77,6 +79,13 @@ class Budget:
         self.limit = math.inf if epochs is None else epochs * self.epoch
         self.spent = 0.0
         self.told: Callable[[float], Any] | None = None
+
+    def at_least(self, epoch: float) -> None:
+        """From now on an epoch counts at least so many multiply-adds."""
+        if epoch > self.epoch:
+            before, self.limit, self.epoch = self.cost, self.limit * epoch / self.epoch, epoch
+            if self.told is not None:
+                self.told(self.cost - before)
 
     @property
     def left(self) -> float:
@@ -135,7 +144,7 @@ class Costs:
         """Per example: outputs at ``draws`` weights, and their score."""
         return OVERHEAD * draws * (self.forward + ELEMENT * self.outputs)
 
-    def linearised(self, ratios: int) -> float:
+    def linearized(self, ratios: int) -> float:
         """Per example: the variances of all outputs at so many ratios ``λ / N``, in one pass."""
         once, each, times = self.forward * (1 + self.outputs), 0.0, self.positions
         for block, matrix in self.precision.entries:

@@ -5,12 +5,12 @@ from laplace_kf.predictive.calls import outputs_at
 from laplace_kf.predictive.draws import DRAWS, draw_seeds
 from laplace_kf.predictive.dropout import MCDropout, mc_dropout
 from laplace_kf.predictive.linearized import Linearization
-from laplace_kf.predictive.methods import METHODS, Request
+from laplace_kf.predictive.methods import PREDICTION_METHODS, Request
 from laplace_kf.predictive.montecarlo import SPACES, Predictor, monte_carlo, sampled_outputs, shifted, weight_noise
 
 __all__ = [
     "DRAWS",
-    "METHODS",
+    "PREDICTION_METHODS",
     "SPACES",
     "Linearization",
     "MCDropout",

@@ -23,8 +23,8 @@ from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
+from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
-from laplace_kf.predictive.shares import Piece, joint_of, like_of, shares_of
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation, Tracer

@@ -22,7 +22,7 @@ from laplace_kf.predictive.linearized import Linearization
 from laplace_kf.predictive.montecarlo import independent_examples, monte_carlo
 from laplace_kf.registry import Registry
 
-__all__ = ["METHODS", "PredictionMethod", "Request", "linearized"]
+__all__ = ["PREDICTION_METHODS", "PredictionMethod", "Request", "linearized"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ class Request:
 
 
 PredictionMethod = Callable[[Request], Prediction]
-METHODS: Registry[PredictionMethod] = Registry("prediction method")
+PREDICTION_METHODS: Registry[PredictionMethod] = Registry("prediction method")
 
 
-@METHODS.register("mc")
+@PREDICTION_METHODS.register("mc")
 def _monte_carlo(request: Request) -> Prediction:
     """Average over draws of weights or pre-activations (methods 10.1)."""
     request.without_link("mc")
@@ -83,14 +83,14 @@ def _monte_carlo(request: Request) -> Prediction:
     return replace(found, independent_samples=independent_examples(request.space))
 
 
-@METHODS.register("map")
+@PREDICTION_METHODS.register("map")
 def _mean_weights(request: Request) -> Prediction:
     """The network at the mean weights."""
     request.without_link("map")
     return request.likelihood.predict(_outputs(request), keep_samples=request.keep_samples)
 
 
-@METHODS.register("temperature")
+@PREDICTION_METHODS.register("temperature")
 def _tempered(request: Request) -> Prediction:
     """The network at the mean weights with its logits divided by a temperature."""
     request.without_link("temperature")
@@ -115,14 +115,14 @@ def _outputs(request: Request) -> Tensor:
     return outputs
 
 
-@METHODS.register("linearized")
+@PREDICTION_METHODS.register("linearized")
 def _linearized(request: Request) -> Prediction:
     """Normal outputs of the network linearised at the mean weights, through the likelihood's link."""
     network = Linearization(request.model, request.forward, request.mean, request.inputs, keep=False)
     return linearized(request, network, [request.precision()])[0]
 
 
-@METHODS.register("probit")
+@PREDICTION_METHODS.register("probit")
 def _probit(request: Request) -> Prediction:
     """As ``linearized`` with the probit approximation, which needs the variances of the outputs only."""
     if request.link not in (None, "probit"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.operators import Basis, Spectral
-from laplace_kf.predictive.ratios import Family
+from laplace_kf.predictive.precision_family import PrecisionFamily
 from laplace_kf.tape import GradientSignals, LookupSignals, OuterSignals, Signals
 
 __all__ = [
@@ -39,7 +39,7 @@ class Form(ABC):
     """The rotated signals of one block; ``n`` examples, ``V`` columns."""
 
     @abstractmethod
-    def blocks(self, family: Family, width: int) -> Tensor:
+    def blocks(self, family: PrecisionFamily, width: int) -> Tensor:
         """Covariances inside groups of ``W = width`` columns for ``K`` precisions: ``(K, G, n, W, W)``."""
 
     @abstractmethod
@@ -60,14 +60,14 @@ class SingleForm(Form):
         self.a, self.count = a, count
         self.g = g.flatten(2)  # (V, n or 1, Q)
 
-    def _weights(self, family: Family) -> Tensor:
+    def _weights(self, family: PrecisionFamily) -> Tensor:
         """``(n, K, Q)``."""
         if self.a is not None:
             return family.weights(self.a.square())
         flat = torch.stack([family.inverse(k).reshape(-1) for k in range(len(family))])
         return flat.expand(self.count, -1, -1)
 
-    def blocks(self, family: Family, width: int) -> Tensor:
+    def blocks(self, family: PrecisionFamily, width: int) -> Tensor:
         weights = self._weights(family)
         precisions, groups = len(family), self.g.shape[0] // width
         if self.g.shape[1] == 1:  # the same columns for every example: their products are one small matrix
@@ -135,10 +135,10 @@ class PositionForm(Form):
         pairs = positions**2 / 2 * size + columns * (positions**2 + width * positions)
         return pairs < columns * (positions + width) * size
 
-    def blocks(self, family: Family, width: int) -> Tensor:
+    def blocks(self, family: PrecisionFamily, width: int) -> Tensor:
         return self._over_positions(family, width) if self.by_positions(width) else self._over_gradients(family, width)
 
-    def _over_positions(self, family: Family, width: int) -> Tensor:
+    def _over_positions(self, family: PrecisionFamily, width: int) -> Tensor:
         columns, n, positions, groups, outs = self.g.shape
         first, second, whole = _pairs(positions, self.a.device)
         split = (columns // width, width)
@@ -169,7 +169,7 @@ class PositionForm(Form):
             seeds = g[..., some].permute(1, 3, 0, 4, 2).flatten(2, 3)  # (m, R, V·o, T)
             yield some, torch.matmul(seeds, a).unflatten(2, (columns, -1)).transpose(1, 2)
 
-    def _over_gradients(self, family: Family, width: int) -> Tensor:
+    def _over_gradients(self, family: PrecisionFamily, width: int) -> Tensor:
         columns, n, _, groups, _ = self.g.shape
         found = []
         for part in _runs(n, columns * groups * self.a.shape[-1] * min(64, self.g.shape[-1])):
@@ -207,7 +207,7 @@ class LookupForm(Form):
     def __init__(self, summed: Tensor, example: Tensor, token: Tensor, count: int) -> None:
         self.summed, self.example, self.token, self.count = summed, example, token, count
 
-    def blocks(self, family: Family, width: int) -> Tensor:
+    def blocks(self, family: PrecisionFamily, width: int) -> Tensor:
         groups = self.summed.shape[0] // width
         columns = self.summed.unflatten(0, (groups, width)).transpose(1, 2)  # (G, J, W, O)
         found = []
@@ -253,7 +253,7 @@ class GradientForm(Form):
         shape = self.signals.block.shape
         return rotated_rows(rows.reshape(-1, math.prod(shape)), shape, self.inputs, self.outputs, rows.shape[1])
 
-    def blocks(self, family: Family, width: int) -> Tensor:
+    def blocks(self, family: PrecisionFamily, width: int) -> Tensor:
         columns, count = self.signals.count
         runs = _runs(count, columns * self.signals.block.size)
         return torch.cat([self._rows(part).blocks(family, width) for part in runs], 2)

@@ -147,10 +147,13 @@ _TEMPLATE = """<!DOCTYPE html>
   h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .75rem; }
   h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
   p { max-width: 46rem; margin: .5rem 0; }
-  .scroll { overflow-x: auto; }
+  /* as wide as its table, from the text's width up to the window's, and centred: only beyond that it scrolls */
+  .scroll { overflow-x: auto; width: max-content; min-width: 100%; max-width: calc(100vw - 3.5rem);
+            margin-left: 50%; transform: translateX(-50%); }
   table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
   th, td { padding: .32rem .75rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-  th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; }
+  th { border-bottom: 2px solid var(--ink); font-weight: 600; vertical-align: bottom; white-space: normal; }
+  td:first-child { white-space: normal; min-width: 9rem; }
   th:first-child, td:first-child, .prose th, .prose td { text-align: left; }
   .prose td { white-space: normal; }
   tbody tr:nth-child(even) { background: var(--band); }

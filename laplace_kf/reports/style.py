@@ -68,14 +68,20 @@ def style_axes(axis: Axes, *, grid: bool = True) -> None:
         spine.set_color(SOFT)
 
 
+LETTER, HANDLE = 0.075, 0.65
+"""Inches that a letter of a legend takes, and what stands before and after a label."""
+
+
 def legend_below(figure: Figure, *, columns: int = 4) -> None:
-    """One legend for all axes of a figure, under them, where it hides nothing."""
+    """One legend for all axes of a figure, under them, where it hides nothing; in fewer columns if labels are long."""
     entries: dict[str, Any] = {}
     for axis in figure.axes:
         handles, labels = axis.get_legend_handles_labels()
         entries |= {label: handle for label, handle in zip(labels, handles, strict=True) if label not in entries}
+    widest = HANDLE + LETTER * max(map(len, entries), default=0)
+    columns = max(1, min(columns, len(entries), int(figure.get_figwidth() / widest)))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=min(columns, len(entries)),
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns,
         frameon=False, fontsize=9.5, labelcolor=INK, handlelength=2.8,
     )  # fmt: skip
 
@@ -95,11 +101,15 @@ def method_of(label: str) -> str:
     return label.split(",")[0].strip()
 
 
+DASHES = "-", (0, (4, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5))
+
+
 def line(label: str, labels: Sequence[str]) -> dict[str, Any]:
-    """Colour, dash and width of a label's curve, as matplotlib's keyword arguments."""
-    dashed = label.endswith("untuned")
-    return {
-        "color": colour(label, labels),
-        "linestyle": (0, (4, 2)) if dashed else "-",
-        "linewidth": 1.3 if dashed else 2.0,
-    }
+    """Colour, dash and width of a label's curve, as matplotlib's keyword arguments.
+
+    Of labels that share a spare colour, the second and third have dashes of their own.
+    """
+    dashed, shade = label.endswith("untuned"), colour(label, labels)
+    alike = [other for other in dict.fromkeys((*labels, label)) if colour(other, labels) == shade]
+    place = alike.index(label) if method_of(label) not in COLOURS else int(dashed)
+    return {"color": shade, "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.3 if dashed else 2.0}

@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.tape.tape import Call, Step, Tape
 
-__all__ = ["Chain", "Link", "OnStep", "derivative", "second_derivative"]
+__all__ = ["Chain", "ChainLink", "OnStep", "derivative", "second_derivative"]
 
 OnStep = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 """What is kept of a function call, of its argument's shape; ``None`` for functions that are not elementwise."""
@@ -102,7 +102,7 @@ def second_derivative(function: Callable[..., Any], args: Sequence[Any], kwargs:
 
 
 @dataclass
-class Link:
+class ChainLink:
     """One link: a linear map (``weight (O, I)``, with its ``call`` if tracked) or an activation (``slope (N, d)``)."""
 
     weight: Tensor | None = None
@@ -124,7 +124,7 @@ class Chain:
     def __init__(self, tape: Tape, outputs: Tensor) -> None:
         # a function that hands its argument through (dropout in eval mode) is no link
         by_output = {s.output_key: index for index, s in enumerate(tape.steps) if s.output_key != s.source_key}
-        links: list[Link] = []
+        links: list[ChainLink] = []
         key = (id(outputs), outputs._version)
         seen: list[Call] = []
         while True:
@@ -149,12 +149,12 @@ class Chain:
             raise UnsupportedLayer(_refusal(f"parameter {strays[0]!r} does not lie on one chain from input to output"))
         self.links = links[::-1]
 
-    def _link(self, step: Step, tape: Tape, index: int) -> Link | None:
+    def _link(self, step: Step, tape: Tape, index: int) -> ChainLink | None:
         if step.function is F.linear and isinstance(step.source, Tensor) and step.source.dim() == 2:
             weight = step.args[1] if len(step.args) > 1 else step.kwargs["weight"]
-            return Link(weight=weight.detach(), call=step.call)
+            return ChainLink(weight=weight.detach(), call=step.call)
         if step.before is not None and step.output.dim() == 2:
-            return Link(slope=step.before)
+            return ChainLink(slope=step.before)
         rows_kept = (
             step.source is not None and step.output.dim() == 2 and step.source.shape[:1] == step.output.shape[:1]
         )
@@ -170,7 +170,7 @@ class Chain:
         """The chain of the examples ``rows (M,)`` alone."""
         other = copy.copy(self)
         other.links = [
-            Link(
+            ChainLink(
                 link.weight,
                 None if link.call is None else link.call.part(rows),
                 None if link.slope is None else link.slope.index_select(0, rows),

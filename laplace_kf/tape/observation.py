@@ -18,8 +18,8 @@ from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.tape.backward import backward
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
-from laplace_kf.tape.closed import OutputCurvature, OutputSignals
 from laplace_kf.tape.examples import ExampleGradients
+from laplace_kf.tape.output_signals import OutputCurvature, OutputSignals
 from laplace_kf.tape.owners import copies
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached

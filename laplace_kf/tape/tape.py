@@ -27,9 +27,9 @@ from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
 from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, meeting
-from laplace_kf.tape.choices import NUMBERS, picks_rows
 from laplace_kf.tape.edges import activates_view, edge_of
 from laplace_kf.tape.made import Made, MadeTensors, writes
+from laplace_kf.tape.row_picks import NUMBERS, picks_rows
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["Call", "Portion", "Step", "Tape"]

@@ -16,10 +16,38 @@ from laplace_kf import agreement
 from laplace_kf.predictive import asked
 
 SIZES = st.integers(2, 5)
+BODIES = ["linear", "deep", "gelu", "attention", "convolution", "recurrent"]
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 
+class Mixing(nn.Module):
+    """Positions that see each other; whatever axes lie between examples and features are positions."""
+
+    def __init__(self, kind: str, inside: int, outputs: int, width: int = 4) -> None:
+        super().__init__()
+        self.kind, self.into, self.head = kind, nn.Linear(inside, width), nn.Linear(width, outputs)
+        self.mix: nn.Module
+        if kind == "attention":
+            self.mix = nn.MultiheadAttention(width, 2, batch_first=True)
+        elif kind == "convolution":
+            self.mix = nn.Conv1d(width, width, 3, padding=1)
+        else:
+            self.mix = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.into(x).reshape(x.shape[0], -1, self.into.out_features)
+        if self.kind == "attention":
+            h = h + self.mix(h, h, h, need_weights=False)[0]
+        elif self.kind == "convolution":
+            h = torch.tanh(self.mix(h.mT)).mT
+        else:
+            h = self.mix(h)[0]
+        return self.head(h).reshape(*x.shape[:-1], self.head.out_features)
+
+
 def body(kind: str, inside: int, outputs: int) -> nn.Module:
+    if kind in ("attention", "convolution", "recurrent"):
+        return Mixing(kind, inside, outputs).double()
     if kind == "linear":
         return nn.Linear(inside, outputs).double()
     if kind == "deep":
@@ -47,7 +75,7 @@ class Owner(nn.Module):
 
 @quick
 @given(
-    kind=st.sampled_from(["linear", "deep", "gelu"]),
+    kind=st.sampled_from(BODIES),
     reduction=st.sampled_from(["mean", "examples", "sum", "items"]),
     smoothing=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
     shift=st.sampled_from([0, 0, 1]),
@@ -75,7 +103,7 @@ def test_losses_agree_if_and_only_if_they_are_one_function(
 
 @quick
 @given(
-    kind=st.sampled_from(["linear", "deep", "gelu"]),
+    kind=st.sampled_from(BODIES),
     shape=st.lists(st.integers(1, 4), min_size=1, max_size=3),
     inside=st.integers(1, 4),
     outputs=st.integers(1, 4),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from torch import nn
 
 import laplace_kf as lk
 from laplace_kf.__main__ import main
+from laplace_kf.errors import ShapeMismatch
+from laplace_kf.reports.influence_plots import influential
 
 SOURCE = """
 import torch
@@ -58,3 +62,22 @@ def test_queries_without_labels_are_refused(files, capsys):
     with torch.random.fork_rng():
         assert main(arguments("bare.npz")) == 1
     assert "no labels" in capsys.readouterr().err
+
+
+def test_a_picture_needs_images(files, capsys):
+    with torch.random.fork_rng():
+        assert main([*arguments(), "--picture", "shown.png"]) == 1
+    assert "needs images" in capsys.readouterr().err
+    assert not Path("scores.safetensors").exists()
+
+
+def test_the_picture_shows_the_most_helpful_and_harmful():
+    train, queries = torch.rand(4, 1, 3, 3), torch.rand(2, 1, 3, 3)
+    scores = torch.tensor([[0.1, 3.0, -2.0, 0.0], [1.0, 0.5, 0.2, -1.0]])
+    figure = influential(scores, train, queries, 1, train_names=list("abcd"), query_names=["first", "second"])
+    assert [axis.get_title() for axis in figure.axes] == ["first", "b", "c", "second", "a", "d"]
+    assert torch.equal(torch.as_tensor(figure.axes[1].images[0].get_array().copy()), train[1, 0])
+    with pytest.raises(ShapeMismatch, match="scores"):
+        influential(scores.T, train, queries)
+    with pytest.raises(ShapeMismatch, match="image"):
+        influential(scores, train.flatten(1), queries.flatten(1))

@@ -125,12 +125,16 @@ def test_terms_run_and_agree_with_directions(monkeypatch, damping, dtype):
     y = torch.randint(3, (60,), generator=generator)
     posterior = lk.LaplacePosterior(model, "categorical", damping=damping).fit((x, y))
     used = []
-    scores = pairs.Terms.scores
-    monkeypatch.setattr(pairs.Terms, "scores", lambda self, signals: used.append(self.count) or scores(self, signals))
+    add = pairs.Terms.add
+    monkeypatch.setattr(pairs.Terms, "add", lambda self, *rest: used.append(self.count) or add(self, *rest))
     found = lk.attribution.influence(posterior, (x, y), (x[:9], y[:9]))
     assert used  # the fast way was taken
     if damping == "factored":
-        assert 1 in used
+        assert set(used) == {1}
+    exact = max(used)
+    used.clear()
+    rough = lk.attribution.influence(posterior, (x, y), (x[:9], y[:9]), accuracy=1e-2)
+    assert damping == "factored" or max(used) < exact
     monkeypatch.setattr(pairs, "MOST_TERMS", 0)
     used.clear()
     direct = lk.attribution.influence(posterior, (x, y), (x[:9], y[:9]))
@@ -138,6 +142,33 @@ def test_terms_run_and_agree_with_directions(monkeypatch, damping, dtype):
     size = float(direct.norm() / direct.numel() ** 0.5)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(found, direct, rtol=tolerance, atol=tolerance * size)
+    assert float((rough - direct).norm()) <= 1e-2 * size * direct.numel() ** 0.5
+
+
+@pytest.mark.parametrize("tokens", [None, "queries", "train"])
+def test_terms_of_many_columns_and_examples(monkeypatch, tokens):
+    """Sequences in which one layer sees one vector an example, positions come after it; runs shorter than batches."""
+
+    class OneVector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(40, 60), nn.Linear(60, 3 * 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.tanh(self.first(x))).reshape(-1, 3, 4)
+
+    generator = torch.Generator().manual_seed(6)
+    x, y = torch.randn(11, 40, generator=generator).double(), torch.randint(4, (11, 3), generator=generator)
+    posterior = lk.LaplacePosterior(seeded(OneVector).double(), "categorical").fit((x, y))
+    monkeypatch.setattr(pairs, "CACHED", 4)
+    used = []
+    add = pairs.Terms.add
+    monkeypatch.setattr(pairs.Terms, "add", lambda self, *rest: used.append(self.count) or add(self, *rest))
+    found = lk.attribution.influence(posterior, (x, y), (x[:5], y[:5]), tokens=tokens)
+    assert used
+    monkeypatch.setattr(pairs, "MOST_TERMS", 0)
+    direct = lk.attribution.influence(posterior, (x, y), (x[:5], y[:5]), tokens=tokens)
+    torch.testing.assert_close(found, direct, rtol=1e-8, atol=1e-11 * float(direct.abs().max()))
 
 
 def test_cross_terms_are_as_accurate_as_asked():
@@ -278,6 +309,8 @@ def test_what_cannot_be_told_is_refused(model, posterior):
         influence(posterior, TRAIN, QUERIES, lambda z, y: z)
     with pytest.raises(ShapeMismatch, match="beside others"):
         influence(posterior, TRAIN, QUERIES, lambda z, y: z[:, 0] * z.sum())
+    with pytest.raises(ValueError, match="accuracy"):
+        influence(posterior, TRAIN, QUERIES, accuracy=1.0)
     with pytest.raises(ShapeMismatch, match="empty"):
         influence(posterior, [], QUERIES)
     with pytest.raises(NotFitted):

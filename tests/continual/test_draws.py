@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laplace_kf.operators import KroneckerBlock, TermSum
-from laplace_kf.operators.kept import DRAW_TOLERANCE
+from laplace_kf.operators.kept_terms import DRAW_TOLERANCE
 from tests.cases import normal
 from tests.continual.problems import Products
 

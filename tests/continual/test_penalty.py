@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf import linalg
-from laplace_kf.operators import curvature, factors, kept, kronecker
+from laplace_kf.operators import curvature, kept_terms, kronecker, kronecker_factors
 from tests import oracles
 from tests.cases import labels, normal
 from tests.checks import close
@@ -148,9 +148,9 @@ def test_two_products_for_each_layer_and_term(terms: str, held: int, monkeypatch
     def refused(*_: Any) -> None:
         raise AssertionError("the penalty needs no decomposition")
 
-    for module in (linalg, curvature, kronecker, factors, kept):
+    for module in (linalg, curvature, kronecker, kronecker_factors, kept_terms):
         monkeypatch.setattr(module, "eigh", refused)
-    monkeypatch.setattr(factors, "cholesky", refused)
+    monkeypatch.setattr(kronecker_factors, "cholesky", refused)
     with Products() as counted:
         posterior.penalty().backward()
     layers = [(4, 4), (3, 5)]  # outputs and inputs with the constant

@@ -837,7 +837,7 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
 
 
 @pytest.mark.parametrize("structure", ["kron", "diag", "full"])
-def test_tune_with_the_linearised_predictive_is_exact(structure: str) -> None:
+def test_tune_with_the_linearized_predictive_is_exact(structure: str) -> None:
     """No Monte Carlo: N(f, J Λ⁻¹ Jᵀ + σ²) at every candidate."""
     case, val = _regression_data()
     problem, t = case.make(), truth(case)

@@ -18,7 +18,7 @@ from laplace_kf.layers.base import WithParameter
 from laplace_kf.layers.elementwise import SCALE, ScaleRule
 from laplace_kf.layers.linear import LINEAR, MATMUL, LinearRule, MatmulRule
 from laplace_kf.likelihoods import LIKELIHOODS, Gaussian
-from laplace_kf.posterior.chain import TERMS
+from laplace_kf.posterior.task_chain import TERMS
 from laplace_kf.structures import STRUCTURES
 from laplace_kf.structures.diag import Diagonal
 from laplace_kf.tape.tracer import Tracer

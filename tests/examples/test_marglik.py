@@ -44,13 +44,13 @@ def test_evidence_rises_and_finds_the_noise(learned):
     assert all(1e-3 < value < 1e2 for value in learned.prior_precision[-1].values())
 
 
-def test_linearised_prediction_is_exact_for_a_linear_model():
+def test_linearized_prediction_is_exact_for_a_linear_model():
     """``x (XᵀX/σ² + λ)⁻¹ xᵀ`` of Bayesian linear regression."""
     x, y = marglik.data(20, 3)
     model = torch.nn.Sequential(torch.nn.Linear(1, 1)).double()
     likelihood = lk.likelihoods.Gaussian(scale=0.5)
     posterior = lk.LaplacePosterior(model, likelihood, structure="full", prior_precision=2.0).fit((x, y))
-    mean, variance = marglik.linearised(posterior, x)
+    mean, variance = marglik.linearized(posterior, x)
     design = torch.cat([x, torch.ones_like(x)], 1)
     precision = design.T @ design / 0.25 + 2 * torch.eye(2, dtype=torch.float64)
     torch.testing.assert_close(variance, (design @ torch.linalg.inv(precision) * design).sum(1))

@@ -15,7 +15,7 @@ from experiments.calibration.problems import ClassificationTask, Forecast, Probl
 from experiments.common import data
 from laplace_kf.errors import UnknownName
 
-MAP, OURS, LINEAR, MARGLIK, GRID = calibration_report.NAMES
+MAP, SCALED, OURS, LINEAR, MARGLIK, GRID = calibration_report.NAMES
 TINY = "steps=150 hidden=8 train_most=200 test_most=60 peer_grid=3 progress=false"
 NEEDS_FILES = pytest.mark.skipif(
     "LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA does not name a folder of data files"
@@ -83,6 +83,19 @@ def test_the_noise_of_map_is_the_best_one_on_validation_data():
     best = -make(outputs).log_prob(targets).mean()
     for noise in torch.linspace(0.2, 4, 60):
         assert best <= -torch.distributions.Normal(outputs, noise).log_prob(targets).mean() + 1e-6
+
+
+def test_the_temperature_is_the_best_one_on_validation_data():
+    torch.manual_seed(1)
+    labels = torch.arange(60) % 3
+    outputs = 8 * (torch.nn.functional.one_hot(labels, 3) + 0.7 * torch.randn(60, 3))
+    task = ClassificationTask()
+    found = task.temperature(outputs, labels)
+    best = float(torch.nn.functional.cross_entropy(outputs / found, labels))
+    assert 0.1 < found < 19
+    for other in torch.linspace(0.1, 19, 100).tolist():
+        assert best <= float(torch.nn.functional.cross_entropy(outputs / other, labels)) + 1e-6
+    assert RegressionTask().temperature(outputs[:, :1], outputs[:, 1:2]) == 1.0
 
 
 def test_problems_hold_out_validation_rows_and_are_standardised_by_training_rows(monkeypatch):

@@ -63,6 +63,7 @@ def test_list_shows_every_experiment_and_its_state(capsys):
         "calibration",
         "ood_pairs",
         "uci",
+        "attribution",
         "shakespeare",
         "demo",
     ]

@@ -98,3 +98,17 @@ def test_tuning_map_marks_the_best_point():
     values = mesh.get_array()
     assert values.shape == (2, 3)
     assert float(values[0, 1]) == pytest.approx(0.1)
+
+
+def test_curves_of_one_colour_have_dashes_of_their_own_and_legends_fit():
+    names = ["in-distribution", "near", "in-distribution, right", "in-distribution, wrong", "a", "b", "c", "d", "e"]
+    figure = plots.inverse_entropy_cdf({name: torch.rand(20) for name in names})
+    drawn = [line for line in figure.axes[0].lines if line.get_label() in names]
+    looks = {(line.get_color(), line.get_linestyle(), str(line._unscaled_dash_pattern)) for line in drawn}
+    assert len(drawn) == len(looks) == len(names)
+    legend = figure.legends[0]
+    figure.canvas.draw()
+    assert legend.get_window_extent().width <= figure.bbox.width
+    both = plots.inverse_entropy_cdf({"Kronecker, tuned": torch.rand(20), "Kronecker, untuned": torch.rand(20)})
+    tuned, untuned = both.axes[0].lines[:2]
+    assert tuned.get_linestyle() == "-" and untuned.get_linestyle() == "--"

@@ -136,3 +136,10 @@ def test_a_missing_extra_is_named(module, package, monkeypatch):
         importlib.import_module(f"laplace_kf.reports.{module}")
     assert "laplace_kf[experiments]" in str(caught.value)
     assert package in str(caught.value)
+
+
+def test_wide_tables_may_be_wider_than_the_text(report):
+    page = report.html()
+    assert "max-width: calc(100vw" in page and "width: max-content" in page  # up to the window's width, then it scrolls
+    heads = next(line for line in page.splitlines() if line.lstrip().startswith("th {"))
+    assert "white-space: normal" in heads

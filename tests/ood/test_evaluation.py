@@ -75,7 +75,7 @@ def test_numbers_of_the_table(tmp_path: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert set(found.metrics["ood"]) == {"far", "near"}
     assert set(found.metrics["ood"]["far"]) == {
-        "auto", "entropy", "leverage", "max_prob", "mutual_information", "variance",
+        "auto", "direction", "entropy", "leverage", "max_prob", "mutual_information", "variance",
     }  # fmt: skip
     for kind in ("auto", "leverage", "variance", "max_prob"):
         near, away = p.ood_score(x, kind, layers="all").double(), p.ood_score(far(), kind, layers="all").double()

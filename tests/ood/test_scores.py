@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
-from laplace_kf.ood import References, fisher
+from laplace_kf.ood import References, combined
 from tests.graphs.problems import Library, Pooled, several
 from tests.graphs.problems import net as graph_net
 
@@ -216,14 +217,14 @@ def test_other_kinds() -> None:
     close(posterior.ood_score(x, "max_prob"), 1 - scaled.amax(-1))
 
 
-def test_p_values_and_their_sum() -> None:
+def test_p_values_and_their_harmonic_mean() -> None:
     known = {"entropy": torch.tensor([0.3, 0.1, 0.2, 0.2]), "last": torch.tensor([1.0, 2.0, 3.0, 4.0])}
     references = References.of(known)
     new = torch.tensor([0.0, 0.2, 0.25, 9.0])
     wanted = [(1 + sum(float(r) >= float(s) - 1e-9 for r in known["entropy"])) / 5 for s in new]
     close(references.p_value("entropy", new), torch.tensor(wanted, dtype=torch.float64), 1e-6)
     p = [references.p_value("entropy", new), references.p_value("last", torch.tensor([5.0, 1.0, 3.5, 2.0]))]
-    close(fisher(p), -(p[0].log() + p[1].log()))
+    close(combined(p), -(2 / (1 / p[0] + 1 / p[1])).log())
 
 
 @pytest.mark.parametrize("source", ["calibrate", "tune", "tune on a generator"])
@@ -242,12 +243,17 @@ def test_auto_against_references_by_hand(source: str, layers: str, tmp_path: Pat
     def scores(at: Tensor) -> dict[str, Tensor]:
         p = model(at).softmax(-1).detach()
         logs = {layer: leverage_by_hand(at, layer).log() for layer in ("0", "3")}
-        return {"entropy": -(p * p.log()).sum(-1), "last": logs["3"], "all": logs["0"] + logs["3"]}
+        turned = {layer: logs[layer] - a.square().sum(1).log() for layer, a in inputs(model, at).items()}
+        return {
+            "entropy": -(p * p.log()).sum(-1), "last": logs["3"], "last direction": turned["3"],
+            "all": logs["0"] + logs["3"], "all directions": turned["0"] + turned["3"],
+        }  # fmt: skip
 
     known, new, wanted = scores(val[0]), scores(x), torch.zeros(9, dtype=torch.float64)
-    for name in ("entropy", "last", "all")[: 3 if layers == "all" else 2]:
+    for name in list(known)[: 5 if layers == "all" else 3]:
         for k in range(9):
-            wanted[k] -= math.log((1 + int((known[name] >= new[name][k]).sum())) / 31)
+            wanted[k] += 31 / (1 + int((known[name] >= new[name][k]).sum()))
+    wanted = (wanted / (5 if layers == "all" else 3)).log()
     close(posterior.ood_score(x, layers=layers), wanted)
     posterior.save(tmp_path / "p.safetensors")
     again = lk.LaplacePosterior.load(tmp_path / "p.safetensors", net())
@@ -270,8 +276,38 @@ def test_references_go_when_the_posterior_changes() -> None:
 def test_auto_sees_what_is_far_away() -> None:
     posterior = fitted().calibrate(data(200, seed=7), method="map")
     near, far = (posterior.ood_score(x, layers="all") for x in (randn(50, I, seed=8), randn(50, I, seed=9) * 20))
-    assert float(near.mean()) < 4.5  # three p-values that are uniform: the mean of −log p is 1 each
+    assert float(near.exp().mean()) < 2 * math.log(200)  # the mean of 1 / p is Σ_k 1 / k for p = k / 201
     assert float((far[:, None] > near[None]).double().mean()) > 0.9
+
+
+def test_direction_is_the_leverage_per_squared_length() -> None:
+    posterior, x = fitted(), randn(6, I, seed=3)
+    for layer, a in inputs(net(), x).items():
+        close(posterior.ood_score(x, "direction", layers=[layer]),
+              (leverage_by_hand(x, layer) / a.square().sum(1)).log())  # fmt: skip
+    both = sum(posterior.ood_score(x, "direction", layers=[layer]) for layer in ("0", "3"))
+    close(posterior.ood_score(x, "direction", layers="all"), both)
+    still = torch.cat([x[:1] * 0, x[:1] * 1e-3])  # weak inputs are not far out, but the constant alone is a direction
+    assert bool(posterior.ood_score(still, "leverage", layers=["0"]).isfinite().all())
+    assert bool(posterior.ood_score(still, "direction", layers=["0"]).isfinite().all())
+
+
+def test_direction_of_tokens_is_per_token() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, I), nn.Flatten(), nn.Linear(2 * I, C)).double().eval()
+    tokens = torch.randint(6, (N, 2), generator=rng())
+    posterior = lk.LaplacePosterior(model, "categorical").fit((tokens, data()[1]))
+    whole = posterior.ood_score(tokens, "leverage", layers=["0"])
+    close(posterior.ood_score(tokens, "direction", layers=["0"]), whole - math.log(2))
+
+
+def test_auto_refuses_references_of_an_older_version() -> None:
+    posterior = fitted().calibrate(data(30, seed=7), method="map")
+    assert posterior.references is not None
+    scores = {name: value for name, value in posterior.references.scores.items() if "direction" not in name}
+    posterior._calibration = dataclasses.replace(posterior._calibration, references=References(scores))
+    with pytest.raises(lk.errors.NotFitted, match="older version"):
+        posterior.ood_score(randn(2, I))
 
 
 def test_refusals() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
-from laplace_kf.optim.factors import averaged
 from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.running_statistics import averaged
 from tests import oracles
 from tests.cases import CASES, rng
 from tests.optim import reference as ref

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -44,38 +45,51 @@ class Padded:
 class Masked(nn.Module):
     """Self-attention with a key mask over embedded tokens; a class per token, or one from the first token."""
 
-    def __init__(self, pooled: bool = False, causal: bool = False, width: int = 4) -> None:
+    def __init__(self, pooled: bool = False, causal: bool = False, width: int = 4, depth: int = 1) -> None:
         super().__init__()
         self.embed, self.pooled, self.causal = nn.Embedding(VOCABULARY, width), pooled, causal
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.further = nn.ModuleList(nn.MultiheadAttention(width, 1, batch_first=True) for _ in range(depth - 1))
         self.norm, self.mix, self.head = nn.LayerNorm(width), nn.Linear(width, 5), nn.Linear(5, CLASSES)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         x = self.embed(tokens)
         size = tokens.shape[1]
         causal = torch.ones(size, size, dtype=torch.bool).triu(1) if self.causal else None
-        found, _ = self.attention(x, x, x, key_padding_mask=mask == 0, attn_mask=causal, need_weights=False)
-        x = torch.relu(self.mix(self.norm(x + found)))
+        for layer in (self.attention, *self.further):
+            x = x + layer(x, x, x, key_padding_mask=mask == 0, attn_mask=causal, need_weights=False)[0]
+        x = torch.relu(self.mix(self.norm(x)))
         return self.head(x[:, 0] if self.pooled else x)
 
 
 class MaskedConvolutions(nn.Module):
     """Convolutions that set what lies outside a mask to 0, as convolutions' own padding does; a class per pixel."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 2, width: int = 4, kernel: int = 3, dilation: int = 1, groups: int = 1) -> None:
         super().__init__()
-        self.one, self.two = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, CLASSES, 3, padding=1)
+        sizes = [2, *[width] * (depth - 1), CLASSES]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(
+                one, two, kernel, padding=dilation * (kernel // 2), dilation=dilation,
+                groups=groups if one % groups == 0 and two % groups == 0 else 1,
+            )
+            for one, two in pairwise(sizes)
+        )  # fmt: skip
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.two(torch.tanh(self.one(x * mask)) * mask)
+        first, *others = self.layers
+        x = first(x * mask)
+        for layer in others:
+            x = layer(torch.tanh(x) * mask)
+        return x
 
 
 class Steps(nn.Module):
     """A recurrent network with an output at every step: later steps do not touch earlier ones."""
 
-    def __init__(self, kind: type[nn.RNNBase] = nn.GRU) -> None:
+    def __init__(self, kind: type[nn.RNNBase] = nn.GRU, width: int = 4, layers: int = 1) -> None:
         super().__init__()
-        self.rnn, self.head = kind(2, 4, batch_first=True), nn.Linear(4, CLASSES)
+        self.rnn, self.head = kind(2, width, layers, batch_first=True), nn.Linear(width, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x)[0])
@@ -110,8 +124,8 @@ def tokens(model: nn.Module, pooled: bool, seed: int = 0, count: int = 10, steps
     return Padded(model.double(), batch)
 
 
-def pixels(seed: int = 0, count: int = 4) -> Padded:
-    """Images that are padded on two sides."""
+def pixels(seed: int = 0, count: int = 4, **network: int) -> Padded:
+    """Images that are padded on two sides; ``network`` are arguments of :class:`MaskedConvolutions`."""
     torch.manual_seed(seed)
     x = torch.randn(count, 2, 4, 3, generator=rng(seed)).double()
     y = torch.randint(0, CLASSES, (count, 4, 3), generator=rng(seed))
@@ -126,10 +140,10 @@ def pixels(seed: int = 0, count: int = 4) -> Padded:
         target[:, :4, :3] = y
         return (whole, mask), target
 
-    return Padded(MaskedConvolutions().double(), batch)
+    return Padded(MaskedConvolutions(**network).double(), batch)
 
 
-def steps(kind: type[nn.RNNBase] = nn.GRU, seed: int = 0) -> Padded:
+def steps(kind: type[nn.RNNBase] = nn.GRU, seed: int = 0, **network: int) -> Padded:
     torch.manual_seed(seed)
     x = torch.randn(9, 4, 2, generator=rng(seed)).double()
     y = torch.randint(0, CLASSES, (9, 4), generator=rng(seed))
@@ -137,7 +151,7 @@ def steps(kind: type[nn.RNNBase] = nn.GRU, seed: int = 0) -> Padded:
     def batch(extra: int) -> Any:
         return appended(x, torch.randn(9, extra, 2, generator=rng(9))), filled(y, extra, IGNORE)
 
-    return Padded(Steps(kind).double(), batch)
+    return Padded(Steps(kind, **network).double(), batch)
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

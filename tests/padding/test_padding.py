@@ -366,6 +366,15 @@ def test_factors_of_older_files_are_means_already() -> None:
 
 @st.composite
 def random_cases(draw: st.DrawFn) -> Padded:
+    """Layers by position, masked attention, convolutions and recurrent networks of random sizes."""
+    case = draw(_networks())
+    if case.batch(0)[1].dim() == 2:  # as many steps as classes are no reason to ask for the layout
+        case.likelihood = lk.likelihoods.Categorical().with_layout("channels_last")
+    return case
+
+
+@st.composite
+def _networks(draw: st.DrawFn) -> Padded:
     seed = draw(st.integers(0, 10_000))
     kind = draw(st.sampled_from(["rows", "tokens", "pixels", "steps"]))
     if kind == "rows":
@@ -381,11 +390,17 @@ def random_cases(draw: st.DrawFn) -> Padded:
         return rows(layers, seed, steps=draw(st.integers(1, 4)))
     if kind == "tokens":
         pooled, causal = draw(st.booleans()), draw(st.booleans())
-        model = seeded(lambda: Masked(pooled, causal, 2 * draw(st.integers(1, 3))), seed)
+        depth = draw(st.integers(1, 2))
+        model = seeded(lambda: Masked(pooled, causal, 2 * draw(st.integers(1, 3)), depth), seed)
         return tokens(model, pooled, seed, steps=draw(st.integers(1, 4)))
     if kind == "pixels":
-        return pixels(seed)
-    return steps(draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN])), seed)
+        depth, kernel, dilation = draw(st.integers(1, 3)), draw(st.sampled_from([1, 3])), draw(st.integers(1, 2))
+        return pixels(
+            seed, depth=depth, width=2 * draw(st.integers(1, 2)), kernel=kernel, dilation=dilation,
+            groups=draw(st.integers(1, 2)),
+        )  # fmt: skip
+    kind = draw(st.sampled_from([nn.GRU, nn.LSTM, nn.RNN]))
+    return steps(kind, seed, width=draw(st.integers(1, 4)), layers=draw(st.integers(1, 2)))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)

@@ -133,6 +133,8 @@ def test_two_arguments() -> None:
         ({"prior_prec": 1.0}, "prior_precision="),
         ({"sigma_noise": 1.0}, r"likelihood=lk.likelihoods.Gaussian\(scale="),
         ({"prior_precison": 1.0}, "prior_precision="),
+        ({"temperature": 2.0}, "posterior.n_data = "),
+        ({"subnetwork_indices": [0]}, r"parameters=lk.Subnetwork\(size\)"),
     ],
 )
 def test_arguments_of_neighbours_are_named(given: dict[str, Any], hint: str) -> None:
@@ -144,7 +146,8 @@ def test_arguments_of_neighbours_are_named(given: dict[str, Any], hint: str) -> 
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("classification", "categorical"), ("regression", "gaussian"), ("bce", "bernoulli"), ("categorial", "categorical"),
-     (nn.CrossEntropyLoss(), "categorical"), (nn.MSELoss(), "gaussian"), (nn.BCEWithLogitsLoss(), "bernoulli")],
+     (nn.CrossEntropyLoss(), "categorical"), (nn.MSELoss, "gaussian"), ("cross-entropy", "categorical"),
+     ("crossentropy", "categorical"), (nn.MSELoss(), "gaussian"), (nn.BCEWithLogitsLoss(), "bernoulli")],
 )  # fmt: skip
 def test_likelihoods_of_neighbours_are_named(name: Any, hint: str) -> None:
     with pytest.raises(lk.errors.UnknownName, match=f"Did you mean '{hint}'"):
@@ -157,6 +160,17 @@ def test_words_of_neighbours_for_structures_and_methods() -> None:
     posterior = lk.LaplacePosterior(network(), "categorical").fit(normal(N, 4), labels(C, N))
     with pytest.raises(lk.errors.UnknownName, match="Did you mean 'linearized'"):
         posterior.predict(normal(2, 4), method="glm")
+    with pytest.raises(lk.errors.UnknownName, match="Did you mean 'mc'"):
+        posterior.predict(normal(2, 4), method="sample")
+    with pytest.raises(lk.errors.UnknownName, match='method="linearized", link="bridge"'):
+        posterior.predict(normal(2, 4), method="bridge")
+    with pytest.raises(lk.errors.UnknownName, match="Did you mean 'sampled'"):
+        lk.LaplacePosterior(network(), "categorical", estimator="mc")
+    for name, hint in (("last_layer", 'parameters="last_layer"'), ("subnetwork", r"parameters=lk.Subnetwork\(size\)")):
+        with pytest.raises(lk.errors.UnknownName, match=hint):
+            lk.LaplacePosterior(network(), "categorical", structure=name)
+    with pytest.raises(ValueError, match=r"prior_precision must be a number.*got None"):
+        lk.LaplacePosterior(network(), "categorical", prior_precision=None)  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------ loaders

@@ -125,7 +125,7 @@ def test_tuned_together_saved_and_loaded(name, tmp_path):
     mixture.save(tmp_path / "m.safetensors")
     again = lk.Mixture.load(tmp_path / "m.safetensors", networks(TARGETS[name][0]))
     assert torch.equal(again.predict(X, generator=rng()).log_prob(y), mixture.predict(X, generator=rng()).log_prob(y))
-    for kind in ("entropy", "mutual_information", "variance", "leverage", "auto"):
+    for kind in ("entropy", "mutual_information", "variance", "leverage", "direction", "auto"):
         assert mixture.ood_score(X, kind, generator=rng()).shape == (24,)
     with pytest.raises(lk.errors.ShapeMismatch, match="3 posteriors"):
         lk.Mixture.load(tmp_path / "m.safetensors", networks(TARGETS[name][0], 2))

@@ -168,3 +168,63 @@ def test_chains_and_sums(kind: str, structure: str) -> None:
     flat = torch.cat([draws[name].flatten(1) - posterior.mean[name].flatten() for name in draws], 1)
     variance = torch.linalg.inv(posterior.precision.dense()).diagonal()
     assert float((flat.var(0) / variance).log().abs().max()) < 0.25
+
+
+def moved(posterior: lk.LaplacePosterior, seed: int) -> Tensor:
+    """The posterior's model a little further on, and the flat change."""
+    model, shift = posterior.model, []
+    with torch.no_grad():
+        for k, name in enumerate(posterior.mean):
+            step = 0.1 * normal(*posterior.mean[name].shape, seed=seed + k)
+            model.get_parameter(name).add_(step)
+            shift.append(step.flatten())
+    return torch.cat(shift)
+
+
+def others(kind: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    x = data(kind)[0]
+    return normal(count, *x.shape[1:], seed=seed), labels(2, count, seed=seed + 1)
+
+
+@pytest.mark.parametrize(
+    ("structure", "terms"),
+    [("diag", "keep"), ("kron", "keep"), ("kron", "project"), ("full", "keep"), ("layer", "keep")],
+)
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("kind", NETS)
+def test_the_evidence_of_a_chain(kind: str, structure: str, terms: str, own: bool) -> None:
+    """``log p(D_t|θ_t) + ½ log|Λ_prev| − ½ log|Λ_t| − ½ (μ_t − μ_prev)ᵀ Λ_prev (μ_t − μ_prev)`` of dense matrices."""
+    model = NETS[kind]()
+    prior = {name: 0.5 + k for k, (name, _) in enumerate(model.named_parameters())} if own else 1.5
+    posterior = lk.LaplacePosterior(model, "categorical", structure=structure, prior_precision=prior)  # type: ignore[arg-type]
+    posterior = posterior.fit(data(kind))
+    eye = torch.eye(posterior.precision.size, dtype=torch.float64)
+    for task, count in enumerate((9, 15)):
+        before = posterior.precision.matvec(eye)
+        shift, new = moved(posterior, 20 + 10 * task), others(kind, count, 40 + 10 * task)
+        posterior = posterior.update(new, terms=terms)
+        dense = posterior.precision.matvec(eye)
+        fit = oracles.log_likelihood(model, *new, oracles.categorical_nll)
+        wanted = fit + float(torch.logdet(before) - torch.logdet(dense) - shift @ before @ shift) / 2
+        assert float(posterior.log_evidence()) == pytest.approx(wanted, rel=1e-9)
+        assert sum(row.size for row in posterior.summary()) == len(eye)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full", "layer"])
+@pytest.mark.parametrize("kind", NETS)
+def test_the_evidence_of_merged_statistics(kind: str, structure: str) -> None:
+    """Of two shards' sums, put together: every prior entry counts once, the data of both count."""
+    model = NETS[kind]()
+    shards = [data(kind), others(kind, 7, 60)]
+    one, two = (lk.curvature.estimate(model, "categorical", shard, structure) for shard in shards)
+    posterior = lk.LaplacePosterior(model, "categorical", structure=structure, prior_precision=1.5).adopt(one + two)
+    theta = torch.cat([value.flatten() for value in posterior.mean.values()])
+    fit = sum(oracles.log_likelihood(model, *shard, oracles.categorical_nll) for shard in shards)
+    dense = posterior.precision.dense()
+    wanted = oracles.log_evidence(dense, torch.full((len(theta),), 1.5, dtype=torch.float64), theta, fit)
+    assert posterior.n_data == 19
+    assert float(posterior.log_evidence()) == pytest.approx(wanted, rel=1e-10)
+    whole = [torch.cat([a, b]) for a, b in zip(*shards, strict=True)]
+    if structure != "kron":  # sums of products are no products of sums
+        again = lk.LaplacePosterior(model, "categorical", structure=structure, prior_precision=1.5).fit(*whole)
+        assert float(again.log_evidence()) == pytest.approx(wanted, rel=1e-10)

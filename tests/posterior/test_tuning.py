@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.posterior.candidates import Contest
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
-from laplace_kf.posterior.search import Plane, Search, coarse_to_fine
-from laplace_kf.posterior.validation import MAP, Point, Score
+from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine
+from laplace_kf.posterior.validation import MAP, Point, Score, Validation
 from tests.cases import rng
 
 
@@ -376,6 +377,113 @@ def test_the_budget_is_kept(method: str) -> None:
     assert costs[0] <= costs[1]
 
 
+def ruined(scale: float, dtype: torch.dtype, count: int = 60) -> tuple[nn.Module, Any]:
+    """A network whose weights have run away, and data."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    return model, (torch.randn(count, 4, generator=rng(0)).to(dtype), torch.randint(0, 3, (count,), generator=rng(1)))
+
+
+def test_runaway_weights_leave_map_and_the_temperature() -> None:
+    """No posterior of float32 is finite around such logits; the trained weights and a temperature are."""
+    model, data = ruined(1e15, torch.float32)
+    posterior = lk.LaplacePosterior(model, "categorical", prior_precision=2.0).fit(data)
+    for method in ("linearized", "probit"):
+        with pytest.raises(lk.errors.NonFinite, match=r"at any of the .* temperature"):
+            posterior.tune(data, method=method)
+    assert (posterior.n_data, posterior.prior_precision, posterior.method) == (60, 2.0, "probit")
+    with pytest.warns(UserWarning, match=r"probit, linearized.*not finite.*predictions are by method="):
+        result = posterior.tune(data, generator=rng(0))
+    assert result.method in ("temperature", "mc")
+    assert bool(posterior.predict(data[0], generator=rng(0)).log_prob(data[1]).isfinite().all())
+    assert all("not finite" in each["left_out"] for each in result.candidates[2:4])
+
+
+@pytest.mark.parametrize("count", [60, 3000])
+@pytest.mark.parametrize("make", ["categorical", "bernoulli"])
+def test_objectives_keep_their_digits_beside_a_huge_one_of_map(make: str, count: int) -> None:
+    """A candidate of about one nat where MAP has 1e29: its objective is its own, and no log-probability is positive."""
+    model, (x, y) = ruined(1e15, torch.float64, count)
+    y = y if make == "categorical" else nn.functional.one_hot(y, 3).double()
+    posterior = lk.LaplacePosterior(model, make, structure="diag").fit((x, y))
+    result = quiet(posterior, (x, y), generator=rng(0))
+    assert result.map_objective is not None and result.map_objective > 1e20
+    for each in result.candidates[2:]:
+        assert 0.5 < each["objective"] < 4 or "left_out" in each
+    assert all(row["objective"] > 0.5 for row in result.table)
+    for method in ("map", "temperature", "probit", "linearized", "mc"):
+        found = posterior.predict(x, method=method, generator=rng(0))
+        assert bool((found.log_prob(y) <= 0).all()) and bool(found.probs.isfinite().all())
+        if make == "categorical":
+            assert float((found.probs.sum(-1) - 1).abs().max()) < 1e-12
+
+
+def test_few_examples_and_a_large_network_leave_room_for_posteriors() -> None:
+    """The eigenbases alone would take more than ten epochs of 60 rows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(700, 100), nn.Tanh(), nn.Linear(100, 4))
+    x, y = torch.randn(60, 700, generator=rng(0)), torch.randint(0, 4, (60,), generator=rng(1))
+    posterior = lk.LaplacePosterior(model, "categorical").fit((x, y))
+    result = quiet(posterior, (x, y), generator=rng(0))
+    assert not any("left_out" in each for each in result.candidates)
+    assert result.cost <= 15.0
+    assert "left_out" in by_method(quiet(posterior, (x, y), budget=2.0, generator=rng(0)))["mc"]
+
+
+def test_less_noise_needs_more_of_a_gain() -> None:
+    """Beyond one standard error at MAP's noise scale, beyond three at half of it; among others by half of one."""
+    parts = torch.tensor([1.0, -1.0] * 50, dtype=torch.float64)  # its mean has the standard error 0.1005
+
+    def score(gain: float, noise: float | None) -> Score:
+        return Score(-gain, parts - gain, noise)
+
+    first = Score(0.0, torch.zeros(100, dtype=torch.float64), 0.4)
+    for gain, noise, wins in (
+        (0.12, 0.4, True), (0.12, 0.5, True), (0.12, 0.2, False), (0.29, 0.2, False), (0.31, 0.2, True),
+        (0.19, 0.283, False), (0.21, 0.283, True), (0.09, 0.4, False), (0.12, None, True),
+    ):  # fmt: skip
+        found = champion({"map": first, "other": score(gain, noise)}, "map", 1.0, 0.5)
+        assert found == ("other" if wins else "map"), (gain, noise)
+    both = {"map": first, "some": score(0.35, 0.4), "less": Score(-0.45, parts - 0.45, 0.2)}
+    assert champion(both, "map", 1.0, 0.5) == "less"  # it beats MAP itself, and the other one too
+    chain = {"map": first, "some": score(0.12, 0.4), "less": Score(-0.2, parts - 0.2, 0.2)}
+    assert champion(chain, "map", 1.0, 0.5) == "some"  # the other one is better, but not that much better than MAP
+
+
+def test_where_map_wins_the_noise_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, val = regression()
+    posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
+    monkeypatch.setattr(Contest, "winner", lambda self: self.found["map"])
+    result = quiet(posterior, val, generator=rng(0))
+    assert any(each["gain"] > 0.01 for each in result.candidates)  # a posterior with less noise is there to be taken
+    own = float((model(val[0]).detach() - val[1]).square().mean().sqrt())
+    assert posterior.method == "map"
+    assert posterior.likelihood.noise_scale == pytest.approx(own, rel=0.02)
+    assert -float(posterior.predict(val[0]).log_prob(val[1]).mean()) == pytest.approx(result.map_objective, abs=1e-3)
+
+
+def test_monte_carlo_is_judged_by_draws_that_it_was_not_chosen_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    made: list[Validation] = []
+    original = Validation.redrawn
+    monkeypatch.setattr(Validation, "redrawn", lambda self: made.append(original(self)) or made[-1])
+    result = quiet(posterior, val, method="mc", generator=rng(0))
+    assert len(made) == 1
+    chosen = by_method(result)["mc"]
+    point = chosen["n_data"], chosen["prior_precision"]
+    first = Validation(posterior._fitted("test"), val, OBJECTIVES["nll"], 20, rng(0), pairs=True, mixed=True)
+    assert not set(first.seeds) & set(first.redrawn().seeds) and first.redrawn().seeds == made[0].seeds
+    again, before = (each.scorer("mc")([point])[point].value for each in (first.redrawn(), first))
+    assert chosen["objective"] == pytest.approx(again, rel=1e-6)
+    assert abs(before - again) > 1e-5
+
+
 def test_a_budget_that_is_too_small_leaves_candidates_out() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -411,7 +519,7 @@ def test_map_alone_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         assert quiet(posterior, val, method=method, generator=rng(0)).method == method
 
 
-def test_linearised_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linearized_candidates_pass_over_the_data_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many settings are looked at, every minibatch is linearised once."""
     from laplace_kf.posterior import predictors
 
@@ -621,7 +729,7 @@ def test_map_method_has_nothing_to_tune() -> None:
 
 @pytest.mark.parametrize("method", ["linearized", "probit"])
 @pytest.mark.parametrize("make", [classification, regression])
-def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
+def test_linearized_scores_are_those_of_predict(make: Any, method: str) -> None:
     """Every row of the table equals the prediction at its setting; loaders and pairs give the same."""
     model, train, (x, y) = make()
     posterior = lk.LaplacePosterior(model, "categorical" if make is classification else "gaussian").fit(train)
@@ -637,7 +745,7 @@ def test_linearised_scores_are_those_of_predict(make: Any, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["linearized", "probit"])
-def test_default_search_over_the_linearised_network(method: str) -> None:
+def test_default_search_over_the_linearized_network(method: str) -> None:
     """Regression with its noise: better than MAP's own best noise on the validation data, and set to that."""
     model, train, val = regression()
     posterior = lk.LaplacePosterior(model, "gaussian").fit(train)

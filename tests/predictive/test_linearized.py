@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.operators import Basis, Blockwise, LowRank, Matrix, Ridge, Spectral
-from laplace_kf.predictive import Linearization, linearized, quadratic, shares
-from laplace_kf.predictive.ratios import Family
+from laplace_kf.predictive import Linearization, covariance_shares, linearized, quadratic
+from laplace_kf.predictive.precision_family import PrecisionFamily
 from laplace_kf.tape import Block
 from tests import oracles
 from tests.cases import BY_NAME, CASES, Case, Problem, build, labels, mlp, normal, rng, tagged, truth
@@ -88,7 +88,7 @@ def _tiny_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limits so low that every loop over examples, columns, outputs and rows takes single steps."""
     monkeypatch.setattr(linearized, "SMALL", 2)
     monkeypatch.setattr(linearized, "COLUMN_BYTES", 1)
-    monkeypatch.setattr(shares, "ROW_NUMBERS", 1)
+    monkeypatch.setattr(covariance_shares, "ROW_NUMBERS", 1)
     monkeypatch.setattr(quadratic, "WORKING", 1)
 
 
@@ -133,7 +133,7 @@ def test_the_table_of_ratios(dtype: torch.dtype, tolerance: float) -> None:
     points = [(n, p) for n in (1.0, 1e3, 1e6) for p in (1e-4, 1.0, 1e4)]
     ridges = [Ridge(n * s[None].to(dtype), t[None].to(dtype), torch.tensor(p, dtype=dtype)) for n, p in points]
     shared = [Ridge(r.outputs, ridges[0].inputs, r.shift) for r in ridges]
-    family = Family([Spectral(basis, basis, ridge, "b") for ridge in shared])
+    family = PrecisionFamily([Spectral(basis, basis, ridge, "b") for ridge in shared])
     assert family._table is not None
     found = family.weights(squares).double()
     for k, ridge in enumerate(shared):
@@ -148,7 +148,7 @@ def test_the_table_is_used_and_agrees() -> None:
     x = normal(12, 300).float()
     posterior = lk.LaplacePosterior(model, "categorical").fit((x, labels(3, 12)))
     precisions = [posterior.precision_at(n, p) for n in (10.0, 1e3, 1e5) for p in (0.1, 1.0, 10.0)]
-    assert Family([p.entries[0][1] for p in precisions])._table is not None
+    assert PrecisionFamily([p.entries[0][1] for p in precisions])._table is not None
     network = Linearization(model, None, posterior.mean, x)
     together = network.covariances(precisions)
     for k, precision in enumerate(precisions):

@@ -200,3 +200,42 @@ def test_the_model_is_left_as_it_was() -> None:
     for name, p in posterior.model.named_parameters():
         assert (id(p), p.requires_grad) == before[name][:2]
         assert torch.equal(p, before[name][2])
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual"])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        lk.Subnetwork(7, within="last_layer"),
+        lk.Subnetwork(9, by="magnitude", within=["one.*", "two.*"]),
+        lk.Subnetwork(5, within=["two.weight"]),
+    ],
+    ids=["last layer", "two layers", "one weight"],
+)
+def test_subnetworks_are_cut_as_well(kind: str, parameters: lk.Subnetwork, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backbone runs once a prediction where single weights of the last layers are drawn; same numbers, same λ."""
+    posterior = fitted(kind, parameters, "full")
+    x, y = data()
+
+    def everything() -> list[Tensor]:
+        found = [posterior.predict(x, method="mc", space="weights", samples=5, generator=seeded()).probs]
+        found.append(posterior.predictor(samples=5, generator=seeded())(x).probs)
+        found.append(posterior.predict(x, method="linearized", generator=seeded()).probs)
+        found.append(posterior.functional_covariance(x))
+        return found
+
+    def tuned() -> Tensor:
+        grids: dict[str, Any] = {"n_data": [3.0, 12.0], "prior_precision": [0.5, 2.0]}
+        found = posterior.tune((x, y), method="mc", samples=4, generator=seeded(), **grids)
+        return torch.tensor([row["objective"] for row in found.table])
+
+    with_cut, passes = everything(), len(CALLS)
+    assert set(suffix.verdicts(posterior.model).values()) == {"cut"} and passes == 4
+    CALLS.clear()
+    table = tuned()
+    assert len(CALLS) <= 3
+    posterior.n_data, posterior.prior_precision = 12.0, 1.0
+    uncut(monkeypatch)
+    for found, wanted in zip(with_cut, everything(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(table, tuned(), rtol=1e-9, atol=1e-12)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from laplace_kf.linalg import cholesky
 from laplace_kf.operators import Basis, Blockwise, Isotropic, LowRank, Matrix, Spectral
+from laplace_kf.predictive.precision_family import PrecisionFamily
 from laplace_kf.predictive.quadratic import Form, rotated, rotated_rows
-from laplace_kf.predictive.ratios import Family
 from laplace_kf.tape import Block, Signals
 from laplace_kf.tape.blocks import merged
 
@@ -97,13 +97,13 @@ class Share:
 
     block: Block
     members: list[int] | slice
-    rule: Family | Matrix
+    rule: PrecisionFamily | Matrix
 
     def covariance(self, piece: Piece, width: int) -> Tensor | None:
         """``(K, G, n, W, W)`` for columns in groups of ``W = width``; ``None`` if they do not depend on the block."""
         if isinstance(self.rule, LowRank):
             return _low_rank(piece, self.block, self.rule, width)
-        if not isinstance(self.rule, Family):
+        if not isinstance(self.rule, PrecisionFamily):
             return _by_rows(piece, self.block, solver_of(self.rule), width)
         first = self.rule.matrices[0]
         if piece.own(self.block, first):
@@ -129,7 +129,9 @@ def shares_of(precisions: Sequence[Blockwise]) -> list[Share]:
             else:
                 found.append(Share(block, [k], matrix))
     for block, members, matrices in spectral.values():
-        found.append(Share(block, slice(None) if len(members) == len(precisions) else members, Family(matrices)))
+        found.append(
+            Share(block, slice(None) if len(members) == len(precisions) else members, PrecisionFamily(matrices))
+        )
     return found
 
 
@@ -168,7 +170,7 @@ def _diagonal(piece: Piece, block: Block, inverse: Tensor, width: int) -> Tensor
     for name, values in piece.restricted(block, inverse[None]).items():
         # weights that do not belong to the block have variance 0, an infinite precision
         matrix = Spectral(Basis.identity(), Basis.identity(), values[0].reciprocal(), block.name)
-        total = total + piece.form(name, matrix).blocks(Family([matrix]), width)
+        total = total + piece.form(name, matrix).blocks(PrecisionFamily([matrix]), width)
     return total
 
 
@@ -188,13 +190,13 @@ def _low_rank(piece: Piece, block: Block, matrix: LowRank, width: int) -> Tensor
     return _diagonal(piece, block, inverse, width) - torch.matmul(shaped, shaped.transpose(-1, -2))[None]
 
 
-def _by_rows(piece: Piece, block: Block, rule: Family | Solver, width: int) -> Tensor:
+def _by_rows(piece: Piece, block: Block, rule: PrecisionFamily | Solver, width: int) -> Tensor:
     """Through per-example gradients, a run of examples at a time, ``(K, G, n, W, W)``."""
     step = max(1, ROW_NUMBERS // max(1, piece.width * block.size))
     found = []
     for start in range(0, piece.count, step):
         part = slice(start, min(start + step, piece.count))
-        if isinstance(rule, Family):
+        if isinstance(rule, PrecisionFamily):
             first = rule.matrices[0]
             rows = piece.rows(block, part, first.like.dtype)
             form = rotated_rows(rows, first.shape, first.inputs, first.outputs, part.stop - start)

@@ -14,7 +14,7 @@ from laplace_kf.models import preserved
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["Pending", "Proposal"]
+__all__ = ["PendingStep", "Proposal"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Proposal:
     after: float | None = None
 
 
-class Pending:
+class PendingStep:
     """The minibatches since the last step: their passes, their gradients in ``.grad``, their mean loss.
 
     Args:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from laplace_kf.operators import Ridge, Spectral
 
-__all__ = ["Family"]
+__all__ = ["PrecisionFamily"]
 
 POINTS = 8  # of one local polynomial
 STEPS = {torch.float32: 0.3, torch.float64: 0.125}  # distance of the nodes in log x, by type
 
 
-class Family:
+class PrecisionFamily:
     """``K`` precisions of one block that share their bases.
 
     Args:

@@ -42,7 +42,7 @@ from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_bl
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, FlatLayout
 
-__all__ = ["TERMS", "Chain", "ChainedEvidence", "TermsRule", "in_one_form"]
+__all__ = ["TERMS", "ChainedEvidence", "TaskChain", "TermsRule", "in_one_form"]
 
 Joined = tuple[CurvatureBlock, float]  # and its relative Frobenius error against the exact sum
 
@@ -189,7 +189,7 @@ def _overlap(one: SpectralBlock, other: SpectralBlock) -> float:
 
 
 @dataclass(frozen=True)
-class Chain:
+class TaskChain:
     """What a posterior leaves to the next one.
 
     Attributes:
@@ -263,7 +263,7 @@ class Chain:
     @classmethod
     def unpacked(
         cls, tensors: Mapping[str, Tensor], described: Mapping[str, Any], layout: FlatLayout, device: torch.device
-    ) -> Chain:
+    ) -> TaskChain:
         """The inverse of :meth:`packed`, with the tensors (any shapes) on ``device``."""
         entries: list[tuple[Block, Matrix]] = []
         for data in described["blocks"]:
@@ -302,7 +302,7 @@ class ChainedEvidence(EvidenceModel):
     energy: Tensor
 
     @classmethod
-    def of(cls, made: EvidenceModel, chain: Chain, reference: float, mean: Tensor) -> ChainedEvidence:
+    def of(cls, made: EvidenceModel, chain: TaskChain, reference: float, mean: Tensor) -> ChainedEvidence:
         """From the model without a chain, and the newest mean ``(P,)``; ``reference`` is the N of all tasks."""
         shift = mean - chain.centre.to(mean)
         squares = squares_by_block(made.curvature, shift)
@@ -350,7 +350,8 @@ def _known(term: CurvatureBlock) -> CurvatureBlock:
     if term.size > DENSE_WARNING:
         warnings.warn(
             f"block {term.label!r} is a {type(term).__name__}, a kind that chains do not know: it is kept as a dense "
-            f"matrix over {term.size} parameters. Register it in laplace_kf.posterior.chain.STORED to keep its form",
+            f"matrix over {term.size} parameters. Register it in laplace_kf.posterior.task_chain.STORED to keep its "
+            "form",
             RuntimeWarning,
             stacklevel=users_line(),
         )

@@ -1,0 +1,258 @@
+"""Attribution measured: do scores predict what training on other halves of the data gives, do they find wrong labels?
+
+The recipe is that of dattri's MNIST benchmark (Deng et al. 2024): 5,000 training images, 500 queries, networks
+784-128-64-10 with dropout on random halves. Truth is made anew: a network on every one of some further halves, and the
+losses of the queries under it. Scores come from networks on halves of their own, one, ten or fifty of them averaged;
+these see their halves a few times only (``score_epochs``): gradients of examples that a network knows by heart vanish.
+
+Networks and scores are kept in ``parts`` of the results folder, so that a run can be cut short and taken up again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from experiments.attribution import report
+from experiments.attribution.networks import Pair, halves, images, kept, trained
+from experiments.attribution.scores import area, datamodelling_score, found
+from experiments.common import training
+from experiments.common.checks import require
+from laplace_kf import attribution
+from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.reports.html import Picture, Report
+from laplace_kf.reports.influence_plots import influential
+
+__all__ = ["METHODS", "Config", "run"]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "Kronecker, margin": {"structure": "kron", "damping": "factored", "of": "margin"},
+    "Kronecker, loss": {"structure": "kron", "damping": "factored", "of": "loss"},
+    "Kronecker, exact damping, margin": {"structure": "kron", "damping": "exact", "of": "margin"},
+}
+TRUTH = 1000  # numbers of the halves whose losses are the truth; those below are the scores'
+WRONG = 2000  # seed of the network with wrong labels
+
+
+@dataclass
+class Config:
+    """Settings; the defaults are those of ``configs/attribution.yaml``.
+
+    Args:
+        seed: of the halves and the wrong labels.
+        threads: processor threads, 0 for torch's default.
+        train: training images, the first ones.
+        queries: test images, the first ones.
+        subsets: halves whose networks give the truth.
+        counts: over how many networks scores are averaged.
+        epochs: passes of the networks of the truth over their halves.
+        score_epochs: passes of the networks that scores come from, tried one after another.
+        methods: names of :data:`METHODS`; the first with all of ``score_epochs``, the others with the first of them.
+        few: the first method after the first of ``score_epochs`` gets all ``counts``, everything else these at most.
+        damping: λ of the posteriors.
+        accuracy: of the scores (relative).
+        wrong: which share of labels is replaced for the search of wrong labels.
+        wrong_epochs: passes of the networks on wrong labels.
+        progress: whether to say what is going on.
+    """
+
+    seed: int = 0
+    threads: int = 1
+    train: int = 5000
+    queries: int = 500
+    subsets: int = 50
+    counts: list[int] = field(default_factory=lambda: [1, 10, 50])
+    epochs: int = 50
+    score_epochs: list[int] = field(default_factory=lambda: [5, 10, 50])
+    methods: list[str] = field(default_factory=lambda: list(METHODS))
+    few: int = 10
+    damping: float = 10.0
+    accuracy: float = 1e-2
+    wrong: float = 0.1
+    wrong_epochs: list[int] = field(default_factory=lambda: [10, 50])
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("train", "queries", "subsets", "epochs", "few"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        require("threads", self.threads, self.threads >= 0, "at least 0")
+        known = bool(self.counts) and min(self.counts) >= 1 and max(self.counts) <= TRUTH
+        require("counts", self.counts, known, "some of 1 to 1000")
+        require("damping", self.damping, self.damping > 0, "above 0")
+        require("accuracy", self.accuracy, 0 < self.accuracy < 1, "between 0 and 1")
+        require("wrong", self.wrong, 0 < self.wrong < 1, "between 0 and 1")
+        known = bool(self.methods) and set(self.methods) <= set(METHODS)
+        require("methods", self.methods, known, f"some of {list(METHODS)}")
+        for name in ("score_epochs", "wrong_epochs"):
+            require(name, value := getattr(self, name), bool(value) and min(value) >= 1, "some numbers from 1 on")
+
+
+class _Bench:
+    """The data and the networks of one configuration."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.train, self.queries = images(config.train, config.queries)
+
+    def inside(self, number: int) -> Tensor:
+        """Which examples the network ``number`` saw, ``(N,)``."""
+        return halves(self.config.train, number, self.config.seed)
+
+    def networks(self, numbers: Sequence[int], epochs: int) -> Iterator[nn.Sequential]:
+        """Networks on halves after so many passes."""
+        c = self.config
+
+        def train(missing: Sequence[int]) -> list[nn.Sequential]:
+            start = time.process_time()
+            made = trained(self.train, torch.stack([self.inside(n) for n in missing]), epochs, missing)
+            self._note(epochs, (time.process_time() - start) / len(missing))
+            return made
+
+        return kept(self.folder, f"half_{c.seed}_{c.train}_{epochs}", numbers, train)
+
+    def _note(self, epochs: int, seconds: float) -> None:
+        path = self.folder / f"seconds_{epochs}.json"
+        before = json.loads(path.read_text()) if path.is_file() else []
+        path.write_text(json.dumps([*before, seconds]))
+
+    def training_seconds(self, epochs: int) -> float:
+        """Processor seconds of training one network, the median over the stacks that were trained."""
+        return float(statistics.median(json.loads((self.folder / f"seconds_{epochs}.json").read_text())))
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """Halves ``(K, N)`` and the losses of the queries under networks trained on them, ``(K, Q)``."""
+        numbers = range(TRUTH, TRUTH + self.config.subsets)
+        x, y = self.queries
+        losses = [
+            nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
+            for model in self.networks(numbers, self.config.epochs)
+        ]
+        return torch.stack([self.inside(n) for n in numbers]), torch.stack(losses)
+
+
+def _scored(bench: _Bench, name: str, epochs: int, number: int, model: nn.Module) -> tuple[Tensor, float]:
+    """Scores ``(Q, N)`` by one network, and the processor seconds of fit and scores."""
+    config, options = bench.config, dict(METHODS[name])
+    start = time.process_time()
+    of = options.pop("of")
+    posterior = LaplacePosterior(model, "categorical", prior_precision=config.damping, **options).fit(bench.train)
+    scores = attribution.influence(posterior, bench.train, bench.queries, of, accuracy=config.accuracy)
+    return scores, time.process_time() - start
+
+
+def _method(bench: _Bench, name: str, epochs: int, counts: Sequence[int], truth: tuple[Tensor, Tensor]) -> Any:
+    """Datamodelling scores of one method by number of networks; kept in a file."""
+    config = bench.config
+    decisive = [config.seed, config.train, config.queries, config.subsets, config.epochs, config.damping,
+                config.accuracy, list(counts)]  # fmt: skip
+    path = bench.folder / f"{name}, {epochs}.json"
+    if path.is_file() and (before := json.loads(path.read_text()))["settings"] == decisive:
+        return before["result"]
+    total = torch.zeros(config.queries, config.train)
+    result: dict[str, Any] = {"score": {}, "error": {}, "seconds": 0.0}
+    for number, model in enumerate(bench.networks(range(max(counts)), epochs)):
+        scores, seconds = _scored(bench, name, epochs, number, model)
+        total += scores
+        result["seconds"] += seconds / max(counts)
+        if number + 1 in counts:
+            each = datamodelling_score(total, *truth)
+            result["score"][str(number + 1)] = float(each.mean())
+            result["error"][str(number + 1)] = float(each.std() / len(each) ** 0.5)
+    result["training_seconds"] = bench.training_seconds(epochs)
+    path.write_text(json.dumps({"settings": decisive, "result": result}))
+    return result
+
+
+def _wrong(bench: _Bench, epochs: int) -> dict[str, dict[str, float]]:
+    """How well each score finds labels that were replaced."""
+    config = bench.config
+    rng = training.generator(config.seed)
+    wrong = torch.zeros(config.train, dtype=torch.bool)
+    wrong[torch.randperm(config.train, generator=rng)[: round(config.wrong * config.train)]] = True
+    labels = bench.train[1].clone()
+    labels[wrong] = (labels[wrong] + torch.randint(1, 10, (int(wrong.sum()),), generator=rng)) % 10
+    data: Pair = (bench.train[0], labels)
+    every = torch.ones(1, config.train, dtype=torch.bool)
+    (model,) = kept(
+        bench.folder, f"wrong_{config.seed}_{config.train}_{config.wrong}_{epochs}", [WRONG],
+        lambda numbers: trained(data, every, epochs, numbers),
+    )  # fmt: skip
+    posterior = LaplacePosterior(model, "categorical", prior_precision=config.damping).fit(data)
+    out = {}
+    for score in attribution.SUSPICIONS:
+        ranking = attribution.mislabelled(posterior, data, score)
+        out[score] = {"found": found(ranking.order, wrong, config.wrong), "area": area(ranking.scores, wrong)}
+    return out
+
+
+def run(config: Config, folder: Path) -> Report:
+    """Train what is missing, score, and report; networks and scores are kept in ``folder``."""
+    bench = _Bench(config, folder)
+    truth = bench.truth()
+    few = [count for count in config.counts if count <= config.few]
+    first, *others = config.score_epochs
+    plan = [(config.methods[0], first, config.counts)]
+    plan += [(name, first, few) for name in config.methods[1:]]
+    plan += [(config.methods[0], epochs, few) for epochs in others]
+    results: dict[str, Any] = {}
+    for name, epochs, counts in plan:
+        row = f"{name}, {epochs} epochs"
+        results[row] = _method(bench, name, epochs, counts, truth)
+        if config.progress:
+            tqdm.write(f"{row}: {results[row]}", file=sys.stderr)
+    everything = {
+        "scores": results,
+        "queries": config.queries,
+        "subsets": config.subsets,
+        "wrong": {str(epochs): _wrong(bench, epochs) for epochs in config.wrong_epochs},
+        "wrong_share": config.wrong,
+    }
+    verdicts = report.judged(everything)
+    return Report(
+        title="Attribution: predicted and measured effects of training examples",
+        summary=(
+            f"Networks 784-128-64-10 on halves of {config.train} digits; scores of "
+            f"{config.queries} queries against losses of {config.subsets} networks trained on other halves for "
+            f"{config.epochs} epochs; "
+            f"λ = {config.damping:g}."
+        ),
+        seed=config.seed,
+        config=asdict(config),
+        metrics={name: each["score"] for name, each in results.items()},
+        tables=[report.score_table(everything), report.wrong_table(everything), report.targets_table(verdicts)],
+        pictures=[_picture(bench)],
+        details={**everything, "verdicts": verdicts, "stand_ins": []},
+    )
+
+
+def _picture(bench: _Bench) -> Picture:
+    """Queries with the largest losses under the first network, and what helped and harmed them."""
+    x, y = bench.queries
+    first = bench.config.score_epochs[0]
+    (model,) = bench.networks([0], first)
+    scores, _ = _scored(bench, bench.config.methods[0], first, 0, model)
+    losses = nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
+    chosen = losses.topk(min(5, len(losses))).indices
+
+    def named(labels: Tensor) -> list[str]:
+        return [str(int(label)) for label in labels]
+
+    figure = influential(
+        scores[chosen], bench.train[0].reshape(-1, 28, 28), x[chosen].reshape(-1, 28, 28),
+        train_names=named(bench.train[1]), query_names=named(y[chosen]),
+    )  # fmt: skip
+    caption = (
+        "Queries that the first network is most wrong about (left, with their labels), the training images that help "
+        "most (blue) and those that harm most (red), with theirs."
+    )
+    return Picture("influential", figure, caption)
