@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import estimate
 from laplace_kf.diagnostics.base import observed
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.posterior.work import Counter
 from laplace_kf.tape import Observation, Tracer
 
 __all__ = ["Costs", "costs"]
@@ -80,7 +80,7 @@ def costs(
     options: dict[str, dict[str, Any]] = {"sampled": {"samples": samples}}
     measured = {}
     for name in formula:
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place}) as counter:
+        with Counter({torch.ops.aten.addmm_: _in_place}) as counter:
             estimate(model, likelihood, [batch], "kron", name, forward=forward, **options.get(name, {}))
         measured[name] = int(counter.get_total_flops())
     return Costs(formula, measured)
