@@ -27,6 +27,24 @@ ARCHITECTURES = (
      "quantised, complex and meta models are refused with the way out"),
     ("numbers", "float64, float32, bfloat16 and float16; sums in float32 at least; autocast"),
 )  # fmt: skip
+CONVENTIONS = (
+    ("padding", "targets equal to `ignore_index`, and positions that reach no counted target, are in no factor, count, "
+     "evidence, prediction or step"),
+    ("labels", "batches of transformers' collators as they are (causal, encoder-decoder); soft, one-hot and smoothed "
+     "targets; where a model's own loss differs from the likelihood's, the batch is refused with the line to paste"),
+    ("layouts", "channels last, or torch's `(N, C, ...)` with any number of spatial axes; T = C asks for `layout=`"),
+    ("embeddings", "`padding_idx` rows are constants; `scale_grad_by_freq`, `sparse`, `max_norm`, bags"),
+    ("weights and noise", "weights of classes and examples, NaN as a missing regression target, noise per output or "
+     "per example, any loss (`FromLoss`)"),
+    ("graphs", "torch-geometric `Data`, `Batch`, sampled subgraphs: a graph is an example, or its nodes are positions"),
+    ("sparse inputs", "as their dense form; nested tensors are refused: pad them"),
+    ("parameters that take no part", "an error that names them, or `unused=\"prior\"`: their prior stays"),
+    ("weights reached another way", "through a list, a closure, a cached copy: refused by parameter name, everywhere"),
+    ("batches of another form", "`inputs=`, `targets=`, `forward=`; numpy arrays, `fit(x, y)`, `predict(loader)`; "
+     "fewer rows than inputs are refused"),
+    ("clipping and scaling", "Synaptic Intelligence takes the loss's own gradient (`record`), or the call is refused"),
+    ("threads", "any number of them may predict from one posterior at a time; fits are for one"),
+)  # fmt: skip
 SELECTIONS = (
     ('"all"', "every parameter that requires a gradient"),
     ('"last_layer"', "the parametric module that runs last"),
@@ -53,6 +71,7 @@ def support_table() -> str:
         rows.append(("layer", f"`{name}`", f"{', '.join(f'`{m}`' for m in rule.modules)}: {block}"))
     rows.append(("layer", "any other", "per-example gradients: diagonal or small dense block inside a Kronecker one"))
     rows += [("architecture", name, what) for name, what in ARCHITECTURES]
+    rows += [("convention", name, what) for name, what in CONVENTIONS]
     rows += [("parameters", f"`{name}`", what) for name, what in SELECTIONS]
     rows += [("likelihood", f"`{name}`", _summary(entry)) for name, entry in LIKELIHOODS.items()]
     rows.append(("likelihood", "`FromDistribution(fn)`", "any `torch.distributions.Distribution` of the outputs"))
