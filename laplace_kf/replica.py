@@ -176,7 +176,7 @@ class _Doubles:
                     }
                 elif name == "training":
                     own[name] = False
-                elif not value and type(value) in _COPIED:  # most are empty dictionaries of hooks
+                elif type(value) in _COPIED and not value:  # most are empty dictionaries of hooks
                     own[name] = value.copy()
                 elif type(value) in _PLAIN:
                     own[name] = value

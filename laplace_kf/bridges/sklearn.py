@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.errors import IncompatiblePair
-from laplace_kf.likelihoods import Gaussian, Likelihood
+from laplace_kf.likelihoods import Bernoulli, Gaussian, Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 
 try:
@@ -274,7 +274,7 @@ class LaplaceClassifier(ClassifierMixin, _Laplace):
 
     @property
     def _single(self) -> bool:
-        return not isinstance(self.likelihood, Likelihood) and self.likelihood == "bernoulli"
+        return isinstance(self.likelihood, str) and isinstance(get_likelihood(self.likelihood), Bernoulli)
 
     def _loss(self, outputs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         if self._single:

@@ -31,7 +31,7 @@ def test_a_tiny_run(tmp_path):
 
 
 def test_data_are_the_published_ones():
-    x, y = toy_regression._points(4000, torch.Generator().manual_seed(0))
+    x, y = toy_regression.draw_points(4000, torch.Generator().manual_seed(0))
     x, y = x * toy_regression.INPUT_SCALE, y * toy_regression.TARGET_SCALE
     assert -4 <= float(x.min()) < -3.9 and 3.9 < float(x.max()) <= 4
     noise = y - x**3
@@ -41,9 +41,9 @@ def test_data_are_the_published_ones():
 
 def test_training_finds_an_optimum_of_the_log_joint():
     config = toy_regression.Config(restarts=1, width=3)
-    train = toy_regression._points(20, torch.Generator().manual_seed(0))
+    train = toy_regression.draw_points(20, torch.Generator().manual_seed(0))
     likelihood = Gaussian(scale=toy_regression.NOISE / toy_regression.TARGET_SCALE)
-    model = toy_regression._network(config, likelihood, train, 0)
+    model = toy_regression.fit_network(config, likelihood, train, 0)
     model.zero_grad()
     squares = sum(p.square().sum() for p in model.parameters())
     (likelihood.log_prob(model(train[0]), train[1]).sum() - squares / 2).backward()

@@ -6,6 +6,7 @@ from torch import nn
 
 from experiments.common import training
 from experiments.ood import variational
+from laplace_kf.errors import ShapeMismatch
 from laplace_kf.predictive import mc_dropout
 
 
@@ -113,7 +114,7 @@ def test_mc_dropout_leaves_no_trace():
     first = mc_dropout(model, "categorical", 5, training.generator(1))(inputs).probs
     assert torch.equal(first, mc_dropout(model, "categorical", 5, training.generator(1))(inputs).probs)
     assert not torch.equal(first, mc_dropout(model, "categorical", 5, training.generator(2))(inputs).probs)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ShapeMismatch):
         mc_dropout(model, "categorical", 5, training.generator(1))(torch.zeros(2, 7))
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in model.modules()] == modes
