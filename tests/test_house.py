@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import NAMES as BENCHMARKS
 from docs.ranks import PICTURE, drawn, ranks, with_table
 from experiments.registry import EXPERIMENTS
 from tests.contracts.toys import FOLDER, unregistered
@@ -141,3 +142,14 @@ def test_pre_commit_runs_what_make_lint_runs() -> None:
     wanted = re.findall(r"\$\(BIN\)/(.*)", lint)
     hooks = re.findall(r"entry: \.venv/bin/(.*)", (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
     assert [hook.replace(" --force-exclude", "") for hook in hooks] == [line.removesuffix(" .") for line in wanted]
+
+
+def test_benchmarks_that_pages_name_exist_and_every_benchmark_runs_by_its_name() -> None:
+    folder = ROOT / "benchmarks"
+    written = {p.stem for p in folder.glob("*.py") if {"run", "text"} <= defined(p.read_text(encoding="utf-8"))}
+    assert set(BENCHMARKS) == written
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"python -m benchmarks (\w+)", text))
+    assert named and named <= written
+    assert {path.stem for path in (folder / "results").glob("*.json")} <= written

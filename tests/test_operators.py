@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from laplace_kf import linalg
 from laplace_kf.errors import NonFinite, NotPositiveDefinite, ShapeMismatch
 from laplace_kf.linalg import cholesky, eigh
 from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic, KroneckerBlock, Matrix, Spectral, Sum
@@ -186,3 +187,21 @@ def test_sizes_are_checked() -> None:
         block.matvec(torch.ones(5, dtype=torch.float64))
     with pytest.raises(ShapeMismatch):
         block.plus(Isotropic(5, torch.tensor(1.0, dtype=torch.float64)))
+
+
+def test_an_eigensolver_that_gives_nan_in_float32_is_asked_again_in_float64(monkeypatch):
+    # seen at 785x785 with finite, well-conditioned input: LAPACK's divide and conquer in single precision
+    right = torch.linalg.eigh
+    asked = []
+
+    def single_fails(matrix):
+        asked.append(matrix.dtype)
+        values, vectors = right(matrix)
+        return (values, vectors) if matrix.dtype == torch.float64 else (values * torch.nan, vectors * torch.nan)
+
+    monkeypatch.setattr(torch.linalg, "eigh", single_fails)
+    matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    values, vectors = linalg.eigh(matrix, "fc")
+    assert asked == [torch.float32, torch.float64]
+    assert values.dtype == torch.float32
+    torch.testing.assert_close((vectors * values) @ vectors.T, matrix)

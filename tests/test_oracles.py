@@ -14,6 +14,8 @@ from torch.func import functional_call, jacrev
 from tests import oracles
 from tests.cases import BY_NAME, CASES, HETEROSCEDASTIC, Case, binary, build, mixture, normal, tagged, truth
 from tests.checks import close
+from tests.classifiers import data, dense, net
+from tests.oracles import jacobian
 
 
 def ids(case: Case) -> str:
@@ -323,3 +325,12 @@ def test_empirical_fisher_is_batch_size_free_and_differs_from_the_ggn() -> None:
 
 def test_binary_targets_are_binary() -> None:
     assert set(binary(50).tolist()) == {0.0, 1.0}
+
+
+def test_the_matrix_of_small_classifiers() -> None:
+    """The plain loop of tests/classifiers.py equals the oracle that the contract tests use."""
+    model, (x, _) = net(3, 4, 3), data()
+    j = jacobian(model, x, len(x))
+    p = model(x).detach().softmax(-1)
+    h = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    torch.testing.assert_close(dense(model, x), torch.einsum("ncp,ncd,ndq->pq", j, h, j) / len(x))

@@ -1,1 +1,1 @@
-"""Tasks one after another: E24 to E28, E35 and two streams more."""
+"""Tasks one after another: E25, E27, E28, E35 and two streams more."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from experiments.common import training
 from experiments.common.checks import require
 from experiments.common.statements import Found, Repeated, Statement, judged
-from experiments.toy_regression import run as toy
+from experiments.toy_regression import problem as toy
+from experiments.toy_regression import run as network
 from laplace_kf.likelihoods import Gaussian
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports.html import Report, Table
@@ -79,13 +80,13 @@ def run(config: Config) -> Report:
 
     def measure(seed: int) -> Found:
         rng = training.generator(seed)
-        settings = toy.Config(width=config.width, prior_precision=config.prior_precision, restarts=config.restarts)
+        settings = network.Config(width=config.width, prior_precision=config.prior_precision, restarts=config.restarts)
         train, val = toy.draw_points(config.points, rng), toy.draw_points(config.points, rng)
         x = torch.linspace(-toy.LIMIT, toy.LIMIT, config.grid, dtype=torch.float64)[:, None]
         y = x**3 + toy.NOISE * torch.randn(x.shape, generator=rng, dtype=torch.float64)
         inputs, targets = x / toy.INPUT_SCALE, y / toy.TARGET_SCALE
         likelihood = Gaussian(scale=toy.NOISE / toy.TARGET_SCALE)
-        model = toy.fit_network(settings, likelihood, train, seed)
+        model = network.fit_network(settings, likelihood, train, seed)
         numbers: dict[str, float] = {}
         for damping in DAMPINGS:
             posterior = LaplacePosterior(

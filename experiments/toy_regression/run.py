@@ -25,22 +25,26 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.checks import require
-from experiments.common.claims import Claim, verdict_table
+from experiments.common.claims import verdict_table
 from experiments.common.training import generator
+from experiments.toy_regression import report
+from experiments.toy_regression.problem import (
+    EDGE,
+    INPUT_SCALE,
+    LIMIT,
+    NOISE,
+    STRUCTURES,
+    TARGET_SCALE,
+    Pair,
+    draw_points,
+)
 from laplace_kf.likelihoods import Gaussian, Prediction
 from laplace_kf.posterior import LaplacePosterior
-from laplace_kf.reports import metrics, plots, private_rng
-from laplace_kf.reports.html import Picture, Report, Table
+from laplace_kf.reports import metrics, private_rng
+from laplace_kf.reports.html import Report
 
-__all__ = ["EDGE", "INPUT_SCALE", "LIMIT", "NOISE", "TARGET_SCALE", "Config", "draw_points", "fit_network", "run"]
+__all__ = ["Config", "fit_network", "run"]
 
-STRUCTURES = {"full": "full", "diagonal": "diag", "Kronecker": "kron"}
-NOISE = 3.0
-"""Standard deviation of the observation noise, in the units of ``y``."""
-INPUT_SCALE, TARGET_SCALE = 4 / math.sqrt(3), 64 / math.sqrt(7)
-"""Standard deviations of ``x`` and ``x³`` for ``x`` uniform on [-4, 4]."""
-EDGE, LIMIT = 4.0, 6.0
-"""The data lie within ``|x| <= EDGE``; predictions are compared on ``|x| <= LIMIT``."""
 SCORED = 50
 """HMC draws of the network's function whose effective sample size is reported."""
 
@@ -96,28 +100,6 @@ class Config:
         require("vi_steps", self.vi_steps, self.vi_steps >= 0, "at least 0")
         for name in ("n_data_factors", "prior_precisions"):
             require(name, grid := getattr(self, name), grid and min(grid) > 0, "a list of numbers above 0")
-
-
-Pair = tuple[Tensor, Tensor]
-
-
-@dataclass
-class Outcome:
-    """One repetition. Bands are ``{method: (mean, epistemic sd)}``, each ``(grid,)`` in the units of ``y``."""
-
-    train: Pair
-    bands: dict[str, tuple[Tensor, Tensor]]
-    found: dict[str, dict[str, float]]
-    tuning: dict[str, dict[str, Any]]
-    hmc: dict[str, float]
-    seconds: dict[str, float]
-
-
-def draw_points(count: int, rng: torch.Generator) -> Pair:
-    """Inputs ``(N, 1)`` and targets ``(N, 1)`` in float64, scaled."""
-    x = (2 * torch.rand(count, 1, generator=rng, dtype=torch.float64) - 1) * EDGE
-    y = x**3 + NOISE * torch.randn(count, 1, generator=rng, dtype=torch.float64)
-    return x / INPUT_SCALE, y / TARGET_SCALE
 
 
 def fit_network(config: Config, likelihood: Gaussian, train: Pair, seed: int) -> nn.Sequential:
@@ -208,7 +190,7 @@ def _mean_field(
         pyro.get_param_store().set_state(store)
 
 
-def _repetition(config: Config, seed: int) -> Outcome:
+def _repetition(config: Config, seed: int) -> report.Outcome:
     """Everything for one seed."""
     rng = generator(seed)
     train, val = draw_points(config.points, rng), draw_points(config.points, rng)
@@ -259,7 +241,7 @@ def _repetition(config: Config, seed: int) -> Outcome:
             precision = settings[name]["n_data"] * settings[name]["prior_precision"]
             row["regularisation"] = math.log10(precision / (config.points * config.prior_precision))
     scaled = (train[0] * INPUT_SCALE, train[1] * TARGET_SCALE)
-    return Outcome(scaled, bands, found, tuning, mixing, seconds)
+    return report.Outcome(scaled, bands, found, tuning, mixing, seconds)
 
 
 def _measure(
@@ -291,43 +273,13 @@ def _measure(
     return found, bands
 
 
-TINY = 1e-12
-
-
-def _claims() -> tuple[Claim, ...]:
-    names = list(STRUCTURES)
-    grows = [Claim(f"{name}, tuned: more uncertain away from the data than near them", "sd_growth", f"{name}, tuned",
-                   "MAP", least=TINY) for name in names]  # fmt: skip
-    wide = [Claim(f"{name}, untuned: overestimates the uncertainty near the data", "sd_inside", f"{name}, untuned",
-                  "HMC", least=TINY) for name in names]  # fmt: skip
-    worst = [Claim(f"untuned, near the data: full is wider than {name}", "sd_inside", "full, untuned",
-                   f"{name}, untuned", least=TINY) for name in names[1:]]  # fmt: skip
-    poor = [Claim(f"untuned, near the data: the mean of full is further from HMC's than that of {name}",
-                  "mean_rmse_inside", "full, untuned", f"{name}, untuned", least=TINY)
-            for name in names[1:]]  # fmt: skip
-    closer = [Claim(f"{name}: tuning brings the uncertainty closer to HMC's on |x| <= 6", "sd_rmse", f"{name}, tuned",
-                    f"{name}, untuned", most=-TINY) for name in names]  # fmt: skip
-    near = [Claim(f"{name}: and near the data", "sd_rmse_inside", f"{name}, tuned", f"{name}, untuned", most=-TINY)
-            for name in names]  # fmt: skip
-    stronger = [
-        Claim("tuned regularisation, log10 of N λ: full above diagonal", "regularisation", "full, tuned",
-              "diagonal, tuned", least=TINY),
-        Claim("tuned regularisation, log10 of N λ: diagonal above Kronecker", "regularisation", "diagonal, tuned",
-              "Kronecker, tuned", least=TINY),
-    ]  # fmt: skip
-    return (*grows, *wide, *worst, *poor, *closer, *near, *stronger)
-
-
-CLAIMS = _claims()
-
-
 def run(config: Config) -> Report:
     """Train, fit, tune, sample and compare, for every seed; writes nothing."""
     outcomes = [_repetition(config, config.seed + i) for i in range(config.repeats)]
     runs = [outcome.found for outcome in outcomes]
     methods = list(runs[0])
     summary = {method: metrics.mean_std([found[method] for found in runs]) for method in methods}
-    verdicts = [claim.judge(runs) for claim in CLAIMS]
+    verdicts = [claim.judge(runs) for claim in report.CLAIMS]
     confirmed = sum(verdict["verdict"] == "confirmed" for verdict in verdicts)
     seeds = [config.seed + i for i in range(config.repeats)]
     least = min(outcome.hmc["effective_samples_least"] for outcome in outcomes)
@@ -343,8 +295,8 @@ def run(config: Config) -> Report:
         seed=config.seed,
         config=asdict(config),
         metrics=summary,
-        tables=[_table(summary, outcomes), verdict_table(verdicts)],
-        pictures=[_picture(outcomes[0], seeds[0])],
+        tables=[report.table(summary, outcomes), verdict_table(verdicts)],
+        pictures=[report.picture(outcomes[0], seeds[0])],
         details={
             "seeds": seeds,
             "verdicts": verdicts,
@@ -354,48 +306,3 @@ def run(config: Config) -> Report:
             "stand_ins": [],
         },
     )
-
-
-_COLUMNS = {
-    "val NLL": "val_nll", "test NLL |x|≤4": "test_nll_inside", "test NLL |x|≤6": "test_nll_grid",
-    "sd |x|≤4": "sd_inside", "sd 4<|x|≤6": "sd_outside", "RMSE of sd": "sd_rmse",
-    "RMSE of mean |x|≤4": "mean_rmse_inside", "N": "n_data", "λ": "prior_precision",
-}  # fmt: skip
-
-
-def _table(summary: Mapping[str, Mapping[str, Any]], outcomes: list[Outcome]) -> Table:
-    edges = {f"{name}, tuned" for outcome in outcomes for name, found in outcome.tuning.items() if found["at_edge"]}
-    rows = []
-    for name, found in summary.items():
-        cells = [name]
-        for key in _COLUMNS.values():
-            value = found.get(key)
-            cells.append("" if value is None else f"{value['mean']:.3g}" if key in ("n_data", "prior_precision")
-                         else f"{value['mean']:.2f}")  # fmt: skip
-        rows.append([*cells[:-1], cells[-1] + " *" * (name in edges)])
-    note = (
-        "Means over seeds; NLL in nats per point, the rest in the units of y. RMSE of sd: root mean square difference "
-        "of the epistemic standard deviation from HMC's on |x| ≤ 6. *: on the edge of the tuning grid."
-    )
-    return Table("Methods", ["method", *_COLUMNS], rows, note)
-
-
-def _picture(outcome: Outcome, seed: int) -> Picture:
-    chosen = [f"{name}, {state}" for state in ("untuned", "tuned") for name in STRUCTURES]
-    chosen = [*chosen[:3], "HMC", *chosen[3:], *(["mean field"] if "mean field" in outcome.bands else [])]
-    figure, axes = plots.panels(2, 4, width=3.3, height=2.9)
-    grid = torch.linspace(-LIMIT, LIMIT, len(outcome.bands["HMC"][0]))
-    for axis in axes[len(chosen) :]:
-        axis.set_visible(False)
-    for axis, name in zip(axes, chosen, strict=False):
-        mean, sd = outcome.bands[name]
-        plots.regression_band(
-            grid, mean, sd, points=outcome.train, truth=grid**3, reference=outcome.bands["MAP"][0],
-            reference_label="MAP", axis=axis, title=name, limits=(-130, 130), labels=("x", "y"),
-        )  # fmt: skip
-    plots.legend_below(figure, columns=6)
-    return Picture(
-        "bands", figure,
-        f"Predictive mean with one and two epistemic standard deviations, seed {seed}. Dashed: y = x³; dotted: the "
-        "network itself.",
-    )  # fmt: skip

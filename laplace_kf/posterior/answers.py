@@ -33,6 +33,7 @@ from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
+from laplace_kf.subnetwork import Selection
 from laplace_kf.weighting import Weights
 
 __all__ = ["Answers"]
@@ -52,6 +53,9 @@ class Answers(Jobs, Shorthands):
     structure: Structure
     estimator: Estimator
     damping: str
+    parameters: Selection
+    dtype: torch.dtype | None
+    unused: str
     _state: Fitted | None
     _n_data: float | None
     _prior: PriorPrecision

@@ -19,12 +19,13 @@ from laplace_kf import weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import collect
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import typed
-from laplace_kf.models import lasting, parameters_of, usable
+from laplace_kf.models import lasting, usable
 from laplace_kf.operators import DAMPINGS, fresh_generator
+from laplace_kf.posterior import header as header_of
 from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
@@ -33,7 +34,6 @@ from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
     PriorPrecision,
     by_parameter,
-    plain,
     positive,
 )
 from laplace_kf.posterior.task_chain import TaskChain
@@ -498,32 +498,9 @@ class LaplacePosterior(Answers):
             NotFitted: before ``fit``.
         """
         fitted = self._fitted("packed")
-        try:
-            likelihood: dict[str, Any] | None = self.likelihood.to_config()
-        except IncompatiblePair:
-            likelihood = None  # it cannot be written down; load(likelihood=) has to bring it
-        header = {
-            "likelihood": likelihood,
-            "structure": self.structure.name,
-            "estimator": self.estimator.name,
-            "options": {**self.structure.options(), **self.estimator.options()},
-            "reason": self.structure.reason,
-            "parameters": chosen.to_json() if isinstance(chosen := self.parameters, Subnetwork) else chosen,
-            "damping": self.damping,
-            "prior_precision": plain(self._prior),
-            "n_data": self._n_data,
-            "weights": self.weights is not False,
-            "method": self._method,
-            "temperature": self._temperature,
-            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            "unused": self.unused,
-        }
-        tensors, described = store.packed_fitted(fitted)
         if self._calibration is not None:
             self._calibration = self._calibration.with_references(self)
-            kept, header["calibration"] = self._calibration.packed()
-            tensors.update(kept)
-        return tensors, {**header, **described}
+        return header_of.packed(self, fitted)
 
     @classmethod
     @typed
@@ -572,37 +549,9 @@ class LaplacePosterior(Answers):
         weights: Weights | None = None,
     ) -> LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
-        model = usable(model)
-        layout = store.layout_of(header["statistics"])
-        parameters_of(model, layout.names, layout.shapes, "the file")  # refuses
-        chosen = header["parameters"]
-        single = isinstance(chosen, Mapping)
-        if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
-            raise ShapeMismatch(
-                f"the file covers {len(layout.names)} parameters, but parameters={chosen!r} selects "
-                f"{len(select(model, chosen))} of this model: it is not the architecture the file was saved for"
-            )
-        if likelihood is None and header["likelihood"] is None:
-            raise IncompatiblePair("the file's likelihood could not be written down; pass it as load(likelihood=...)")
-        own = reading(forward, inputs, targets)
-        posterior = cls(
-            model,
-            likelihood if likelihood is not None else Likelihood.from_config(header["likelihood"]),
-            structure=header["structure"],
-            estimator=header["estimator"],
-            parameters=Subnetwork(**chosen) if single else chosen,
-            prior_precision=header["prior_precision"],
-            damping=header["damping"],
-            forward=own,
-            weights=weights if weights is not None else header.get("weights", False),
-            dtype=getattr(torch, header["dtype"]) if header.get("dtype") else None,
-            unused=header.get("unused", "error"),
-            **header["options"],
-        )
-        found = store.unpacked_fitted(
-            tensors, header, posterior.structure, model=model, forward=own, weights=posterior.weights,
-            likelihood=posterior.likelihood, damping=posterior.damping,
-        )  # fmt: skip
+        model, own = usable(model), reading(forward, inputs, targets)
+        posterior = cls(model, forward=own, **header_of.arguments(header, model, likelihood, weights))
+        found = header_of.unpacked(tensors, header, posterior)
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])
         posterior._n_data = positive("n_data", header["n_data"])

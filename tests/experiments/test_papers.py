@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -48,7 +49,13 @@ SMOKE = {
 }
 
 
-@pytest.mark.parametrize("name", SMOKE)
+FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA names no folder of data files")
+READ_FILES = {"E7", "E8", "E9", "E10", "E11", "E16", "E17", "E18", "E21", "E22"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.data, FILES] if name in READ_FILES else []) for name in SMOKE]
+)
 def test_a_small_run(name, tmp_path):
     """Files are written, numbers are finite or said to be none, and every verdict follows from its own number."""
     assert main(["run", name, *SMOKE[name].split(), "repeats=1", "--out", str(tmp_path)]) == 0

@@ -15,11 +15,12 @@ import torch
 from experiments import tables
 from experiments.__main__ import main
 from experiments.common import data, files
-from experiments.continual import multiplier_toy, streams
 from experiments.continual import run as continual
+from experiments.continual import streams
 from experiments.continual.methods import LEARNERS, Averaged
 from experiments.continual.report import numbers, task_table
 from experiments.continual.tasks import joined
+from experiments.theory import multiplier_toy
 from laplace_kf.continual import OnlineLaplace
 from tests.continual import problems
 

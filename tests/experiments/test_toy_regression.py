@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments.__main__ import main
+from experiments.toy_regression import problem, report
 from experiments.toy_regression import run as toy_regression
 from laplace_kf.likelihoods import Gaussian
 
@@ -24,15 +25,15 @@ def test_a_tiny_run(tmp_path):
     assert list(result["metrics"]) == ["MAP", *tuned, "mean field", "HMC"]
     assert result["metrics"]["HMC"]["sd_rmse"]["values"] == [0.0, 0.0]
     assert result["metrics"]["MAP"]["sd_inside"]["mean"] == 0
-    assert len(result["verdicts"]) == len(toy_regression.CLAIMS)
+    assert len(result["verdicts"]) == len(report.CLAIMS)
     assert {v["verdict"] for v in result["verdicts"]} <= {"confirmed", "refuted"}
     assert len(result["tuning"]["1"]["full"]["table"]) == 4
     assert {path.name for path in tmp_path.iterdir()} == {"bands.png", "report.html", "result.json"}
 
 
 def test_data_are_the_published_ones():
-    x, y = toy_regression.draw_points(4000, torch.Generator().manual_seed(0))
-    x, y = x * toy_regression.INPUT_SCALE, y * toy_regression.TARGET_SCALE
+    x, y = problem.draw_points(4000, torch.Generator().manual_seed(0))
+    x, y = x * problem.INPUT_SCALE, y * problem.TARGET_SCALE
     assert -4 <= float(x.min()) < -3.9 and 3.9 < float(x.max()) <= 4
     noise = y - x**3
     assert float(noise.std()) == pytest.approx(3.0, rel=0.05)
@@ -41,8 +42,8 @@ def test_data_are_the_published_ones():
 
 def test_training_finds_an_optimum_of_the_log_joint():
     config = toy_regression.Config(restarts=1, width=3)
-    train = toy_regression.draw_points(20, torch.Generator().manual_seed(0))
-    likelihood = Gaussian(scale=toy_regression.NOISE / toy_regression.TARGET_SCALE)
+    train = problem.draw_points(20, torch.Generator().manual_seed(0))
+    likelihood = Gaussian(scale=problem.NOISE / problem.TARGET_SCALE)
     model = toy_regression.fit_network(config, likelihood, train, 0)
     model.zero_grad()
     squares = sum(p.square().sum() for p in model.parameters())

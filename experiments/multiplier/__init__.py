@@ -1,0 +1,1 @@
+"""Forgetting against rigidity by the strength of the prior: E26."""
