@@ -391,10 +391,10 @@ def _z_scores(draws: Tensor, mean: Tensor) -> Tensor:
 def test_random_estimators_are_unbiased(name: str, estimator: str, structure: str) -> None:
     problem = _tiny(name)
     generator = rng(3)
-    runs = 24
+    runs = 12
     options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 2}
-    # Every repetition of an example is a fresh draw: 24 runs of a few draws each give mean and standard error.
-    data = [problem.batch(torch.arange(problem.n).repeat(10))]
+    # Every repetition of an example is a fresh draw: 12 runs of a few draws each give mean and standard error.
+    data = [problem.batch(torch.arange(problem.n).repeat(20))]
     draws = torch.stack(
         [
             estimate(problem, data, structure=structure, estimator=estimator, generator=generator, **options)
@@ -413,11 +413,14 @@ def test_random_estimators_are_unbiased(name: str, estimator: str, structure: st
 def test_random_estimators_of_other_likelihoods(name: str, estimator: str) -> None:
     problem = _tiny(name)
     generator = rng(4)
-    options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 50}
+    options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 100}
+    data = [problem.batch(torch.arange(problem.n).repeat(2))] if estimator == "importance" else None
     draws = torch.stack(
         [
-            estimate(problem, structure="full", estimator=estimator, generator=generator, **options).mean().dense()
-            for _ in range(40)
+            estimate(problem, data, structure="full", estimator=estimator, generator=generator, **options)
+            .mean()
+            .dense()
+            for _ in range(20)
         ]
     )
     assert float(_z_scores(draws, _reference(problem, "full", estimator)).abs().max()) < 6.5
