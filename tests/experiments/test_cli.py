@@ -70,10 +70,21 @@ def test_list_shows_every_experiment_and_its_state(capsys):
     assert "ready" in lines[18] and "[toy_regression]" in lines[18]
     assert "ready" in lines[19]
     assert "[ood_mnist, ood_mnist_gpu]" in lines[19]
-    assert "not yet" in lines[22]
+    assert not any("not yet" in line for line in lines)
 
 
-def test_an_experiment_that_is_not_written_says_so(capsys):
+@pytest.fixture
+def unwritten(monkeypatch):
+    """E23 stands for an experiment that is only on the list."""
+    monkeypatch.setitem(registry.EXPERIMENTS._entries, "E23", registry.Experiment("E23", "a title"))
+
+
+def test_list_says_which_experiments_are_not_written(unwritten, capsys):
+    assert main(["list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "not yet" in line] == ["E23"]
+
+
+def test_an_experiment_that_is_not_written_says_so(unwritten, capsys):
     assert main(["run", "E23"]) == 1
     told = capsys.readouterr().err
     assert "has not been written yet" in told
@@ -187,7 +198,7 @@ def test_every_configuration_file_fits_its_experiment(monkeypatch):
         runner.resolve(name)
 
 
-STATUSES = {("experiments", "list"): 0, ("experiments", "run", "E23"): 1, ("laplace_kf", "dmeo"): 2}
+STATUSES = {("experiments", "list"): 0, ("experiments", "run", "E36"): 1, ("laplace_kf", "dmeo"): 2}
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
@@ -203,7 +214,7 @@ def test_exit_status_of_the_modules(words, status, monkeypatch):
 
 
 def test_exit_status_of_a_process():
-    words = ("experiments", "run", "E23")
+    words = ("experiments", "run", "E36")
     assert subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False).returncode == 1
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from experiments.__main__ import main
+from experiments.common import data
 from experiments.common.statements import Repeated, Statement, judged
 from experiments.ood.targeted import steps_until
+from experiments.photographs.network import wide_residual
+from experiments.photographs.run import augmented, by_correctness
 from experiments.registry import EXPERIMENTS
 from experiments.steps.batches import exponent
 from experiments.theory import damping_toy, empirical_fisher_toy
@@ -40,6 +43,8 @@ SMOKE = {
     "E18": "count=60 side=7 widths=[6] batch=30 updates=3 adam_updates=6 rates=[0.01] treatments=[em]",
     "E21": f"{ATTACK} epsilons=[0.1]",
     "E22": f"{ATTACK} steps=4 every=2",
+    "E23": "side=8 train_size=40 epochs=1 batch=20 curvature_size=20 curvature_batch=20 samples=2 tune_samples=2 "
+    "tune_size=20 count=40 n_data_factors=[1] prior_precisions=[1]",
     "E29": "steps=40 repetitions=50",
     "E30": "steps=2 count=40",
     "E31": "count=20 draws=1 samples=[1,4] wide=[1,3]",
@@ -53,10 +58,24 @@ FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_
 READ_FILES = {"E7", "E8", "E9", "E10", "E11", "E16", "E17", "E18", "E21", "E22"}
 
 
+@pytest.fixture
+def photographs(monkeypatch):
+    """Noise in place of CIFAR-100, whose lossless files take seconds to decode; MNIST and the others stay."""
+    read = data.images
+
+    def images(name, split):
+        if name != "cifar100":
+            return read(name, split)
+        rng = torch.Generator().manual_seed(len(split))
+        return torch.rand(60, 3, 32, 32, generator=rng), torch.randint(0, 2, (60,), generator=rng)
+
+    monkeypatch.setattr(data, "images", images)
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.data, FILES] if name in READ_FILES else []) for name in SMOKE]
 )
-def test_a_small_run(name, tmp_path):
+def test_a_small_run(name, tmp_path, photographs):
     """Files are written, numbers are finite or said to be none, and every verdict follows from its own number."""
     assert main(["run", name, *SMOKE[name].split(), "repeats=1", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
@@ -142,3 +161,35 @@ def test_exponents_and_steps():
     assert exponent([10, 100], [50, 50]) == pytest.approx(0)
     assert steps_until(0.5, [0, 5, 10], [0.0, 0.4, 0.6]) == pytest.approx(7.5)
     assert steps_until(0.5, [0, 5], [0.0, 0.4]) == math.inf
+
+
+def test_photographs_are_moved_and_mirrored():
+    images = torch.arange(1.0, 3 * 8 * 8 + 1).view(1, 3, 8, 8).expand(40, 3, 8, 8)
+    moved = augmented(images, torch.Generator().manual_seed(0))
+    padded = [torch.nn.functional.pad(image, (1, 1, 1, 1)) for image in (images[0], images[0].flip(-1))]
+    allowed = [p[:, i : i + 8, j : j + 8] for p in padded for i in range(3) for j in range(3)]
+    found = [[k for k, one in enumerate(allowed) if torch.equal(one, image)] for image in moved]
+    assert all(len(match) == 1 for match in found) and len({match[0] for match in found}) > 9
+
+
+def test_entropies_of_right_and_wrong_predictions():
+    probs = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.25, 0.75]], dtype=torch.float64)
+    accuracy, right, wrong = by_correctness(probs, torch.tensor([0, 1, 0]))
+    assert accuracy == pytest.approx(100 / 3) and right.tolist() == [0]
+    assert wrong.tolist() == pytest.approx([math.log(2), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)])
+
+
+def test_skip_connections_that_halve_the_image_see_every_pixel():
+    model = wide_residual(5, blocks=2, factor=1, dropout=0.3).eval()
+    skips = [tuple(block.skip.weight.shape[2:]) if block.skip is not None else None for block in model[1:7]]
+    assert skips == [None, None, (2, 2), None, (2, 2), None]
+    skip = model[3].skip
+    x = torch.randn(1, 16, 8, 8, requires_grad=True)
+    skip(x).sum().backward()
+    assert skip(x).shape == (1, 32, 4, 4) and (x.grad != 0).all()
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_more_photographs_than_there_are_is_refused(tmp_path, photographs, capsys):
+    assert main(["run", "E23", "train_size=61", "curvature_size=10", "--out", str(tmp_path)]) == 1
+    assert "at most 60" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""A photograph classifier that is uncertain where it is wrong (E23)."""
