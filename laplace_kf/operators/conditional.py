@@ -12,17 +12,16 @@ Of ``N(μ, Λ⁻¹)`` with entries ``M`` held at ``v`` the others are normal wit
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from laplace_kf.callers import users_line
-from laplace_kf.linalg import KNOB, cholesky, eigh, require_positive
+from laplace_kf.linalg import cholesky, eigh, require_positive
 from laplace_kf.operators.base import Matrix
 from laplace_kf.operators.blockwise import Blockwise
+from laplace_kf.operators.conjugate import conjugate_gradients
 from laplace_kf.operators.curvature import DenseBlock, DiagonalBlock
 from laplace_kf.operators.kept_terms import TOLERANCE
 from laplace_kf.operators.lowrank import LowRank
@@ -187,31 +186,15 @@ class _Iterated(FreeBlock):
         return self.matrix.solve(self._embedded(v))[self.index]
 
     def inner(self, v: Tensor) -> Tensor:
-        tolerance = TOLERANCE.get(v.dtype, 1e-6)
-        wanted = tolerance * v.norm(dim=0)
-        x, residual = torch.zeros_like(v), v.clone()
-        z = self._precondition(residual)
-        direction, product = z, (residual * z).sum(0)
-        for _ in range(ITERATIONS):
-            active = residual.norm(dim=0) > wanted
-            if not bool(active.any()):
-                return x
-            image = self.matrix.matvec(self._embedded(direction))[self.index]
-            curvature = (direction * image).sum(0)
-            step = torch.where(active & (curvature > 0), product / curvature, torch.zeros_like(product))
-            x, residual = x + step * direction, residual - step * image
-            z = self._precondition(residual)
-            following = (residual * z).sum(0)
-            ratio = torch.where(product > 0, following / product, torch.zeros_like(product))
-            direction, product = z + ratio * direction, following
-        reached = float((residual.norm(dim=0) / v.norm(dim=0).clamp_min(torch.finfo(v.dtype).tiny)).max())
-        warnings.warn(
-            f"block {self.matrix.label!r}: conjugate gradients stopped after {ITERATIONS} steps with a relative "
-            f"residual of {reached:.2g}. {KNOB}",
-            RuntimeWarning,
-            stacklevel=users_line(),
+        wanted = TOLERANCE.get(v.dtype, 1e-6) * v.norm(dim=0)
+        return conjugate_gradients(
+            lambda d: self.matrix.matvec(self._embedded(d))[self.index],
+            self._precondition,
+            v,
+            lambda residual, _: residual.norm(dim=0) <= wanted,
+            self.matrix.label,
+            ITERATIONS,
         )
-        return x
 
 
 def free_block(matrix: Matrix, free: Tensor) -> FreeBlock:

@@ -8,16 +8,15 @@ marginals, and draws by perturbing and solving: ``Λ⁻¹ Σ_k L_k ε_k`` has co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair
-from laplace_kf.linalg import KNOB, cholesky, eigh
+from laplace_kf.linalg import cholesky, eigh
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, product_of_sum
+from laplace_kf.operators.conjugate import conjugate_gradients
 from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock
 from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
@@ -204,31 +203,8 @@ class TermSum(Matrix):
 
         ``enough`` is asked with the residual ``r (P, K)`` and ``rᵀ M⁻¹ r (K,)`` for the preconditioner ``M``.
         """
-        preconditioner = self.preconditioner()
-        x = preconditioner.solve(right)
-        residual = right - self.matvec(x)
-        z = preconditioner.solve(residual)
-        direction, product = z, (residual * z).sum(0)
-        for _ in range(ITERATIONS):
-            active = ~enough(residual, product)
-            if not bool(active.any()):
-                return x
-            image = self.matvec(direction)
-            curvature = (direction * image).sum(0)
-            step = torch.where(active & (curvature > 0), product / curvature, torch.zeros_like(product))
-            x, residual = x + step * direction, residual - step * image
-            z = preconditioner.solve(residual)
-            following = (residual * z).sum(0)
-            ratio = torch.where(product > 0, following / product, torch.zeros_like(product))
-            direction, product = z + ratio * direction, following
-        reached = float((residual.norm(dim=0) / right.norm(dim=0).clamp_min(torch.finfo(right.dtype).tiny)).max())
-        warnings.warn(
-            f"block {self.label!r}: conjugate gradients stopped after {ITERATIONS} steps with a relative residual of "
-            f"{reached:.2g}. {KNOB}",
-            RuntimeWarning,
-            stacklevel=users_line(),
-        )
-        return x
+        near = self.preconditioner().solve
+        return conjugate_gradients(self.matvec, near, right, enough, self.label, ITERATIONS, start=near(right))
 
     def logdet(self) -> Tensor:
         """Log-determinant, 0-dim, of the dense matrix.
