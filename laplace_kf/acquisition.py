@@ -20,6 +20,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods import Bernoulli, Categorical, Gaussian
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.operators import fresh_generator
 from laplace_kf.posterior import LaplacePosterior
@@ -48,6 +49,7 @@ class Batch:
     scores: Tensor
 
 
+@typed
 @lasting()
 def bald(
     posterior: LaplacePosterior, pool: Any, samples: int = 200, generator: torch.Generator | None = None
@@ -72,6 +74,7 @@ def bald(
     return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
 
 
+@typed
 @lasting()
 def batch_bald(
     posterior: LaplacePosterior,
@@ -103,6 +106,7 @@ def batch_bald(
     return _class_batch(p, _size(size, p.shape[1]), configurations, source)
 
 
+@typed
 @lasting()
 def epig(
     posterior: LaplacePosterior,

@@ -12,6 +12,7 @@ from torch import Tensor
 from laplace_kf.attribution.gradients import at_mean, batches_of
 from laplace_kf.attribution.scoring import self_influence
 from laplace_kf.estimators.base import widened
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision
@@ -58,6 +59,7 @@ def _left_out(posterior: LaplacePosterior, train: Any, damping: PriorPrecision |
     return _loss(posterior, train, damping) + self_influence(posterior, train, damping=damping)
 
 
+@typed
 def mislabelled(
     posterior: LaplacePosterior, train: Any, score: str = "left_out", *, damping: PriorPrecision | None = None
 ) -> Ranking:

@@ -19,6 +19,7 @@ from laplace_kf.attribution.gradients import Gradients, at_mean, batches_of
 from laplace_kf.attribution.pairs import Queries
 from laplace_kf.attribution.values import Value
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior import LaplacePosterior
@@ -35,6 +36,7 @@ TOKENS.register("queries")((True, False))
 TOKENS.register("train")((False, True))
 
 
+@typed
 def influence(
     posterior: LaplacePosterior,
     train: Any,
@@ -90,6 +92,7 @@ def influence(
     return found[..., 0].transpose(0, 1).contiguous() if by_query else found[0]
 
 
+@typed
 def group_influence(
     posterior: LaplacePosterior,
     train: Any,
@@ -141,6 +144,7 @@ def group_influence(
     return torch.cat(rows)
 
 
+@typed
 def self_influence(posterior: LaplacePosterior, train: Any, *, damping: PriorPrecision | None = None) -> Tensor:
     """``g_i^T Λ⁻¹ g_i`` of every training example, the diagonal of :func:`influence` on the loss: ``(N,)``, ≥ 0.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ class _Logarithms(nn.Module):
         return found.clamp_min(torch.finfo(found.dtype).tiny).log()
 
 
-class _Laplace(BaseEstimator):
+class _Laplace(BaseEstimator, ABC):
     """What both estimators share: training, the posterior, its tuning."""
 
     def __init__(
@@ -133,13 +134,13 @@ class _Laplace(BaseEstimator):
     tuning_: TuningResult | None
     n_features_in_: int
 
+    @abstractmethod
     def _loss(self, outputs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         """Mean loss of a minibatch, 0-dim."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _start(self, model: nn.Module, x: Tensor, y: Tensor) -> str | Likelihood:
         """The likelihood that the search for (λ, σ) starts from."""
-        raise NotImplementedError
 
     def _fit(self, x: np.ndarray[Any, Any], y: Tensor, outputs: int, shift: Tensor, scale: Tensor) -> None:
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))

@@ -367,6 +367,7 @@ class Answers(Jobs, Shorthands):
         kept = None if self._calibration is None else self._calibration.conformal
         return replace(found, calibration=kept) if kept is not None and kept.method == method else found
 
+    @typed
     @lasting()
     def predictor(
         self, samples: int = 100, generator: torch.Generator | None = None, *, draws: str = "independent"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.linalg import typed
 from laplace_kf.operators import Blockwise, FreePart
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.tape import FlatLayout
@@ -104,6 +105,7 @@ class Conditional(dict[str, Tensor]):
                     parameter.copy_(self[name])
         return made
 
+    @typed
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Draws from the conditional Gaussian by parameter name, each ``(n, *shape)``; held weights stay.
 
@@ -119,6 +121,7 @@ class Conditional(dict[str, Tensor]):
         points = self._moved((self._fitted.mean.to(drawn) + drawn).T)
         return self._named(points)
 
+    @typed
     def variances(self) -> dict[str, Tensor]:
         """Variances by parameter name, each ``(*shape)`` and zero where held; one solve for every free weight.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from laplace_kf.batches import check_finite
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
 from laplace_kf.posterior.conditioning import Conditional, Constraints, conditioned
@@ -20,17 +22,19 @@ from laplace_kf.replica import stage
 __all__ = ["Jobs"]
 
 
-class Jobs:
+class Jobs(ABC):
     """Jobs of :class:`laplace_kf.LaplacePosterior`; nothing here changes it or its model."""
 
+    @abstractmethod
     def _in_model(self, what: str) -> Fitted:
-        raise NotImplementedError
+        """What ``fit`` found, with the model at the posterior's mean."""
 
     @property
+    @abstractmethod
     def precision(self) -> Blockwise:
         """Λ, of size P."""
-        raise NotImplementedError
 
+    @typed
     @lasting()
     def condition(
         self,
@@ -65,6 +69,7 @@ class Jobs:
         fitted = self._in_model("condition")
         return conditioned(fitted, self.precision, values, masks, constraints)
 
+    @typed
     @lasting()
     def derivatives(self, x: Any, operator: Operator | None = None, *, joint: bool = False) -> Derivatives:
         """Means and variances of the network's derivatives to its inputs, or of other values made of it.
@@ -93,6 +98,7 @@ class Jobs:
             check_finite(x, 0, "the input")
             return derivatives(model, forward, fitted.mean_by_name(), self.precision, x, operator, joint)
 
+    @typed
     @lasting()
     def export(self, x: Any, *, dynamic: bool = True) -> nn.Module:
         """The linearised predictions as a module of torch's own operations: ``x -> (mean, epistemic_variance)``.

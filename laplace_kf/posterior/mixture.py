@@ -22,6 +22,7 @@ from laplace_kf import weighting
 from laplace_kf.batches import Forward
 from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.ood import BY_LAYERS, score
 from laplace_kf.posterior import store
@@ -190,6 +191,7 @@ class Mixture(Shorthands):
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
+    @typed
     @lasting()
     def predict(
         self,
@@ -260,6 +262,7 @@ class Mixture(Shorthands):
 
         return mixed(first.likelihood, parts, self._shares, relabelled)
 
+    @typed
     @lasting()
     def predictor(
         self, samples: int = 100, generator: torch.Generator | None = None, *, draws: str = "independent"
@@ -275,6 +278,7 @@ class Mixture(Shorthands):
         ]
         return MixturePredictor(self._mixed, made, counts)
 
+    @typed
     @lasting()
     def functional_covariance(self, x: Any, diagonal_only: bool = False) -> Tensor:
         """Covariance of the outputs of the linearised networks, that between the components included.
@@ -297,6 +301,7 @@ class Mixture(Shorthands):
         flat = gaps.flatten(2)
         return within + torch.einsum("m,mni,mnj->nij", share, flat, flat).to(within)
 
+    @typed
     @lasting()
     def ood_score(
         self,
@@ -325,6 +330,7 @@ class Mixture(Shorthands):
 
     # -- tuning --------------------------------------------------------------------------------------------------------
 
+    @typed
     def tune(
         self,
         val: Iterable[Any] | tuple[Any, Tensor] | None = None,
@@ -405,6 +411,7 @@ class Mixture(Shorthands):
         self.posteriors, self._shares, self._calibration = tuple(tuned), shares, None
         return results[0]
 
+    @typed
     @lasting()
     def calibrate(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,14 +19,14 @@ from laplace_kf.registry import AUTO
 __all__ = ["Shorthands"]
 
 
-class Shorthands:
+class Shorthands(ABC):
     """What follows from ``predict`` alone."""
 
     predict: Callable[..., Prediction]
 
+    @abstractmethod
     def _site(self) -> tuple[nn.Module, Forward | None]:
         """The network that reads a batch, and the user's ``forward=``."""
-        raise NotImplementedError
 
     def predict_interval(
         self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any

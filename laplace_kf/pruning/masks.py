@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.pruning.saliency import SCORES, Groups, Held
@@ -30,6 +31,7 @@ from laplace_kf.registry import Registry
 __all__ = ["PATTERNS", "gradually", "heads", "masks", "prune"]
 
 
+@typed
 @lasting()
 def prune(
     posterior: LaplacePosterior,
@@ -71,6 +73,7 @@ def prune(
     return posterior.condition(0.0, chosen).model()
 
 
+@typed
 @lasting()
 def masks(
     posterior: LaplacePosterior,
@@ -87,6 +90,7 @@ def masks(
     return _masks(posterior, sparsity, pattern, per_layer, rounds, layers, groups, score, {})
 
 
+@typed
 @lasting()
 def gradually(
     posterior: LaplacePosterior,
