@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
-from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.errors import CorruptFile, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.ood import BY_LAYERS, score
 from laplace_kf.posterior import store
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
+from laplace_kf.posterior.common_settings import CommonSettings
 from laplace_kf.posterior.components import (
     MixturePredictor,
     MixtureSubject,
@@ -44,10 +45,9 @@ from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.joint import Joint, JointValidation
 from laplace_kf.posterior.laplace import LaplacePosterior
 from laplace_kf.posterior.objectives import Objective
-from laplace_kf.posterior.prior import PriorPrecision, plain
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
-from laplace_kf.predictive import PREDICTION_METHODS, draw_seeds, labelled
+from laplace_kf.predictive import draw_seeds, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.reading import Part, one_argument, reading
@@ -60,7 +60,7 @@ __all__ = ["Mixture"]
 RULES = ("equal", "evidence")
 
 
-class Mixture(Shorthands):
+class Mixture(CommonSettings, Shorthands):
     """Several fitted posteriors, one for each trained network, as one predictive.
 
     It keeps copies of the posteriors (of their settings; what was fitted is shared), so that tuning it leaves the ones
@@ -94,9 +94,9 @@ class Mixture(Shorthands):
             require_same(given[0], each, k)
         require_own_models(given)
         self.rule = weights
-        self.posteriors: tuple[LaplacePosterior, ...] = tuple(map(copied, given))
+        self.posteriors = tuple(map(copied, given))
         self._shares = shares_of(self.posteriors, weights)
-        self._calibration: Calibration | None = None
+        self._calibration = None
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{share:.3g}" for share in self._shares)
@@ -104,90 +104,6 @@ class Mixture(Shorthands):
 
     def __len__(self) -> int:
         return len(self.posteriors)
-
-    # -- settings ----------------------------------------------------------------------------------------------------
-
-    @property
-    def weights(self) -> Tensor:
-        """Weights of the components ``(M,)`` in float64, adding up to 1."""
-        return torch.tensor(self._shares, dtype=torch.float64)
-
-    @property
-    def likelihood(self) -> Likelihood:
-        """That of the first component; noise scales may differ between components."""
-        return self.posteriors[0].likelihood
-
-    @property
-    def method(self) -> str:
-        """What ``"auto"`` stands for in :meth:`predict`, set for all components; ``"auto"`` where they differ."""
-        found = {member.method for member in self.posteriors}
-        return found.pop() if len(found) == 1 else AUTO
-
-    @method.setter
-    def method(self, value: str) -> None:
-        if value != AUTO:
-            _ = PREDICTION_METHODS[value]
-        for member in self.posteriors:
-            member.method = value
-        self._calibration = None
-
-    @property
-    def temperature(self) -> float | None:
-        """As of a posterior, the same for all components; ``None`` where it is not chosen or differs."""
-        found = {member.temperature for member in self.posteriors}
-        return found.pop() if len(found) == 1 else None
-
-    @temperature.setter
-    def temperature(self, value: float | None) -> None:
-        for member in self.posteriors:
-            member.temperature = value
-        self._calibration = None
-
-    @property
-    def n_data(self) -> float:
-        """N of all components; settable.
-
-        Raises:
-            IncompatiblePair: where they have several.
-        """
-        return float(self._common("n_data", [member.n_data for member in self.posteriors]))
-
-    @n_data.setter
-    def n_data(self, value: float) -> None:
-        for member in self.posteriors:
-            member.n_data = value
-        self._calibration = None
-
-    @property
-    def prior_precision(self) -> PriorPrecision:
-        """λ of all components; settable.
-
-        Raises:
-            IncompatiblePair: where they have several.
-        """
-        found: PriorPrecision = self._common("prior_precision", [plain(m.prior_precision) for m in self.posteriors])
-        return found
-
-    @prior_precision.setter
-    def prior_precision(self, value: PriorPrecision) -> None:
-        before = [member.prior_precision for member in self.posteriors]
-        try:
-            for member in self.posteriors:
-                member.prior_precision = value
-        except Exception:
-            for member, old in zip(self.posteriors, before, strict=True):
-                member.prior_precision = old
-            raise
-        self._calibration = None
-
-    @staticmethod
-    def _common(name: str, values: Sequence[Any]) -> Any:
-        if any(value != values[0] for value in values):
-            raise IncompatiblePair(
-                f"the components have several values of {name}: {', '.join(map(str, values))}; ask "
-                f"mixture.posteriors[k].{name}, or set mixture.{name} = ... for all"
-            )
-        return values[0]
 
     # -- prediction ----------------------------------------------------------------------------------------------------
 
