@@ -7,6 +7,8 @@ import gc
 import pytest
 import torch
 
+from tests.contracts.design import covering
+
 # The nets of the tests are tiny: threads cost more than they bring, and one thread makes sums reproducible.
 torch.set_num_threads(1)
 
@@ -22,7 +24,20 @@ if not torch.accelerator.is_available():
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--triples", action="store_true", help="contract tests over all triples of registered rules")
+    parser.addoption(
+        "--triples", action="store_true",
+        help="all triples of registered rules in the contract tests, and every combination in tests marked `pairs`",
+    )  # fmt: skip
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``@pytest.mark.pairs(one=[...], two=[...], ...)``: few combinations, with every pair of values in one of them."""
+    for mark in metafunc.definition.iter_markers("pairs"):
+        factors = {name: list(values) for name, values in mark.kwargs.items()}
+        strength = len(factors) if metafunc.config.getoption("--triples") else 2
+        rows = covering({name: [str(k) for k in range(len(values))] for name, values in factors.items()}, strength)
+        chosen = [tuple(factors[name][int(k)] for name, k in row.items()) for row in rows]
+        metafunc.parametrize(list(factors), chosen)
 
 
 def pytest_collection_finish() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -205,17 +204,11 @@ STATUSES = {("experiments", "list"): 0, ("experiments", "run", "E36"): 1, ("lapl
 @pytest.mark.parametrize(("words", "status"), STATUSES.items(), ids=map(" ".join, STATUSES))
 def test_exit_status_of_the_modules(words, status, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(words))
-    monkeypatch.setattr(runner, "config_names", lambda _: [])  # the list itself is looked at above
     # A process that ends here may flush denormal numbers to 0; the process of the other tests must not.
     monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: True)
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     assert (caught.value.code or 0) == status
-
-
-def test_exit_status_of_a_process():
-    words = ("experiments", "run", "E36")
-    assert subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False).returncode == 1
 
 
 def test_the_package_command_reports_errors(monkeypatch, capsys, tmp_path):
