@@ -32,10 +32,9 @@ def correlations(covariance: Tensor) -> Tensor:
 WAYS = [("linearized", {}), ("linearized", {"link": "mc"}), ("probit", {})]
 
 
-@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
-@pytest.mark.parametrize("parameters", ["all", "last_layer"])
-@pytest.mark.parametrize(("method", "options"), WAYS, ids=str)
-def test_correlations_are_those_of_the_posterior(structure: str, parameters: str, method: str, options: Any) -> None:
+@pytest.mark.pairs(structure=["diag", "kron", "full"], parameters=["all", "last_layer"], way=WAYS)
+def test_correlations_are_those_of_the_posterior(structure: str, parameters: str, way: tuple[str, Any]) -> None:
+    method, options = way
     _, posterior, x = regression(structure=structure, parameters=parameters)
     truth = posterior.functional_covariance(x, joint=True)
     found = posterior.predict(x, method=method, samples=2500, generator=rng(1), keep_samples=True, **options)

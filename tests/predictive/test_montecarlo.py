@@ -156,9 +156,9 @@ class WithoutBranch(Branching):
         return self.last(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize("space", ["weights", "activations"])
-@pytest.mark.parametrize("structure", ["kron", "diag"])
-@pytest.mark.parametrize("make", [norms, Elementwise, Residual, WithoutBranch])
+@pytest.mark.pairs(
+    make=[norms, Elementwise, Residual, WithoutBranch], structure=["kron", "diag"], space=["weights", "activations"]
+)
 def test_other_layers(make: Any, structure: str, space: str) -> None:
     post = posterior(build(make), structure=structure)
     x = normal(3, 3, seed=50)
