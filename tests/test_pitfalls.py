@@ -51,7 +51,7 @@ def test_grid_search_scores_every_candidate_on_its_own() -> None:
     model, x, y, vx, vy = trained()
     grid = [1e-2, 1e-1, 1.0, 10.0, 100.0, 1e4]
     posterior = lk.LaplacePosterior(model, "categorical").fit((x, y))
-    options: dict[str, Any] = {"n_data": [30.0], "method": "mc", "samples": 300}
+    options: dict[str, Any] = {"n_data": [30.0], "method": "mc", "samples": 200}
     together = quiet_tune(posterior, (vx, vy), prior_precision=grid, generator=rng(0), **options)
     for row in together.table:
         alone = quiet_tune(
