@@ -1,5 +1,6 @@
 """The command line: what it lists, refuses and writes."""
 
+import importlib
 import json
 import runpy
 import sys
@@ -81,6 +82,22 @@ def unwritten(monkeypatch):
 def test_list_says_which_experiments_are_not_written(unwritten, capsys):
     assert main(["list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "not yet" in line] == ["E23"]
+
+
+def test_every_room_has_its_entry():
+    """``run.py``, and where several experiments share a room, its ``PARTS`` are those of the list."""
+    rooms = [path for path in (runner.CONFIGS.parent / "experiments").iterdir() if (path / "__init__.py").is_file()]
+    assert len(rooms) > 10
+    for room in rooms:
+        if room.name == "common":
+            continue
+        assert (room / "run.py").is_file(), room
+        module = importlib.import_module(f"experiments.{room.name}.run")
+        entries = [entry for entry in registry.EXPERIMENTS.values() if entry.module == module.__name__]
+        if hasattr(module, "PARTS"):
+            assert {entry.id for entry in entries} == set(module.PARTS)
+        for entry in entries:
+            assert hasattr(entry.load(), "Config") and hasattr(entry.load(), "run"), entry.id
 
 
 def test_an_experiment_that_is_not_written_says_so(unwritten, capsys):
