@@ -9,7 +9,7 @@ different numbers of rows, in any order (the nodes of graphs, the tokens of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,16 @@ class Rows:
         for _, key, found in irregular:
             self._now[key] = Ragged.of(found.example, count, least=2)
         return failed
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, for :meth:`take_json`."""
+        modes = [[list(names), k, per, mode] for ((names, k), per), mode in self._modes.items()]
+        return {"shared": sorted(self.shared), "modes": modes, "checks": self._checks}
+
+    def take_json(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave in place of what is known."""
+        self.shared, self._checks = set(values["shared"]), values["checks"]
+        self._modes = {((tuple(names), k), per): mode for names, k, per, mode in values["modes"]}
 
     def ragged(self, key: Key) -> bool:
         """Whether examples have different numbers of rows of a call."""
