@@ -130,7 +130,9 @@ class Projections(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
         weight = self.w / self.w.norm(dim=1, keepdim=True) if self.kind == "weight, too" else self.w
-        q, k, v = (F.linear(input=x, weight=weight, bias=bias) if self.kind == "named" else F.linear(x, weight, bias)).chunk(3, -1)
+        q, k, v = (
+            F.linear(input=x, weight=weight, bias=bias) if self.kind == "named" else F.linear(x, weight, bias)
+        ).chunk(3, -1)
         x = v if x.dim() == 2 else (q @ k.mT).softmax(-1) @ v
         return self.head(x.tanh() if x.dim() == 2 else x.mean(1) + q.sin()[:, 0])
 
@@ -199,7 +201,9 @@ def test_shared_tensors_are_exact_without_running_single_examples(name: str, run
     assert runs["asked"] == 0, "the network was run again for single examples"
 
 
-@pytest.mark.parametrize("name", ["bias embedding", "bias network", "scale view", "numerical einsum", "weight norm", "joined bias"])
+@pytest.mark.parametrize(
+    "name", ["bias embedding", "bias network", "scale view", "numerical einsum", "weight norm", "joined bias"]
+)
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "full"])
 def test_structures_agree_with_the_dense_blocks(name: str, structure: str, runs: dict[str, int]) -> None:
     build, shape = SHARED[name]

@@ -87,7 +87,8 @@ def test_a_changed_model_is_checked_again(change: Callable[[Attention], None], c
 @pytest.mark.parametrize("change", CHANGES[:4], ids=lambda change: change.__name__)
 @pytest.mark.filterwarnings("ignore:layer rule")
 def test_what_may_hide_something_is_checked_every_time(
-    change: Callable[[Attention], None], checks: list[list[str]]  # noqa: F811
+    change: Callable[[Attention], None],
+    checks: list[list[str]],  # noqa: F811
 ) -> None:
     model = Attention()
     change(model)
