@@ -9,7 +9,7 @@ different numbers of rows, in any order (the nodes of graphs, the tokens of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,6 +119,16 @@ class Rows:
         keys = [(key, math.prod(lead(call)) // count) for call, key in zip(calls, occurrences(calls), strict=True)]
         whole = all(math.prod(lead(call)) % count == 0 for call in calls) and all(key in self._modes for key in keys)
         return {key: self._modes[key] for key in keys} if whole else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, for :meth:`take_json`."""
+        modes = [[list(names), k, per, mode] for ((names, k), per), mode in self._modes.items()]
+        return {"shared": sorted(self.shared), "modes": modes, "checks": self._checks}
+
+    def take_json(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave in place of what is known."""
+        self.shared, self._checks = set(values["shared"]), values["checks"]
+        self._modes = {((tuple(names), k), per): mode for names, k, per, mode in values["modes"]}
 
     def ragged(self, key: Key) -> bool:
         """Whether examples have different numbers of rows of a call."""

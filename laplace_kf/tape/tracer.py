@@ -139,6 +139,31 @@ class Tracer:
         """The blocks of all selected parameters by name; last, one for each that never took part."""
         return {**self.blocks, **unused_blocks(self.layout, self.unseen())}
 
+    def learnt(self) -> dict[str, Any]:
+        """What the minibatches so far have shown of the model, as plain values, for :meth:`learn`."""
+        return {
+            "selected": self._selected,
+            "held": [] if self._selected is None else [list(place) for place in self.layout.held],
+            "may_be_chain": self.may_be_chain,
+            "warned": sorted(self.warned),
+            "known": self.known.to_json(),
+            "rows": self.rows.to_json(),
+            "readings": self._readings.to_json(),
+            "examples": self.gradients.to_json(),
+        }
+
+    def learn(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`learnt` gave in place of having seen those minibatches; for the same model."""
+        if values["selected"] is not None:
+            self._selected = list(values["selected"])
+            held = tuple((name, start, stop) for name, start, stop in values["held"])
+            self.layout = replace(flat_layout(self.named, self._selected), held=held)
+        self.may_be_chain, self.warned = values["may_be_chain"], set(values["warned"])
+        self.known.take_json(values["known"])
+        self.rows.take_json(values["rows"])
+        self._readings.take_json(values["readings"])
+        self.gradients.take_json(values["examples"])
+
     def observe(self, batch: Any, index: int = 0) -> Observation:
         """One forward pass on the tape.
 
