@@ -1,8 +1,8 @@
 """One safetensors file for whatever is kept: tensors plus a JSON header, with a schema version and a checksum.
 
 No pickle. The metadata of a file are ``format`` (what it holds), ``version`` (of the schema), ``package`` (the release
-that wrote it), ``header`` (JSON) and ``sha256`` (of header and tensors). A file is replaced only by a whole one: written
-beside it, brought to the disk, then renamed.
+that wrote it), ``header`` (JSON) and ``sha256`` (of header and tensors). A file is replaced only by a whole one:
+written beside it, brought to the disk, then renamed.
 """
 
 from __future__ import annotations
