@@ -145,10 +145,10 @@ def make_pair(
     ]
     if stray:
         taken = (
-            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
-            f"(options: {sorted(theirs) or 'none'})"
+            f"is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator "
+            f"{estimator!r} (options: {sorted(theirs) or 'none'})"
         )
-        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS], options[stray[0]])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),

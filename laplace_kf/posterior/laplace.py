@@ -22,6 +22,7 @@ from laplace_kf.curvature import make_pair
 from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import Estimator
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting, usable
@@ -53,6 +54,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["LaplacePosterior"]
 
 
+@explained
 class LaplacePosterior(Answers):
     """A Gaussian posterior over the weights of a trained network.
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from laplace_kf import files, weighting
 from laplace_kf.batches import Forward
 from laplace_kf.errors import CorruptFile, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -60,6 +61,7 @@ __all__ = ["Mixture"]
 RULES = ("equal", "evidence")
 
 
+@explained
 class Mixture(CommonSettings, Shorthands):
     """Several fitted posteriors, one for each trained network, as one predictive.
 
