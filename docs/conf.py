@@ -5,7 +5,6 @@ Every page is plain Markdown that a code host shows as well. Nothing on the site
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 import unicodedata
@@ -147,12 +146,13 @@ def cite(app: Any, what: str, name: str, obj: object, options: Any, lines: list[
 
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
     """What classes inherit from torch and other libraries is documented there."""
-    at_home = getattr(inspect.unwrap(getattr(obj, "fget", None) or obj), "__module__", None)
-    return True if isinstance(at_home, str) and not at_home.startswith("laplace_kf") else None
+    getter = obj.fget if isinstance(obj, property) else obj
+    module = getattr(getter, "__module__", None)
+    return True if isinstance(module, str) and not module.startswith("laplace_kf") else None
 
 
 def read(app: Any, page: str, source: list[str]) -> None:
-    """The side bar at the end of the first page; links to files of the repository that are no pages become their text."""
+    """The side bar at the end of the first page; links to files of the repository that are no pages become text."""
 
     def link(match: re.Match[str]) -> str:
         depth = "../" * page.count("/")

@@ -40,8 +40,16 @@ PAGES = {
     "docs/experiments.md": ("papers",),
     "docs/optimizers.md": ("autoencoders", "optimizers"),
     "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
-    "docs/benchmarks.md": ("aims", "peers", "fit_cost", "predictions", "importance", "many_outputs", "per_example",
-                           "quality"),
+    "docs/benchmarks.md": (
+        "aims",
+        "peers",
+        "fit_cost",
+        "predictions",
+        "importance",
+        "many_outputs",
+        "per_example",
+        "quality",
+    ),
     "docs/migrating.md": ("migrating",),
     "docs/tutorials/large_models.md": ("tuning",),
 }

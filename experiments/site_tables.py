@@ -41,7 +41,9 @@ def estimators() -> str:
     rows = []
     for name, row in (("exact", "exact"), ("importance", "importance, 1"), ("sampled", "sampled, 1"),
                       ("projection", "projection, 1"), ("recursive", None)):  # fmt: skip
-        errors = ["", ""] if row is None else [f"{error[state][row]['error_G1']:.2%}" for state in ("trained", "untrained")]
+        errors = (
+            ["", ""] if row is None else [f"{error[state][row]['error_G1']:.2%}" for state in ("trained", "untrained")]
+        )
         rows.append([f"`{name}`", f"{cost['costs'][f'kron {name}']['ratio']:.2f}", *errors])
     text = f"Fit: {cost['workload']}. Error: {error['workload']}. {_on(cost)}."
     return f"{text}\n\n" + _table(
@@ -74,7 +76,11 @@ def structures() -> str:
 
 def methods() -> str:
     """Seconds of a prediction by method, and on how many data sets the choice of ``tune`` was better than MAP."""
-    linear, drawn, quality = _benchmark("linearized"), _benchmark("montecarlo"), _result("docs/results/calibration.json")
+    linear, drawn, quality = (
+        _benchmark("linearized"),
+        _benchmark("montecarlo"),
+        _result("docs/results/calibration.json"),
+    )
     costs = drawn["costs"]
 
     def counts(name: str) -> str:
@@ -92,8 +98,8 @@ def methods() -> str:
         ["`temperature` (MAP, scaled)", "one forward pass", counts("MAP, temperature")],
     ]  # fmt: skip
     text = (
-        f"Cost: {drawn['workload']}, {_on(drawn)}. Quality: test NLL against the network itself on nine regression tables and "
-        "three image sets (`temperature`: tables only, where it can do nothing)."
+        f"Cost: {drawn['workload']}, {_on(drawn)}. Quality: test NLL against the network itself on "
+        "nine regression tables and three image sets (`temperature`: tables only, where it can do nothing)."
     )
     return f"{text}\n\n" + _table(["`method=`", "cost", "sets: better / not worse / worse than MAP"], rows)
 
@@ -152,7 +158,7 @@ def _aims(result: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
     met = result.get("met", {})
     for name, reached in met.items() if isinstance(met, Mapping) else [("the whole benchmark", met)]:
         limit = limits.get(name)
-        yield name, "" if limit is None else f"{limit:,g}", bool(reached)
+        yield name, "" if limit is None else f"{limit:,.10g}", bool(reached)
 
 
 def aims() -> str:
@@ -217,8 +223,11 @@ def quality() -> str:
             lower = ours["mean"] <= found[peer]["mean"]
             row.append(f"{found[peer]['mean']:+.4f}" + ("" if lower else " **lower**"))
         rows.append(row)
-    text = "Test NLL less that of the network itself, nats; negative is better. **lower**: laplace-torch's mean is below ours."
-    return f"{text} {_on(result)}.\n\n" + _table(["set", "laplace_kf", "laplace-torch, marglik", "laplace-torch, gridsearch"], rows)
+    text = (
+        "Test NLL less that of the network itself, nats; negative is better. **lower**: laplace-torch's mean is below "
+        f"ours. {_on(result)}"
+    )
+    return f"{text}.\n\n" + _table(["set", "laplace_kf", "laplace-torch, marglik", "laplace-torch, gridsearch"], rows)
 
 
 # -- migration ---------------------------------------------------------------------------------------------------------
@@ -234,7 +243,9 @@ def migrating() -> str:
         rows.append([what, f"{case['their_evidence']:.4f}", f"{case['evidence']:.4f}",
                      f"{case['their_variance']:.6f}", f"{case['variance']:.6f}", alike])  # fmt: skip
     head = ["case", "log evidence: laplace-torch", "here", "first variance: laplace-torch", "here", "all covariances"]
-    text = f"{result['workload']}; {result['peer']}, torch {result['versions']['torch']}. `python -m benchmarks migrating`"
+    text = (
+        f"{result['workload']}; {result['peer']}, torch {result['versions']['torch']}. `python -m benchmarks migrating`"
+    )
     return f"{text}\n\n" + _table(head, rows)
 
 

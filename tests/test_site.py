@@ -36,7 +36,9 @@ def test_the_side_bar_ends_the_first_page() -> None:
 
 
 def test_links_out_of_the_folder_become_pages_or_text() -> None:
-    source = ["[how](../CONTRIBUTING.md) [`ran`](../examples/continual.py) [here](methods.md#1-notation-and-conventions)"]
+    source = [
+        "[how](../CONTRIBUTING.md) [`ran`](../examples/continual.py) [here](methods.md#1-notation-and-conventions)"
+    ]
     conf.read(None, "architecture", source)
     assert source[0] == "[how](contributing.md) `ran` [here](methods.md#1-notation-and-conventions)"
     source = ["[what](../../CHANGELOG.md) [up](../methods.md)"]
