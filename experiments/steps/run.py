@@ -1,4 +1,4 @@
-"""Single steps and short runs of optimisers; each experiment is a file with ``Config`` and ``run``."""
+"""Single steps and short runs of optimisers; an experiment is a file with ``Config`` and ``run``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims of theory, on toys or exactly; each experiment is a file with ``Config`` and ``run``."""
+"""Claims of theory, on toys or exactly; an experiment is a file with ``Config`` and ``run``."""
 
 from __future__ import annotations
 
