@@ -1,4 +1,4 @@
-"""Pictures of the Fisher matrix and of its approximations, for a small network; an experiment is a file with ``Config`` and ``run``."""
+"""Pictures of the Fisher matrix and of its approximations; an experiment is a file with ``Config`` and ``run``."""
 
 from __future__ import annotations
 
