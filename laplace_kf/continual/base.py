@@ -105,6 +105,7 @@ class Learner(ABC):
         self.tasks = 0
         names = self._names()
         by_parameter(self.prior_precision, flat_layout(dict(self.model.named_parameters()), names))  # refuses early
+        LaplacePosterior(self.model, self.likelihood, structure, parameters=self.parameters, **options)  # as well
 
     # -- what a method says --------------------------------------------------------------------------------------------
 
