@@ -31,6 +31,7 @@ PAGES = {
     "docs/toy_regression.md": ("toy_regression",),
     "docs/ood_pairs.md": ("ood_pairs",),
     "docs/attribution.md": ("attribution", "attribution_cost"),
+    "docs/conditioning.md": ("pruning",),
     "docs/uci.md": ("uci",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
