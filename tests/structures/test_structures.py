@@ -307,6 +307,7 @@ def test_auto_chooses_anew_at_every_fit() -> None:
 def test_what_does_not_fit_is_refused_with_what_does(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model, (x, y) = net(8, 300, 3), blobs(8, 3)
+    monkeypatch.setattr(base, "LITTLE", 0)
     monkeypatch.setattr(base, "memory_limit", lambda device: 2**10)
     posterior = lk.LaplacePosterior(model, "categorical", structure)
     with pytest.raises(lk.errors.IncompatiblePair, match=rf"{structure}.*3603 parameters.*iB.*Subnetwork\(size=9\)"):
