@@ -17,7 +17,8 @@ PAIRS = (("3.10", "torch==2.6.*"), ("3.11", "torch==2.13.*"), ("3.13", "torch"))
 NEEDED = ("numpy", "scipy", "safetensors", "tqdm", "pytest>=8", "pytest-timeout", "hypothesis")
 QUICK = (
     "tests/test_operators.py", "tests/test_engine.py", "tests/posterior/test_saving.py", "tests/optim/test_steps.py",
-    "tests/posterior/test_golden.py", "tests/resuming/test_sequences.py", "tests/tape", "tests/contracts/test_curvature.py",
+    "tests/posterior/test_golden.py", "tests/resuming/test_sequences.py", "tests/tape",
+    "tests/contracts/test_curvature.py",
 )  # fmt: skip
 
 
