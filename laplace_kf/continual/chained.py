@@ -54,7 +54,8 @@ class OnlineLaplace(_Chained):
     Args:
         terms: ``"keep"``, ``"sum"``, ``"project"`` or ``"project_kl"``, and
         forgetting: as of :meth:`laplace_kf.LaplacePosterior.update`.
-        *args, **kwargs: as of :class:`Learner`.
+        *args: as of :class:`Learner`.
+        **kwargs: as of :class:`Learner`.
     """
 
     def __init__(self, *args: Any, terms: str = "keep", forgetting: float = 1.0, **kwargs: Any) -> None:
