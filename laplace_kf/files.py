@@ -115,7 +115,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             if found != kind:
                 other = f": it holds a {found}" if found in KINDS else ""
                 raise CorruptFile(f"{path} is a safetensors file, but not one of a {kind}{other}")
-            if metadata.get("version") not in map(str, range(1, VERSION + 1)):
+            if metadata.get("version") not in {str(version) for version in range(1, VERSION + 1)}:
                 writer = f" (written by laplace_kf {metadata['package']})" if "package" in metadata else ""
                 raise CorruptFile(
                     f"{path} has format version {metadata.get('version')}{writer}; this release, {__version__}, reads "

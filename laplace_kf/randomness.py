@@ -67,7 +67,7 @@ def _read(raw: bytes) -> tuple[str, Any, int, int, float]:
 
 
 def random_states(devices: Collection[torch.device] = ()) -> dict[str, Tensor]:
-    """The global random states as tensors ``(words,)``, for :func:`set_random_states`: Python's, numpy's, torch's.
+    """The global random states as tensors of any shapes, for :func:`set_random_states`: Python's, numpy's, torch's.
 
     Args:
         devices: accelerators whose states are wanted, too.
@@ -78,8 +78,9 @@ def random_states(devices: Collection[torch.device] = ()) -> dict[str, Tensor]:
         "python": torch.tensor([version, *words]),
         "python gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
     }
-    name, key, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (the caller's)
-    if name == "MT19937":
+    state: Any = np.random.get_state()  # noqa: NPY002 (the caller's)
+    if state[0] == "MT19937":
+        _, key, position, has_gauss, cached = state
         found["numpy"] = torch.tensor([*key.tolist(), position, has_gauss])
         found["numpy gauss"] = torch.tensor([cached], dtype=torch.float64)
     for device in devices:
@@ -88,7 +89,7 @@ def random_states(devices: Collection[torch.device] = ()) -> dict[str, Tensor]:
 
 
 def set_random_states(states: Mapping[str, Tensor], devices: Collection[torch.device] = ()) -> None:
-    """Puts back what :func:`random_states` gave, tensors ``(words,)`` by name."""
+    """Puts back what :func:`random_states` gave, tensors of any shapes by name."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     random.setstate((version, tuple(words), next(iter(states["python gauss"].tolist()), None)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.fitted import Fitted, flat_weights
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
     PriorPrecision,
@@ -38,7 +40,7 @@ from laplace_kf.posterior.prior import (
     positive,
 )
 from laplace_kf.posterior.task_chain import TaskChain
-from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
+from laplace_kf.posterior.tuning import Options, Settings, TuningResult, searched, tune
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
@@ -405,6 +407,7 @@ class LaplacePosterior(Answers):
         per_block: bool = False,
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
@@ -441,6 +444,9 @@ class LaplacePosterior(Answers):
             per_block: with the evidence, one λ for each block; ``prior_precision`` becomes ``{name: λ}``.
             ood: loader or tensor of out-of-distribution inputs for ``objective="ood"``.
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
+            checkpoint: file in which the search keeps what it has measured, so that the same call, made again after an
+                interruption, does not measure it again and ends with the same numbers bit for bit
+                (:mod:`laplace_kf.posterior.kept_scores`); it is removed at the end. The evidence needs none.
 
         Returns:
             Everything measured, every candidate with its gain over MAP and standard error, the best, what the search
@@ -452,14 +458,20 @@ class LaplacePosterior(Answers):
             UnknownName: for an unknown objective or method.
             IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another posterior, other data or settings; nothing is overwritten.
         """
         self._fitted("tune")
         one_argument("tune", objective)
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
+        if checkpoint is not None:
+            made_for = searched(self._fitted("tune"), self.n_data, self._prior, n_data, prior_precision, options)
+            options = replace(options, kept=KeptScores(checkpoint, made_for))
         seen = None if val is None else Seen(weighting.batches(val, self.weights, self.model), self.forward)
-        with lasting(), stage(self.model, self.forward) as (model, forward):
+        keeping = nullcontext() if options.kept is None else options.kept.running(generator)
+        with lasting(), keeping, stage(self.model, self.forward) as (model, forward):
             fitted = replace(self._fitted("tune"), model=model, forward=forward)
             now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
             found, settings = tune(fitted, now, seen, n_data, prior_precision, options)
