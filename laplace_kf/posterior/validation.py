@@ -35,6 +35,7 @@ from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn, extrapolated
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared
 from laplace_kf.posterior.prior import positive
@@ -57,11 +58,13 @@ class Score:
         parts: scores by example ``(N,)`` whose mean is ``value``, in an order common to all points; None where the
             objective is no such mean.
         noise: the noise scale σ at which this was measured, where it is tuned.
+        folds: of a score by weight draws, the values without each group of draws ``(g,)``: how much draws matter.
     """
 
     value: float
     parts: Tensor | None = None
     noise: float | None = None
+    folds: Tensor | None = None
 
 
 Measure = Callable[[Sequence[Point], bool], dict[Point, Score]]
@@ -130,10 +133,10 @@ class Validation:
         """What predictions at all points have in common."""
         return Shared(self.fitted, self.mean, self.seeds, self.pairs)
 
-    def redrawn(self) -> Validation:
-        """The same data, and other weight draws."""
+    def redrawn(self, samples: int) -> Validation:
+        """The same data, and so many other weight draws."""
         other = copy.copy(self)
-        other.seeds = draw_seeds(len(self.seeds), torch.Generator().manual_seed(self.seeds[0]))
+        other.seeds = draw_seeds(samples, torch.Generator().manual_seed(self.seeds[0]))
         return other
 
     @property
@@ -313,9 +316,23 @@ class Scorer:
             yield MAP, self.predictor.at_mean()
         yield from self.predictor([point for point in points if point != MAP])
 
-    def _score(self, predictions: Predictions, noise: float | None = None) -> Score:
+    def _score(self, predictions: Predictions, noise: float | None = None, rough: bool = False) -> Score:
+        """At one noise scale; of few weight draws, unless ``rough``, as it would be with those of ``predict``."""
         likelihood = self.fitted.likelihood
-        found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
+        likelihood = likelihood if noise is None else likelihood.with_noise_scale(noise)
+        value, scores = self._measured(predictions(likelihood))
+        if rough or not isinstance(predictions, Drawn) or not predictions.groups or scores is None:
+            return Score(value if math.isfinite(value) else math.inf, scores, noise)
+        without = [self._measured(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
+        left = torch.stack([each for each in without if each is not None])
+        scores = extrapolated(scores, left, predictions.samples)
+        value, folds = float(scores.mean()), left.mean(1)
+        if not math.isfinite(value):
+            return Score(math.inf, scores, noise)
+        return Score(value, scores, noise, folds if bool(folds.isfinite().all()) else None)
+
+    def _measured(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
+        """The objective of predictions of every pool, and its parts by example if there are such."""
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
         parts = [
@@ -333,7 +350,7 @@ class Scorer:
             count = len(scores) + len(far)  # weights under which one mean over both is the sum of the two means
             scores = torch.cat([scores * (count / len(scores)), far * (count / len(far))])
             value = float(scores.mean())
-        return Score(value if math.isfinite(value) else math.inf, scores, noise)
+        return value, scores
 
     def _tuned(self, predictions: Predictions, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
@@ -347,7 +364,7 @@ class Scorer:
 
         def score(exponent: float) -> float:
             if exponent not in known:
-                known[exponent] = self._score(predictions, start * 10**exponent)
+                known[exponent] = self._score(predictions, start * 10**exponent, rough=True)
             return known[exponent].value
 
         centre = self.validation.exponent
@@ -361,7 +378,7 @@ class Scorer:
             validation = self.validation
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
-        return known[centre]
+        return self._score(predictions, start * 10**centre)
 
 
 def weighted(scores: Tensor, weights: Tensor | None, prediction: Prediction, targets: Any) -> Tensor:
