@@ -92,8 +92,8 @@ class Contest:
         name: of the objective.
         budget: training epochs of the validation examples, None for no limit.
         progress: whether to show a bar of what was spent.
-        draws: weight draws to try in place of the validation's, in decreasing order: the first that the budget allows
-            to look around with on all examples.
+        draws: weight draws that may take the place of the validation's: the first larger number that the budget allows
+            to look around with on all examples, or a smaller one where it does not even allow those of the validation.
     """
 
     def __init__(
@@ -281,15 +281,18 @@ class Contest:
         """Around the linearised candidates' setting, or from coarse to fine, on as many examples as can be afforded."""
         costs, start = self.costs, self._guide
         fewest = len(self.validation.seeds)
-        tries = [(SETTINGS[0], draws) for draws in self.draws if draws > fewest]
-        for settings, draws in [*tries, *((settings, fewest) for settings in SETTINGS)]:
+        more_draws = [(SETTINGS[0], draws) for draws in self.draws if draws > fewest]
+        fewer_draws = [(settings, draws) for draws in self.draws if draws < fewest for settings in SETTINGS[-2:]]
+        for settings, draws in [*more_draws, *((settings, fewest) for settings in SETTINGS), *fewer_draws]:
             drawing = (draws / 2 if self.validation.pairs else draws) * costs.draw()
             each = costs.sampled(draws)
             ratios = -(-settings // 2) if start is None or settings == SETTINGS[0] else -(-settings // 4)
             # more than it looks at: the default setting, other draws at the best one, one that is MAP in effect
-            more = 2 + len(self.default)
+            default = self.default if settings > 1 else []
+            more = (2 if draws >= fewest else 1) + len(default)  # of the fewest draws, none is left for other ones
             examples = self._affordable(self.budget.left - (ratios + more) * drawing, (settings + more) * each)
-            if examples >= (self.validation.count if draws > fewest else min(self.validation.count, ENOUGH)):
+            wanted = ENOUGH if draws == fewest and settings > 1 else 1 if draws <= fewest else math.inf
+            if examples >= min(self.validation.count, wanted):
                 break
         validation = self.validation if draws == fewest else self.validation.redrawn(draws)
         if not self._cut_to(examples):
@@ -311,7 +314,7 @@ class Contest:
             return scorer(points)
 
         search = Search(measure, self.name, afford=afford)
-        search.look([MAP, *self.default])
+        search.look([MAP, *default])
         try:
             if start is None or start.point == MAP or settings == SETTINGS[0]:
                 best, edge = coarse_to_fine(search, self.plane)

@@ -191,7 +191,7 @@ class _JointTuningPredictor(TuningPredictor):
             return partial(self._mixed, known)
 
         def make(likelihood: Likelihood, without: int | None) -> list[Prediction]:
-            return self._mixed([partial(each.make, without=without) for each in drawn], likelihood)
+            return self._mixed([lambda own, make=each.make: make(own, without) for each in drawn], likelihood)  # type: ignore[misc]
 
         return Drawn(make, drawn[0].samples, min(each.groups for each in drawn))
 

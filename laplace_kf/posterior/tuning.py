@@ -25,8 +25,8 @@ from laplace_kf.registry import AUTO
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
 
 CHOICES = ("auto", *CANDIDATES)
-DRAWS, MORE_DRAWS = 20, (PREDICTED, 40)
-"""Weight draws of a point by default, and those that are used in their place where the budget allows it."""
+DRAWS, OTHER_DRAWS = 20, (PREDICTED, 40, 10)
+"""Weight draws of a point by default, and those that are used in their place where the budget is large, or small."""
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -319,7 +319,9 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
     """
     if options.budget is not None:
         positive("budget", options.budget)
-    contest = Contest(validation, name, options.budget, options.progress, MORE_DRAWS if options.samples is None else ())
+    contest = Contest(
+        validation, name, options.budget, options.progress, OTHER_DRAWS if options.samples is None else ()
+    )
     offered, asked, likelihood = contest.offered(), options.method, validation.fitted.likelihood
     if asked == "probit" and asked in likelihood.links():  # for others the same as "linearized"
         offered = [*offered, asked]
