@@ -6,7 +6,9 @@ averaged over the data.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +26,7 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
+from laplace_kf.resuming import journal
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, covered
@@ -48,6 +51,8 @@ def estimate(
     weights: weighting.Weights = False,
     layout: str | None = None,
     unused: str = "error",
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 100,
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -71,6 +76,7 @@ def estimate(
             ``"channels_last"``; default: as the targets show.
         unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
             their curvature is 0.
+        checkpoint, every: a file to go on with after an interruption, as in :meth:`laplace_kf.LaplacePosterior.fit`.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -81,15 +87,20 @@ def estimate(
     """
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
-    generator = generator if generator is not None else fresh_generator()
+    seeded, generator = generator is not None, generator if generator is not None else fresh_generator()
     _ = UNUSED[unused]
     read = weighting.reader(reading(forward, inputs, targets), weights)
     settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
     rule = get_likelihood(likelihood)
     data = weighting.batches(data, weights, model)
     job = (model, data, rule if layout is None else rule.with_layout(layout), estimator)
-    names, structure = covered(parameters, structure, *job, **settings)
-    return collect(*job, structure, parameters=names, **settings)
+    kept = journal(
+        checkpoint, every, model, data, generator, seeded, (job[2], estimator, structure), parameters=parameters,
+        dtype=dtype, unused=unused, weights=weights, forward=read,
+    )  # fmt: skip
+    with kept.running():
+        names, structure = covered(parameters, structure, *job, **settings)
+        return collect(*job, structure, parameters=names, journal=kept, **settings)
 
 
 def make_structure(structure: str | Structure, **options: Any) -> Structure:
@@ -135,10 +146,10 @@ def make_pair(
     ]
     if stray:
         taken = (
-            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
-            f"(options: {sorted(theirs) or 'none'})"
+            f"is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator "
+            f"{estimator!r} (options: {sorted(theirs) or 'none'})"
         )
-        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS], options[stray[0]])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),
@@ -147,9 +158,12 @@ def make_pair(
 
 def _accepted(rule: Any, registry: Registry[Any]) -> dict[str, Any]:
     """Option names and defaults of a registered entry (none for an object that is made already)."""
-    if not isinstance(rule, str):
-        return {}
-    return {name: parameter.default for name, parameter in inspect.signature(registry[rule]).parameters.items()}
+    return dict(_arguments(registry[rule])) if isinstance(rule, str) else {}
+
+
+@functools.cache  # the signature of a class does not change, and reading it takes longer than a small network's fit
+def _arguments(rule: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(rule).parameters.items()}
 
 
 def ggn_vector_product(

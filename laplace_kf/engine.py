@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,11 @@ from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.noise import no_moments
+from laplace_kf.likelihoods.reading import read_once
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, require_memory, usable
-from laplace_kf.structures.base import Statistics, Structure, Sums
+from laplace_kf.resuming import Journal, length
+from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums
 from laplace_kf.tape import Block, Observation, Patterns, Signals, Tracer
 
 __all__ = ["Accumulator", "collect"]
@@ -82,6 +85,10 @@ class Accumulator:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         seen = (observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
+        with read_once():
+            self._take(observation)
+
+    def _take(self, observation: Observation) -> None:
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -171,6 +178,46 @@ class Accumulator:
                 "wider factors, parameters=[patterns] leaves parameters out."
             )
 
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was taken in so far, and what was learnt on the way: tensors (any shapes) by name, JSON-able values."""
+        tensors = {f"of {name}/{k}": part for name, parts in self.sums.items() for k, part in enumerate(parts)}
+        values = {
+            "tracer": self.tracer.learnt(),
+            "parts": {name: len(parts) for name, parts in self.sums.items()},
+            "structure": [self.structure.name, self.structure.options(), self.structure.reason],
+            "layout": getattr(self.likelihood, "layout", None),
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "count": self.count, "terms": float(self.terms), "announced": self._announced, "met": self._met,
+        }  # fmt: skip
+        return {"sum": self.log_likelihood, "moments": self.moments, **tensors}, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`packed` gave (tensors of any shapes, by name), in an accumulator made in the same way."""
+        self.tracer.learn(values["tracer"])
+        self.count, self.terms = values["count"], values["terms"]
+        self._announced, self._met = values["announced"], values["met"]
+        self.log_likelihood, self.moments = tensors["sum"].clone(), tensors["moments"].clone()
+        if values["layout"] is not None:
+            self.likelihood = self.likelihood.with_layout(values["layout"])
+        if values["dtype"] is not None:
+            self.dtype = getattr(torch, values["dtype"])
+        if not self._met:
+            return
+        name, options, reason = values["structure"]
+        if name != self.structure.name:  # it was chosen at the first minibatch
+            self.structure = STRUCTURES[name](**options)
+            self.structure.reason = reason
+        like = torch.zeros((), dtype=self.dtype, device=self.tracer.device)
+        nothing = torch.empty(0, device="meta")
+        self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, nothing, like)
+        self._prepare(self.tracer.blocks)
+        for name, number in values["parts"].items():
+            for k, part in zip(range(number), self.sums[name], strict=True):
+                if part.shape != tensors[f"of {name}/{k}"].shape:
+                    raise ValueError(f"a sum of block {name!r} has another shape")
+                part.copy_(tensors[f"of {name}/{k}"])
+        self.sums = {name: self.sums[name] for name in values["parts"]}
+
     def freeze(self) -> Statistics:
         """The statistics of everything taken in.
 
@@ -193,7 +240,7 @@ class Accumulator:
         sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
         for name, parts in sums.items():
             for part in parts:
-                if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+                if not math.isfinite(part.detach().sum()) and not torch.isfinite(part).all():
                     raise NonFinite(
                         f"the curvature of block {name!r} is not finite, although all batches and outputs were; the "
                         "weights or activations are too large for this floating-point type"
@@ -218,6 +265,7 @@ def collect(
     passes: int = 1,
     progress: bool = False,
     unused: str = "error",
+    journal: Journal | None = None,
 ) -> Statistics:
     """Statistics of the data; the model is in eval mode meanwhile and left exactly as it was.
 
@@ -228,6 +276,7 @@ def collect(
         passes: how often to go through the data for one sum (random augmentation).
         progress: show a bar.
         unused: ``"error"`` or ``"prior"``, see :class:`laplace_kf.tape.Tracer`.
+        journal: keeps what was gathered, and knows where to go on.
 
     Raises:
         ShapeMismatch: if the data have to be seen again and cannot be.
@@ -235,24 +284,28 @@ def collect(
     """
     if (structure.several_passes or passes > 1) and isinstance(batches, Iterator):
         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
-    model = usable(model)
+    model, kept = usable(model), journal if journal is not None else Journal()
     with preserved(model):
         tracer = Tracer(model, forward, parameters, unused=unused)
         following: Structure | None = structure
         stage = 0
         while following is not None:
             accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype)
-            index, stage = 0, stage + 1
-            for number in range(passes):
-                seen = accumulator.count
+            stage += 1
+            first, index = kept.begin(accumulator)
+            for number in range(first, passes):
                 label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
-                for batch in tqdm(batches, desc=label, disable=not progress):
+                taken = kept.batches(batches)
+                for batch in tqdm(taken, label, length(batches)) if progress else taken:
                     accumulator.add(batch, index)
                     if index == 0 and stage == 1:
                         require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)
                     index += 1
-                if (number or stage > 1) and accumulator.count == seen:
+                    kept.taken(accumulator, number, index)
+                if (number or stage > 1) and kept.position == 0:
                     raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
+            if structure.several_passes and first < passes:
+                kept.finished(accumulator, passes, index)
             statistics, likelihood = accumulator.freeze(), accumulator.likelihood
             following = statistics.structure.refined(statistics)
         return statistics

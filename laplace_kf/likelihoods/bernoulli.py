@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.mixed import log_mixture
@@ -23,6 +24,7 @@ __all__ = ["Bernoulli"]
 
 
 @LIKELIHOODS.register("bernoulli")
+@explained
 class Bernoulli(ElementwiseLikelihood):
     """Binary cross-entropy: every output is the logit of an independent Bernoulli variable.
 

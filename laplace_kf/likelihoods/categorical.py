@@ -14,6 +14,7 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.errors import InvalidTarget, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
@@ -101,6 +102,7 @@ def _streamed(outputs: GaussianOutputs) -> tuple[Tensor, Tensor] | None:
 
 
 @LIKELIHOODS.register("categorical")
+@explained
 class Categorical(Likelihood):
     """Softmax cross-entropy: outputs are the C logits of one class label per position.
 

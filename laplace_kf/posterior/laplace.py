@@ -9,18 +9,20 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_kf import weighting
+from laplace_kf import files, weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import Estimator
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting, usable
@@ -30,6 +32,7 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.fitted import Fitted, flat_weights
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
     PriorPrecision,
@@ -37,10 +40,11 @@ from laplace_kf.posterior.prior import (
     positive,
 )
 from laplace_kf.posterior.task_chain import TaskChain
-from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
+from laplace_kf.posterior.tuning import Options, Settings, TuningResult, searched, tune
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
+from laplace_kf.resuming import journal
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -50,6 +54,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["LaplacePosterior"]
 
 
+@explained
 class LaplacePosterior(Answers):
     """A Gaussian posterior over the weights of a trained network.
 
@@ -179,6 +184,8 @@ class LaplacePosterior(Answers):
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
     ) -> LaplacePosterior:
         """Estimates the curvature at the model's current weights.
 
@@ -189,12 +196,18 @@ class LaplacePosterior(Answers):
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
             generator: random numbers of the estimator; a fresh private one by default.
+            checkpoint: file in which the fit keeps what it has, so that the same call goes on after the last writing if
+                it was interrupted, and ends with the same numbers bit for bit (:mod:`laplace_kf.resuming`); it is
+                removed at the end. The data have to come in the same order when the random states are the same.
+            every: minibatches between two writings.
 
         Returns:
             The posterior itself.
 
         Raises:
-            ShapeMismatch: for an empty loader, a batch of another form, or targets that do not fit the outputs.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another model, other data or settings; nothing is overwritten. Also
+                for an empty loader, a batch of another form, or targets that do not fit the outputs.
             NonFinite: for NaN or infinity, with the number of the batch.
             UnsupportedLayer: for a parameter that cannot be handled; names module and way out.
         """
@@ -202,29 +215,38 @@ class LaplacePosterior(Answers):
             raise ValueError(f"passes must be a positive integer, got {passes}")
         if n_data is not None:
             n_data = positive("n_data", n_data)
-        generator = generator if generator is not None else fresh_generator()
+        seeded, generator = generator is not None, generator if generator is not None else fresh_generator()
         data = weighting.batches(paired(train_loader, y), self.weights, self.model)
         job = (self.model, data, self.likelihood, self.estimator)
         settings: dict[str, Any] = {
             "forward": weighting.reader(self.forward, self.weights), "generator": generator, "dtype": self.dtype,
             "unused": self.unused,
         }  # fmt: skip
-        names, structure = (
-            covered(
-                self.parameters,
-                self._asked,
-                *job,
-                prior=lambda layout: by_parameter(self._prior, layout),
-                n_data=n_data,
-                **settings,
+        single = [self._prior, n_data] if isinstance(self.parameters, Subnetwork) else None
+        kept = journal(
+            checkpoint, every, self.model, data, generator, seeded, (self.likelihood, self.estimator, self._asked),
+            parameters=self.parameters, passes=passes, dtype=self.dtype, unused=self.unused, weights=self.weights,
+            forward=self.forward, choice=single,
+        )  # fmt: skip
+        with kept.running():
+            names, structure = (
+                covered(
+                    self.parameters,
+                    self._asked,
+                    *job,
+                    prior=lambda layout: by_parameter(self._prior, layout),
+                    n_data=n_data,
+                    **settings,
+                )
+                if self._chain is None
+                else self._covered_by_chain(self._chain)
             )
-            if self._chain is None
-            else self._covered_by_chain(self._chain)
-        )
-        statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
-        if passes > 1:
-            statistics = statistics.scale(1 / passes)
-        return self.adopt(statistics, n_data)
+            statistics = collect(
+                *job, structure, parameters=names, passes=passes, progress=progress, journal=kept, **settings
+            )
+            if passes > 1:
+                statistics = statistics.scale(1 / passes)
+            return self.adopt(statistics, n_data)
 
     def refit(
         self,
@@ -233,13 +255,15 @@ class LaplacePosterior(Answers):
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
     ) -> LaplacePosterior:
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
 
         Args:
             data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
-            generator, progress: as of :meth:`fit`.
+            generator, progress, checkpoint, every: as of :meth:`fit`.
 
         Returns:
             The posterior itself, at the model's current weights.
@@ -254,7 +278,9 @@ class LaplacePosterior(Answers):
         n = self.n_data
         if train is not None:
             train(self.model, data)
-        return self.fit(data, n_data=n, generator=generator, progress=progress)
+        return self.fit(
+            data, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every
+        )  # fmt: skip
 
     @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:
@@ -305,6 +331,8 @@ class LaplacePosterior(Answers):
         passes: int = 1,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
     ) -> LaplacePosterior:
         """The posterior after another task, with this one as its prior (methods 11.1): a new object, this one stays.
 
@@ -325,7 +353,8 @@ class LaplacePosterior(Answers):
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
             forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
-            n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
+            n_data, passes, generator, progress, checkpoint, every: as for :meth:`fit`; ``n_data`` is the N of the new
+                task.
 
         Raises:
             NotFitted: before ``fit``.
@@ -353,7 +382,10 @@ class LaplacePosterior(Answers):
             terms=terms,
             forgetting=forgetting,
         )
-        return following.fit(task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress)
+        return following.fit(
+            task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress, checkpoint=checkpoint,
+            every=every,
+        )  # fmt: skip
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
@@ -375,6 +407,7 @@ class LaplacePosterior(Answers):
         per_block: bool = False,
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
@@ -415,6 +448,9 @@ class LaplacePosterior(Answers):
             per_block: with the evidence, one λ for each block; ``prior_precision`` becomes ``{name: λ}``.
             ood: loader or tensor of out-of-distribution inputs for ``objective="ood"``.
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
+            checkpoint: file in which the search keeps what it has measured, so that the same call, made again after an
+                interruption, does not measure it again and ends with the same numbers bit for bit
+                (:mod:`laplace_kf.posterior.kept_scores`); it is removed at the end. The evidence needs none.
 
         Returns:
             Everything measured, every candidate with its gain over MAP and standard error, the best, what the search
@@ -426,14 +462,20 @@ class LaplacePosterior(Answers):
             UnknownName: for an unknown objective or method.
             IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another posterior, other data or settings; nothing is overwritten.
         """
         self._fitted("tune")
         one_argument("tune", objective)
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
+        if checkpoint is not None:
+            made_for = searched(self._fitted("tune"), self.n_data, self._prior, n_data, prior_precision, options)
+            options = replace(options, kept=KeptScores(checkpoint, made_for))
         seen = None if val is None else Seen(weighting.batches(val, self.weights, self.model), self.forward)
-        with lasting(), stage(self.model, self.forward) as (model, forward):
+        keeping = nullcontext() if options.kept is None else options.kept.running(generator)
+        with lasting(), keeping, stage(self.model, self.forward) as (model, forward):
             fitted = replace(self._fitted("tune"), model=model, forward=forward)
             now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
             found, settings = tune(fitted, now, seen, n_data, prior_precision, options)
@@ -493,7 +535,7 @@ class LaplacePosterior(Answers):
             NotFitted: before ``fit``.
         """
         self._fitted("save")
-        store.write(path, *self.packed())
+        files.write(path, *self.packed(), files.POSTERIOR)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`save` writes: tensors (any shapes, by name) and JSON-able values; for checkpoints.
@@ -535,7 +577,7 @@ class LaplacePosterior(Answers):
         """
         own = reading(forward, inputs, targets)
         model = usable(model)
-        found = store.read(path)
+        found = files.read(path, files.POSTERIOR)
         with store.consistent(path):
             return cls.unpacked(*found, model, likelihood=likelihood, forward=own, weights=weights)
 

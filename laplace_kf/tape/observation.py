@@ -69,7 +69,8 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
-        flat, wiring: of the tape that recorded the pass.
+        flat: of the tape that recorded the pass.
+        wiring, form: what :class:`laplace_kf.tape.wiring.Wiring` says of it, by its ``key`` and its ``form``.
     """
 
     def __init__(
@@ -87,10 +88,13 @@ class Observation:
         self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
         self.flat = [] if made is None else made.flat
-        self.wiring = None if made is None or made.wiring is None else made.wiring.key(outputs)
+        traced = None if made is None else made.wiring
+        self.wiring = None if traced is None else traced.key(outputs)
+        self.form = None if traced is None else traced.form(outputs)
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
+        self._members: dict[str, list[Call]] | None = None
 
     def part(self, rows: Tensor) -> Observation:
         """The examples ``rows (M,)`` of a chain, without another forward pass."""
@@ -188,12 +192,16 @@ class Observation:
         return found
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
+        if self.outputs.dim() == 2:  # (N, C) in every layout
+            return int(self.outputs.shape[-1])
         return int(to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1])
 
     def _has_layout(self, call: Call, to_positions: Callable[[Tensor], Tensor]) -> bool:
         """Whether the layer's rows and features are the likelihood's positions and outputs, in the same order."""
         if call.shape != self.outputs.shape or self.tracer.rows.ragged(self.keys[self._index(call)]):
             return False
+        if self.chain is not None:  # rows are examples, and features are outputs
+            return True
         probe = torch.empty(call.shape, device="meta")  # an arrangement is a view: its strides say where entries go
         assert isinstance(call.rule, MatrixRule)
         rows = call.rule.outputs(_flatten_output(probe[None], call.leading), call.bound, 1)
@@ -210,9 +218,9 @@ class Observation:
 
     def signals(self, columns: Tensor) -> dict[str, Signals]:
         """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
-        columns = _significant(columns).to(self.outputs.dtype)
         if self.chain is not None:
             return self.row_signals(columns, None)
+        columns = _significant(columns).to(self.outputs.dtype)
         found = self.ruled_signals(columns)
         rest = [b for b in self.tracer.blocks.values() if not b.factorises and b.name not in found]
         if rest:
@@ -272,11 +280,12 @@ class Observation:
         return list(blocks.values())
 
     def _by_block(self) -> dict[str, list[Call]]:
-        members: dict[str, list[Call]] = {}
-        for call in self.calls:
-            for block in self.blocks_of(call):
-                members.setdefault(block.name, []).append(call)
-        return members
+        if self._members is None:
+            self._members = {}
+            for call in self.calls:
+                for block in self.blocks_of(call):
+                    self._members.setdefault(block.name, []).append(call)
+        return self._members
 
     def _backward(self, columns: Tensor) -> list[Tensor]:
         """Gradients ``(V, *output shape)`` of every call."""
