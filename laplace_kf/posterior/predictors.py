@@ -22,11 +22,8 @@ from laplace_kf.operators import Blockwise
 from laplace_kf.outputs.spread import Spread, scaled
 from laplace_kf.posterior.examples import OUTPUT_DRAWS, Part
 from laplace_kf.posterior.fitted import Fitted
-<<<<<<< HEAD
 from laplace_kf.posterior.jackknife import Drawn, groups
-=======
 from laplace_kf.posterior.kept_scores import KeptScores
->>>>>>> main
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
 from laplace_kf.registry import Registry
 

@@ -16,11 +16,8 @@ from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
-<<<<<<< HEAD
 from laplace_kf.posterior.jackknife import PREDICTED
-=======
 from laplace_kf.posterior.kept_scores import KeptScores
->>>>>>> main
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
 from laplace_kf.posterior.search import Search, compared, grid, on_all
@@ -236,13 +233,8 @@ def tune(
     if options.method not in CHOICES:
         raise UnknownName("method of tune", options.method, CHOICES)
     validation = validate(
-<<<<<<< HEAD
         fitted, val, _objective(options), options.samples or DRAWS, options.generator, options.max_examples, noise,
-        pairs=not gridded, mixed=not gridded,
-=======
-        fitted, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
         pairs=not gridded, mixed=not gridded, **({} if options.kept is None else {"kept": options.kept}),
->>>>>>> main
     )  # fmt: skip
     if gridded:
         return _over_grid(now, validation, name, counts, priors, options)

@@ -35,11 +35,8 @@ from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
-<<<<<<< HEAD
 from laplace_kf.posterior.jackknife import Drawn, extrapolated
-=======
 from laplace_kf.posterior.kept_scores import KeptScores
->>>>>>> main
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared, rounded
 from laplace_kf.posterior.prior import positive
@@ -325,7 +322,8 @@ class Scorer:
             score = self.score(predictions, point == MAP)
             if kept is not None:
                 exponents = self.validation.exponent, self.validation.lowest
-                values = {"value": score.value, "noise": score.noise, "exponents": exponents}
+                folds = None if score.folds is None else score.folds.tolist()
+                values = {"value": score.value, "noise": score.noise, "exponents": exponents, "folds": folds}
                 kept.keep_score(self._key(point), values, score.parts)
             yield point, score
         if kept is not None:
@@ -339,7 +337,8 @@ class Scorer:
         for point, one in zip(points, stored, strict=False):
             if one is None:
                 return []
-            found.append((point, Score(one[0]["value"], one[1], one[0]["noise"])))
+            folds = one[0]["folds"] and torch.tensor(one[0]["folds"], dtype=torch.float64)
+            found.append((point, Score(one[0]["value"], one[1], one[0]["noise"], folds)))
         if stored and stored[-1] is not None:
             self.validation.exponent, self.validation.lowest = stored[-1][0]["exponents"]
             if points != [MAP]:
@@ -347,7 +346,8 @@ class Scorer:
         return found
 
     def _key(self, point: Point) -> list[Any]:
-        return [self.method, self.part.count, self.validation.seeds[0], self._held, *point]
+        seeds = self.validation.seeds
+        return [self.method, self.part.count, len(seeds), seeds[0], self._held, *point]
 
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of predictions of the part, at their best noise scale where that is tuned."""
@@ -372,10 +372,10 @@ class Scorer:
         """At one noise scale; of few weight draws, unless ``rough``, as it would be with those of ``predict``."""
         likelihood = self.fitted.likelihood
         likelihood = likelihood if noise is None else likelihood.with_noise_scale(noise)
-        value, scores = self._measured(predictions(likelihood))
+        value, scores = self._objective_of(predictions(likelihood))
         if rough or not isinstance(predictions, Drawn) or not predictions.groups or scores is None:
             return Score(value if math.isfinite(value) else math.inf, scores, noise)
-        without = [self._measured(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
+        without = [self._objective_of(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
         left = torch.stack([each for each in without if each is not None])
         scores = extrapolated(scores, left, predictions.samples)
         value, folds = float(scores.mean()), left.mean(1)
@@ -383,7 +383,7 @@ class Scorer:
             return Score(math.inf, scores, noise)
         return Score(value, scores, noise, folds if bool(folds.isfinite().all()) else None)
 
-    def _measured(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
+    def _objective_of(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
         """The objective of predictions of every pool, and its parts by example if there are such."""
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
