@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
+from laplace_kf.distributed import Ranks, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
@@ -24,6 +26,7 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
+from laplace_kf.shards import Shard
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, covered
@@ -48,6 +51,7 @@ def estimate(
     weights: weighting.Weights = False,
     layout: str | None = None,
     unused: str = "error",
+    process_group: Any = None,
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -71,6 +75,8 @@ def estimate(
             ``"channels_last"``; default: as the targets show.
         unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
             their curvature is 0.
+        process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the data;
+            the statistics are of all shares together, in all of them.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -86,10 +92,23 @@ def estimate(
     read = weighting.reader(reading(forward, inputs, targets), weights)
     settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
     rule = get_likelihood(likelihood)
-    data = weighting.batches(data, weights, model)
-    job = (model, data, rule if layout is None else rule.with_layout(layout), estimator)
-    names, structure = covered(parameters, structure, *job, **settings)
-    return collect(*job, structure, parameters=names, **settings)
+    rule = rule if layout is None else rule.with_layout(layout)
+    ranks = Ranks.of(process_group)
+    with nullcontext() if ranks is None else ranks.together("the estimate"):
+        settings["shard"] = shard = Shard(data, estimator.draws)
+        settings["ranks"] = ranks
+        batches = weighting.batches(shard.data, weights, model)
+        if ranks is None:
+            shard.warn_alone()
+        else:
+            kinds = [(each.name, each.options()) for each in (structure, estimator)]
+            asked = {"likelihood": rule, "structure": kinds[0], "estimator": kinds[1], "parameters": parameters}
+            require_one_job(ranks, "estimate", {**asked, "dtype": dtype, "unused": unused})
+            require_one_network(ranks, model)
+            shard.settle(ranks.exchange("the shares", shard.description(batches)), ranks.rank)
+        job = (model, batches, rule, estimator)
+        names, structure = covered(parameters, structure, *job, **settings)
+        return collect(*job, structure, parameters=names, **settings)
 
 
 def make_structure(structure: str | Structure, **options: Any) -> Structure:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "CorruptFile",
+    "DistributedFailure",
     "IncompatiblePair",
     "InvalidTarget",
     "LaplaceKFError",
@@ -174,6 +175,10 @@ class ShapeMismatch(LaplaceKFError, ValueError):
 
 class InvalidTarget(LaplaceKFError, ValueError):
     """A target, a class probability or a weight of an example that cannot be: says which one, and what is allowed."""
+
+
+class DistributedFailure(LaplaceKFError, RuntimeError):
+    """Another process of the group failed, died or did something else; says which one, at what, and what it said."""
 
 
 class CorruptFile(LaplaceKFError, OSError):

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import abc
 import copy
+from functools import partial
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import ExampleDraws, Source
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods.noise import Noise
 from laplace_kf.likelihoods.predicting import Predicting
@@ -30,6 +32,7 @@ from laplace_kf.likelihoods.roots import DenseRoot, Root, ScaledRoot
 from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import from_positions, masked, to_positions
+from laplace_kf.outputs.rows import map_rows
 from laplace_kf.registry import Registry
 
 __all__ = [
@@ -77,8 +80,12 @@ class Likelihood(Predicting, Noise):
         """``(N, T, E)``: log densities, E = 1 or C as the mask."""
 
     @abc.abstractmethod
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Targets drawn from the model, in the layout of ``log_prob``; z already lies on the generator's device."""
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Any) -> Tensor:
+        """Targets drawn from the model, in the layout of ``log_prob``; z already lies on the generator's device.
+
+        The generator is a ``torch.Generator``; where ``draws_by_row`` stands in the same class, it may also be the
+        :class:`~laplace_kf.draws.RowDraws` of the rows of z, as the functions of that module take it.
+        """
 
     @abc.abstractmethod
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
@@ -143,7 +150,18 @@ class Likelihood(Predicting, Noise):
         other.ignore_index = None
         return other
 
-    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def _drawn_rows(self, z: Tensor, y: Any, draws: Source) -> Tensor:
+        """As :meth:`_position_drawn_score`; row by row, if each has its own numbers and they cannot be used at once."""
+        kind = next(one for one in type(self).__mro__ if "_draw" in vars(one))
+        if isinstance(draws, torch.Generator) or vars(kind).get("draws_by_row", False):
+            return self._position_drawn_score(z, y, draws)
+        rows = [
+            self._position_drawn_score(z[b : b + 1], map_rows(y, partial(_row, place=b)), generator)
+            for b, generator in enumerate(draws.generators())
+        ]
+        return torch.cat(rows)
+
+    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Any) -> Tensor:
         """Scores ``(B, C)`` at targets drawn for rows ``z (B, C)``; ``y`` are the rows of the data's targets."""
         model = self._drawn()
         return model.score(z, model.sample(z, generator))
@@ -178,7 +196,7 @@ class Likelihood(Predicting, Noise):
         """
         self._unpack(outputs, self._needed(targets, "check"))
 
-    def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | ExampleDraws) -> Tensor:
         """Gradient ``∇_z log p(y | z)`` at targets drawn from the model, of the outputs' shape; zero where ignored.
 
         Its outer product has the output curvature of a natural likelihood as its mean: where examples or targets have
@@ -187,7 +205,7 @@ class Likelihood(Predicting, Noise):
 
         Args:
             outputs, targets: as in :meth:`check`; of the targets only counts which are ignored, and their weights.
-            generator: drawn from, on its own device.
+            generator: drawn from, on its own device; or the examples' own numbers.
 
         Raises:
             NonFinite: if the outputs give no valid distribution.
@@ -199,7 +217,8 @@ class Likelihood(Predicting, Noise):
         kept = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if keep is None else keep.any(-1)
         kept = kept.expand(z.shape[:2])
         if bool(kept.any()):
-            found[kept] = self._position_drawn_score(z[kept], self._target_rows_at(y, kept), generator)
+            draws = generator.rows(kept) if isinstance(generator, ExampleDraws) else generator
+            found[kept] = self._drawn_rows(z[kept], self._target_rows_at(y, kept), draws)
         return from_positions(masked(times(found, root_of(self._bent(given))), keep), outputs)
 
     @staticmethod
@@ -482,3 +501,7 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if not isinstance(name_or_object, str):
         raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
     return LIKELIHOODS[name_or_object]()
+
+
+def _row(tensor: Tensor, place: int) -> Tensor:
+    return tensor[place : place + 1]

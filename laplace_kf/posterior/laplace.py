@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
+from laplace_kf.distributed import Ranks, decomposed, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import Estimator
@@ -41,6 +43,7 @@ from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
+from laplace_kf.shards import Shard
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -179,6 +182,7 @@ class LaplacePosterior(Answers):
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
+        process_group: Any = None,
     ) -> LaplacePosterior:
         """Estimates the curvature at the model's current weights.
 
@@ -188,12 +192,16 @@ class LaplacePosterior(Answers):
             progress: show a bar.
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
-            generator: random numbers of the estimator; a fresh private one by default.
+            generator: random numbers of the estimator; a fresh private one by default. One number is taken from it; what
+                is drawn for an example hangs on that and on its index in the loader's data set (else on its place).
+            process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the
+                data; all then have the same posterior, of all shares together (:mod:`laplace_kf.distributed`).
 
         Returns:
             The posterior itself.
 
         Raises:
+            DistributedFailure: if another process fails or is lost; nothing is changed then.
             ShapeMismatch: for an empty loader, a batch of another form, or targets that do not fit the outputs.
             NonFinite: for NaN or infinity, with the number of the batch.
             UnsupportedLayer: for a parameter that cannot be handled; names module and way out.
@@ -203,11 +211,36 @@ class LaplacePosterior(Answers):
         if n_data is not None:
             n_data = positive("n_data", n_data)
         generator = generator if generator is not None else fresh_generator()
-        data = weighting.batches(paired(train_loader, y), self.weights, self.model)
+        ranks = Ranks.of(process_group)
+        with nullcontext() if ranks is None else ranks.together("the fit"):
+            given = paired(train_loader, y)
+            found = self._found(self._statistics_of(given, n_data, passes, generator, progress, ranks), n_data)
+            if ranks is not None:
+                decomposed(ranks, found.curvature)
+        return self._adopted(found, n_data)
+
+    def _statistics_of(
+        self,
+        given: Any,
+        n_data: float | None,
+        passes: int,
+        generator: torch.Generator,
+        progress: bool,
+        ranks: Ranks | None,
+    ) -> Statistics:
+        """The sums over the data of one pass, of all processes together; arguments as of :meth:`fit`."""
+        shard = Shard(given, self.estimator.draws)
+        data = weighting.batches(shard.data, self.weights, self.model)
+        if ranks is None:
+            shard.warn_alone()
+        else:
+            require_one_job(ranks, "fit", {**self._described(), "n_data": n_data, "passes": passes})
+            require_one_network(ranks, self.model)
+            shard.settle(ranks.exchange("the shares", shard.description(data)), ranks.rank)
         job = (self.model, data, self.likelihood, self.estimator)
         settings: dict[str, Any] = {
             "forward": weighting.reader(self.forward, self.weights), "generator": generator, "dtype": self.dtype,
-            "unused": self.unused,
+            "unused": self.unused, "shard": shard, "ranks": ranks,
         }  # fmt: skip
         names, structure = (
             covered(
@@ -222,9 +255,23 @@ class LaplacePosterior(Answers):
             else self._covered_by_chain(self._chain)
         )
         statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
-        if passes > 1:
-            statistics = statistics.scale(1 / passes)
-        return self.adopt(statistics, n_data)
+        return statistics.scale(1 / passes) if passes > 1 else statistics
+
+    def _described(self) -> dict[str, Any]:
+        """What has to be the same in all processes of a group."""
+        asked, estimator = self._asked, self.estimator
+        return {
+            "likelihood": self.likelihood,
+            "structure": (asked.name, asked.options()),
+            "estimator": (estimator.name, estimator.options()),
+            "parameters": self.parameters,
+            "damping": self.damping,
+            "prior_precision": self._prior,
+            "dtype": self.dtype,
+            "weights": self.weights is not False,
+            "unused": self.unused,
+            "prior": self._chain is not None,
+        }
 
     def refit(
         self,
@@ -233,13 +280,14 @@ class LaplacePosterior(Answers):
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        process_group: Any = None,
     ) -> LaplacePosterior:
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
 
         Args:
             data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
-            generator, progress: as of :meth:`fit`.
+            generator, progress, process_group: as of :meth:`fit`.
 
         Returns:
             The posterior itself, at the model's current weights.
@@ -254,7 +302,7 @@ class LaplacePosterior(Answers):
         n = self.n_data
         if train is not None:
             train(self.model, data)
-        return self.fit(data, n_data=n, generator=generator, progress=progress)
+        return self.fit(data, n_data=n, generator=generator, progress=progress, process_group=process_group)
 
     @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:
@@ -265,14 +313,22 @@ class LaplacePosterior(Answers):
                 becomes theirs.
             n_data: N; default: the statistics' count.
         """
+        return self._adopted(self._found(statistics, n_data), n_data)
+
+    @lasting()
+    def _found(self, statistics: Statistics, n_data: float | None) -> Fitted:
+        """What a posterior of these statistics is, set by nobody yet."""
         mean, rest = flat_weights(self.model, statistics.layout)
         found = Fitted(
             self.model, self.forward, self.weights, self.likelihood, self.damping, statistics, statistics.mean(), mean,
             self.likelihood.parameters(), rest, self._chain,
         )  # fmt: skip
-        self._accept(found.joined(n_data), n_data)
-        if statistics.outputs is not None:
-            self.likelihood = self.likelihood.with_layout(statistics.outputs)
+        return found.joined(n_data)
+
+    def _adopted(self, found: Fitted, n_data: float | None) -> LaplacePosterior:
+        self._accept(found, n_data)
+        if found.statistics.outputs is not None:
+            self.likelihood = self.likelihood.with_layout(found.statistics.outputs)
         return self
 
     def _accept(self, found: Fitted, n_data: float | None) -> None:
@@ -305,6 +361,7 @@ class LaplacePosterior(Answers):
         passes: int = 1,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        process_group: Any = None,
     ) -> LaplacePosterior:
         """The posterior after another task, with this one as its prior (methods 11.1): a new object, this one stays.
 
@@ -325,7 +382,8 @@ class LaplacePosterior(Answers):
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
             forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
-            n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
+            n_data, passes, generator, progress, process_group: as for :meth:`fit`; ``n_data`` is the N of the new
+                task.
 
         Raises:
             NotFitted: before ``fit``.
@@ -353,7 +411,8 @@ class LaplacePosterior(Answers):
             terms=terms,
             forgetting=forgetting,
         )
-        return following.fit(task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress)
+        settings: dict[str, Any] = {"n_data": n_data, "passes": passes, "generator": generator, "progress": progress}
+        return following.fit(task_loader, process_group=process_group, **settings)
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
