@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from laplace_kf.errors import IncompatiblePair
 
 __all__ = ["require_one_job", "require_one_network"]
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of functions, which differ
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -23,7 +25,7 @@ def require_one_job(ranks: Ranks, what: str, settings: Mapping[str, Any]) -> Non
         IncompatiblePair: naming the first one, and what two processes have.
         DistributedFailure: if another process failed.
     """
-    shown = {name: repr(value) for name, value in settings.items()}
+    shown = {name: _ADDRESS.sub("", repr(value)) for name, value in settings.items()}
     everyone = ranks.exchange(f"the start of {what}", shown)
     for name in everyone[0]:
         for rank, each in enumerate(everyone):

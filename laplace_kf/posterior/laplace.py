@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,10 @@ from laplace_kf.posterior.prior import (
     by_parameter,
     positive,
 )
+from laplace_kf.posterior.shared_validation import SharedValidation
 from laplace_kf.posterior.task_chain import TaskChain
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
+from laplace_kf.posterior.validation import Validation
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
@@ -434,6 +437,7 @@ class LaplacePosterior(Answers):
         per_block: bool = False,
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
+        process_group: Any = None,
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
@@ -470,6 +474,9 @@ class LaplacePosterior(Answers):
             per_block: with the evidence, one λ for each block; ``prior_precision`` becomes ``{name: λ}``.
             ood: loader or tensor of out-of-distribution inputs for ``objective="ood"``.
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
+            process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of
+                ``val``; every example is scored once, and all processes make the same choice. The references of
+                :meth:`ood_score` then need :meth:`calibrate`.
 
         Returns:
             Everything measured, every candidate with its gain over MAP and standard error, the best, what the search
@@ -481,17 +488,32 @@ class LaplacePosterior(Answers):
             UnknownName: for an unknown objective or method.
             IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
+            DistributedFailure: if another process fails or is lost; nothing is changed then.
         """
         self._fitted("tune")
         one_argument("tune", objective)
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
-        seen = None if val is None else Seen(weighting.batches(val, self.weights, self.model), self.forward)
-        with lasting(), stage(self.model, self.forward) as (model, forward):
-            fitted = replace(self._fitted("tune"), model=model, forward=forward)
-            now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
-            found, settings = tune(fitted, now, seen, n_data, prior_precision, options)
+        ranks = Ranks.of(process_group)
+        with nullcontext() if ranks is None else ranks.together("the tuning"):
+            shard = Shard(val)
+            if ranks is None:
+                shard.warn_alone()
+            else:
+                asked = (self.n_data, self._prior, self.method, self._fitted("tune").count, n_data, prior_precision)
+                require_one_job(ranks, "tune", {"options": replace(options, generator=None), "settings": asked})
+                require_one_network(ranks, self.model)
+                shard.settle(ranks.exchange("the shares", shard.description(shard.data)), ranks.rank)
+            data = None if val is None else weighting.batches(shard.data, self.weights, self.model)
+            seen = None if data is None else Seen(data, self.forward)
+            with lasting(), stage(self.model, self.forward) as (model, forward):
+                fitted = replace(self._fitted("tune"), model=model, forward=forward)
+                now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
+                validate = Validation if ranks is None else partial(SharedValidation, ranks)
+                found, settings = tune(fitted, now, seen, n_data, prior_precision, options, validate)
+            if ranks is not None:
+                settings = ranks.exchange("the choice", settings)[0]
         found.warn()  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
@@ -500,7 +522,8 @@ class LaplacePosterior(Answers):
             self._method = settings.method
         if settings.temperature is not None:
             self._temperature = settings.temperature
-        self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
+        kept = seen is not None and ranks is None  # other processes have seen other inputs
+        self._calibration = Calibration(pending=tuple(seen.taken)) if kept and seen is not None else None
         return found
 
     @typed

@@ -42,7 +42,7 @@ from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 
-__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation"]
+__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation", "scores_of"]
 
 FLOOR = 0.5  # least noise scale, in units of MAP's
 EXPONENTS = 12.0  # decades that a tuned noise scale may move
@@ -318,11 +318,7 @@ class Scorer:
         found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
-        parts = [
-            weighted(_as_scores(objective(p, y)), w, p, y)
-            for p, y, w in zip(found[:inside], self.part.targets, self.part.weights, strict=True)
-        ]
-        given = [w for w in self.part.weights if w is not None]
+        parts, given = scores_of(objective, found[:inside], self.part)
         if given:  # so that the mean over all examples is the weighted mean
             share = torch.cat(given).double().mean()
             parts = [part / share.to(part) for part in parts]
@@ -362,6 +358,17 @@ class Scorer:
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
         return known[centre]
+
+
+def scores_of(
+    objective: Objective, found: Sequence[Prediction], part: Part
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores of every pool of a part, by example ``(n,)`` or one number, and the weights ``(n,)`` of its examples."""
+    scores = [
+        weighted(_as_scores(objective(p, y)), w, p, y)
+        for p, y, w in zip(found, part.targets, part.weights, strict=True)
+    ]
+    return scores, [w for w in part.weights if w is not None]
 
 
 def weighted(scores: Tensor, weights: Tensor | None, prediction: Prediction, targets: Any) -> Tensor:
