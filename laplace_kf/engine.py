@@ -278,6 +278,16 @@ class Accumulator:
         sums = self.structure.finished(self.sums, blocks, self.tracer.layout)
         return self._statistics(blocks, self.tracer.layout, sums)
 
+    def here(self) -> Statistics:
+        """What was taken in here alone, of the blocks that were met: a part of what several processes have together."""
+        blocks = dict(self.tracer.blocks)
+        unused = unused_blocks(self.tracer.layout, self.tracer.unseen())
+        whole = {**blocks, **unused}
+        self._prepare(whole)
+        finished = self.structure.finished(self.sums, whole, self.tracer.layout)
+        sums = {name: parts for name, parts in finished.items() if name not in unused}
+        return self._statistics(blocks, self.tracer.layout, sums)
+
     def _refuse_nothing(self) -> None:
         if self.count == 0 and self._met:
             raise ShapeMismatch(

@@ -52,6 +52,7 @@ class PendingStep:
 
     Attributes:
         batches: the minibatches.
+        count: number of examples.
     """
 
     def __init__(
@@ -66,11 +67,7 @@ class PendingStep:
         """Forgets the minibatches."""
         self.batches: list[Batch] = []
         self._loss = 0.0  # sum of −log p
-
-    @property
-    def count(self) -> int:
-        """Number of examples."""
-        return sum(batch.count for batch in self.batches)
+        self.count = 0  # examples of all processes
 
     @property
     def loss(self) -> float:
@@ -99,12 +96,20 @@ class PendingStep:
         return observation.outputs, observation.targets, observation
 
     @torch.no_grad()
-    def add(self, batch: Batch, loss: float, grads: Sequence[Tensor | None]) -> None:
-        """Takes in a minibatch: its mean ``−log p``, and the gradients of that by parameter, each of its shape."""
+    def add(self, batch: Batch, grads: Sequence[Tensor | None], loss: float, count: int) -> None:
+        """Takes in a minibatch.
+
+        Args:
+            batch: of this process.
+            grads: gradients of the loss by parameter, each of its shape.
+            loss: mean ``−log p``.
+            count: number of examples that it is the mean of, in all processes.
+        """
         before = self.count
         self.batches.append(batch)
-        self._loss += loss * batch.count
-        share = batch.count / (before + batch.count)
+        self._loss += loss * count
+        self.count += count
+        share = count / self.count
         for name, grad in zip(self.names, grads, strict=True):
             parameter = self.named[name]
             value = parameter.detach()

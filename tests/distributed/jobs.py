@@ -89,3 +89,33 @@ def tuned(how: str, options: dict[str, Any]) -> Any:
         "best": result.best, "table": result.table, "method": found.method, "n_data": found.n_data,
         "prior": found.prior_precision, "candidates": result.candidates, "digest": digest(found),
     }  # fmt: skip
+
+
+def minibatches(count: int, rank: int, size: int) -> list[Any]:
+    """Steps' minibatches of this process: uneven parts of the same ones."""
+    x, y = data("net", 20 * count)
+    found = []
+    for k in range(count):
+        part = slice(20 * k, 20 * (k + 1))
+        edges = [0, 13, 20] if size == 2 else [0, 20]
+        own = slice(edges[rank], edges[rank + 1])
+        found.append((x[part][own], y[part][own]))
+    return found
+
+
+def steps(rank: int, size: int, make: Any, settings: dict[str, Any], count: int = 6) -> Any:
+    model = network("norm" if settings.get("structure") == "diag" else "net")
+    optimizer = make(model, "categorical", **settings)
+    losses = [float(optimizer.step(*batch)) for batch in minibatches(count, rank, size)]
+    optimizer.synchronize()
+    return {
+        "losses": losses,
+        "weights": torch.cat([p.detach().flatten() for p in model.parameters()]).tolist(),
+        "tau": optimizer.tau, "zeta": optimizer.zeta, "state": optimizer.state_dict()["second_order"]["steps"],
+        "posterior": optimizer.posterior(n_data=100).precision.dense().tolist(),
+    }  # fmt: skip
+
+
+def trained(name: str, settings: dict[str, Any]) -> Any:
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return steps(rank, size, getattr(lk.optim, name), {**settings, "process_group": group()})
