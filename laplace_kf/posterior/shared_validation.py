@@ -16,10 +16,11 @@ from torch import Tensor
 
 from laplace_kf.distributed import Ranks
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.models import preserved
 from laplace_kf.posterior.examples import Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import Objective, OODContrast
-from laplace_kf.posterior.predictors import TUNING_METHODS, Predictions
+from laplace_kf.posterior.predictors import TUNING_METHODS, Point, Predictions
 from laplace_kf.posterior.validation import EPOCH, Score, Scorer, Validation, scores_of
 
 __all__ = ["SharedValidation", "interleaved"]
@@ -150,6 +151,19 @@ class _SharedScorer(Scorer):
     validation: SharedValidation
     part: _SharedPart
 
+    def __call__(self, points: Sequence[Point], progress: bool = False) -> dict[Point, Score]:
+        """The score of every point; all of them travel at once where the noise scale is not tuned at each."""
+        if self.validation.noise and self._held is None:
+            return super().__call__(points, progress)
+        origin = self._at_this_noise(points)
+        with preserved(self.fitted.model):
+            mine = {
+                origin[point]: None if predictions is None else self._here(predictions, self._held)
+                for point, predictions in self._predictions(list(origin))
+            }
+        everyone = self.validation.ranks.exchange("scores", list(mine.values()))
+        return {point: self._all_of(each, self._held) for point, each in zip(mine, zip(*everyone), strict=True)}
+
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of all processes; predictions of this one are ``None`` where they are not finite."""
         if self.validation.noise and self._held is None:
@@ -159,7 +173,10 @@ class _SharedScorer(Scorer):
     def _score(self, predictions: Predictions | None, noise: float | None = None) -> Score:
         ranks = self.validation.ranks
         mine = None if predictions is None else self._here(predictions, noise)
-        everyone = ranks.exchange("a score", mine)
+        return self._all_of(ranks.exchange("a score", mine), noise)
+
+    def _all_of(self, everyone: Sequence[Any], noise: float | None) -> Score:
+        """The score on all examples from what every process found."""
         if any(each is None for each in everyone):
             return Score(math.inf, None, noise)
         if self.validation._whole:

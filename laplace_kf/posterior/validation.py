@@ -286,13 +286,16 @@ class Scorer:
     def __call__(self, points: Sequence[Point], progress: bool = False) -> dict[Point, Score]:
         """The score of every point; ``MAP`` may be among them."""
         found: dict[Point, Score] = {}
-        # precisions are at the likelihood's own noise scale, where other data counts stand for another scale
-        origin = {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
+        origin = self._at_this_noise(points)
         with preserved(self.fitted.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
             for point, predictions in self._predictions(list(origin)):
                 found[origin[point]] = self.score(predictions, point == MAP)
                 bar.update()
         return found
+
+    def _at_this_noise(self, points: Sequence[Point]) -> dict[Point, Point]:
+        """What stands for every point where precisions are at the likelihood's own noise scale, with the point."""
+        return {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
 
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of predictions of the part, at their best noise scale where that is tuned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import torch
@@ -119,3 +120,215 @@ def steps(rank: int, size: int, make: Any, settings: dict[str, Any], count: int 
 def trained(name: str, settings: dict[str, Any]) -> Any:
     rank, size = dist.get_rank(), dist.get_world_size()
     return steps(rank, size, getattr(lk.optim, name), {**settings, "process_group": group()})
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def state(found: lk.LaplacePosterior) -> Any:
+    return digest(found), found.n_data, [float(p.detach().double().sum()) for p in found.model.parameters()]
+
+
+class Mishap:
+    """Counts what one process does of a fit, every minibatch and every word to the others, until its time has come."""
+
+    def __init__(self, victim: int, at: int, act: Any) -> None:
+        self.left = at if dist.get_rank() == victim else 10**9
+        self.act, self.undo = act, []
+
+    def __enter__(self) -> Mishap:
+        for name in ("all_gather_object", "all_reduce", "broadcast"):
+            real = getattr(dist, name)
+            self.undo.append((name, real))
+            setattr(dist, name, self._counting(real))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, real in self.undo:
+            setattr(dist, name, real)
+
+    def _counting(self, real: Any) -> Any:
+        def call(*arguments: Any, **settings: Any) -> Any:
+            self.event()
+            return real(*arguments, **settings)
+
+        return call
+
+    def event(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.act()
+
+
+def hurt() -> None:
+    raise lk.errors.NonFinite("a number of this process is not finite")
+
+
+def interrupted(victim: int, at: int, act: Any, structure: str = "ekfac") -> Any:
+    """A second fit in which one process meets a mishap: the error, and whether everything is as before."""
+    found = posterior("net", structure=structure).fit(share("net", "sampled"), process_group=group())
+    before = state(found)
+    with Mishap(victim, at, act) as mishap:
+        handle = found.model.register_forward_pre_hook(mishap.event)
+        try:
+            found.fit(share("net", "batches"), process_group=group())
+        except BaseException as error:
+            return type(error).__name__, str(error), state(found) == before
+        finally:
+            handle.remove()
+    return "none", "", state(found) == before
+
+
+def stayed_away(victim: int) -> Any:
+    """One process never comes to the fit."""
+    if dist.get_rank() == victim:
+        return "away", "", True
+    found = posterior("net")
+    try:
+        found.fit(share("net", "sampled"), process_group=group())
+    except lk.errors.LaplaceKFError as error:
+        return type(error).__name__, str(error), found._state is None
+    return "none", "", True
+
+
+def refused(which: str) -> Any:
+    """What a call with a mistake in one process, or in all, raises: type and message."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    try:
+        MISTAKES[which](rank, size)
+    except lk.errors.LaplaceKFError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def _other_structure(rank: int, size: int) -> None:
+    posterior("net", structure="kron" if rank else "diag").fit(share("net", "sampled"), process_group=group())
+
+
+def _other_weights(rank: int, size: int) -> None:
+    found = posterior("net")
+    with torch.no_grad():
+        found.model.last.bias[0] += 1e-12 * rank
+    found.fit(share("net", "sampled"), process_group=group())
+
+
+def _other_buffers(rank: int, size: int) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3)).double()
+    model[1].running_mean += rank
+    lk.LaplacePosterior(model, "categorical").fit(share("net", "sampled"), process_group=group())
+
+
+def _one_sampler(rank: int, size: int) -> None:
+    x, y = data("net")
+    posterior("net").fit(SHARES["sampled"](x, y, 0, size), process_group=group())
+
+
+def _nothing(rank: int, size: int) -> None:
+    posterior("net").fit([], process_group=group())
+
+
+def _ignored(rank: int, size: int) -> None:
+    x, y = data("tokens")
+    posterior("tokens").fit((x[rank::size], torch.full_like(y, -100)[rank::size]), process_group=group())
+
+
+def _dead(rank: int, size: int) -> None:
+    x, y = data("experts")
+    x[:, 0] = x[:, 0].abs()
+    posterior("experts").fit((x[rank::size], y[rank::size]), process_group=group())
+
+
+def _nan_here(rank: int, size: int) -> None:
+    x, y = data("net")
+    if rank == 1:
+        x[-1] = float("nan")
+    posterior("net").fit((x[rank::size], y[rank::size]), process_group=group())
+
+
+def _no_validation(rank: int, size: int) -> None:
+    found = posterior("net").fit(share("net", "sampled"), process_group=group())
+    found.tune([] if rank else data("net", 8), process_group=group())
+
+
+def _by_one_number(rank: int, size: int) -> None:
+    found = posterior("net").fit(share("net", "sampled"), process_group=group())
+    found.tune(share("net", "sampled"), objective="ece", n_data=[10.0], process_group=group())
+
+
+def _hessian_free(rank: int, size: int) -> None:
+    lk.optim.hessian_free(network("net"), "categorical", process_group=group())
+
+
+def _two_passes(rank: int, size: int) -> None:
+    lk.optim.GaussNewton(network("net"), "categorical", "exact", "ekfac", damping="exact", process_group=group())
+
+
+def _wrapped(rank: int, size: int) -> None:
+    model = torch.nn.parallel.DistributedDataParallel(network("net"))
+    lk.optim.kfac(model, "categorical")
+
+
+def _state_between(rank: int, size: int) -> None:
+    optimizer = lk.optim.kfac(network("net"), "categorical", refresh=10, process_group=group())
+    for batch in minibatches(5, rank, size):
+        optimizer.step(*batch)
+    optimizer.state_dict()
+
+
+def _no_minibatch(rank: int, size: int) -> None:
+    optimizer = lk.optim.kfac(network("net"), "categorical", process_group=group())
+    (batch,) = minibatches(1, rank, size)
+    before = [p.detach().clone() for p in optimizer.model.parameters()]
+    try:
+        optimizer.step(*batch) if rank == 0 else optimizer.step()
+    finally:
+        assert all(torch.equal(p, q) for p, q in zip(optimizer.model.parameters(), before, strict=True))
+
+
+MISTAKES = {name[1:]: mistake for name, mistake in list(globals().items()) if name.startswith("_") and name[1:] in (
+    "other_structure", "other_weights", "other_buffers", "one_sampler", "nothing", "ignored", "dead", "nan_here",
+    "no_validation", "by_one_number", "hessian_free", "two_passes", "wrapped", "state_between", "no_minibatch",
+)}  # fmt: skip
+
+
+def wrapped() -> Any:
+    """A model in DistributedDataParallel, with per-process predictions of its own part."""
+    inner = network("net")
+    model = torch.nn.parallel.DistributedDataParallel(inner)
+    found = lk.LaplacePosterior(model, "categorical").fit(share("net", "sampled"), process_group=group())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    probs = found.predict(SHARES["subset"](*data("net"), rank, size)).probs
+    return {"names": list(found.mean), "evidence": float(found.log_evidence()), "probs": probs.tolist()}
+
+
+def same_data_everywhere() -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        posterior("net").fit(data("net"), process_group=group())
+    return [str(each.message) for each in caught]
+
+
+def work_done() -> dict[str, int]:
+    """How many eigenbases of a fit each process makes, and how many words are spoken."""
+    counts = {"eigh": 0, "all_gather_object": 0, "all_reduce": 0, "broadcast": 0}
+
+    def counting(owner: Any, name: str) -> Any:
+        real = getattr(owner, name)
+
+        def call(*arguments: Any, **settings: Any) -> Any:
+            counts[name] += 1
+            return real(*arguments, **settings)
+
+        setattr(owner, name, call)
+        return owner, name, real
+
+    places = [(torch.linalg, "eigh"), *((dist, name) for name in list(counts)[1:])]
+    undo = [counting(*place) for place in places]
+    try:
+        found = posterior("net").fit(share("net", "sampled"), process_group=group())
+        found.log_evidence()
+    finally:
+        for owner, name, real in undo:
+            setattr(owner, name, real)
+    return counts
