@@ -358,7 +358,7 @@ def collect(
     with preserved(model):
         tracer = Tracer(model, forward, parameters, unused=unused, shared=ranks is not None)
         following: Structure | None = structure
-        stage = first = 0
+        stage, first = 0, 0.0
         while following is not None:
             accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype, ranks=ranks)
             accumulator.numbers = shard.numbers if estimator.draws else None

@@ -46,7 +46,8 @@ class Shard:
         self.data, self.sampler = given, None
         self.base: int | None = None  # length of the data set that numbers are an index of
         self.shared_index = False  # whether other processes have the same data set
-        self._offset, self._latest = 0, None
+        self._offset = 0
+        self._latest: list[Any] | None = None
         self._position = 0
         loader = given if _plain(given) else None
         if loader is None:
@@ -168,8 +169,8 @@ def _repeated(sampler: DistributedSampler[Any]) -> frozenset[Any]:
         return frozenset()
     if type(sampler).__iter__ is not DistributedSampler.__iter__:
         raise IncompatiblePair(
-            f"{type(sampler).__name__} makes {sampler.total_size} places of {length} examples, by a rule of its own, so "
-            "that some count twice and it is not known which; use torch.utils.data.DistributedSampler(dataset), "
+            f"{type(sampler).__name__} makes {sampler.total_size} places of {length} examples, by a rule of its own, "
+            "so that some count twice and it is not known which; use torch.utils.data.DistributedSampler(dataset), "
             "drop_last=True, or shares of your own: Subset(dataset, range(rank, len(dataset), world_size))"
         )
     own = list(sampler)
@@ -181,8 +182,8 @@ def _refuse_padding(loader: DataLoader[Any]) -> None:
     if type(shard).__name__ == "BatchSamplerShard" and getattr(shard, "even_batches", False):
         raise IncompatiblePair(
             "the loader's BatchSamplerShard repeats examples to make shares even (even_batches=True), so that they "
-            "would count twice: Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)), or a loader "
-            "with torch.utils.data.DistributedSampler(dataset)"
+            "would count twice: Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=False)), or "
+            "a loader with torch.utils.data.DistributedSampler(dataset)"
         )
 
 

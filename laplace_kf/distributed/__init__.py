@@ -7,4 +7,16 @@ from laplace_kf.distributed.ranks import Ranks
 from laplace_kf.distributed.shared_work import decomposed, done, refined
 from laplace_kf.distributed.sums import Seen, added_up, merged
 
-__all__ = ["First", "Ranks", "Seen", "added_up", "assigned", "decomposed", "done", "merged", "refined", "require_one_job", "require_one_network"]
+__all__ = [
+    "First",
+    "Ranks",
+    "Seen",
+    "added_up",
+    "assigned",
+    "decomposed",
+    "done",
+    "merged",
+    "refined",
+    "require_one_job",
+    "require_one_network",
+]

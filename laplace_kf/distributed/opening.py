@@ -43,7 +43,10 @@ def require_one_network(ranks: Ranks, model: nn.Module) -> None:
         IncompatiblePair: naming the first that differs, with the lines that make them equal.
         DistributedFailure: if another process failed.
     """
-    kinds = {"parameter": dict(model.named_parameters()), "buffer": dict(model.named_buffers())}
+    kinds: dict[str, dict[str, Tensor]] = {
+        "parameter": dict(model.named_parameters()),
+        "buffer": dict(model.named_buffers()),
+    }
     own = {(kind, name): _sum(tensor) for kind, named in kinds.items() for name, tensor in named.items()}
     everyone = ranks.exchange("the comparison of the networks", own)
     for rank, theirs in enumerate(everyone):

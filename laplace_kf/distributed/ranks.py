@@ -119,10 +119,11 @@ class Ranks:
         try:
             yield
         except (RuntimeError, OSError, EOFError) as error:  # torch's own are RuntimeErrors
+            said = str(error).strip().partition("\n")[0] or repr(error)
             self._broken = (
-                f"process {self.rank} of {self.size} lost the others during {where}: one of them died, left, or did not "
-                "come within the group's timeout (init_process_group(timeout=...)). Nothing was changed here; the group "
-                f"cannot be used again. torch said: {str(error).strip().splitlines()[0] if str(error).strip() else error!r}"
+                f"process {self.rank} of {self.size} lost the others during {where}: one of them died, left, or did "
+                "not come within the group's timeout (init_process_group(timeout=...)). Nothing was changed here; the "
+                f"group cannot be used again. torch said: {said}"
             )
             raise DistributedFailure(self._broken) from error
 

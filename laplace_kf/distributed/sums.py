@@ -114,4 +114,3 @@ def added_up(ranks: Ranks, structure: Structure, sums: Sums, order: Sequence[str
         known = sums[name][: structure.known(name)]
         out[name] = (*known, *(next(total) for _ in sums[name][len(known) :]))
     return out
-

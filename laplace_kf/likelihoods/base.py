@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import abc
 import copy
-from functools import partial
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch

@@ -146,7 +146,7 @@ class Gaussian(ElementwiseLikelihood):
     def _diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
         return self._sigma(z, y).reciprocal().expand_as(z)
 
-    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Source) -> Tensor:
+    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Any) -> Tensor:
         drawn = (super()._drawn().sample(z, generator) - z) / self._sigma(z)  # standard normal
         return drawn / self._sigma(z, y)
 

@@ -38,6 +38,7 @@ from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.peers import peers_of
 from laplace_kf.optim.pending_step import PendingStep, Proposal
+from laplace_kf.optim.running_statistics import shapes_in
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
 from laplace_kf.reading import reading
@@ -466,7 +467,7 @@ class SecondOrder(torch.optim.Optimizer):
         return out
 
     def _require_state(self, state: Mapping[str, Any]) -> None:
-        for name, shape in _shapes_in(state).items():
+        for name, shape in shapes_in(state).items():
             found = tuple(self.named[name].shape) if name in self.names else "no such parameter"
             if found != shape:
                 raise ShapeMismatch(
@@ -492,16 +493,6 @@ class SecondOrder(torch.optim.Optimizer):
         self.generator = self.peers.own(self.generator)
         self._clear()
         self._import(state)
-
-
-def _shapes_in(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that a state speaks of, by name."""
-    found = {name: tuple(value.shape) for name, value in state["average"].items()}
-    for key in ("factors", "inverted"):
-        if state.get(key) is not None:
-            described = state[key]["described"]
-            found.update(zip(described["names"], map(tuple, described["shapes"]), strict=True))
-    return found
 
 
 def _gradient(parameter: Tensor) -> Tensor:

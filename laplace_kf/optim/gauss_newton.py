@@ -26,7 +26,7 @@ from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSear
 from laplace_kf.optim.inverse import INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.objective import Batch
-from laplace_kf.optim.peers import agreed
+from laplace_kf.optim.pending_step import agreed
 from laplace_kf.optim.running import Running
 from laplace_kf.optim.settings import (
     Factors,
@@ -124,7 +124,9 @@ class GaussNewton(SecondOrder):
         """Refuses what is not a sum over the minibatches of several processes."""
         wrong = None
         if self.structure.several_passes or factors.inverse != "block_diagonal":
-            wrong = f'structure={self.inner.name!r} with inverse={factors.inverse!r}: use structure="kron" or "diag" and '
+            wrong = (
+                f'structure={self.inner.name!r} with inverse={factors.inverse!r}: use structure="kron" or "diag" and '
+            )
             wrong += 'inverse="block_diagonal"'
         if factors.low_rank:
             wrong = "low_rank=True: leave it out"
@@ -143,12 +145,13 @@ class GaussNewton(SecondOrder):
             self.running.fold()
 
     def _agreed(self, proposal: Proposal) -> Proposal:
-        found, (self.tau, self.zeta) = agreed(self.peers, proposal, (self.tau, self.zeta))
+        zeta: float | None = self.zeta
+        found, (self.tau, self.zeta) = agreed(self.peers, proposal, self.tau, zeta)
         return found
 
     def _set_damping(self, damping: GaussNewtonDamping) -> None:
         """Start values of τ and ζ, and how they move."""
-        self.zeta = damping.zeta
+        self.zeta: float | None = damping.zeta
         self.start = StartSearch() if damping.search_start else None
         self._free = (damping.tau is None, damping.zeta is None)
         self.adapt_tau, self.adapt_zeta = damping.adapt_tau, damping.adapt_zeta

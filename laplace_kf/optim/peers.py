@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from laplace_kf.distributed import Ranks, require_one_network
 from laplace_kf.draws import mixed
 from laplace_kf.errors import IncompatiblePair
 
-__all__ = ["Alone", "Peers", "agreed", "peers_of"]
+__all__ = ["Alone", "Peers", "peers_of"]
 
 T = TypeVar("T")
 
@@ -142,13 +141,3 @@ def peers_of(group: Any, given: nn.Module, model: nn.Module) -> Alone:
     with peers.doing("the making of the optimiser"):
         require_one_network(ranks, model)
     return peers
-
-
-def agreed(peers: Alone, proposal: Any, numbers: tuple[float | None, ...]) -> tuple[Any, tuple[float | None, ...]]:
-    """The first process's proposal of an update ``(P,)`` and its dampings, so that rounding cannot part them."""
-    if peers.ranks is None:
-        return proposal, numbers
-    delta = peers.handed({"delta": proposal.delta})["delta"]
-    known = (proposal.change, proposal.alpha, proposal.mu, numbers)
-    change, alpha, mu, numbers = peers.first(known)
-    return replace(proposal, delta=delta, change=change, alpha=alpha, mu=mu), numbers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from laplace_kf.lookups import padding_rows
 from laplace_kf.models import preserved
 from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.peers import Alone
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["PendingStep", "Proposal"]
+__all__ = ["PendingStep", "Proposal", "agreed"]
 
 
 @dataclass(frozen=True)
@@ -137,3 +138,14 @@ class PendingStep:
         for name in self.names if self.l2 else ():
             loss = loss + self.l2 / 2 * torch.linalg.vector_norm(self.named[name]).to(loss).square()
         return loss
+
+
+def agreed(
+    peers: Alone, proposal: Proposal, tau: float | None, zeta: float | None
+) -> tuple[Proposal, tuple[float | None, float | None]]:
+    """The first process's proposal of an update ``(P,)`` and its dampings, so that rounding cannot part them."""
+    if peers.ranks is None:
+        return proposal, (tau, zeta)
+    delta = peers.handed({"delta": proposal.delta})["delta"]
+    change, alpha, mu, tau, zeta = peers.first((proposal.change, proposal.alpha, proposal.mu, tau, zeta))
+    return replace(proposal, delta=delta, change=change, alpha=alpha, mu=mu), (tau, zeta)

@@ -195,8 +195,8 @@ class LaplacePosterior(Answers):
             progress: show a bar.
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
-            generator: random numbers of the estimator; a fresh private one by default. One number is taken from it; what
-                is drawn for an example hangs on that and on its index in the loader's data set (else on its place).
+            generator: random numbers of the estimator; a fresh private one by default. One number is taken from it;
+                what is drawn for an example hangs on that and on its index in the loader's data set, else its place.
             process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the
                 data; all then have the same posterior, of all shares together (:mod:`laplace_kf.distributed`).
 

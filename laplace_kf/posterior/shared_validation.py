@@ -21,13 +21,14 @@ from laplace_kf.posterior.examples import Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import TUNING_METHODS, Point, Predictions
-from laplace_kf.posterior.validation import EPOCH, Score, Scorer, Validation, scores_of
+from laplace_kf.posterior.validation import Score, Scorer, Validation, scores_of
+from laplace_kf.posterior.work import EPOCH
 
 __all__ = ["SharedValidation", "interleaved"]
 
 
 def interleaved(counts: Sequence[int]) -> list[tuple[int, int]]:
-    """The places ``(rank, index)`` of all examples of shares of so many, mixed in proportion; a function of them alone."""
+    """The places ``(rank, index)`` of all examples of shares of so many, mixed in proportion."""
     keys = [((2 * index + 1) / count, rank, index) for rank, count in enumerate(counts) for index in range(count)]
     return [(rank, index) for _, rank, index in sorted(keys)]
 
@@ -162,7 +163,8 @@ class _SharedScorer(Scorer):
                 for point, predictions in self._predictions(list(origin))
             }
         everyone = self.validation.ranks.exchange("scores", list(mine.values()))
-        return {point: self._all_of(each, self._held) for point, each in zip(mine, zip(*everyone), strict=True)}
+        together = zip(*everyone, strict=True)
+        return {point: self._all_of(each, self._held) for point, each in zip(mine, together, strict=True)}
 
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of all processes; predictions of this one are ``None`` where they are not finite."""
@@ -201,8 +203,8 @@ class _SharedScorer(Scorer):
         if any(part.dim() != 1 for part in parts):
             raise IncompatiblePair(
                 "the objective is one number for all examples, which cannot be put together from those of several "
-                'processes; use "nll" or "brier", a function (prediction, targets) -> (N,), or tune in every process on '
-                "the same data"
+                'processes; use "nll" or "brier", a function (prediction, targets) -> (N,), or tune in every process '
+                "on the same data"
             )
         weights = torch.cat(given).double() if given else torch.zeros(0)
         return torch.cat(parts).double().cpu(), float(weights.sum()), len(weights)

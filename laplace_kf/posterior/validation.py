@@ -334,7 +334,7 @@ class Scorer:
             value = float(scores.mean())
         return Score(value if math.isfinite(value) else math.inf, scores, noise)
 
-    def _tuned(self, predictions: Predictions, at_map: bool) -> Score:
+    def _tuned(self, predictions: Any, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
 
         Not below half of what MAP needs, where that is known: a spread of weights that stands for all the noise fits
@@ -363,9 +363,7 @@ class Scorer:
         return known[centre]
 
 
-def scores_of(
-    objective: Objective, found: Sequence[Prediction], part: Part
-) -> tuple[list[Tensor], list[Tensor]]:
+def scores_of(objective: Objective, found: Sequence[Prediction], part: Part) -> tuple[list[Tensor], list[Tensor]]:
     """Scores of every pool of a part, by example ``(n,)`` or one number, and the weights ``(n,)`` of its examples."""
     scores = [
         weighted(_as_scores(objective(p, y)), w, p, y)

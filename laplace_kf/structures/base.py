@@ -21,7 +21,18 @@ from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
 
-__all__ = ["STRUCTURES", "Results", "Statistics", "Structure", "Sums", "Work", "added", "memory_limit", "pairs", "zeros"]
+__all__ = [
+    "STRUCTURES",
+    "Results",
+    "Statistics",
+    "Structure",
+    "Sums",
+    "Work",
+    "added",
+    "memory_limit",
+    "pairs",
+    "zeros",
+]
 
 Sums = dict[str, tuple[Tensor, ...]]
 

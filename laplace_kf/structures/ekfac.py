@@ -86,8 +86,9 @@ class EigenvalueCorrected(Structure):
 
     def refined(self, statistics: Statistics, results: Results | None = None) -> Structure:
         factors = _factors(statistics)
-        bases = {n: _bases(n, parts) for n, parts in factors.items()} if results is None else dict(results)
-        return InBases(self, bases, factors)
+        if results is not None:
+            return InBases(self, dict(results), factors)
+        return InBases(self, {n: _bases(n, parts) for n, parts in factors.items()}, factors)
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
         return self.kron.matrix(means, blocks, layout)

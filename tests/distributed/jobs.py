@@ -45,7 +45,14 @@ def estimated(kind: str, share: str, structure: str, estimator: str, options: di
     rank, size = dist.get_rank(), dist.get_world_size()
     given = SHARES[share](*data(kind), rank, size)
     found = lk.curvature.estimate(
-        network(kind), "categorical", given, structure, estimator, generator=generator(), process_group=group(), **options
+        network(kind),
+        "categorical",
+        given,
+        structure,
+        estimator,
+        generator=generator(),
+        process_group=group(),
+        **options,
     )
     return numbers(found)
 

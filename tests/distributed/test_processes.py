@@ -15,7 +15,7 @@ import laplace_kf as lk
 from laplace_kf.estimators import ESTIMATORS
 from laplace_kf.structures import STRUCTURES
 from tests.distributed import jobs
-from tests.distributed.problems import N, SHARES, data
+from tests.distributed.problems import SHARES, N, data
 from tests.distributed.world import World, die
 
 STRUCTURE_NAMES, ESTIMATOR_NAMES = sorted(STRUCTURES), sorted(ESTIMATORS)
@@ -146,7 +146,10 @@ def test_work_is_dealt_out_and_words_are_few(two: World) -> None:
 def test_tuning_makes_one_choice(two: World) -> None:
     for share, options in (
         ("sampled", {"n_data": [3.0, 30.0, 300.0], "prior_precision": [0.1, 1.0, 10.0], "method": "linearized"}),
-        ("batches", {"objective": "brier", "n_data": [30.0], "prior_precision": [1.0, 9.0], "method": "mc", "samples": 4}),
+        (
+            "batches",
+            {"objective": "brier", "n_data": [30.0], "prior_precision": [1.0, 9.0], "method": "mc", "samples": 4},
+        ),
         ("sampled", {"objective": "evidence"}),
     ):
         found = two.run(jobs.tuned, share, options)
@@ -185,7 +188,9 @@ def test_training_takes_the_steps_of_one_process(two: World, name: str, settings
     assert found[0] == found[1]
     one = jobs.steps(0, 1, getattr(lk.optim, name), settings)
     for key in one:
-        torch.testing.assert_close(*(torch.tensor(each[key]).double() for each in (found[0], one)), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            *(torch.tensor(each[key]).double() for each in (found[0], one)), rtol=1e-9, atol=1e-12
+        )
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -266,4 +271,3 @@ def test_a_process_that_does_not_come_is_not_waited_for_longer_than_the_timeout(
         assert "timeout" in found[0][1]
     finally:
         world.close()
-

@@ -21,7 +21,7 @@ from laplace_kf.shards import Shard
 from tests.distributed import jobs
 from tests.distributed.problems import data
 
-# -- work ----------------------------------------------------------------------------------------------------------------
+# -- work --------------------------------------------------------------------------------------------------------------
 
 
 def test_work_goes_to_whoever_has_least() -> None:
@@ -52,12 +52,17 @@ def test_work_of_no_size_is_refused() -> None:
 
 def test_tensors_travel_in_buckets_of_one_type_and_size() -> None:
     large = torch.zeros(2**27, device="meta")
-    assert _buckets([torch.zeros(10), torch.zeros(5, dtype=torch.float64), large, torch.zeros(3)]) == [[0], [1], [2], [3]]
+    assert _buckets([torch.zeros(10), torch.zeros(5, dtype=torch.float64), large, torch.zeros(3)]) == [
+        [0],
+        [1],
+        [2],
+        [3],
+    ]
     assert _buckets([torch.zeros(4), torch.zeros(2, dtype=torch.float64), torch.zeros(3)]) == [[0, 2], [1]]
     assert _buckets([]) == []
 
 
-# -- shares --------------------------------------------------------------------------------------------------------------
+# -- shares ------------------------------------------------------------------------------------------------------------
 
 
 def read(shard: Shard) -> list[int]:
@@ -87,9 +92,7 @@ def test_every_example_counts_once_whatever_a_sampler_repeats(shuffle: bool) -> 
 
 def test_a_sampler_that_drops_is_left_alone() -> None:
     dataset = TensorDataset(torch.arange(9))
-    loaders = [
-        DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, rank, drop_last=True)) for rank in (0, 1)
-    ]
+    loaders = [DataLoader(dataset, 2, sampler=DistributedSampler(dataset, 2, rank, drop_last=True)) for rank in (0, 1)]
     assert all(Shard(loader).data is loader for loader in loaders)
 
 
@@ -134,7 +137,7 @@ def test_numbers_of_examples_are_their_index_or_their_place() -> None:
     listed = [Shard([(torch.zeros(size), torch.zeros(size))] * 2, True) for size in (3, 1)]
     assert numbers(listed) == [[[0, 1, 2], [3, 4, 5]], [[6], [7]]]
     (shuffled,) = numbers([Shard(DataLoader(dataset, 4, shuffle=True), True)])
-    assert sorted(sum(shuffled, [])) == list(range(10))
+    assert sorted(index for batch in shuffled for index in batch) == list(range(10))
     workers = Shard(DataLoader(dataset, 4, num_workers=1), True)
     assert numbers([workers]) == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]
 
@@ -174,7 +177,7 @@ def test_blocks_of_different_forms_are_refused() -> None:
     assert merged([one, one]).count == 2 * one.count
 
 
-# -- scores --------------------------------------------------------------------------------------------------------------
+# -- scores ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_first_examples_are_the_first_of_every_share() -> None:
@@ -188,7 +191,7 @@ def test_the_first_examples_are_the_first_of_every_share() -> None:
                 assert abs(taken[rank] - size * count / len(order)) <= 1.0
 
 
-# -- draws ---------------------------------------------------------------------------------------------------------------
+# -- draws -------------------------------------------------------------------------------------------------------------
 
 
 def test_draws_are_spread_as_they_should_be() -> None:

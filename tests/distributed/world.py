@@ -18,7 +18,9 @@ import torch.multiprocessing as mp
 
 # The server imports torch and the package once; every process is a fork of it.
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sympy", "torch._dynamo", "tests.distributed.jobs"])  # the first two come late otherwise
+CONTEXT.set_forkserver_preload(
+    ["sympy", "torch._dynamo", "tests.distributed.jobs"]
+)  # the first two come late otherwise
 
 
 @dataclass(frozen=True)
