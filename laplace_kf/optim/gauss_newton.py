@@ -65,6 +65,8 @@ class GaussNewton(SecondOrder):
             (:class:`laplace_kf.optim.base.SecondOrder`).
     """
 
+    zeta: float | None
+
     @shows(*CONCERNS, options='of structure and estimator, such as ``samples=`` of ``estimator="sampled"``.')
     def __init__(
         self,
@@ -145,13 +147,12 @@ class GaussNewton(SecondOrder):
             self.running.fold()
 
     def _agreed(self, proposal: Proposal) -> Proposal:
-        zeta: float | None = self.zeta
-        found, (self.tau, self.zeta) = agreed(self.peers, proposal, self.tau, zeta)
+        found, (self.tau, self.zeta) = agreed(self.peers, proposal, self.tau, self.zeta)
         return found
 
     def _set_damping(self, damping: GaussNewtonDamping) -> None:
         """Start values of τ and ζ, and how they move."""
-        self.zeta: float | None = damping.zeta
+        self.zeta = damping.zeta
         self.start = StartSearch() if damping.search_start else None
         self._free = (damping.tau is None, damping.zeta is None)
         self.adapt_tau, self.adapt_zeta = damping.adapt_tau, damping.adapt_zeta
