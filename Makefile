@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints
 CODE := setup.cfg pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench models bridges clean distclean
+.PHONY: help demo test lint format pytest bench models bridges site clean distclean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -54,6 +54,10 @@ models: $(VENV)/.installed-models ## docs/models.md: third-party models, fitted 
 
 bridges: $(VENV)/.installed-bridges ## Tests of the bridges against the newest releases of the other libraries
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bridges tests/continual/test_lightning.py $(ARGS)
+
+site: $(VENV)/.installed-docs ## The documentation as build/site/index.html; warnings are errors
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html --doctree-dir build/doctrees docs build/site
+	@echo "build/site/index.html"
 
 clean: ## Remove caches and build products, keep .venv and results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -94,4 +98,8 @@ $(VENV)/.installed-models: $(VENV)/constraints.txt $(CODE) Makefile
 
 $(VENV)/.installed-bridges: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --upgrade --editable '.[experiments,test,bridges]'
+	@touch $@ $(VENV)/.installed-experiments
+
+$(VENV)/.installed-docs: $(VENV)/constraints.txt $(CODE) Makefile
+	$(INSTALL) --editable '.[experiments,docs]'
 	@touch $@ $(VENV)/.installed-experiments

@@ -17,6 +17,7 @@ NAMES = (
     "montecarlo",
     "many_outputs",
     "many_predictions",
+    "migrating",
     "optimizers",
     "penalty",
     "per_example",

@@ -7,6 +7,7 @@ averaged over the data.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
-from laplace_kf.distributed import Ranks, require_one_job, require_one_network
+from laplace_kf.distributed import Ranks, refuse_checkpoint, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
@@ -26,6 +27,7 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
+from laplace_kf.resuming import journal
 from laplace_kf.shards import Shard
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.structures.base import Statistics
@@ -51,6 +53,8 @@ def estimate(
     weights: weighting.Weights = False,
     layout: str | None = None,
     unused: str = "error",
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 100,
     process_group: Any = None,
     **options: Any,
 ) -> Statistics:
@@ -75,6 +79,7 @@ def estimate(
             ``"channels_last"``; default: as the targets show.
         unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
             their curvature is 0.
+        checkpoint, every: a file to go on with after an interruption, as in :meth:`laplace_kf.LaplacePosterior.fit`.
         process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the data;
             the statistics are of all shares together, in all of them.
         **options: options of the estimator or the structure.
@@ -87,7 +92,7 @@ def estimate(
     """
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
-    generator = generator if generator is not None else fresh_generator()
+    seeded, generator = generator is not None, generator if generator is not None else fresh_generator()
     _ = UNUSED[unused]
     read = weighting.reader(reading(forward, inputs, targets), weights)
     settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
@@ -101,14 +106,20 @@ def estimate(
         if ranks is None:
             shard.warn_alone()
         else:
+            refuse_checkpoint(checkpoint)
             kinds = [(each.name, each.options()) for each in (structure, estimator)]
             asked = {"likelihood": rule, "structure": kinds[0], "estimator": kinds[1], "parameters": parameters}
             require_one_job(ranks, "estimate", {**asked, "dtype": dtype, "unused": unused})
             require_one_network(ranks, model)
             shard.settle(ranks.exchange("the shares", shard.description(batches)), ranks.rank)
         job = (model, batches, rule, estimator)
-        names, structure = covered(parameters, structure, *job, **settings)
-        return collect(*job, structure, parameters=names, **settings)
+        kept = journal(
+            checkpoint, every, model, batches, generator, seeded, (rule, estimator, structure), parameters=parameters,
+            dtype=dtype, unused=unused, weights=weights, forward=read,
+        )  # fmt: skip
+        with kept.running():
+            names, structure = covered(parameters, structure, *job, **settings)
+            return collect(*job, structure, parameters=names, journal=kept, **settings)
 
 
 def make_structure(structure: str | Structure, **options: Any) -> Structure:
@@ -154,10 +165,10 @@ def make_pair(
     ]
     if stray:
         taken = (
-            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
-            f"(options: {sorted(theirs) or 'none'})"
+            f"is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator "
+            f"{estimator!r} (options: {sorted(theirs) or 'none'})"
         )
-        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS], options[stray[0]])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,8 +21,9 @@ from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, require_memory, usable
+from laplace_kf.resuming import Journal, length
 from laplace_kf.shards import Shard
-from laplace_kf.structures.base import Statistics, Structure, Sums
+from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums
 from laplace_kf.tape import Block, FlatLayout, Observation, Patterns, Signals, Tracer
 from laplace_kf.tape.blocks import unused_blocks
 
@@ -47,8 +48,7 @@ class Accumulator:
         structure: which sums.
         generator: random numbers of the estimator.
         dtype: type of the sums; default: the model's, float32 at least.
-        numbers: of the examples of the minibatch at hand, given how many there are: estimators then draw by example.
-        seed: of these draws, and which pass over the data it is.
+        shard: knows the numbers of the examples of the minibatch at hand: estimators then draw by example.
         ranks: processes that each take in a share of the data; :meth:`freeze` is then of all shares together.
     """
 
@@ -60,8 +60,7 @@ class Accumulator:
         structure: Structure,
         generator: torch.Generator,
         dtype: torch.dtype | None = None,
-        numbers: Callable[[int], Tensor] | None = None,
-        seed: tuple[int, int] = (0, 0),
+        shard: Shard | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.tracer, self.likelihood, self.estimator, self.structure = tracer, likelihood, estimator, structure
@@ -72,7 +71,9 @@ class Accumulator:
         self.terms = 0.0
         self.moments = no_moments()
         self.log_likelihood = torch.zeros((), dtype=torch.float64)
-        self.numbers, self.seed, self.ranks = numbers, seed, ranks
+        self.shard, self.ranks = (shard if estimator.draws else None), ranks
+        self.seed = 0, 0  # of the draws, and which pass over the data it is
+        self.place = 0  # of the next example in the data, where it was restored
         self._announced = False
         self._met = False  # whether a minibatch came
         self._agreed = ranks is None  # whether the processes spoke about the first one
@@ -96,7 +97,7 @@ class Accumulator:
         seen = (observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
-        numbers = None if self.numbers is None else self.numbers(observation.count)
+        numbers = None if self.shard is None else self.shard.numbers(observation.count)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
         examples = None if counted is None else counted.flatten(1).any(1)
         if examples is not None and observation.chain is not None and not bool(examples.all()):
@@ -261,6 +262,47 @@ class Accumulator:
                 "wider factors, parameters=[patterns] leaves parameters out."
             )
 
+    def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What was taken in so far, and what was learnt on the way: tensors (any shapes) by name, JSON-able values."""
+        tensors = {f"of {name}/{k}": part for name, parts in self.sums.items() for k, part in enumerate(parts)}
+        values = {
+            "tracer": self.tracer.learnt(),
+            "parts": {name: len(parts) for name, parts in self.sums.items()},
+            "structure": [self.structure.name, self.structure.options(), self.structure.reason],
+            "layout": getattr(self.likelihood, "layout", None),
+            "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            "place": 0 if self.shard is None else self.shard.place,
+            "count": self.count, "terms": float(self.terms), "announced": self._announced, "met": self._met,
+        }  # fmt: skip
+        return {"sum": self.log_likelihood, "moments": self.moments, **tensors}, values
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`packed` gave (tensors of any shapes, by name), in an accumulator made in the same way."""
+        self.tracer.learn(values["tracer"])
+        self.count, self.terms, self.place = values["count"], values["terms"], values["place"]
+        self._announced, self._met = values["announced"], values["met"]
+        self.log_likelihood, self.moments = tensors["sum"].clone(), tensors["moments"].clone()
+        if values["layout"] is not None:
+            self.likelihood = self.likelihood.with_layout(values["layout"])
+        if values["dtype"] is not None:
+            self.dtype = getattr(torch, values["dtype"])
+        if not self._met:
+            return
+        name, options, reason = values["structure"]
+        if name != self.structure.name:  # it was chosen at the first minibatch
+            self.structure = STRUCTURES[name](**options)
+            self.structure.reason = reason
+        like = torch.zeros((), dtype=self.dtype, device=self.tracer.device)
+        nothing = torch.empty(0, device="meta")
+        self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, nothing, like)
+        self._prepare(self.tracer.blocks)
+        for name, number in values["parts"].items():
+            for k, part in zip(range(number), self.sums[name], strict=True):
+                if part.shape != tensors[f"of {name}/{k}"].shape:
+                    raise ValueError(f"a sum of block {name!r} has another shape")
+                part.copy_(tensors[f"of {name}/{k}"])
+        self.sums = {name: self.sums[name] for name in values["parts"]}
+
     def freeze(self) -> Statistics:
         """The statistics of everything taken in.
 
@@ -330,6 +372,7 @@ def collect(
     passes: int = 1,
     progress: bool = False,
     unused: str = "error",
+    journal: Journal | None = None,
     shard: Shard | None = None,
     ranks: Ranks | None = None,
 ) -> Statistics:
@@ -342,6 +385,7 @@ def collect(
         passes: how often to go through the data for one sum (random augmentation).
         progress: show a bar.
         unused: ``"error"`` or ``"prior"``, see :class:`laplace_kf.tape.Tracer`.
+        journal: keeps what was gathered, and knows where to go on.
         shard: knows the numbers of the examples; without it they are their places in the data.
         ranks: processes whose shares of the data are taken together; all of them call this.
 
@@ -352,33 +396,35 @@ def collect(
     """
     if (structure.several_passes or passes > 1) and isinstance(batches, Iterator):
         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
-    model = usable(model)
+    model, kept = usable(model), journal if journal is not None else Journal()
     seed = _seed(estimator, generator, ranks)
     shard = Shard(None) if shard is None else shard
     with preserved(model):
         tracer = Tracer(model, forward, parameters, unused=unused, shared=ranks is not None)
         following: Structure | None = structure
-        stage, first = 0, 0.0
+        stage, came = 0, ranks is None
         while following is not None:
-            accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype, ranks=ranks)
-            accumulator.numbers = shard.numbers if estimator.draws else None
-            index, stage = 0, stage + 1
+            accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype, shard, ranks)
+            stage += 1
+            first, index = kept.begin(accumulator)
             with nullcontext() if ranks is None else ranks.together("the pass over its data"):
-                for number in range(passes):
-                    seen = accumulator.count
+                for number in range(first, passes):
                     accumulator.seed = seed, (stage - 1) * passes + number
-                    shard.start()
+                    shard.start(accumulator.place if number == first else 0)
                     label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                     shown = progress and (ranks is None or ranks.rank == 0)
-                    for batch in tqdm(batches, desc=label, disable=not shown):
+                    for batch in tqdm(kept.batches(batches), label, length(batches), disable=not shown):
                         accumulator.add(batch, index)
                         if index == 0 and stage == 1:
                             require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)
                         index += 1
-                    first = accumulator.count if (number, stage) == (0, 1) else first
-                    if (number or stage > 1) and accumulator.count == seen and (first or ranks is None):
+                        kept.taken(accumulator, number, index)
+                    if (number or stage > 1) and came and kept.position == 0:
                         raise ShapeMismatch(_ONCE.format(reason=_reason(structure, passes)))
+                    came = came or kept.position > 0
                 accumulator.agree_on_nothing()
+            if structure.several_passes and first < passes:
+                kept.finished(accumulator, passes, index)
             statistics, likelihood = accumulator.freeze(), accumulator.likelihood
             kind = statistics.structure
             following = kind.refined(statistics) if ranks is None else refined(ranks, kind, statistics)

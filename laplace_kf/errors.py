@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from laplace_kf.neighbours import ELSEWHERE, NAMES, instead, number_instead
+
 __all__ = [
     "CorruptFile",
     "DistributedFailure",
@@ -23,88 +25,6 @@ __all__ = [
     "UnknownOption",
     "UnsupportedLayer",
 ]
-
-
-# What neighbours and torch call the same things.
-NAMES = {
-    "classification": "categorical",
-    "multiclass": "categorical",
-    "softmax": "categorical",
-    "cross_entropy": "categorical",
-    "crossentropy": "categorical",
-    "ce": "categorical",
-    "categorical_crossentropy": "categorical",
-    "crossentropyloss": "categorical",
-    "nllloss": "categorical",
-    "binary": "bernoulli",
-    "binary_classification": "bernoulli",
-    "multilabel": "bernoulli",
-    "bce": "bernoulli",
-    "bceloss": "bernoulli",
-    "bcewithlogitsloss": "bernoulli",
-    "regression": "gaussian",
-    "mse": "gaussian",
-    "mseloss": "gaussian",
-    "normal": "gaussian",
-    "squared_error": "gaussian",
-    "count": "poisson",
-    "counts": "poisson",
-    "heteroscedastic_regression": "heteroscedastic_gaussian",
-    "gaussiannllloss": "heteroscedastic_gaussian",
-    "poissonnllloss": "poisson",
-    "kfac": "kron",
-    "kronecker": "kron",
-    "diagonal": "diag",
-    "dense": "full",
-    "gp": "full",
-    "block": "layer",
-    "blockdiag": "layer",
-    "block_diag": "layer",
-    "block_diagonal": "layer",
-    "low_rank": "lowrank",
-    "scalar": "isotropic",
-    "ggn": "exact",
-    "fisher": "sampled",
-    "mc": "sampled",
-    "ef": "empirical",
-    "empirical_fisher": "empirical",
-    "emp_fisher": "empirical",
-    "glm": "linearized",
-    "nn": "mc",
-    "sampling": "mc",
-    "sample": "mc",
-    "samples": "mc",
-    "mean": "map",
-    "monte_carlo": "mc",
-    "marglik": "evidence",
-    "gridsearch": "nll",
-    "last": "last_layer",
-}
-# Names of what is chosen by another argument, or is a function of its own.
-ELSEWHERE = {
-    "last_layer": 'parameters="last_layer"',
-    "subnetwork": "parameters=lk.Subnetwork(size)",
-    "bridge": 'method="linearized", link="bridge"',
-    "dropout": "lk.predictive.mc_dropout(model, likelihood)",
-    "mc_dropout": "lk.predictive.mc_dropout(model, likelihood)",
-    "ensemble": "lk.Mixture([posterior, ...])",
-}
-ARGUMENTS = {
-    "hessian_structure": "structure",
-    "subset_of_weights": "parameters",
-    "prior_prec": "prior_precision",
-    "prior_precision_diag": "prior_precision",
-    "sigma_noise": "likelihood=lk.likelihoods.Gaussian(scale=...)",
-    "n_samples": "samples",
-    "num_data": "posterior.n_data = ...",
-    "weight_decay": "prior_precision",
-    "pred_type": "predict(method=...)",
-    "link_approx": "predict(method=...)",
-    "backend": "estimator",
-    "last_layer_name": "parameters=[patterns]",
-    "subnetwork_indices": "parameters=lk.Subnetwork(size)",
-    "temperature": "posterior.n_data = ...",
-}
 
 
 def nearest(name: object, allowed: Iterable[str]) -> str | None:
@@ -131,20 +51,31 @@ class UnknownName(LaplaceKFError, ValueError):
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str]) -> None:
         self.kind, self.name, self.allowed = kind, name, tuple(sorted(allowed))
-        other = ELSEWHERE.get(name.lower()) if isinstance(name, str) else None
+        here = isinstance(name, str) and NAMES.get(name.lower()) in self.allowed
+        other = ELSEWHERE.get(name.lower()) if isinstance(name, str) and not here else None
         near = None if other else nearest(name, self.allowed)
         hint = f" Did you mean {other or repr(near)}?" if other or near else ""
+        line = number_instead(kind, name)
+        hint = f" Use {line}." if line else hint
         super().__init__(f"Unknown {kind} {name!r}; registered: {', '.join(map(repr, self.allowed))}.{hint}")
 
 
 class UnknownOption(LaplaceKFError, TypeError):
-    """An argument that nothing takes; lists those that are taken and the nearest one."""
+    """An argument that nothing takes; says what takes what is meant by it, if that is known, else the nearest one.
 
-    def __init__(self, name: str, taken: str, allowed: Iterable[str]) -> None:
+    Args:
+        name: the argument's.
+        taken: by whom it is not taken, in words: the rest of "option 'x' ...".
+        allowed: names of the arguments that are.
+        value: what was given for it.
+    """
+
+    def __init__(self, name: str, taken: str, allowed: Iterable[str], value: object = None) -> None:
         self.name, self.allowed = name, tuple(sorted(allowed))
-        near = ARGUMENTS.get(name) or nearest(name, self.allowed)
-        hint = f" Did you mean {near if '=' in near else near + '='}?" if near else ""
-        super().__init__(f"option {name!r} is taken {taken}.{hint}")
+        line = instead(name, value, self.allowed)
+        near = nearest(name, self.allowed) if line is None else None
+        hint = f" Use {line}." if line else f" Did you mean {near}=?" if near else ""
+        super().__init__(f"option {name!r} {taken}.{hint}")
 
 
 class IncompatiblePair(LaplaceKFError, ValueError):

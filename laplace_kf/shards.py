@@ -37,6 +37,7 @@ class Shard:
     Attributes:
         data: to be read in its place.
         sampler: what its distributed sampler says, if it has one.
+        place: examples of this pass whose numbers were asked for.
 
     Raises:
         IncompatiblePair: for a sampler that repeats examples by a rule that is not known.
@@ -48,7 +49,7 @@ class Shard:
         self.shared_index = False  # whether other processes have the same data set
         self._offset = 0
         self._latest: list[Any] | None = None
-        self._position = 0
+        self.place = 0
         loader = given if _plain(given) else None
         if loader is None:
             if isinstance(given, DataLoader):
@@ -102,14 +103,14 @@ class Shard:
 
     # -- numbers -------------------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """A pass over the data begins."""
-        self._position, self._latest = 0, None
+    def start(self, place: int = 0) -> None:
+        """A pass over the data begins, or goes on after so many examples."""
+        self.place, self._latest = place, None
 
     def numbers(self, count: int) -> Tensor:
         """Numbers of the ``count`` examples of the minibatch that was read last, int64 ``(count,)``."""
-        latest, start = self._latest, self._offset + self._position
-        self._position += count
+        latest, start = self._latest, self._offset + self.place
+        self.place += count
         self._latest = None
         if latest is None or not all(isinstance(i, int) for i in latest):
             return torch.arange(start, start + count)

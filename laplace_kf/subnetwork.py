@@ -19,6 +19,7 @@ from laplace_kf.distributed import Ranks
 from laplace_kf.engine import collect
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import Estimator
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.lookups import padding_rows
 from laplace_kf.models import preserved
@@ -30,6 +31,7 @@ from laplace_kf.tape.blocks import flat_layout
 __all__ = ["CRITERIA", "Selection", "Subnetwork", "covered"]
 
 
+@explained
 @dataclass(frozen=True)
 class Subnetwork:
     """``parameters=Subnetwork(size)``: the ``size`` most important single weights.

@@ -12,10 +12,23 @@ from torch import Tensor, nn
 from laplace_kf.distributed.ranks import Ranks
 from laplace_kf.errors import IncompatiblePair
 
-__all__ = ["require_one_job", "require_one_network"]
+__all__ = ["refuse_checkpoint", "require_one_job", "require_one_network"]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")  # of functions, which differ
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def refuse_checkpoint(path: Any) -> None:
+    """Refuses a file to go on with, which knows of one process only.
+
+    Raises:
+        IncompatiblePair: if there is one.
+    """
+    if path is not None:
+        raise IncompatiblePair(
+            "checkpoint= keeps what one process has gathered, and with process_group= there are several that would "
+            "stop at different places: leave checkpoint out, or fit in one process"
+        )
 
 
 def require_one_job(ranks: Ranks, what: str, settings: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from laplace_kf.draws import Source, bernoulli
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.mixed import log_mixture
@@ -24,6 +25,7 @@ __all__ = ["Bernoulli"]
 
 
 @LIKELIHOODS.register("bernoulli")
+@explained
 class Bernoulli(ElementwiseLikelihood):
     """Binary cross-entropy: every output is the logit of an independent Bernoulli variable.
 

@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from laplace_kf.draws import Source, categorical
 from laplace_kf.errors import InvalidTarget, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
@@ -69,6 +70,7 @@ def _mean_and_entropy(log_p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @LIKELIHOODS.register("categorical")
+@explained
 class Categorical(Likelihood):
     """Softmax cross-entropy: outputs are the C logits of one class label per position.
 

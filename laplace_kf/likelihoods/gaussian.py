@@ -15,6 +15,7 @@ from torch import Tensor
 
 from laplace_kf.draws import Source, normal
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, joint_outputs_density, normal_outputs
@@ -38,6 +39,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 @LIKELIHOODS.register("gaussian")
+@explained
 class Gaussian(ElementwiseLikelihood):
     """Squared error with noise: every output is the mean of an independent normal variable.
 

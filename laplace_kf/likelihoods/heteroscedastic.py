@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.draws import Source, normal
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import DiagonalLikelihood
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, normal_outputs
@@ -22,6 +23,7 @@ __all__ = ["HeteroscedasticGaussian"]
 
 
 @LIKELIHOODS.register("heteroscedastic_gaussian")
+@explained
 class HeteroscedasticGaussian(DiagonalLikelihood):
     """Normal target whose mean m and log-variance s are both outputs: ``-log p = ½ ((y-m)² e⁻ˢ + s + log 2π)``.
 

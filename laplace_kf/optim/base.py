@@ -27,6 +27,7 @@ from laplace_kf.agreement import as_read, require_same_loss
 from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.missing import check_batch
@@ -53,6 +54,7 @@ BOOST = 10.0  # factor on the damping after a rejected step
 RETRIES = 12
 
 
+@explained
 class SecondOrder(torch.optim.Optimizer):
     """Base of the second-order optimisers.
 

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf import weighting
+from laplace_kf import files, weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
-from laplace_kf.distributed import Ranks, decomposed, require_one_job, require_one_network
+from laplace_kf.distributed import Ranks, decomposed, refuse_checkpoint, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import Estimator
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting, usable
@@ -33,6 +34,7 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.fitted import Fitted, flat_weights
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
     PriorPrecision,
@@ -41,11 +43,12 @@ from laplace_kf.posterior.prior import (
 )
 from laplace_kf.posterior.shared_validation import SharedValidation
 from laplace_kf.posterior.task_chain import TaskChain
-from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
+from laplace_kf.posterior.tuning import Options, Settings, TuningResult, searched, tune
 from laplace_kf.posterior.validation import Validation
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
+from laplace_kf.resuming import Journal, journal
 from laplace_kf.shards import Shard
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
@@ -56,6 +59,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["LaplacePosterior"]
 
 
+@explained
 class LaplacePosterior(Answers):
     """A Gaussian posterior over the weights of a trained network.
 
@@ -185,6 +189,8 @@ class LaplacePosterior(Answers):
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
         process_group: Any = None,
     ) -> LaplacePosterior:
         """Estimates the curvature at the model's current weights.
@@ -197,6 +203,10 @@ class LaplacePosterior(Answers):
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
             generator: random numbers of the estimator; a fresh private one by default. One number is taken from it;
                 what is drawn for an example hangs on that and on its index in the loader's data set, else its place.
+            checkpoint: file in which the fit keeps what it has, so that the same call goes on after the last writing if
+                it was interrupted, and ends with the same numbers bit for bit (:mod:`laplace_kf.resuming`); it is
+                removed at the end. The data have to come in the same order when the random states are the same.
+            every: minibatches between two writings.
             process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the
                 data; all then have the same posterior, of all shares together (:mod:`laplace_kf.distributed`).
 
@@ -205,7 +215,9 @@ class LaplacePosterior(Answers):
 
         Raises:
             DistributedFailure: if another process fails or is lost; nothing is changed then.
-            ShapeMismatch: for an empty loader, a batch of another form, or targets that do not fit the outputs.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another model, other data or settings; nothing is overwritten. Also
+                for an empty loader, a batch of another form, or targets that do not fit the outputs.
             NonFinite: for NaN or infinity, with the number of the batch.
             UnsupportedLayer: for a parameter that cannot be handled; names module and way out.
         """
@@ -213,33 +225,43 @@ class LaplacePosterior(Answers):
             raise ValueError(f"passes must be a positive integer, got {passes}")
         if n_data is not None:
             n_data = positive("n_data", n_data)
-        generator = generator if generator is not None else fresh_generator()
+        seeded, generator = generator is not None, generator if generator is not None else fresh_generator()
         ranks = Ranks.of(process_group)
         with nullcontext() if ranks is None else ranks.together("the fit"):
-            given = paired(train_loader, y)
-            found = self._found(self._statistics_of(given, n_data, passes, generator, progress, ranks), n_data)
+            shard = Shard(paired(train_loader, y), self.estimator.draws)
+            data = weighting.batches(shard.data, self.weights, self.model)
+            if ranks is None:
+                shard.warn_alone()
+            else:
+                refuse_checkpoint(checkpoint)
+                require_one_job(ranks, "fit", {**self._described(), "n_data": n_data, "passes": passes})
+                require_one_network(ranks, self.model)
+                shard.settle(ranks.exchange("the shares", shard.description(data)), ranks.rank)
+            single = [self._prior, n_data] if isinstance(self.parameters, Subnetwork) else None
+            kept = journal(
+                checkpoint, every, self.model, data, generator, seeded, (self.likelihood, self.estimator, self._asked),
+                parameters=self.parameters, passes=passes, dtype=self.dtype, unused=self.unused, weights=self.weights,
+                forward=self.forward, choice=single,
+            )  # fmt: skip
+            with kept.running():
+                statistics = self._gathered(data, shard, ranks, n_data, passes, generator, progress, kept)
+                found = self._found(statistics, n_data)
             if ranks is not None:
                 decomposed(ranks, found.curvature)
         return self._adopted(found, n_data)
 
-    def _statistics_of(
+    def _gathered(
         self,
-        given: Any,
+        data: Iterable[Any],
+        shard: Shard,
+        ranks: Ranks | None,
         n_data: float | None,
         passes: int,
         generator: torch.Generator,
         progress: bool,
-        ranks: Ranks | None,
+        kept: Journal,
     ) -> Statistics:
-        """The sums over the data of one pass, of all processes together; arguments as of :meth:`fit`."""
-        shard = Shard(given, self.estimator.draws)
-        data = weighting.batches(shard.data, self.weights, self.model)
-        if ranks is None:
-            shard.warn_alone()
-        else:
-            require_one_job(ranks, "fit", {**self._described(), "n_data": n_data, "passes": passes})
-            require_one_network(ranks, self.model)
-            shard.settle(ranks.exchange("the shares", shard.description(data)), ranks.rank)
+        """The sums over the data of one pass, of all processes together."""
         job = (self.model, data, self.likelihood, self.estimator)
         settings: dict[str, Any] = {
             "forward": weighting.reader(self.forward, self.weights), "generator": generator, "dtype": self.dtype,
@@ -257,7 +279,9 @@ class LaplacePosterior(Answers):
             if self._chain is None
             else self._covered_by_chain(self._chain)
         )
-        statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
+        statistics = collect(
+            *job, structure, parameters=names, passes=passes, progress=progress, journal=kept, **settings
+        )
         return statistics.scale(1 / passes) if passes > 1 else statistics
 
     def _described(self) -> dict[str, Any]:
@@ -283,6 +307,8 @@ class LaplacePosterior(Answers):
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
         process_group: Any = None,
     ) -> LaplacePosterior:
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
@@ -290,7 +316,7 @@ class LaplacePosterior(Answers):
         Args:
             data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
-            generator, progress, process_group: as of :meth:`fit`.
+            generator, progress, checkpoint, every, process_group: as of :meth:`fit`.
 
         Returns:
             The posterior itself, at the model's current weights.
@@ -305,7 +331,10 @@ class LaplacePosterior(Answers):
         n = self.n_data
         if train is not None:
             train(self.model, data)
-        return self.fit(data, n_data=n, generator=generator, progress=progress, process_group=process_group)
+        return self.fit(
+            data, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
+            process_group=process_group,
+        )  # fmt: skip
 
     @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:
@@ -364,6 +393,8 @@ class LaplacePosterior(Answers):
         passes: int = 1,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
         process_group: Any = None,
     ) -> LaplacePosterior:
         """The posterior after another task, with this one as its prior (methods 11.1): a new object, this one stays.
@@ -385,8 +416,8 @@ class LaplacePosterior(Answers):
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
             forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
-            n_data, passes, generator, progress, process_group: as for :meth:`fit`; ``n_data`` is the N of the new
-                task.
+            n_data, passes, generator, progress, checkpoint, every, process_group: as for :meth:`fit`; ``n_data`` is the
+                N of the new task.
 
         Raises:
             NotFitted: before ``fit``.
@@ -414,8 +445,10 @@ class LaplacePosterior(Answers):
             terms=terms,
             forgetting=forgetting,
         )
-        settings: dict[str, Any] = {"n_data": n_data, "passes": passes, "generator": generator, "progress": progress}
-        return following.fit(task_loader, process_group=process_group, **settings)
+        return following.fit(
+            task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress, checkpoint=checkpoint,
+            every=every, process_group=process_group,
+        )  # fmt: skip
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
@@ -437,6 +470,7 @@ class LaplacePosterior(Answers):
         per_block: bool = False,
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
         process_group: Any = None,
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
@@ -474,6 +508,9 @@ class LaplacePosterior(Answers):
             per_block: with the evidence, one λ for each block; ``prior_precision`` becomes ``{name: λ}``.
             ood: loader or tensor of out-of-distribution inputs for ``objective="ood"``.
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
+            checkpoint: file in which the search keeps what it has measured, so that the same call, made again after an
+                interruption, does not measure it again and ends with the same numbers bit for bit
+                (:mod:`laplace_kf.posterior.kept_scores`); it is removed at the end. The evidence needs none.
             process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of
                 ``val``; every example is scored once, and all processes make the same choice. The references of
                 :meth:`ood_score` then need :meth:`calibrate`.
@@ -488,6 +525,8 @@ class LaplacePosterior(Answers):
             UnknownName: for an unknown objective or method.
             IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another posterior, other data or settings; nothing is overwritten.
             DistributedFailure: if another process fails or is lost; nothing is changed then.
         """
         self._fitted("tune")
@@ -501,13 +540,18 @@ class LaplacePosterior(Answers):
             if ranks is None:
                 shard.warn_alone()
             else:
+                refuse_checkpoint(checkpoint)
                 asked = (self.n_data, self._prior, self.method, self._fitted("tune").count, n_data, prior_precision)
                 require_one_job(ranks, "tune", {"options": replace(options, generator=None), "settings": asked})
                 require_one_network(ranks, self.model)
                 shard.settle(ranks.exchange("the shares", shard.description(shard.data)), ranks.rank)
+            if checkpoint is not None:
+                made_for = searched(self._fitted("tune"), self.n_data, self._prior, n_data, prior_precision, options)
+                options = replace(options, kept=KeptScores(checkpoint, made_for))
             data = None if val is None else weighting.batches(shard.data, self.weights, self.model)
             seen = None if data is None else Seen(data, self.forward)
-            with lasting(), stage(self.model, self.forward) as (model, forward):
+            keeping = nullcontext() if options.kept is None else options.kept.running(generator)
+            with lasting(), keeping, stage(self.model, self.forward) as (model, forward):
                 fitted = replace(self._fitted("tune"), model=model, forward=forward)
                 now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
                 validate = Validation if ranks is None else partial(SharedValidation, ranks)
@@ -571,7 +615,7 @@ class LaplacePosterior(Answers):
             NotFitted: before ``fit``.
         """
         self._fitted("save")
-        store.write(path, *self.packed())
+        files.write(path, *self.packed(), files.POSTERIOR)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`save` writes: tensors (any shapes, by name) and JSON-able values; for checkpoints.
@@ -613,7 +657,7 @@ class LaplacePosterior(Answers):
         """
         own = reading(forward, inputs, targets)
         model = usable(model)
-        found = store.read(path)
+        found = files.read(path, files.POSTERIOR)
         with store.consistent(path):
             return cls.unpacked(*found, model, likelihood=likelihood, forward=own, weights=weights)
 

@@ -35,12 +35,14 @@ from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective, OODContrast
-from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared
+from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared, rounded
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
+from laplace_kf.resuming import digest
 
 __all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation", "scores_of"]
 
@@ -80,6 +82,7 @@ class Validation:
         noise: whether every point gets the noise scale at which it scores best, down to half of MAP's.
         pairs: whether weight draws come in pairs ``θ* ± ε``.
         mixed: cut large minibatches and bring them into a random order, so that the first of them stand for all.
+        kept: scores of an interrupted search on the same data.
 
     Attributes:
         epoch: multiply-adds of a training epoch over the data; three forward passes (forward, gradients of inputs and
@@ -90,6 +93,8 @@ class Validation:
         ShapeMismatch: if the data are empty or do not fit.
         NonFinite: for NaN or infinity in the data.
     """
+
+    kept: KeptScores | None = None
 
     def __init__(
         self,
@@ -102,12 +107,13 @@ class Validation:
         noise: bool = False,
         pairs: bool = False,
         mixed: bool = False,
+        kept: KeptScores | None = None,
     ) -> None:
         if max_examples is not None:
             positive("max_examples", max_examples)
         self.fitted, self.objective, self.noise, self.pairs = fitted, objective, noise, pairs
-        self.mixed = mixed
-        self.seeds = draw_seeds(samples, generator)
+        self.mixed, self.kept = mixed, kept
+        self.seeds = draw_seeds(samples, generator) if kept is None else kept.seeds(samples, generator)
         self.mean = fitted.mean_by_name()
         self.device = next(iter(self.mean.values())).device
         self._trained = self._at_mean()
@@ -117,6 +123,9 @@ class Validation:
         if mixed:
             order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seeds[0]))
             self.batches = [self.batches[k] for k in order.tolist()]
+        if kept is not None:
+            read = [t for batch in self.batches for t in (batch.outputs, *tensors_of(bare(batch.targets)))]
+            kept.require_data(digest({str(k): t for k, t in enumerate(read)}))
         self.contrast = objective if isinstance(objective, OODContrast) else None
         self._far = None if self.contrast is None else self._read_inputs(self.contrast.inputs)
         self._parts: dict[int, Part] = {}
@@ -128,7 +137,7 @@ class Validation:
     @property
     def shared(self) -> Shared:
         """What predictions at all points have in common."""
-        return Shared(self.fitted, self.mean, self.seeds, self.pairs)
+        return Shared(self.fitted, self.mean, self.seeds, self.pairs, self.kept)
 
     def redrawn(self) -> Validation:
         """The same data, and other weight draws."""
@@ -276,7 +285,7 @@ class Scorer:
     """
 
     def __init__(self, validation: Validation, part: Part, method: str) -> None:
-        self.validation, self.part = validation, part
+        self.validation, self.part, self.method = validation, part, method
         self.fitted = validation.fitted
         with preserved(self.fitted.model):
             self.predictor = TUNING_METHODS[method](validation.shared, part)
@@ -288,14 +297,54 @@ class Scorer:
         found: dict[Point, Score] = {}
         origin = self._at_this_noise(points)
         with preserved(self.fitted.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
-            for point, predictions in self._predictions(list(origin)):
-                found[origin[point]] = self.score(predictions, point == MAP)
-                bar.update()
+            for group in self._groups(list(origin)):
+                for point, score in self._known(group) or self._measured(group):
+                    found[origin[point]] = score
+                    bar.update()
         return found
 
     def _at_this_noise(self, points: Sequence[Point]) -> dict[Point, Point]:
         """What stands for every point where precisions are at the likelihood's own noise scale, with the point."""
         return {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
+
+    def _groups(self, points: list[Point]) -> list[list[Point]]:
+        """Points that are measured at once: all, or those of one ratio where what was measured is kept."""
+        if self.validation.kept is None or not self.predictor.separate:
+            return [points]
+        groups: dict[float, list[Point]] = {}
+        for point in sorted(points, key=lambda one: one != MAP):  # MAP first
+            groups.setdefault(math.nan if point == MAP else rounded(point[1] / point[0]), []).append(point)
+        return list(groups.values())
+
+    def _measured(self, points: list[Point]) -> Iterator[tuple[Point, Score]]:
+        kept = self.validation.kept if self.predictor.separate else None
+        for point, predictions in self._predictions(points):
+            score = self.score(predictions, point == MAP)
+            if kept is not None:
+                exponents = self.validation.exponent, self.validation.lowest
+                values = {"value": score.value, "noise": score.noise, "exponents": exponents}
+                kept.keep_score(self._key(point), values, score.parts)
+            yield point, score
+        if kept is not None:
+            kept.write()
+
+    def _known(self, points: list[Point]) -> list[tuple[Point, Score]]:
+        """The scores of points, if all were measured before."""
+        kept = self.validation.kept if self.predictor.separate else None
+        stored = [] if kept is None else [kept.score(self._key(point)) for point in points]
+        found = []
+        for point, one in zip(points, stored, strict=False):
+            if one is None:
+                return []
+            found.append((point, Score(one[0]["value"], one[1], one[0]["noise"])))
+        if stored and stored[-1] is not None:
+            self.validation.exponent, self.validation.lowest = stored[-1][0]["exponents"]
+            if points != [MAP]:
+                self.predictor.passed(points)
+        return found
+
+    def _key(self, point: Point) -> list[Any]:
+        return [self.method, self.part.count, self.validation.seeds[0], self._held, *point]
 
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of predictions of the part, at their best noise scale where that is tuned."""

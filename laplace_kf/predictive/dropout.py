@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_kf.batches import Forward, check_finite, predicted, tensors_of, to_device
 from laplace_kf.errors import NonFinite, UnsupportedLayer
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import lasting, preserved, usable
 from laplace_kf.predictive.activations import examples
@@ -156,6 +157,7 @@ class MCDropout:
         return self.likelihood.predict(outputs, keep_samples=keep_samples)
 
 
+@explained
 def mc_dropout(
     model: nn.Module,
     likelihood: str | Likelihood,

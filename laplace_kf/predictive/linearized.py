@@ -24,6 +24,7 @@ from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.predictive.forecast import Forecast
 from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
@@ -79,6 +80,7 @@ class Linearization:
         x: inputs as the model takes them, ``N`` examples.
         keep: keep the signals and their rotated forms, so that further precisions cost a fraction of the first. For
             10 outputs of 784-1024-1024-10 that is 0.2 MB an input.
+        announce: warn where variances are going to take long (:mod:`laplace_kf.predictive.forecast`).
 
     Attributes:
         outputs: outputs at the mean, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
@@ -89,14 +91,21 @@ class Linearization:
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, *, keep: bool = True
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        mean: Mapping[str, Tensor],
+        x: Any,
+        *,
+        keep: bool = True,
+        announce: bool = False,
     ) -> None:
         parameters_of(model, list(mean), [tuple(value.shape) for value in mean.values()], "the posterior")
         x = to_device(x, next(iter(mean.values())).device)
         model, forward, self.x = cut(model, forward, mean, x)
         if isinstance(model, Suffix) and not model.divisible:  # some ways need single examples
             model, forward, self.x = model.origin
-        self.model, self.keep = model, keep
+        self.model, self.keep, self.announce = model, keep, announce
         inputs = (t for t in tensors_of(self.x) if t.requires_grad)
         self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
         self.head = linear_head(model, mean, self.x)
@@ -335,6 +344,7 @@ class Linearization:
                 consume(piece)
             return
         made: list[Piece] = []
+        forecast = Forecast(self.outputs.shape[0], len(wanted.order)) if self.announce else None
         differentiable = torch.is_grad_enabled()
 
         def hand_out(piece: Piece) -> None:
@@ -342,6 +352,9 @@ class Linearization:
                 made.append(piece)
             with torch.set_grad_enabled(differentiable):
                 consume(piece)
+            if forecast is not None:
+                rows, columns = piece.examples, piece.columns
+                forecast.done((rows.stop - rows.start) * (columns.stop - columns.start))
 
         with preserved(self.model), torch.no_grad():
             self._walk(wanted, hand_out)

@@ -69,7 +69,8 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
-        flat, wiring: of the tape that recorded the pass.
+        flat: of the tape that recorded the pass.
+        wiring, form: what :class:`laplace_kf.tape.wiring.Wiring` says of it, by its ``key`` and its ``form``.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Observation:
         self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
         self.flat = [] if made is None else made.flat
-        self.wiring = None if made is None or made.wiring is None else made.wiring.key(outputs)
+        traced = None if made is None else made.wiring
+        self.wiring = None if traced is None else traced.key(outputs)
+        self.form = None if traced is None else traced.form(outputs)
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}

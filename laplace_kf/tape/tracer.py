@@ -27,8 +27,8 @@ from laplace_kf.tape.plan import plan
 from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
 from laplace_kf.tape.sharing import Readings
-from laplace_kf.tape.tape import Portion, Tape
-from laplace_kf.tape.verdicts import has_passed, note_passed, verdict_key
+from laplace_kf.tape.tape import Call, Portion, Tape
+from laplace_kf.tape.verdicts import note, remembered, verdict_key
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["UNUSED", "Tracer"]
@@ -148,6 +148,31 @@ class Tracer:
         """The blocks of all selected parameters by name; last, one for each that never took part."""
         return {**self.blocks, **unused_blocks(self.layout, self.unseen())}
 
+    def learnt(self) -> dict[str, Any]:
+        """What the minibatches so far have shown of the model, as plain values, for :meth:`learn`."""
+        return {
+            "selected": self._selected,
+            "held": [] if self._selected is None else [list(place) for place in self.layout.held],
+            "may_be_chain": self.may_be_chain,
+            "warned": sorted(self.warned),
+            "known": self.known.to_json(),
+            "rows": self.rows.to_json(),
+            "readings": self._readings.to_json(),
+            "examples": self.gradients.to_json(),
+        }
+
+    def learn(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`learnt` gave in place of having seen those minibatches; for the same model."""
+        if values["selected"] is not None:
+            self._selected = list(values["selected"])
+            held = tuple((name, start, stop) for name, start, stop in values["held"])
+            self.layout = replace(flat_layout(self.named, self._selected), held=held)
+        self.may_be_chain, self.warned = values["may_be_chain"], set(values["warned"])
+        self.known.take_json(values["known"])
+        self.rows.take_json(values["rows"])
+        self._readings.take_json(values["readings"])
+        self.gradients.take_json(values["examples"])
+
     def observe(self, batch: Any, index: int = 0) -> Observation:
         """One forward pass on the tape.
 
@@ -164,7 +189,8 @@ class Tracer:
         # to find the last layer, frozen parameters have to be seen as well
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
-        wiring = Wiring(self.named.values(), self.model.buffers())
+        asked = self.verify and (not self.blocks or bool(self.known.unchecked()))
+        wiring = Wiring(self.named.values(), self.model.buffers(), forms=asked)
         tape = Tape(
             tracked,
             record_steps=self.may_be_chain,
@@ -216,7 +242,7 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             tape.calls = self._readings.known(tape.calls)
-            failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+            failed = self._locate(tape, outputs)
             tape.calls, shared = self._readings.settle(tape.calls, failed)
             self.rows.shared |= shared
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, made=tape)
@@ -226,6 +252,17 @@ class Tracer:
         self._plan(tape)
         self.known.checked(1)  # what is left of the blocks was: this minibatch goes into their sums
         return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
+
+    def _locate(self, tape: Tape, outputs: Tensor) -> list[Call]:
+        """:meth:`Rows.locate`, with what is known of passes of this form."""
+        form = None if tape.picked or tape.wiring is None else tape.wiring.form(outputs)
+        key = verdict_key("rows", form, tape.calls, outputs, tuple(self.layout.names))
+        self.rows.remember(remembered(self.model, key) or {})
+        failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+        modes = self.rows.settled(tape.calls, len(outputs))
+        if modes and not failed:
+            note(self.model, key, modes)
+        return failed
 
     def _constants(self, tracked: Collection[int]) -> list[Tensor]:
         """What is the same for all examples: buffers, and parameters that are not tracked."""
@@ -294,8 +331,8 @@ class Tracer:
             return True
         whole = len(states) == len(known.blocks) and not known.hidden
         selected = tuple(self.layout.names), tuple(sorted(known.example_wise))
-        key = verdict_key(observation, selected) if whole else None
-        if has_passed(self.model, key):
+        key = verdict_key("rules", observation.form, observation.calls, outputs, selected) if whole else None
+        if remembered(self.model, key):
             return True
         failed, met, shown = disagreeing(observation, blocks, unseen, self.named)
         if earlier := [block for block in failed if states[block.name] is State.TRIED]:
@@ -305,7 +342,7 @@ class Tracer:
         known.hide({*met, *(name for block in failed for name in block.parameters)})
         passed = not failed and not met
         if passed and shown:
-            note_passed(self.model, key)
+            note(self.model, key, True)
         self.may_be_chain = self.may_be_chain and passed
         return passed
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import laplace_kf as lk
-from laplace_kf.posterior import store
+from laplace_kf import files
 from tests.cases import rng
 from tests.test_unchanged import X, assert_same, data, make, snapshot
 
@@ -86,7 +86,7 @@ def fuses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fuse]:
     guard("autograd", torch.autograd, "grad")
     guard("factorisation", torch.linalg, *FACTORISATIONS)
     guard("draw", torch, "randn")
-    guard("file", store, "save_file", "safe_open")
+    guard("file", files, "save_file", "safe_open")
     guard("file", os, "replace")
     return found
 
