@@ -274,3 +274,14 @@ def test_a_fit_hangs_on_no_order_of_the_data(likelihood: Any, estimator: str) ->
     other = lk.curvature.estimate(jobs.network(), likelihood, (x, targets), "diag", estimator, samples=2)
     assert not torch.allclose(other.mean().diag(), found[0])
     assert isinstance(ExampleDraws(0, torch.arange(2)).rows(torch.ones(2, 1, dtype=torch.bool)), RowDraws)
+
+
+def test_sharded_parameters_are_refused_with_the_line_that_gathers_them() -> None:
+    class DTensor_(torch.nn.Parameter):
+        pass
+
+    DTensor_.__name__ = "DTensor"
+    model = jobs.network()
+    model.last.weight = DTensor_(model.last.weight.detach())
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"'last.weight'.*get_model_state_dict\(model"):
+        lk.LaplacePosterior(model, "categorical")
