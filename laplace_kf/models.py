@@ -142,8 +142,8 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
         )
     if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
         raise UnsupportedLayer(
-            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model and "
-            f"pass that: {GATHER}"
+            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model "
+            f"and pass that: {GATHER}"
         )
     if not parameter.requires_grad:
         return

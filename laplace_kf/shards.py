@@ -108,7 +108,7 @@ class Shard:
         self.place, self._latest = place, None
 
     def numbers(self, count: int) -> Tensor:
-        """Numbers of the ``count`` examples of the minibatch that was read last, int64 ``(count,)``."""
+        """Numbers of the ``count`` examples of the minibatch that was read last, int64 ``(N,)``."""
         latest, start = self._latest, self._offset + self.place
         self.place += count
         self._latest = None

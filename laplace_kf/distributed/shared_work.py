@@ -16,7 +16,7 @@ __all__ = ["decomposed", "done"]
 
 
 def done(ranks: Ranks, work: Mapping[str, Work], where: str) -> dict[str, tuple[Tensor, ...]]:
-    """The results of all pieces of work, each done by one process.
+    """The results (tensors of any shapes) of all pieces of work, each done by one process.
 
     Args:
         ranks: the processes.
