@@ -17,14 +17,14 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from laplace_kf.draws import ExampleDraws, Source
+from laplace_kf.draws import ExampleDraws
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.likelihoods.drawing import drawn_scores
 from laplace_kf.likelihoods.noise import Noise
 from laplace_kf.likelihoods.predicting import Predicting
 from laplace_kf.likelihoods.reading import Given, resolve_generator, root_of, times
@@ -32,7 +32,6 @@ from laplace_kf.likelihoods.roots import DenseRoot, Root, ScaledRoot
 from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import from_positions, masked, to_positions
-from laplace_kf.outputs.rows import map_rows
 from laplace_kf.registry import Registry
 
 __all__ = [
@@ -150,17 +149,6 @@ class Likelihood(Predicting, Noise):
         other.ignore_index = None
         return other
 
-    def _drawn_rows(self, z: Tensor, y: Any, draws: Source) -> Tensor:
-        """As :meth:`_position_drawn_score`; row by row, if each has its own numbers and they cannot be used at once."""
-        kind = next(one for one in type(self).__mro__ if "_draw" in vars(one))
-        if isinstance(draws, torch.Generator) or vars(kind).get("draws_by_row", False):
-            return self._position_drawn_score(z, y, draws)
-        rows = [
-            self._position_drawn_score(z[b : b + 1], map_rows(y, partial(_row, place=b)), generator)
-            for b, generator in enumerate(draws.generators())
-        ]
-        return torch.cat(rows)
-
     def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Any) -> Tensor:
         """Scores ``(B, C)`` at targets drawn for rows ``z (B, C)``; ``y`` are the rows of the data's targets."""
         model = self._drawn()
@@ -218,7 +206,7 @@ class Likelihood(Predicting, Noise):
         kept = kept.expand(z.shape[:2])
         if bool(kept.any()):
             draws = generator.rows(kept) if isinstance(generator, ExampleDraws) else generator
-            found[kept] = self._drawn_rows(z[kept], self._target_rows_at(y, kept), draws)
+            found[kept] = drawn_scores(self, z[kept], self._target_rows_at(y, kept), draws)
         return from_positions(masked(times(found, root_of(self._bent(given))), keep), outputs)
 
     @staticmethod
@@ -501,7 +489,3 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if not isinstance(name_or_object, str):
         raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
     return LIKELIHOODS[name_or_object]()
-
-
-def _row(tensor: Tensor, place: int) -> Tensor:
-    return tensor[place : place + 1]

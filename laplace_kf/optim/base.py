@@ -38,7 +38,7 @@ from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.peers import peers_of
-from laplace_kf.optim.pending_step import PendingStep, Proposal
+from laplace_kf.optim.pending_step import PendingStep, Proposal, gradient_of
 from laplace_kf.optim.running_statistics import shapes_in
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
@@ -302,7 +302,7 @@ class SecondOrder(torch.optim.Optimizer):
         if not self.pending.batches:
             raise NotFitted("step needs a minibatch: call step(x, y), or backward(x, y) before step()")
         loss = self.pending.regularised(self._zero.double())
-        gradient = self.flat({n: _gradient(self.named[n]) for n in self.layout.names})
+        gradient = self.flat({n: gradient_of(self.named[n]) for n in self.layout.names})
         if not all_finite(gradient):
             raise NonFinite("the gradient has NaN or infinite entries; nothing was changed")
         self.steps += 1
@@ -495,7 +495,3 @@ class SecondOrder(torch.optim.Optimizer):
         self.generator = self.peers.own(self.generator)
         self._clear()
         self._import(state)
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

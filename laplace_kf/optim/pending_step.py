@@ -15,7 +15,7 @@ from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.optim.peers import Alone
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["PendingStep", "Proposal", "agreed"]
+__all__ = ["PendingStep", "Proposal", "agreed", "gradient_of"]
 
 
 @dataclass(frozen=True)
@@ -149,3 +149,8 @@ def agreed(
     delta = peers.handed({"delta": proposal.delta})["delta"]
     change, alpha, mu, tau, zeta = peers.first((proposal.change, proposal.alpha, proposal.mu, tau, zeta))
     return replace(proposal, delta=delta, change=change, alpha=alpha, mu=mu), (tau, zeta)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """``.grad`` of a parameter, of its shape; zeros where there is none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
