@@ -31,7 +31,9 @@ help: ## Show this list
 demo: $(VENV)/.installed-experiments ## Fit, tune and predict on a small problem, with pictures (OUT=folder)
 	$(BIN)/python -m laplace_kf demo $(if $(OUT),--out $(OUT))
 
-test: lint pytest ## Linters, types, import ranks and all tests
+# Side by side, as the linters keep one processor busy for most of a minute.
+test: $(VENV)/.installed-test ## Linters, types, import ranks and all tests
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
 
 lint: $(VENV)/.installed-test ## Linters, types and import ranks
 	$(BIN)/ruff check .

@@ -95,6 +95,7 @@ html_static_path = ["site"]
 html_css_files = ["style.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_math_renderer = "mathml"
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
@@ -158,6 +159,7 @@ def read(app: Any, page: str, source: list[str]) -> None:
         depth = "../" * page.count("/")
         return f"[{match[1]}]({depth}{MOVED[match[2]]})" if match[2] in MOVED else match[1]
 
+    source[0] = source[0].replace(" ± ", "\u00a0±\u00a0")  # a mean and its error stay on one line
     source[0] = OUTSIDE.sub(lambda m: link(m) if not (ROOT / "docs" / m[2]).exists() else m[0], source[0])
     if page == root_doc:
         for caption, pages in NAVIGATION.items():

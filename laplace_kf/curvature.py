@@ -6,6 +6,7 @@ averaged over the data.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -177,9 +178,12 @@ def make_pair(
 
 def _accepted(rule: Any, registry: Registry[Any]) -> dict[str, Any]:
     """Option names and defaults of a registered entry (none for an object that is made already)."""
-    if not isinstance(rule, str):
-        return {}
-    return {name: parameter.default for name, parameter in inspect.signature(registry[rule]).parameters.items()}
+    return dict(_arguments(registry[rule])) if isinstance(rule, str) else {}
+
+
+@functools.cache  # the signature of a class does not change, and reading it takes longer than a small network's fit
+def _arguments(rule: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(rule).parameters.items()}
 
 
 def ggn_vector_product(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.noise import no_moments
+from laplace_kf.likelihoods.reading import read_once
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, require_memory, usable
 from laplace_kf.resuming import Journal, length
@@ -96,6 +98,10 @@ class Accumulator:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
         seen = (observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
+        with read_once():
+            self._take(observation)
+
+    def _take(self, observation: Observation) -> None:
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         numbers = None if self.shard is None else self.shard.numbers(observation.count)
         counted = self.likelihood.counted(observation.outputs.detach(), observation.targets)
@@ -343,7 +349,7 @@ class Accumulator:
     def _require_finite(sums: Sums) -> None:
         for name, parts in sums.items():
             for part in parts:
-                if not torch.isfinite(part.sum()) and not torch.isfinite(part).all():
+                if not math.isfinite(part.detach().sum()) and not torch.isfinite(part).all():
                     raise NonFinite(
                         f"the curvature of block {name!r} is not finite, although all batches and outputs were; the "
                         "weights or activations are too large for this floating-point type"
@@ -413,7 +419,8 @@ def collect(
                     shard.start(accumulator.place if number == first else 0)
                     label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                     shown = progress and (ranks is None or ranks.rank == 0)
-                    for batch in tqdm(kept.batches(batches), label, length(batches), disable=not shown):
+                    taken = kept.batches(batches)
+                    for batch in tqdm(taken, label, length(batches)) if shown else taken:
                         accumulator.add(batch, index)
                         if index == 0 and stage == 1:
                             require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)

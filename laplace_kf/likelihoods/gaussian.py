@@ -136,6 +136,9 @@ class Gaussian(ElementwiseLikelihood):
         """Every finite number is allowed."""
 
     def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        if isinstance(self.scale, float) and y.shape == z.shape:
+            constant = math.log(self.scale) + 0.5 * LOG_2PI
+            return -0.5 * ((y - z) / self.scale).square() - constant
         sigma = self._sigma(z, y)
         return -0.5 * ((self._value(z, y) - z) / sigma).square() - sigma.log() - 0.5 * LOG_2PI
 
@@ -241,6 +244,8 @@ class Gaussian(ElementwiseLikelihood):
         self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float, moments: Tensor
     ) -> tuple[float | Tensor, Tensor]:
         """As the base class: the curvature goes with ``1/σ²``, the likelihood through the squared error it contains."""
+        if isinstance(self.scale, float) and fitted == {"scale": self.scale}:
+            return 1.0, log_likelihood
         before = torch.tensor(list(fitted.values()), dtype=torch.float64, device=log_likelihood.device)
         now = torch.as_tensor(self.scale, dtype=torch.float64, device=log_likelihood.device)
         if now.numel() != before.numel():

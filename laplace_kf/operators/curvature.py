@@ -77,6 +77,10 @@ class CurvatureBlock(Matrix):
             self._nodes = nodes_of_products(self.spectrum().reshape(1, -1))
         return self._nodes
 
+    def sums_over_nodes(self, damping: str) -> bool:
+        """Whether :meth:`log_det_ratio` for one λ is the sum over :meth:`nodes`, so that blocks can share one sum."""
+        return True
+
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         """``log|n f C̄ + prior| − log|prior|``, 0-dim in float64, differentiable in ``f`` and ``prior`` (methods 9.4).
 

@@ -156,6 +156,9 @@ class KroneckerBlock(CurvatureBlock):
         values, weights = self._eigen["nodes"]
         return self.scale * values, weights
 
+    def sums_over_nodes(self, damping: str) -> bool:
+        return damping == "exact"
+
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         if damping != "exact" and not prior.dim():
             ridge = DAMPINGS[damping](self.scaled(factor), n, prior)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods.noise import no_moments
-from laplace_kf.models import memory_bytes
+from laplace_kf.models import LITTLE, memory_bytes
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
@@ -155,9 +155,9 @@ class Structure(ABC):
         Raises:
             IncompatiblePair: with the bytes needed and what would fit.
         """
-        itemsize, limit = like.element_size(), memory_limit(like.device)
+        itemsize = like.element_size()
         needed = self.memory(blocks, layout, itemsize)
-        if needed <= limit:
+        if needed <= LITTLE or needed <= (limit := memory_limit(like.device)):
             return
         fitting = [f"structure={n!r}" for n, s in STRUCTURES.items() if s().memory(blocks, layout, itemsize) <= limit]
         last = list(blocks.values())[-1]
@@ -379,7 +379,7 @@ def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """
     if len(parts) % 3:
         return list(zip(parts[::2], parts[1::2], strict=True))
-    return [
-        (a, torch.where(n > 0, g / n, torch.zeros_like(g)))
+    return [  # no positions, no gradients: 0 / tiny
+        (a, g / n.clamp_min(torch.finfo(n.dtype).tiny))
         for a, g, n in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
     ]

@@ -94,6 +94,7 @@ class Observation:
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
+        self._members: dict[str, list[Call]] | None = None
 
     def part(self, rows: Tensor) -> Observation:
         """The examples ``rows (M,)`` of a chain, without another forward pass."""
@@ -191,12 +192,16 @@ class Observation:
         return found
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
+        if self.outputs.dim() == 2:  # (N, C) in every layout
+            return int(self.outputs.shape[-1])
         return int(to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1])
 
     def _has_layout(self, call: Call, to_positions: Callable[[Tensor], Tensor]) -> bool:
         """Whether the layer's rows and features are the likelihood's positions and outputs, in the same order."""
         if call.shape != self.outputs.shape or self.tracer.rows.ragged(self.keys[self._index(call)]):
             return False
+        if self.chain is not None:  # rows are examples, and features are outputs
+            return True
         probe = torch.empty(call.shape, device="meta")  # an arrangement is a view: its strides say where entries go
         assert isinstance(call.rule, MatrixRule)
         rows = call.rule.outputs(_flatten_output(probe[None], call.leading), call.bound, 1)
@@ -213,9 +218,9 @@ class Observation:
 
     def signals(self, columns: Tensor) -> dict[str, Signals]:
         """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
-        columns = _significant(columns).to(self.outputs.dtype)
         if self.chain is not None:
             return self.row_signals(columns, None)
+        columns = _significant(columns).to(self.outputs.dtype)
         found = self.ruled_signals(columns)
         rest = [b for b in self.tracer.blocks.values() if not b.factorises and b.name not in found]
         if rest:
@@ -275,11 +280,12 @@ class Observation:
         return list(blocks.values())
 
     def _by_block(self) -> dict[str, list[Call]]:
-        members: dict[str, list[Call]] = {}
-        for call in self.calls:
-            for block in self.blocks_of(call):
-                members.setdefault(block.name, []).append(call)
-        return members
+        if self._members is None:
+            self._members = {}
+            for call in self.calls:
+                for block in self.blocks_of(call):
+                    self._members.setdefault(block.name, []).append(call)
+        return self._members
 
     def _backward(self, columns: Tensor) -> list[Tensor]:
         """Gradients ``(V, *output shape)`` of every call."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, run, to_device
+from laplace_kf.batches import Forward, run, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
+from laplace_kf.models import named_parameters
 from laplace_kf.registry import Registry
 from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
@@ -26,6 +27,7 @@ from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.plan import plan
 from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
+from laplace_kf.tape.sequence import blocks_along, run_along
 from laplace_kf.tape.sharing import Readings
 from laplace_kf.tape.tape import Call, Portion, Tape
 from laplace_kf.tape.verdicts import note, remembered, verdict_key
@@ -75,15 +77,16 @@ class Tracer:
         self.forward = forward
         self.parameters = parameters
         self.unused, self.shared = UNUSED[unused], shared
-        self.named: dict[str, Tensor] = dict(model.named_parameters())
+        self.named = named_parameters(model)
         self.layout: FlatLayout
         self._selected: list[str] | None
         if weights is not None:
             self.named.update(weights)
             self._selected = [name for name in self.named if name in weights]
         else:
-            self._selected = None if parameters == "last_layer" else select(model, parameters)
+            self._selected = None if parameters == "last_layer" else select(model, parameters, None, self.named)
         self._guarded = weights is not None  # who puts weights in watches over them
+        self._weights = weights
         self.known = Known()
         self.rows = Rows()
         self.warned: set[str] = set()
@@ -186,6 +189,9 @@ class Tracer:
             UnsupportedLayer: if a parameter is used in a way that cannot be handled; names it.
         """
         batch = to_device(batch, self.device)
+        along = self._along(batch, index)
+        if along is not None:
+            return along
         # to find the last layer, frozen parameters have to be seen as well
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
@@ -229,6 +235,36 @@ class Tracer:
                 "the model uses torch.utils.checkpoint with use_reentrant=True, which hides its layers from autograd; "
                 "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
             ) from error
+
+    def _along(self, batch: Any, index: int) -> Observation | None:
+        """As :meth:`observe`, without a tape, of a model whose types say what it does; ``None`` for any other."""
+        if not self.may_be_chain or not self.verify:
+            return None
+        if self._weights is not None:  # put in by ``forward``, which says whether that is all it does
+            if not getattr(self.forward, "plain", False):
+                return None
+            inputs, given = batch, None
+        elif self.forward is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
+            inputs, given = batch
+        else:
+            return None
+        with torch.enable_grad():
+            found = run_along(self.model, inputs, self._weights or {})
+        if found is None:
+            return None
+        outputs = found.outputs
+        _check_outputs(outputs, index)
+        if self._selected is None:
+            self._selected = select(self.model, self.parameters, found.order)
+            self.layout = flat_layout(self.named, self._selected)
+        calls = found.calls(self._selected)
+        if any(self.named.get(n) is not p for call in calls for n, p in call.parameters()):
+            return None  # replaced since the tracer was made
+        self.known.take(blocks_along(calls, self.layout), ())
+        self.known.count({name: 1 for call in calls for name in call.names})
+        self.known.checked(len(outputs))
+        targets = to_device(to_tensors(given, self.model), outputs.device)
+        return Observation(self, batch, outputs, targets, calls, Chain.along(found.links))
 
     def _note_constants(self, tape: Tape) -> None:
         """Tells the layout of the rows of tables that are constants."""

@@ -123,3 +123,10 @@ def test_directions_that_ascend_become_the_gradients(momentum: bool) -> None:
     alpha = float(g @ g / (g @ curved @ g))
     torch.testing.assert_close(oracles.flat_parameters(model), theta - alpha * g, rtol=1e-8, atol=1e-10)
     assert opt.diagnostics["alpha"] == pytest.approx(alpha)
+
+
+def test_kfac_leaves_tau_between_a_quarter_and_three_quarters() -> None:
+    """Methods 6.2: τ is raised below ρ = ¼, lowered above ¾, and left alone between them."""
+    rule = lk.optim.kfac(ref.net([2, 2]), "categorical").tau_rule
+    assert [rule.adapted(1.0, rho) for rho in (0.26, 0.5, 0.74)] == [1.0, 1.0, 1.0]
+    assert rule.adapted(1.0, 0.24) > 1.0 > rule.adapted(1.0, 0.76)
