@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 import laplace_kf as lk
 from benchmarks.workload import relu_network
 
-SIZES, BATCH, EXAMPLES, SIZE = (784, 512, 256, 10), 250, 10_000, 2
+SIZES, BATCH, EXAMPLES, SIZE = (784, 512, 256, 10), 250, 5_000, 2
 CASES = {"kron, exact": ("kron", "exact"), "kron, sampled": ("kron", "sampled"), "diag": ("diag", "exact")}
 
 
