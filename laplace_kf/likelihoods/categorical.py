@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
+from laplace_kf.draws import Source, categorical
 from laplace_kf.errors import InvalidTarget, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
@@ -296,12 +297,14 @@ class Categorical(Likelihood):
         w = p.sqrt() * v
         return w * _sum_of_others(p) - p * _sum_of_others(w)
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         p = torch.softmax(z, -1).flatten(0, 1)
         refuse_nonfinite_parameters("Categorical", p)
         if not p.shape[0]:
             return torch.zeros(scalar_shape(shape), dtype=torch.long, device=z.device)
-        return torch.multinomial(p, 1, generator=generator).reshape(scalar_shape(shape))
+        return categorical(p, generator).reshape(scalar_shape(shape))
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         # Finite even for masked classes (logit -inf), whose p·log p and gradient would be NaN.

@@ -45,7 +45,7 @@ from laplace_kf.predictive import draw_seeds, outputs_at
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 from laplace_kf.resuming import digest
 
-__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation"]
+__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation", "scores_of"]
 
 FLOOR = 0.5  # least noise scale, in units of MAP's
 EXPONENTS = 12.0  # decades that a tuned noise scale may move
@@ -298,14 +298,17 @@ class Scorer:
     def __call__(self, points: Sequence[Point], progress: bool = False) -> dict[Point, Score]:
         """The score of every point; ``MAP`` may be among them."""
         found: dict[Point, Score] = {}
-        # precisions are at the likelihood's own noise scale, where other data counts stand for another scale
-        origin = {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
+        origin = self._at_this_noise(points)
         with preserved(self.fitted.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
             for group in self._groups(list(origin)):
                 for point, score in self._known(group) or self._measured(group):
                     found[origin[point]] = score
                     bar.update()
         return found
+
+    def _at_this_noise(self, points: Sequence[Point]) -> dict[Point, Point]:
+        """What stands for every point where precisions are at the likelihood's own noise scale, with the point."""
+        return {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
 
     def _groups(self, points: list[Point]) -> list[list[Point]]:
         """Points that are measured at once: all, or those of one ratio where what was measured is kept."""
@@ -387,11 +390,7 @@ class Scorer:
         """The objective of predictions of every pool, and its parts by example if there are such."""
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
-        parts = [
-            weighted(_as_scores(objective(p, y)), w, p, y)
-            for p, y, w in zip(found[:inside], self.part.targets, self.part.weights, strict=True)
-        ]
-        given = [w for w in self.part.weights if w is not None]
+        parts, given = scores_of(objective, found[:inside], self.part)
         if given:  # so that the mean over all examples is the weighted mean
             share = torch.cat(given).double().mean()
             parts = [part / share.to(part) for part in parts]
@@ -404,7 +403,7 @@ class Scorer:
             value = float(scores.mean())
         return value, scores
 
-    def _tuned(self, predictions: Predictions, at_map: bool) -> Score:
+    def _tuned(self, predictions: Any, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
 
         Not below half of what MAP needs, where that is known: a spread of weights that stands for all the noise fits
@@ -431,6 +430,15 @@ class Scorer:
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
         return self._score(predictions, start * 10**centre)
+
+
+def scores_of(objective: Objective, found: Sequence[Prediction], part: Part) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores of every pool of a part, by example ``(n,)`` or one number, and the weights ``(n,)`` of its examples."""
+    scores = [
+        weighted(_as_scores(objective(p, y)), w, p, y)
+        for p, y, w in zip(found, part.targets, part.weights, strict=True)
+    ]
+    return scores, [w for w in part.weights if w is not None]
 
 
 def weighted(scores: Tensor, weights: Tensor | None, prediction: Prediction, targets: Any) -> Tensor:
