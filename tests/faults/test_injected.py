@@ -151,7 +151,7 @@ OPERATIONS: dict[str, Operation] = {
     "load": lambda p, loader, path: lk.LaplacePosterior.load(path.with_name("old"), p.model).packed(),
 }
 STRUCTURES: dict[str, dict[str, Any]] = {"kron": {}, "ekfac": {}, "diag": {}, "full": {}, "lowrank": {"rank": 4}}
-ONCE = ("tune", "tune-by-grid", "calibrate", "predict-top-k", "predictor", "mislabelled", "prune", "bald")
+ONCE = ("refit", "tune", "tune-by-grid", "calibrate", "predict-top-k", "predictor", "mislabelled", "prune", "bald")
 SEARCHES = ("tune", "tune-by-grid", "calibrate")  # hundreds of passes
 PAIRS = [(n, s) for n in OPERATIONS for s in STRUCTURES if n not in ONCE or s == "kron"]
 DATA = {"fit", "refit", "update", "update-projected", "tune", "tune-by-grid", "calibrate"}
