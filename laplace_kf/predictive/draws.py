@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.operators import fresh_generator, standard_normal
 from laplace_kf.registry import Registry
 
@@ -28,7 +28,7 @@ def draw_seeds(samples: int, generator: torch.Generator | None) -> list[int]:
         ValueError: if ``samples`` is not positive.
     """
     if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+        raise InvalidArgument(f"samples must be at least 1, got {samples}")
     generator = generator if generator is not None else fresh_generator()
     return torch.randint(2**62, (samples,), generator=generator, device=generator.device).tolist()
 
