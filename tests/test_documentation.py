@@ -147,6 +147,7 @@ def test_all_lists_what_is_there(name: str):
                 "optimizers.md",
                 "likelihoods.md",
                 "batches.md",
+                "distributed.md",
                 "attribution.md",
                 "many_outputs.md",
                 "mixtures.md",
