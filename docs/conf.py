@@ -33,6 +33,7 @@ NAVIGATION: dict[str, list[str]] = {
         "batches",
         "likelihoods",
         "many_outputs",
+        "distributed",
         "mixtures",
         "evidence_training",
         "chaining",
