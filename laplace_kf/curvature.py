@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
+from laplace_kf.distributed import Ranks, refuse_checkpoint, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
@@ -27,6 +29,7 @@ from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
 from laplace_kf.resuming import journal
+from laplace_kf.shards import Shard
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, covered
@@ -53,6 +56,7 @@ def estimate(
     unused: str = "error",
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 100,
+    process_group: Any = None,
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -77,6 +81,8 @@ def estimate(
         unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
             their curvature is 0.
         checkpoint, every: a file to go on with after an interruption, as in :meth:`laplace_kf.LaplacePosterior.fit`.
+        process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the data;
+            the statistics are of all shares together, in all of them.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -92,15 +98,29 @@ def estimate(
     read = weighting.reader(reading(forward, inputs, targets), weights)
     settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
     rule = get_likelihood(likelihood)
-    data = weighting.batches(data, weights, model)
-    job = (model, data, rule if layout is None else rule.with_layout(layout), estimator)
-    kept = journal(
-        checkpoint, every, model, data, generator, seeded, (job[2], estimator, structure), parameters=parameters,
-        dtype=dtype, unused=unused, weights=weights, forward=read,
-    )  # fmt: skip
-    with kept.running():
-        names, structure = covered(parameters, structure, *job, **settings)
-        return collect(*job, structure, parameters=names, journal=kept, **settings)
+    rule = rule if layout is None else rule.with_layout(layout)
+    ranks = Ranks.of(process_group)
+    with nullcontext() if ranks is None else ranks.together("the estimate"):
+        settings["shard"] = shard = Shard(data, estimator.draws)
+        settings["ranks"] = ranks
+        batches = weighting.batches(shard.data, weights, model)
+        if ranks is None:
+            shard.warn_alone()
+        else:
+            refuse_checkpoint(checkpoint)
+            kinds = [(each.name, each.options()) for each in (structure, estimator)]
+            asked = {"likelihood": rule, "structure": kinds[0], "estimator": kinds[1], "parameters": parameters}
+            require_one_job(ranks, "estimate", {**asked, "dtype": dtype, "unused": unused})
+            require_one_network(ranks, model)
+            shard.settle(ranks.exchange("the shares", shard.description(batches)), ranks.rank)
+        job = (model, batches, rule, estimator)
+        kept = journal(
+            checkpoint, every, model, batches, generator, seeded, (rule, estimator, structure), parameters=parameters,
+            dtype=dtype, unused=unused, weights=weights, forward=read,
+        )  # fmt: skip
+        with kept.running():
+            names, structure = covered(parameters, structure, *job, **settings)
+            return collect(*job, structure, parameters=names, journal=kept, **settings)
 
 
 def make_structure(structure: str | Structure, **options: Any) -> Structure:

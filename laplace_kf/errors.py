@@ -13,6 +13,7 @@ from laplace_kf.neighbours import ELSEWHERE, NAMES, instead, number_instead
 
 __all__ = [
     "CorruptFile",
+    "DistributedFailure",
     "IncompatiblePair",
     "InvalidTarget",
     "LaplaceKFError",
@@ -105,6 +106,10 @@ class ShapeMismatch(LaplaceKFError, ValueError):
 
 class InvalidTarget(LaplaceKFError, ValueError):
     """A target, a class probability or a weight of an example that cannot be: says which one, and what is allowed."""
+
+
+class DistributedFailure(LaplaceKFError, RuntimeError):
+    """Another process of the group failed, died or did something else; says which one, at what, and what it said."""
 
 
 class CorruptFile(LaplaceKFError, OSError):

@@ -48,6 +48,10 @@ T = TypeVar("T")
 COMPILED = "_orig_mod."  # what torch.compile puts in front of parameter names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # those that have autocast
+GATHER = (
+    "from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict; "
+    "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))"
+)  # to be pasted; all processes run it
 LITTLE = 2**20  # bytes that any device has: how much it has need not be asked
 FALLBACK_BYTES = 16 * 2**30  # taken for the memory where the system does not tell
 
@@ -160,7 +164,7 @@ def _refuse_module(path: str, module: nn.Module) -> None:
     if kind == "FullyShardedDataParallel":
         raise UnsupportedLayer(
             f"{where} is {kind}: every process holds only a piece of each parameter; gather the full state_dict into "
-            "a plain copy of the model and pass that"
+            f"a plain copy of the model and pass that: {GATHER}"
         )
 
 
@@ -181,7 +185,8 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
         )
     if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
         raise UnsupportedLayer(
-            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model"
+            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model "
+            f"and pass that: {GATHER}"
         )
     if not parameter.requires_grad:
         return

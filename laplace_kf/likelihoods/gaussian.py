@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import Source, normal
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
@@ -150,13 +151,15 @@ class Gaussian(ElementwiseLikelihood):
     def _diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
         return self._sigma(z, y).reciprocal().expand_as(z)
 
-    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Any) -> Tensor:
         drawn = (super()._drawn().sample(z, generator) - z) / self._sigma(z)  # standard normal
         return drawn / self._sigma(z, y)
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         refuse_nonfinite_parameters("Gaussian", z)
-        noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        noise = normal(z.shape, generator, z.dtype)
         return from_positions(z + self._sigma(z) * noise, shape)
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:

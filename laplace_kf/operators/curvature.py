@@ -45,6 +45,14 @@ class CurvatureBlock(Matrix):
         """The exact sum with a block of the same size as one block of the same kind, where there is one."""
         return None
 
+    def undecomposed(self) -> dict[str, Tensor]:
+        """The symmetric matrices ``(..., d, d)`` whose eigenbases are made on first need and are not there yet."""
+        return {}
+
+    def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
+        """Takes what was made elsewhere of one of :meth:`undecomposed`: ``(..., d)`` and ``(..., d, d)``."""
+        raise NotImplementedError
+
     @abstractmethod
     def spectrum(self) -> Tensor:
         """Eigenvalues as a grid ``(R, O, I)``."""
@@ -196,6 +204,12 @@ class DenseBlock(CurvatureBlock):
             self._same_size(other)
             return DenseBlock(self.matrix + other.dense(), self.label)
         return super().plus(other)
+
+    def undecomposed(self) -> dict[str, Tensor]:
+        return {} if self._eigen else {self.kind: self.matrix}
+
+    def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
+        self._eigen.append((values, vectors))
 
     def _decomposed(self) -> tuple[Tensor, Tensor]:
         if not self._eigen:

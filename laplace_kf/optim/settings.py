@@ -201,6 +201,11 @@ class Scope(Settings):
         'what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their '
         "curvature is 0 (the damping alone moves them), until one reaches them.",
     )
+    process_group: Any = _field(
+        None,
+        "a ``torch.distributed`` group whose processes all make the same calls, each with minibatches of its own: one "
+        "step is of all of them. Gradients are added up in ``backward``, factors once a refresh.",
+    )
 
 
 @dataclass(frozen=True)
@@ -358,6 +363,7 @@ class _Common(TypedDict, total=False):
     weights: Weights
     generator: torch.Generator | None
     unused: str
+    process_group: Any
     ema: float
     refresh: int
     inverse: str

@@ -7,7 +7,7 @@ accumulation, moving averages, merging workers and discounting old data are all 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,11 +21,41 @@ from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
 
-__all__ = ["STRUCTURES", "Statistics", "Structure", "Sums", "added", "memory_limit", "pairs", "zeros"]
+__all__ = [
+    "STRUCTURES",
+    "Results",
+    "Statistics",
+    "Structure",
+    "Sums",
+    "Work",
+    "added",
+    "memory_limit",
+    "pairs",
+    "zeros",
+]
 
 Sums = dict[str, tuple[Tensor, ...]]
 
 STRUCTURES: Registry[type[Structure]] = Registry("structure")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work that can be done anywhere.
+
+    Attributes:
+        cost: multiply-adds, up to a factor common to all pieces.
+        run: does it.
+        like: tensors of the shapes, types and devices of the result.
+    """
+
+    cost: float
+    run: Callable[[], tuple[Tensor, ...]]
+    like: Callable[[], tuple[Tensor, ...]]
+
+
+Results = Mapping[str, tuple[Tensor, ...]]
+"""What pieces of :class:`Work` gave, by name."""
 
 
 class Structure(ABC):
@@ -72,9 +102,22 @@ class Structure(ABC):
         """
         return self
 
-    def refined(self, statistics: Statistics) -> Structure | None:
-        """What to gather in a further pass over the data, given the finished one; ``None`` if this was the last."""
+    def refinement(self, statistics: Statistics) -> dict[str, Work]:
+        """What has to be computed before a further pass over the data, in pieces by name that can be done apart."""
+        return {}
+
+    def refined(self, statistics: Statistics, results: Results | None = None) -> Structure | None:
+        """What to gather in a further pass over the data, given the finished one; ``None`` if this was the last.
+
+        Args:
+            statistics: of the finished pass.
+            results: of every piece of :meth:`refinement`; computed here by default.
+        """
         return None
+
+    def known(self, name: str) -> int:
+        """How many of a block's finished sums were there before the pass; the others are sums over its examples."""
+        return 0
 
     def again(self, statistics: Statistics) -> Structure | None:
         """What to gather after another first pass (``statistics``), along the :attr:`fixed` bases of this structure.

@@ -51,6 +51,7 @@ class Tracer:
             puts into the model; they are then what is selected.
         unused: what becomes of selected parameters that never take part: ``"error"``, or ``"prior"``: curvature 0.
         verify: whether layer rules are checked against autograd; without, a wrong one is used as it is.
+        shared: whether other processes see other parts of the data, so that what no minibatch here meets is no mistake.
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
@@ -69,12 +70,13 @@ class Tracer:
         weights: Mapping[str, Tensor] | None = None,
         unused: str = "error",
         verify: bool = True,
+        shared: bool = False,
     ) -> None:
         self.model = model
         self.verify = verify
         self.forward = forward
         self.parameters = parameters
-        self.unused = UNUSED[unused]
+        self.unused, self.shared = UNUSED[unused], shared
         self.named = named_parameters(model)
         self.layout: FlatLayout
         self._selected: list[str] | None
@@ -117,12 +119,19 @@ class Tracer:
         """Selected parameters that no observation has met yet."""
         return self.known.unmet(self.layout.names)
 
-    def require_all_seen(self) -> None:
+    def take_layout(self, layout: FlatLayout) -> None:
+        """Where no minibatch came: what another process found out about the selection."""
+        self._selected, self.layout = list(layout.names), layout
+
+    def require_all_seen(self, unseen: Sequence[str] | None = None) -> None:
         """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass.
 
         Not with ``unused="prior"``, as long as one of them did.
+
+        Args:
+            unseen: their names; default: those that no observation has met.
         """
-        unseen = self.unseen()
+        unseen = self.unseen() if unseen is None else unseen
         if not unseen or (self.unused and len(unseen) < len(self.layout.names)):
             return
         modules = sorted({owner(name) or "(root)" for name in unseen})
@@ -215,7 +224,7 @@ class Tracer:
         for step in tape.steps:
             step.call = step.call if step.call is not None and step.call.portions else None
         self._note_constants(tape)
-        if not outputs.requires_grad and not self.unused:
+        if not outputs.requires_grad and not self.unused and not self.shared:
             self.require_all_seen()
         try:
             return self._observation(batch, tape, outputs, targets)
