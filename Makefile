@@ -23,10 +23,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints
 CODE := setup.cfg pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench models bridges site clean distclean
+.PHONY: help demo test lint format pytest nightly mutate test-matrix dist bench models bridges site clean distclean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed-experiments ## Fit, tune and predict on a small problem, with pictures (OUT=folder)
 	$(BIN)/python -m laplace_kf demo $(if $(OUT),--out $(OUT))
@@ -48,6 +48,25 @@ format: $(VENV)/.installed-test ## Let ruff mend and format the code
 pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real data from $LAPLACE_KF_DATA
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+nightly: $(VENV)/.installed-test ## The tests that take minutes (processes killed a hundred times)
+	$(BIN)/python -m pytest -m nightly $(ARGS)
+
+mutate: $(VENV)/.installed-test ## One-line mutants against the tests next to them (ARGS="--minutes 25", then "--table")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
+
+test-matrix: ## A quick part of the tests under the oldest and newest Python and torch (ARGS="3.10" to choose)
+	$(PYTHON) tests/packaging/matrix.py $(ARGS)
+
+# The wheel is installed with the torch of .venv into a fresh environment, and run from outside of the checkout.
+dist: $(VENV)/.installed-experiments ## Build sdist and wheel, install the wheel afresh, run the example and the demo
+	rm -rf dist build .venvs/dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m venv .venvs/dist
+	.venvs/dist/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$$(ls dist/*.whl)[experiments]"
+	cp tests/packaging/installed.py .venvs/dist/installed.py
+	cd .venvs/dist && bin/python -I installed.py
+
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -65,8 +84,8 @@ clean: ## Remove caches and build products, keep .venv and results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## Remove .venv and .venvs too
+	rm -rf $(VENV) .venvs
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo 'No Python >= 3.10 found; name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the package as it stands in the checkout
 
 NAVIGATION: dict[str, list[str]] = {
-    "Start": ["index", "options", "saving", "limits"],
+    "Start": ["index", "options", "saving", "resuming", "limits"],
     "Tutorials": [
         "tutorials/classification",
         "tutorials/regression",
@@ -75,7 +75,7 @@ NAVIGATION: dict[str, list[str]] = {
         "reference/operators",
         "reference/extending",
     ],
-    "Project": ["architecture", "contributing", "changelog"],
+    "Project": ["architecture", "contributing", "releasing", "mutants", "changelog"],
 }
 """Captions and pages of the side bar, in order; tests/test_site.py checks that every page is in it."""
 

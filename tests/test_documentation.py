@@ -156,6 +156,7 @@ def test_all_lists_what_is_there(name: str):
                 "conditioning.md",
                 "acquisition.md",
                 "export.md",
+                "resuming.md",
                 "index.md",
                 "limits.md",
                 "migrating.md",

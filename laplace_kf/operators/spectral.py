@@ -79,7 +79,10 @@ class Ridge:
     def grid(self) -> Tensor:
         """The grid itself, ``(R, O, I)``."""
         product = self.outputs[:, :, None] * self.inputs[:, None, :]
-        return product if self.shift is None else product + self.shift
+        if self.shift is None:
+            return product
+        own = not (product.requires_grad or self.shift.requires_grad) and product.dtype == self.shift.dtype
+        return product.add_(self.shift) if own else product + self.shift
 
     def smallest(self) -> Tensor:
         """The smallest entry of every group ``(R,)``; NaN or infinite if some entry is."""

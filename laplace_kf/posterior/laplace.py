@@ -460,7 +460,7 @@ class LaplacePosterior(Answers):
         method: str = "auto",
         n_data: Sequence[float] | None = None,
         prior_precision: Sequence[float] | None = None,
-        samples: int = 20,
+        samples: int | None = None,
         generator: torch.Generator | None = None,
         *,
         budget: float | None = 10.0,
@@ -495,7 +495,11 @@ class LaplacePosterior(Answers):
                 method that the posterior has.
             n_data: grid for N; if only the other is given ``N · 10^{-1 … 4}`` in half decades.
             prior_precision: grid for λ; if only the other is given ``10^{-4 … 4}`` in half decades.
-            samples: weight draws per point, the same for all of them.
+            samples: weight draws per point, the same for all of them. Default: 20, or 40 or 100 (as many as
+                :meth:`predict` uses) where the budget lets the search look around with them on all examples, 10 where
+                it is too small for 20. Scores of fewer than 100 are extrapolated to 100
+                (:mod:`laplace_kf.posterior.jackknife`), and the default search measures its best setting once more
+                with up to as many others.
             generator: random numbers; with one, the search is reproducible.
             budget: training epochs of the validation examples that the search may take, all work included, by count of
                 multiply-adds; None for no limit. A grid is measured in full whatever it takes.

@@ -256,7 +256,7 @@ class Mixture(CommonSettings, Shorthands):
         method: str = "auto",
         n_data: Sequence[float] | None = None,
         prior_precision: Sequence[float] | None = None,
-        samples: int = 20,
+        samples: int | None = None,
         generator: torch.Generator | None = None,
         *,
         budget: float | None = 10.0,
@@ -275,7 +275,7 @@ class Mixture(CommonSettings, Shorthands):
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
             objective, method, n_data, prior_precision: as of :meth:`LaplacePosterior.tune`.
-            samples: weight draws per point of every component.
+            samples: weight draws per point of every component; default as of :meth:`LaplacePosterior.tune`.
             generator: random numbers.
             budget: training epochs, of all components, of the validation examples.
             extend, progress, noise, per_block, ood, max_examples: as of :meth:`LaplacePosterior.tune`.

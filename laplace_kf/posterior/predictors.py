@@ -22,6 +22,7 @@ from laplace_kf.operators import Blockwise
 from laplace_kf.outputs.spread import Spread, scaled
 from laplace_kf.posterior.examples import OUTPUT_DRAWS, Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn, groups
 from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
 from laplace_kf.registry import Registry
@@ -92,7 +93,13 @@ class TuningPredictor(ABC):
         joined = [z for pool, parts in zip(self.pools, outputs, strict=True) for z in pool.joined(parts, dim=1)]
         if not all(bool(torch.isfinite(z).all()) for z in joined):
             return None
-        return lambda likelihood: [likelihood.predict(z) for z in joined]
+        samples = len(joined[0])
+        left = groups(samples, self.common.pairs)
+
+        def make(likelihood: Likelihood, without: int | None) -> list[Prediction]:
+            return [likelihood.predict(z if without is None else z[left[without].to(z.device)]) for z in joined]
+
+        return Drawn(make, samples, len(left))
 
 
 TUNING_METHODS: Registry[type[TuningPredictor]] = Registry("prediction method of tune")

@@ -16,6 +16,7 @@ from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import PREDICTED
 from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
@@ -26,6 +27,8 @@ from laplace_kf.registry import AUTO
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "searched", "tune"]
 
 CHOICES = ("auto", *CANDIDATES)
+DRAWS, OTHER_DRAWS = 20, (PREDICTED, 40, 10)
+"""Weight draws of a point by default, and those that are used in their place where the budget is large, or small."""
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -36,7 +39,7 @@ class Options:
 
     objective: str | Objective = "nll"
     method: str = "auto"
-    samples: int = 20
+    samples: int | None = None
     generator: torch.Generator | None = None
     extend: int = 0
     progress: bool = False
@@ -230,7 +233,7 @@ def tune(
     if options.method not in CHOICES:
         raise UnknownName("method of tune", options.method, CHOICES)
     validation = validate(
-        fitted, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
+        fitted, val, _objective(options), options.samples or DRAWS, options.generator, options.max_examples, noise,
         pairs=not gridded, mixed=not gridded, **({} if options.kept is None else {"kept": options.kept}),
     )  # fmt: skip
     if gridded:
@@ -339,7 +342,9 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
     """
     if options.budget is not None:
         positive("budget", options.budget)
-    contest = Contest(validation, name, options.budget, options.progress)
+    contest = Contest(
+        validation, name, options.budget, options.progress, OTHER_DRAWS if options.samples is None else ()
+    )
     offered, asked, likelihood = contest.offered(), options.method, validation.fitted.likelihood
     if asked == "probit" and asked in likelihood.links():  # for others the same as "linearized"
         offered = [*offered, asked]

@@ -35,6 +35,7 @@ from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn, extrapolated
 from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared, rounded
@@ -59,11 +60,13 @@ class Score:
         parts: scores by example ``(N,)`` whose mean is ``value``, in an order common to all points; None where the
             objective is no such mean.
         noise: the noise scale σ at which this was measured, where it is tuned.
+        folds: of a score by weight draws, the values without each group of draws ``(g,)``: how much draws matter.
     """
 
     value: float
     parts: Tensor | None = None
     noise: float | None = None
+    folds: Tensor | None = None
 
 
 Measure = Callable[[Sequence[Point], bool], dict[Point, Score]]
@@ -139,10 +142,10 @@ class Validation:
         """What predictions at all points have in common."""
         return Shared(self.fitted, self.mean, self.seeds, self.pairs, self.kept)
 
-    def redrawn(self) -> Validation:
-        """The same data, and other weight draws."""
+    def redrawn(self, samples: int) -> Validation:
+        """The same data, and so many other weight draws."""
         other = copy.copy(self)
-        other.seeds = draw_seeds(len(self.seeds), torch.Generator().manual_seed(self.seeds[0]))
+        other.seeds = draw_seeds(samples, torch.Generator().manual_seed(self.seeds[0]))
         return other
 
     @property
@@ -322,7 +325,8 @@ class Scorer:
             score = self.score(predictions, point == MAP)
             if kept is not None:
                 exponents = self.validation.exponent, self.validation.lowest
-                values = {"value": score.value, "noise": score.noise, "exponents": exponents}
+                folds = None if score.folds is None else score.folds.tolist()
+                values = {"value": score.value, "noise": score.noise, "exponents": exponents, "folds": folds}
                 kept.keep_score(self._key(point), values, score.parts)
             yield point, score
         if kept is not None:
@@ -336,7 +340,8 @@ class Scorer:
         for point, one in zip(points, stored, strict=False):
             if one is None:
                 return []
-            found.append((point, Score(one[0]["value"], one[1], one[0]["noise"])))
+            folds = one[0]["folds"] and torch.tensor(one[0]["folds"], dtype=torch.float64)
+            found.append((point, Score(one[0]["value"], one[1], one[0]["noise"], folds)))
         if stored and stored[-1] is not None:
             self.validation.exponent, self.validation.lowest = stored[-1][0]["exponents"]
             if points != [MAP]:
@@ -344,7 +349,8 @@ class Scorer:
         return found
 
     def _key(self, point: Point) -> list[Any]:
-        return [self.method, self.part.count, self.validation.seeds[0], self._held, *point]
+        seeds = self.validation.seeds
+        return [self.method, self.part.count, len(seeds), seeds[0], self._held, *point]
 
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of predictions of the part, at their best noise scale where that is tuned."""
@@ -365,9 +371,23 @@ class Scorer:
             yield MAP, self.predictor.at_mean()
         yield from self.predictor([point for point in points if point != MAP])
 
-    def _score(self, predictions: Predictions, noise: float | None = None) -> Score:
+    def _score(self, predictions: Predictions, noise: float | None = None, rough: bool = False) -> Score:
+        """At one noise scale; of few weight draws, unless ``rough``, as it would be with those of ``predict``."""
         likelihood = self.fitted.likelihood
-        found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
+        likelihood = likelihood if noise is None else likelihood.with_noise_scale(noise)
+        value, scores = self._objective_of(predictions(likelihood))
+        if rough or not isinstance(predictions, Drawn) or not predictions.groups or scores is None:
+            return Score(value if math.isfinite(value) else math.inf, scores, noise)
+        without = [self._objective_of(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
+        left = torch.stack([each for each in without if each is not None])
+        scores = extrapolated(scores, left, predictions.samples)
+        value, folds = float(scores.mean()), left.mean(1)
+        if not math.isfinite(value):
+            return Score(math.inf, scores, noise)
+        return Score(value, scores, noise, folds if bool(folds.isfinite().all()) else None)
+
+    def _objective_of(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
+        """The objective of predictions of every pool, and its parts by example if there are such."""
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
         parts, given = scores_of(objective, found[:inside], self.part)
@@ -381,7 +401,7 @@ class Scorer:
             count = len(scores) + len(far)  # weights under which one mean over both is the sum of the two means
             scores = torch.cat([scores * (count / len(scores)), far * (count / len(far))])
             value = float(scores.mean())
-        return Score(value if math.isfinite(value) else math.inf, scores, noise)
+        return value, scores
 
     def _tuned(self, predictions: Any, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
@@ -395,7 +415,7 @@ class Scorer:
 
         def score(exponent: float) -> float:
             if exponent not in known:
-                known[exponent] = self._score(predictions, start * 10**exponent)
+                known[exponent] = self._score(predictions, start * 10**exponent, rough=True)
             return known[exponent].value
 
         centre = self.validation.exponent
@@ -409,7 +429,7 @@ class Scorer:
             validation = self.validation
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
-        return known[centre]
+        return self._score(predictions, start * 10**centre)
 
 
 def scores_of(objective: Objective, found: Sequence[Prediction], part: Part) -> tuple[list[Tensor], list[Tensor]]:

@@ -69,6 +69,8 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
+        watches: whether columns that are sent back are looked at for which positions they reach; then inputs need
+            mostly no pass of their own for that.
         flat: of the tape that recorded the pass.
         wiring, form: what :class:`laplace_kf.tape.wiring.Wiring` says of it, by its ``key`` and its ``form``.
     """
@@ -95,6 +97,8 @@ class Observation:
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
         self._members: dict[str, list[Call]] | None = None
+        self.watches = False
+        self._live: set[str] = set()  # names of readings of blocks all of whose positions were reached by some column
 
     def part(self, rows: Tensor) -> Observation:
         """The examples ``rows (M,)`` of a chain, without another forward pass."""
@@ -123,7 +127,7 @@ class Observation:
         """
         members = {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
         found = {name: self._matrix_signals(self.tracer.blocks[name], calls, None) for name, calls in members.items()}
-        several = any(_positions(signal) > 1 for signal in found.values())
+        several = any(_positions(signal) > 1 and not self._is_live(signal) for signal in found.values())
         if counted is None and not several:
             return found
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -132,6 +136,10 @@ class Observation:
         several = several and self.outputs.requires_grad
         reach = self._pattern(found, members, counted, patterns) if several else {}
         return {name: _marked(signal, reach.get(name), examples) for name, signal in found.items()}
+
+    def _is_live(self, signal: MatrixSignals) -> bool:
+        uses = [signal.straight, signal.turned] if isinstance(signal, TiedSignals) else [signal]
+        return all(use.block.name in self._live for use in uses)
 
     def _pattern(
         self,
@@ -344,6 +352,8 @@ class Observation:
                 rows = _flatten_output(grads[self._index(call)], call.leading)
                 parts.append(self._arrange(rule.outputs(rows, call.bound, block.shape[0]), call, 1))
             g = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+            if self.watches and g.shape[2] > 1 and block.name not in self._live and _reaches_all(g):
+                self._live.add(block.name)
         if block.one_hot:
             return LookupSignals(block, inputs, g)
         return OuterSignals(block, inputs, g)
@@ -386,11 +396,20 @@ def _positions(signal: MatrixSignals) -> int:
     return int((signal.tokens if isinstance(signal, LookupSignals) else signal.a).shape[1])
 
 
+PROBES = 4  # outputs of a layer that are looked at first
+
+
+def _reaches_all(g: Tensor) -> bool:
+    """Whether columns ``(V, N, T, R, O)`` are seen to be not zero at any position, by a look at some outputs."""
+    some = g[..., :: max(1, g.shape[-1] // PROBES)]
+    return bool((some != 0).any(-1).any(-1).any(0).all())
+
+
 def _reached_positions(signal: MatrixSignals) -> list[Tensor | None]:
     """Where the only column of every use is not zero, ``(N, T)``; ``None`` for everywhere."""
     uses = [signal.straight, signal.turned] if isinstance(signal, TiedSignals) else [signal]
-    found = [(use.g[0] != 0).flatten(2).any(2) for use in uses]
-    return [None if bool(mask.all()) else mask for mask in found]
+    found = [None if _reaches_all(use.g[:1]) else (use.g[0] != 0).flatten(2).any(2) for use in uses]
+    return [None if mask is None or bool(mask.all()) else mask for mask in found]
 
 
 def _marked(signal: MatrixSignals, reach: Sequence[Tensor | None] | None, examples: Tensor | None) -> MatrixSignals:

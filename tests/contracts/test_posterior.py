@@ -912,14 +912,15 @@ def test_tune_by_evidence() -> None:
 def test_tune_without_grids_helps(make: Callable[[], Any]) -> None:
     case, val = make()
     posterior = fitted(case.make())
-    options: dict[str, Any] = {"samples": 400, "space": "weights"}
-    before = -posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1])
-    trained = -posterior.predict(val[0], method="map").log_prob(val[1])
+
+    def nll(**options: Any) -> float:
+        return -float(posterior.predict(val[0], samples=400, generator=rng(2), **options).log_prob(val[1]).mean())
+
+    before = [nll(), nll(method="mc"), nll(method="map")]
     result = _quiet(posterior, val, generator=rng(1))
-    after = -posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1])
-    assert float(after.mean()) < float(trained.mean()) + 1e-6
-    # A search that is cautious on these few examples may stay behind a lucky setting, within their noise.
-    assert float((after - before).mean()) < float((after - before).std()) / len(val[0]) ** 0.5
+    after = nll()  # by the method that was chosen, whichever it is
+    assert after < before[2] + 1e-6
+    assert after < min(before) + 0.05
     assert len(result.table) > 5
 
 

@@ -30,7 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 KEPT, TABLE = ROOT / "results" / "mutants.json", ROOT / "docs" / "mutants.md"
 # The tests next to each folder, fastest first; a mutant that they do not notice survives, whatever else would.
 NEAREST = {
-    "operators": ["tests/test_operators.py", "tests/optim/test_guards.py", "tests/optim/test_inverses.py"],
+    "operators": [
+        "tests/test_operators.py",
+        "tests/optim/test_guards.py",
+        "tests/optim/test_inverses.py",
+        "tests/continual/test_update.py",
+    ],
     "estimators": ["tests/optim/test_guards.py", "tests/test_columns.py", "tests/contracts/test_curvature.py"],
     "likelihoods": ["tests/likelihoods", "tests/predictive/test_links.py"],
     "structures": ["tests/structures", "tests/contracts/test_curvature.py"],

@@ -16,6 +16,7 @@ from laplace_kf.operators import DAMPINGS, BlockTridiagonal, CrossFactors, Isotr
 from laplace_kf.operators.kronecker import balance
 from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.stepsize import optimal_coefficients
 from tests import oracles
 from tests.cases import rng
 from tests.optim import reference as ref
@@ -130,3 +131,10 @@ def test_kfac_leaves_tau_between_a_quarter_and_three_quarters() -> None:
     rule = lk.optim.kfac(ref.net([2, 2]), "categorical").tau_rule
     assert [rule.adapted(1.0, rho) for rho in (0.26, 0.5, 0.74)] == [1.0, 1.0, 1.0]
     assert rule.adapted(1.0, 0.24) > 1.0 > rule.adapted(1.0, 0.76)
+
+
+def test_two_directions_that_are_nearly_one_count_as_one() -> None:
+    """Methods 6.2: beyond rounding there is no second coefficient to be had, only large numbers that cancel."""
+    products = torch.tensor([[1.0, 1.0 - 1e-14], [1.0 - 1e-14, 1.0]], dtype=torch.float64)
+    coefficients = optimal_coefficients(products, torch.tensor([-1.0, -1.0 - 1e-6], dtype=torch.float64))
+    assert coefficients.tolist() == [1.0, 0.0]
