@@ -25,7 +25,7 @@ __all__ = [
 
 
 # What neighbours and torch call the same things.
-NAMES = {
+NAMES: dict[str, str | tuple[str, ...]] = {
     "classification": "categorical",
     "multiclass": "categorical",
     "softmax": "categorical",
@@ -42,16 +42,16 @@ NAMES = {
     "bceloss": "bernoulli",
     "bcewithlogitsloss": "bernoulli",
     "regression": "gaussian",
-    "mse": "gaussian",
+    "mse": ("gaussian", "squared"),
     "mseloss": "gaussian",
     "normal": "gaussian",
-    "squared_error": "gaussian",
+    "squared_error": ("gaussian", "squared"),
     "count": "poisson",
     "counts": "poisson",
     "heteroscedastic_regression": "heteroscedastic_gaussian",
     "gaussiannllloss": "heteroscedastic_gaussian",
     "poissonnllloss": "poisson",
-    "kfac": "kron",
+    "kfac": ("kron", "kronecker"),
     "kronecker": "kron",
     "diagonal": "diag",
     "dense": "full",
@@ -62,11 +62,11 @@ NAMES = {
     "block_diagonal": "layer",
     "low_rank": "lowrank",
     "scalar": "isotropic",
-    "ggn": "exact",
-    "fisher": "sampled",
+    "ggn": ("exact", "curvature"),
+    "fisher": ("sampled", "curvature"),
     "mc": "sampled",
     "ef": "empirical",
-    "empirical_fisher": "empirical",
+    "empirical_fisher": ("empirical", "diagonal"),
     "emp_fisher": "empirical",
     "glm": "linearized",
     "nn": "mc",
@@ -78,6 +78,22 @@ NAMES = {
     "marglik": "evidence",
     "gridsearch": "nll",
     "last": "last_layer",
+    "l2": "squared",
+    "quadratic": "squared",
+    "euclidean": "squared",
+    "kl": "cross_entropy",
+    "matching": "cross_entropy",
+    "matching_loss": "cross_entropy",
+    "jacobi": "diagonal",
+    "martens": ("diagonal", "original"),
+    "martens2010": "original",
+    "sutskever": "recurrent",
+    "tikhonov": ("factored", "identity"),
+    "levenberg": "identity",
+    "levenberg_marquardt": "identity",
+    "marquardt": "diagonal",
+    "gauss_newton": ("exact", "curvature"),
+    "pi": "balanced",
 }
 # Names of what is chosen by another argument, or is a function of its own.
 ELSEWHERE = {
@@ -110,9 +126,10 @@ def nearest(name: object, allowed: Iterable[str]) -> str | None:
     """The allowed name that is meant by another one: what neighbours call so, else the most similar."""
     allowed = tuple(allowed)
     word = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-    known = NAMES.get(word.lower().replace("-", "_").replace(" ", "_"))
-    if known in allowed:
-        return known
+    known = NAMES.get(word.lower().replace("-", "_").replace(" ", "_"), ())
+    for meant in (known,) if isinstance(known, str) else known:
+        if meant in allowed:
+            return meant
     near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
     return near[0] if near else None
 
@@ -139,9 +156,9 @@ class UnknownName(LaplaceKFError, ValueError):
 class UnknownOption(LaplaceKFError, TypeError):
     """An argument that nothing takes; lists those that are taken and the nearest one."""
 
-    def __init__(self, name: str, taken: str, allowed: Iterable[str]) -> None:
-        self.name, self.allowed = name, tuple(sorted(allowed))
-        near = ARGUMENTS.get(name) or nearest(name, self.allowed)
+    def __init__(self, name: str, taken: str, allowed: Iterable[str], meant: str | None = None) -> None:
+        self.name, self.taken, self.allowed = name, taken, tuple(sorted(allowed))
+        near = meant or ARGUMENTS.get(name) or nearest(name, self.allowed)
         hint = f" Did you mean {near if '=' in near else near + '='}?" if near else ""
         super().__init__(f"option {name!r} is taken {taken}.{hint}")
 

@@ -101,7 +101,8 @@ class Factors(Settings):
     )
 
     def __post_init__(self) -> None:
-        check_arguments({"power": self.power, "ema": self.ema, "refresh": self.refresh})
+        _no_number(self.damping)
+        check_arguments({name: getattr(self, name) for name in ("power", "ema", "refresh", "low_rank")})
         fraction = self.curvature_fraction
         if isinstance(fraction, tuple) and len(fraction) != 2:
             raise IncompatiblePair(f"curvature_fraction is one number in (0, 1] or a pair, got {fraction}")
@@ -266,6 +267,19 @@ class Preconditioning(Settings):
     damping: str | None = _field(None, "of the preconditioner's blocks; default: that of its kind.")
     ema: float = _field(0.0, "limit of the moving average of the preconditioner's factors; 0: none.")
     refresh: int = _field(1, "steps between fresh preconditioners.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _no_number(self.damping)
+
+
+def _no_number(damping: Any) -> None:
+    """Refuses the size of the damping where its kind is asked for."""
+    if isinstance(damping, (int, float)):
+        raise IncompatiblePair(
+            f'damping= says how damping enters a block ("exact", "factored", "balanced"), got {damping!r}; its size is '
+            f"tau={damping!r} for the exact curvature and zeta={damping!r} for the approximate one"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ keyword arguments
