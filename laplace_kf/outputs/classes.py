@@ -63,6 +63,7 @@ def class_masses(who: str, targets: Tensor, ignore_index: int | None) -> tuple[T
         raise InvalidTarget(
             f"{who}: the class probabilities of position {first} (example, position) add up to "
             f"{float(y.sum(-1)[first]):.6g}, not to 1. Divide them by their sum; to weigh examples, pass weights=True "
-            "and batches (x, y, w)."
+            "and batches (x, y, w). A position to be left out has "
+            f"{'no mark: give ignore_index=-100 and -100' if ignore_index is None else ignore_index} in all its entries."
         )
     return y, keep
