@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "arguments", "channels_are_last", "decoder_inputs_from_labels", "is_causal", "takes_labels", "target_key", "targets"]
+__all__ = [
+    "IGNORED",
+    "arguments",
+    "channels_are_last",
+    "decoder_inputs_from_labels",
+    "is_causal",
+    "takes_labels",
+    "target_key",
+    "targets",
+]
 
 IGNORED = -100  # what transformers and torch.nn.CrossEntropyLoss leave out
 CAUSAL = ("ForCausalLM", "LMHeadModel")

@@ -188,7 +188,9 @@ class MCDropout:
         with stage(self.model, self.forward) as (model, forward), preserved(model):
             for module in model.modules():
                 hooks = module._forward_pre_hooks.values()
-                module.training = not isinstance(module, _STEADY) and not any(isinstance(h, SpectralNorm) for h in hooks)
+                module.training = not isinstance(module, _STEADY) and not any(
+                    isinstance(h, SpectralNorm) for h in hooks
+                )
 
             def thinned(x: Any, masks: _Masks, track: bool = False) -> Tensor:
                 with torch.set_grad_enabled(track), sdpa_kernel(SDPBackend.MATH), masks:

@@ -164,7 +164,9 @@ def test_values_of_neighbours_are_named() -> None:
     ]:  # fmt: skip
         with pytest.raises(lk.errors.UnknownName, match=f"Did you mean {meant!r}"):
             lk.optim.hessian_free(
-                nn.Linear(2, 2), "categorical", **{"preconditioner": "kronecker", name: given}  # type: ignore[arg-type]
+                nn.Linear(2, 2),
+                "categorical",
+                **{"preconditioner": "kronecker", name: given},  # type: ignore[arg-type]
             )
 
 
