@@ -19,7 +19,8 @@ def as_tensor(outputs: Any) -> Tensor:
     """The output tensor ``(N, ...)`` of a model call.
 
     Of a structured output that is its ``logits`` or ``out`` (entry or attribute), the only tensor beside a ``loss``, or
-    what follows the loss in a tuple ``(loss, logits, ...)`` or stands before it, ``(logits, loss)``, ``(logits, None)``.
+    what follows the loss in a tuple ``(loss, logits, ...)`` or stands before it, ``(logits, loss)`` and
+    ``(logits, None)``.
 
     Raises:
         ShapeMismatch: if it is not clear which one; says what there is.

@@ -200,10 +200,10 @@ class TaskGradients:
             self._number = divisor
         if not others and divisor > 1 and math.isclose(divisor, self._number, rel_tol=1e-5):
             raise IncompatiblePair(
-                f"the recorded losses were divided by {divisor:.6g} before record(), as many as the minibatches that go "
-                "into a step: record the loss itself and divide what record returns, loss = learner.record(task_loss) "
-                f"/ {divisor:.6g} + learner.penalty() / N_task (a mean over examples is task_loss.mean(), or "
-                'reduction="mean")'
+                f"the recorded losses were divided by {divisor:.6g} before record(), as many as the minibatches that "
+                "go into a step: record the loss itself and divide what record returns, "
+                f"loss = learner.record(task_loss) / {divisor:.6g} + learner.penalty() / N_task (a mean over examples "
+                'is task_loss.mean(), or reduction="mean")'
             )
 
     def _unrecorded(self, passes: _Passes) -> dict[str, Tensor]:

@@ -89,6 +89,7 @@ class Gaussian(ElementwiseLikelihood):
 
     @property
     def differs_by_output(self) -> bool:
+        """Whether the scale is a tensor ``(C,)``, one number for each output."""
         return isinstance(self.scale, Tensor) and self.scale.ndim == 1
 
     def _check_outputs(self, shape: Sequence[int]) -> None:

@@ -149,10 +149,12 @@ def _require_free(module: nn.Module, path: str, name: str, value: Tensor) -> Non
     if name in module._parameters or not parametrize.is_parametrized(module, name):
         return
     kept = copy.deepcopy(module)
-    wanted = torch.eye(len(value), value[0].numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+    inputs = value[0].numel()
+    hot = torch.nn.functional.one_hot(torch.arange(len(value), device=value.device) % inputs, inputs)
+    wanted = hot.to(value).reshape(value.shape)
     with suppress(NotImplementedError, RuntimeError, ValueError):
-        setattr(kept, name, wanted + wanted.roll(1))
-        if torch.equal(getattr(kept, name) == 0, wanted + wanted.roll(1) == 0):
+        setattr(kept, name, wanted)
+        if torch.equal(getattr(kept, name) == 0, wanted == 0):
             return
     raise UnsupportedLayer(
         f"the parametrisation of {name!r} of module {path!r} does not let a sparse weight be; initialise the layer "

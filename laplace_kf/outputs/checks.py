@@ -68,9 +68,9 @@ def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Seq
     found = tuple(targets.shape)
     if found not in {tuple(e) for e in expected}:
         hint = ""
-        if len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1]):
-            hint = " Use targets[:, None]."
-        elif len(expected[0]) > 2 and any(tuple(e) == (*found[:1], 1, *found[1:]) for e in expected):
+        if (len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1])) or (
+            len(expected[0]) > 2 and any(tuple(e) == (*found[:1], 1, *found[1:]) for e in expected)
+        ):
             hint = " Use targets[:, None]."
         elif _is_coarser(shape, found):
             hint = (

@@ -39,8 +39,8 @@ def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
         x: what ``predict`` was given.
 
     Raises:
-        ShapeMismatch: if a tensor is read as a batch, if rows and examples do not go together, if it holds no tensor, or
-            for a data set without a loader.
+        ShapeMismatch: if a tensor is read as a batch, if rows and examples do not go together, if it holds no tensor,
+            or for a data set without a loader.
     """
     if isinstance(x, Dataset):
         raise ShapeMismatch(
@@ -82,10 +82,10 @@ def _require_rows_of_examples(model: nn.Module, forward: Forward | None, x: Any)
             return
         if together.dim() < 1 or len(together) != len(picked) or len(some) != len(half):
             raise ShapeMismatch(
-                f"forward= makes outputs of shape {tuple(together.shape)} of {len(picked)} of the {count} examples that "
-                "predict was given, and a prediction has a row for every example. Leave examples out before predict, "
-                "or keep their rows and set their targets to -100; of several views of an example take the mean in "
-                "forward="
+                f"forward= makes outputs of shape {tuple(together.shape)} of {len(picked)} of the {count} examples "
+                "that predict was given, and a prediction has a row for every example. Leave examples out before "
+                "predict, or keep their rows and set their targets to -100; of several views of an example take the "
+                "mean in forward="
             )
         if same_outputs(some, together[: len(half)].flip(0)):
             return

@@ -230,9 +230,9 @@ def mc_dropout(
 
     The masks of a sample are shared by all inputs, also from call to call. Everything but dropout is in eval mode
     (normalisation keeps its running statistics); the model, its mode and the caller's random numbers stay as they are.
-    Predictions are differentiable in ``x``. Where the examples lie in a mask (first, second, next to heads or positions,
-    nowhere in a mask of weights) shows a pass with one input more; the last pass makes sure that an input which comes
-    twice has the same outputs.
+    Predictions are differentiable in ``x``. Where the examples lie in a mask (first, second, next to heads or
+    positions, nowhere in a mask of weights) shows a pass with one input more; the last pass makes sure that an input
+    which comes twice has the same outputs.
 
     Args:
         model: trained with dropout of any kind.

@@ -137,7 +137,7 @@ def test_outputs_before_their_loss_are_compared_through_forward() -> None:
     """``logits, loss = model(x, y)``, and ``(logits, None)`` without targets."""
     model, given = Owner("smoothed", "after"), batch()
     pair = (given["x"], given["labels"])
-    with pytest.raises(lk.errors.ShapeMismatch, match="label_smoothing=0.1"):
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"label_smoothing=0\.1"):
         lk.LaplacePosterior(model, "categorical", forward=lambda m, b: (m(*b)[0], b[1])).fit([pair])
     fitted = lk.LaplacePosterior(model, "categorical").fit([pair])  # (z, None): no loss is asked for
     torch.testing.assert_close(fitted.predict(pair[0], method="map").probs, model.layer(pair[0]).softmax(-1).detach())

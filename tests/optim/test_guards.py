@@ -132,7 +132,8 @@ NEIGHBOURS: dict[str, tuple[Any, dict[str, str]]] = {
             "levenberg": "tau=", "cg_tol": "termination=lk.optim.cg.Progress(tolerance=...)", "lambda_": "tau=",
             "max_cg_iters": "recipe=lk.optim.Recipe(limit=...)", "delta_decay": "momentum=", "radius": "trust_radius=",
             "use_adaptive_damping": "adapt_tau=", "weight_decay": "l2=", "norm_constraint": "trust_radius=",
-            "min_damping": "tau_rule=lk.optim.LevenbergMarquardt(...)", "line_search": "recipe=", "curvature_ema": "ema=",
+            "min_damping": "tau_rule=lk.optim.LevenbergMarquardt(...)", "line_search": "recipe=",
+            "curvature_ema": "ema=",
         },
     ),
     "natural_gradient": (lk.optim.natural_gradient, {"cg_tol": "termination=lk.optim.cg.Progress(tolerance=...)"}),
@@ -158,7 +159,8 @@ def test_options_of_neighbours_are_named(name: str) -> None:
 
 def test_values_of_neighbours_are_named() -> None:
     for name, given, meant in [
-        ("preconditioner", "kfac", "kronecker"), ("preconditioner", "jacobi", "diagonal"), ("distance", "mse", "squared"),
+        ("preconditioner", "kfac", "kronecker"), ("preconditioner", "jacobi", "diagonal"),
+        ("distance", "mse", "squared"),
         ("distance", "kl", "cross_entropy"), ("penalty", "levenberg", "identity"), ("penalty", "ggn", "curvature"),
         ("penalty", "marquardt", "diagonal"), ("recipe", "martens", "original"), ("damping", "pi", "balanced"),
     ]:  # fmt: skip
@@ -172,9 +174,9 @@ def test_values_of_neighbours_are_named() -> None:
 
 def test_kinds_of_values_are_refused_with_the_argument_that_is_meant() -> None:
     for make in (lk.optim.kfac, lk.optim.hessian_free):
-        with pytest.raises(lk.errors.IncompatiblePair, match=r"its size is tau=0.1 for the exact"):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"its size is tau=0\.1 for the exact"):
             make(nn.Linear(2, 2), "categorical", damping=0.1)
-        with pytest.raises(lk.errors.IncompatiblePair, match="momentum must be True or False, got 0.9"):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"momentum must be True or False, got 0\.9"):
             make(nn.Linear(2, 2), "categorical", momentum=0.9)
     for wrong in (True, False, 3):
         with pytest.raises(lk.errors.IncompatiblePair, match='none is preconditioner="none"'):
