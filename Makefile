@@ -23,15 +23,17 @@ INSTALL := $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints
 CODE := setup.cfg pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format pytest bench models bridges clean distclean
+.PHONY: help demo test lint format pytest nightly mutate test-matrix dist bench models bridges site clean distclean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/:/' | awk -F': +' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed-experiments ## Fit, tune and predict on a small problem, with pictures (OUT=folder)
 	$(BIN)/python -m laplace_kf demo $(if $(OUT),--out $(OUT))
 
-test: lint pytest ## Linters, types, import ranks and all tests
+# Side by side, as the linters keep one processor busy for most of a minute.
+test: $(VENV)/.installed-test ## Linters, types, import ranks and all tests
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
 
 lint: $(VENV)/.installed-test ## Linters, types and import ranks
 	$(BIN)/ruff check .
@@ -46,6 +48,25 @@ format: $(VENV)/.installed-test ## Let ruff mend and format the code
 pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real data from $LAPLACE_KF_DATA
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+nightly: $(VENV)/.installed-test ## The tests that take minutes (processes killed a hundred times)
+	$(BIN)/python -m pytest -m nightly $(ARGS)
+
+mutate: $(VENV)/.installed-test ## One-line mutants against the tests next to them (ARGS="--minutes 25", then "--table")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
+
+test-matrix: ## A quick part of the tests under the oldest and newest Python and torch (ARGS="3.10" to choose)
+	$(PYTHON) tests/packaging/matrix.py $(ARGS)
+
+# The wheel is installed with the torch of .venv into a fresh environment, and run from outside of the checkout.
+dist: $(VENV)/.installed-experiments ## Build sdist and wheel, install the wheel afresh, run the example and the demo
+	rm -rf dist build .venvs/dist
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m venv .venvs/dist
+	.venvs/dist/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$$(ls dist/*.whl)[experiments]"
+	cp tests/packaging/installed.py .venvs/dist/installed.py
+	cd .venvs/dist && bin/python -I installed.py
+
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)
 
@@ -55,12 +76,16 @@ models: $(VENV)/.installed-models ## docs/models.md: third-party models, fitted 
 bridges: $(VENV)/.installed-bridges ## Tests of the bridges against the newest releases of the other libraries
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bridges tests/continual/test_lightning.py $(ARGS)
 
+site: $(VENV)/.installed-docs ## The documentation as build/site/index.html; warnings are errors
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html --doctree-dir build/doctrees docs build/site
+	@echo "build/site/index.html"
+
 clean: ## Remove caches and build products, keep .venv and results
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## Remove .venv too
-	rm -rf $(VENV)
+distclean: clean ## Remove .venv and .venvs too
+	rm -rf $(VENV) .venvs
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo 'No Python >= 3.10 found; name one: make PYTHON=/path/to/python3.11 ...' >&2; exit 1; }
@@ -94,4 +119,8 @@ $(VENV)/.installed-models: $(VENV)/constraints.txt $(CODE) Makefile
 
 $(VENV)/.installed-bridges: $(VENV)/constraints.txt $(CODE) Makefile
 	$(INSTALL) --upgrade --editable '.[experiments,test,bridges]'
+	@touch $@ $(VENV)/.installed-experiments
+
+$(VENV)/.installed-docs: $(VENV)/constraints.txt $(CODE) Makefile
+	$(INSTALL) --editable '.[experiments,docs]'
 	@touch $@ $(VENV)/.installed-experiments

@@ -11,12 +11,14 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "distributed",
     "fit_cost",
     "importance",
     "linearized",
     "montecarlo",
     "many_outputs",
     "many_predictions",
+    "migrating",
     "optimizers",
     "penalty",
     "per_example",

@@ -70,9 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list() -> None:
+    names = runner.config_names()
     for entry in EXPERIMENTS.values():
         state = "ready" if entry.module else "not yet"
-        configs = f"  [{', '.join(runner.config_names(entry.id))}]" if entry.module else ""
+        configs = f"  [{', '.join(names[entry.id])}]" if entry.module else ""
         print(f"{entry.id:11} {state:8} {entry.title}{configs}")
 
 

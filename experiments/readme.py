@@ -7,9 +7,14 @@ import shutil
 from functools import partial
 
 from experiments.registry import EXPERIMENTS
-from experiments.tables import FOLDED, ROOT, STREAMS, TABLES
+from experiments.site_tables import SITE_TABLES
+from experiments.tables import FOLDED, ROOT, STREAMS
+from experiments.tables import TABLES as RESULT_TABLES
 
 __all__ = ["PAGES", "ROOT", "TABLES", "render", "write"]
+
+TABLES = RESULT_TABLES | SITE_TABLES
+"""Functions that make the tables, by name."""
 
 PAGES = {
     "README.md": (
@@ -26,6 +31,7 @@ PAGES = {
     "docs/toy_regression.md": ("toy_regression",),
     "docs/ood_pairs.md": ("ood_pairs",),
     "docs/attribution.md": ("attribution", "attribution_cost"),
+    "docs/conditioning.md": ("pruning",),
     "docs/uci.md": ("uci",),
     "docs/calibration.md": ("calibration",),
     "docs/shakespeare.md": ("shakespeare",),
@@ -34,6 +40,19 @@ PAGES = {
     "docs/chaining.md": ("penalty",),
     "docs/experiments.md": ("papers",),
     "docs/optimizers.md": ("autoencoders", "optimizers"),
+    "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
+    "docs/benchmarks.md": (
+        "aims",
+        "peers",
+        "fit_cost",
+        "predictions",
+        "importance",
+        "many_outputs",
+        "per_example",
+        "quality",
+    ),
+    "docs/migrating.md": ("migrating",),
+    "docs/tutorials/large_models.md": ("tuning",),
 }
 """Which tables stand on which page."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -23,8 +24,9 @@ class Experiment:
     Args:
         id: ``E1`` to ``E35`` for claims of papers, or a word; also the name of the folder of results.
         title: one line.
-        module: has ``Config`` (a dataclass of settings with defaults) and ``run(Config) -> Report``; empty if the
-            experiment has not been written.
+        module: has ``Config`` (a dataclass of settings with defaults) and ``run(Config) -> Report``, or, in a room of
+            several small experiments, ``PARTS``: id → the module that has them. Empty if the experiment has not been
+            written.
         config: name of its default configuration file, without ``.yaml``.
         resumable: ``run(Config, folder)`` keeps finished parts in that folder, and uses those that are there.
     """
@@ -36,7 +38,7 @@ class Experiment:
     resumable: bool = False
 
     def load(self) -> ModuleType:
-        """The experiment's module.
+        """The module with the experiment's ``Config`` and ``run``.
 
         Raises:
             NotYet: if there is none.
@@ -44,7 +46,9 @@ class Experiment:
         if not self.module:
             ready = ", ".join(entry.id for entry in EXPERIMENTS.values() if entry.module)
             raise NotYet(f"{self.id} ({self.title}) has not been written yet. Ready to run: {ready}.")
-        return importlib.import_module(self.module)
+        module = importlib.import_module(self.module)
+        parts: Mapping[str, str] = getattr(module, "PARTS", {})
+        return importlib.import_module(parts[self.id]) if self.id in parts else module
 
 
 EXPERIMENTS: Registry[Experiment] = Registry("experiment")
@@ -54,36 +58,36 @@ for _entry in (
     Experiment("E1", "Hessian-free optimisation of deep autoencoders", _AUTOENCODERS, "autoencoders_hessian_free"),
     Experiment("E2", "Hessian-free error against time on CURVES", _AUTOENCODERS, "autoencoders_hessian_free"),
     Experiment("E3", "objective against quadratic model along conjugate gradients",
-               "experiments.steps.conjugate", "cg_run"),
+               "experiments.steps.run", "cg_run"),
     Experiment("E4", "Hessian-free optimisation of recurrent nets on long dependencies", "experiments.recurrent.run",
                "recurrent", resumable=True),
     Experiment("E5", "two-dimensional damping toy: diagonal damping over-restricts",
-               "experiments.theory.damping_toy", "damping_toy"),
+               "experiments.theory.run", "damping_toy"),
     Experiment("E6", "one-dimensional toy on which the empirical Fisher does not converge",
-               "experiments.theory.empirical_fisher_toy", "empirical_fisher_toy"),
-    Experiment("E7", "exact Fisher against its Kronecker approximation", "experiments.fisher.exact",
+               "experiments.theory.run", "empirical_fisher_toy"),
+    Experiment("E7", "exact Fisher against its Kronecker approximation", "experiments.fisher.run",
                "fisher_exact"),
-    Experiment("E8", "structure of the inverse Kronecker Fisher", "experiments.fisher.inverse",
+    Experiment("E8", "structure of the inverse Kronecker Fisher", "experiments.fisher.run",
                "fisher_inverse"),
     Experiment("E9", "block-diagonal and block-tridiagonal Fisher and their inverses",
-               "experiments.fisher.approximations", "fisher_approximations"),
+               "experiments.fisher.run", "fisher_approximations"),
     Experiment("E10", "rescaling and momentum of K-FAC against damping",
-               "experiments.steps.damping", "kfac_damping"),
+               "experiments.steps.run", "kfac_damping"),
     Experiment("E11", "K-FAC progress against batch size",
-               "experiments.steps.batches", "kfac_batches"),
+               "experiments.steps.run", "kfac_batches"),
     Experiment("E12", "K-FAC against Nesterov's accelerated gradient on autoencoders", _AUTOENCODERS,
                "autoencoders_kfac"),
     Experiment("E13", "loss surface of a ReLU net",
-               "experiments.theory.loss_slices", "loss_slices"),
+               "experiments.theory.run", "loss_slices"),
     Experiment("E14", "KFRA and KFAC against tuned Adam on autoencoders", _AUTOENCODERS, "autoencoders",
                resumable=True),
     Experiment("E15", "KFRA, KFAC and Adam: CPU timings", _AUTOENCODERS, "autoencoders"),
     Experiment("E16", "per-layer alignment of updates with the block Gauss-Newton update",
-               "experiments.steps.layers", "alignment_layers"),
+               "experiments.steps.run", "alignment_layers"),
     Experiment("E17", "alignment of whole updates with the full Gauss-Newton update",
-               "experiments.steps.whole", "alignment_whole"),
+               "experiments.steps.run", "alignment_whole"),
     Experiment("E18", "mixture classifier: Gauss-Newton against Fisher",
-               "experiments.steps.mixture", "mixture_classifier"),
+               "experiments.steps.run", "mixture_classifier"),
     Experiment(
         "E19",
         "toy regression: Laplace posteriors against Hamiltonian Monte Carlo",
@@ -98,22 +102,22 @@ for _entry in (
     Experiment("E23", "CIFAR-100 wide residual net: uncertainty on errors", "experiments.photographs.run",
                "wide_residual"),
     Experiment("E24", "effect of the multiplier on a two-dimensional MAP estimate",
-               "experiments.theory.multiplier_toy", "multiplier_toy"),
+               "experiments.theory.run", "multiplier_toy"),
     Experiment("E25", "permuted MNIST tasks one after another", _CONTINUAL, "continual_permuted", resumable=True),
     Experiment("E26", "multiplier sweep on permuted MNIST", "experiments.multiplier.run",
                "continual_multiplier", resumable=True),
     Experiment("E27", "disjoint MNIST: digits 0-4, then 5-9", _CONTINUAL, "continual_disjoint", resumable=True),
     Experiment("E28", "five vision data sets in sequence", _CONTINUAL, "continual_vision", resumable=True),
     Experiment("E29", "asymptotic error of stochastic second-order methods",
-               "experiments.theory.asymptotics", "asymptotics"),
+               "experiments.theory.run", "asymptotics"),
     Experiment("E30", "invariance of undamped K-FAC",
-               "experiments.theory.coordinates", "coordinates"),
+               "experiments.theory.run", "coordinates"),
     Experiment("E31", "error and cost of curvature factors: exact, sampled, projected, recursive",
-               "experiments.theory.factors", "factors"),
+               "experiments.theory.run", "factors"),
     Experiment("E32", "rank bounds of the Gauss-Newton matrix",
-               "experiments.theory.rank_bounds", "rank_bounds"),
+               "experiments.theory.run", "rank_bounds"),
     Experiment("E33", "order in which conjugate gradients find curvature clusters",
-               "experiments.theory.clusters", "clusters"),
+               "experiments.theory.run", "clusters"),
     Experiment("E34", "factored against exact damping in the posterior",
                "experiments.toy_regression.damping", "posterior_damping"),
     Experiment("E35", "kept against summed task factors", _CONTINUAL, "continual_terms", resumable=True),

@@ -33,11 +33,14 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """Where named configuration files are."""
 
 
-def config_names(experiment_id: str) -> list[str]:
-    """Names of the configuration files that belong to an experiment, its default first."""
-    paths = sorted(CONFIGS.glob("*.yaml"))
-    names = [path.stem for path in paths if _layers(path)[0]["experiment"] == experiment_id]
-    return sorted(names, key=lambda name: name != EXPERIMENTS[experiment_id].config)
+def config_names() -> dict[str, list[str]]:
+    """Id of an experiment → names of its configuration files, its default first; every file is read once."""
+    found: dict[str, list[str]] = {experiment_id: [] for experiment_id in EXPERIMENTS}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        found[_layers(path)[0]["experiment"]].append(path.stem)
+    for experiment_id, names in found.items():
+        names.sort(key=lambda name: name != EXPERIMENTS[experiment_id].config)
+    return found
 
 
 def resolve(name: str, overrides: Sequence[str] = ()) -> tuple[Experiment, Any]:

@@ -121,6 +121,23 @@ def attribution_cost() -> str:
     return f"{head}\n\n" + _markdown(["job", "epochs", "s"], rows)
 
 
+def pruning() -> str:
+    """Accuracies after pruning by conditioning and by magnitude, averaged over the networks of a kind."""
+    result = _load("benchmarks/results/pruning.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = []
+    for kind, found in result["networks"].items():
+        for share in found[0]["pruned"]:
+            cut = [[one["pruned"][share][way] for one in found] for way in ("posterior", "magnitude")]
+            dense = statistics.fmean(one["dense"] for one in found)
+            means = [f"{statistics.fmean(one):.1f} (lowest {min(one):.1f})" for one in cut]
+            rows.append([kind, str(len(found)), f"{dense:.1f}", f"{float(share):.0%}", *means])
+    met = [f"{claim}: {'met' if held else 'missed'}" for claim, held in result["met"].items()]
+    head = f"{result['workload']}; {_machine(result)}. {'; '.join(met)}. `python -m benchmarks pruning`"
+    return f"{head}\n\n" + _markdown(["network", "seeds", "dense", "pruned", "by conditioning", "by magnitude"], rows)
+
+
 def calibration() -> str:
     """Differences in test NLL to MAP, set by set, and how many sets each verdict holds on."""
     result = _load("docs/results/calibration.json")
@@ -449,6 +466,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ood_pairs": ood_pairs,
     "attribution": attribution,
     "attribution_cost": attribution_cost,
+    "pruning": pruning,
     "uci": uci,
     "predictions": predictions,
     "many_outputs": many_outputs,

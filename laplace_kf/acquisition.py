@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Bernoulli, Categorical, Gaussian
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -51,6 +52,7 @@ class Batch:
 
 @typed
 @lasting()
+@explained
 def bald(
     posterior: LaplacePosterior, pool: Any, samples: int = 200, generator: torch.Generator | None = None
 ) -> Tensor:
@@ -76,6 +78,7 @@ def bald(
 
 @typed
 @lasting()
+@explained
 def batch_bald(
     posterior: LaplacePosterior,
     pool: Any,
@@ -108,6 +111,7 @@ def batch_bald(
 
 @typed
 @lasting()
+@explained
 def epig(
     posterior: LaplacePosterior,
     pool: Any,

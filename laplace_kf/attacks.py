@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Prediction
 
 __all__ = ["fgsm", "targeted"]
@@ -22,6 +23,7 @@ __all__ = ["fgsm", "targeted"]
 Predict = Callable[[Tensor], Prediction]
 
 
+@explained
 def fgsm(
     predict: Predict,
     x: Tensor,
@@ -54,6 +56,7 @@ def fgsm(
     return _clipped(x.detach() - epsilon * scale * gradient.sign(), low, high)
 
 
+@explained
 def targeted(
     predict: Predict,
     x: Tensor,

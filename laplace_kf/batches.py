@@ -25,7 +25,7 @@ from laplace_kf import conventions, graphs
 from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
-from laplace_kf.models import as_called
+from laplace_kf.models import as_called, named_parameters
 from laplace_kf.returned import as_tensor, both, explained, readable
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "predicted",
     "run",
     "slices",
+    "tensors_of",
     "to_tensors",
     "with_labels",
 ]
@@ -217,7 +218,7 @@ def check_rows(inputs: Any, outputs: Tensor) -> None:
 
 def _beside(structure: Any, model: nn.Module) -> Any:
     """The structure with its tensors on the device of the model's first parameter."""
-    first = next(model.parameters(), None)
+    first = next(iter(named_parameters(model).values()), None)
     return structure if first is None else to_device(structure, first.device)
 
 
@@ -495,6 +496,5 @@ def check_finite(structure: Any, index: int, what: str) -> None:
             raise NonFinite(
                 f"batch {index}: {what} of shape {tuple(tensor.shape)} has {bad} NaN or infinite "
                 f"{'entry' if bad == 1 else 'entries'}; nothing was changed. Clean the data (or the model's outputs)."
-                + instead
-                * mask
+                + (instead if mask else "")
             )

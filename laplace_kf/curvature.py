@@ -6,8 +6,11 @@ averaged over the data.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from laplace_kf import weighting
 from laplace_kf.batches import Forward
+from laplace_kf.distributed import Ranks, refuse_checkpoint, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
@@ -24,6 +28,8 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
 from laplace_kf.registry import Registry
+from laplace_kf.resuming import journal
+from laplace_kf.shards import Shard
 from laplace_kf.structures import STRUCTURES, Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, covered
@@ -48,6 +54,9 @@ def estimate(
     weights: weighting.Weights = False,
     layout: str | None = None,
     unused: str = "error",
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 100,
+    process_group: Any = None,
     **options: Any,
 ) -> Statistics:
     """Curvature statistics of a model over data (methods 4).
@@ -71,6 +80,9 @@ def estimate(
             ``"channels_last"``; default: as the targets show.
         unused: what becomes of selected parameters that took no part in any forward pass: ``"error"``, or ``"prior"``:
             their curvature is 0.
+        checkpoint, every: a file to go on with after an interruption, as in :meth:`laplace_kf.LaplacePosterior.fit`.
+        process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the data;
+            the statistics are of all shares together, in all of them.
         **options: options of the estimator or the structure.
 
     Returns:
@@ -81,15 +93,34 @@ def estimate(
     """
     model = usable(model)
     structure, estimator = make_pair(structure, estimator, options)
-    generator = generator if generator is not None else fresh_generator()
+    seeded, generator = generator is not None, generator if generator is not None else fresh_generator()
     _ = UNUSED[unused]
     read = weighting.reader(reading(forward, inputs, targets), weights)
     settings: dict[str, Any] = {"forward": read, "generator": generator, "dtype": dtype, "unused": unused}
     rule = get_likelihood(likelihood)
-    data = weighting.batches(data, weights, model)
-    job = (model, data, rule if layout is None else rule.with_layout(layout), estimator)
-    names, structure = covered(parameters, structure, *job, **settings)
-    return collect(*job, structure, parameters=names, **settings)
+    rule = rule if layout is None else rule.with_layout(layout)
+    ranks = Ranks.of(process_group)
+    with nullcontext() if ranks is None else ranks.together("the estimate"):
+        settings["shard"] = shard = Shard(data, estimator.draws)
+        settings["ranks"] = ranks
+        batches = weighting.batches(shard.data, weights, model)
+        if ranks is None:
+            shard.warn_alone()
+        else:
+            refuse_checkpoint(checkpoint)
+            kinds = [(each.name, each.options()) for each in (structure, estimator)]
+            asked = {"likelihood": rule, "structure": kinds[0], "estimator": kinds[1], "parameters": parameters}
+            require_one_job(ranks, "estimate", {**asked, "dtype": dtype, "unused": unused})
+            require_one_network(ranks, model)
+            shard.settle(ranks.exchange("the shares", shard.description(batches)), ranks.rank)
+        job = (model, batches, rule, estimator)
+        kept = journal(
+            checkpoint, every, model, batches, generator, seeded, (rule, estimator, structure), parameters=parameters,
+            dtype=dtype, unused=unused, weights=weights, forward=read,
+        )  # fmt: skip
+        with kept.running():
+            names, structure = covered(parameters, structure, *job, **settings)
+            return collect(*job, structure, parameters=names, journal=kept, **settings)
 
 
 def make_structure(structure: str | Structure, **options: Any) -> Structure:
@@ -135,10 +166,10 @@ def make_pair(
     ]
     if stray:
         taken = (
-            f"neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator {estimator!r} "
-            f"(options: {sorted(theirs) or 'none'})"
+            f"is taken neither by structure {structure!r} (options: {sorted(mine) or 'none'}) nor by estimator "
+            f"{estimator!r} (options: {sorted(theirs) or 'none'})"
         )
-        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS])
+        raise UnknownOption(stray[0], taken, [*mine, *theirs, *SETTINGS], options[stray[0]])
     return (
         make_structure(structure, **{k: v for k, v in options.items() if k in mine}),
         make_estimator(estimator, **{k: v for k, v in options.items() if k in theirs}),
@@ -147,9 +178,12 @@ def make_pair(
 
 def _accepted(rule: Any, registry: Registry[Any]) -> dict[str, Any]:
     """Option names and defaults of a registered entry (none for an object that is made already)."""
-    if not isinstance(rule, str):
-        return {}
-    return {name: parameter.default for name, parameter in inspect.signature(registry[rule]).parameters.items()}
+    return dict(_arguments(registry[rule])) if isinstance(rule, str) else {}
+
+
+@functools.cache  # the signature of a class does not change, and reading it takes longer than a small network's fit
+def _arguments(rule: type) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(rule).parameters.items()}
 
 
 def ggn_vector_product(

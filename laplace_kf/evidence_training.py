@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import as_batches, run, to_device
 from laplace_kf.errors import IncompatiblePair, NotFitted
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import by_parameter, plain, positive
@@ -26,6 +27,7 @@ __all__ = ["EvidenceTraining", "evidence_training"]
 Optimizers = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
 
+@explained
 class EvidenceTraining:
     """Learns λ and the noise scale in one's own training loop: ``start``, ``loss`` or ``penalty``, ``after_epoch``.
 
@@ -164,6 +166,7 @@ class EvidenceTraining:
         return self.posterior
 
 
+@explained
 def evidence_training(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -23,7 +24,7 @@ KNOB = "Increase prior_precision (λ > 0), or estimate the curvature from more d
 
 def all_finite(v: Tensor) -> bool:
     """Whether all entries of a tensor of any shape are finite; where they are, one cheap pass finds out."""
-    return bool(torch.isfinite(v.sum())) or bool(torch.isfinite(v).all())
+    return math.isfinite(v.detach().sum()) or bool(torch.isfinite(v).all())
 
 
 def _require_finite(matrix: Tensor, block: str) -> None:

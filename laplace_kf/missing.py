@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.batches import Forward, check_finite, mapped
+from laplace_kf.batches import Forward, check_finite, mapped, tensors_of
 from laplace_kf.graphs import is_graph
+from laplace_kf.linalg import all_finite
 from laplace_kf.reading import Reading
+from laplace_kf.returned import readable
 from laplace_kf.weighting import WithWeights
 
 __all__ = ["check_batch"]
@@ -34,6 +36,8 @@ def check_batch(batch: Any, index: int, what: str, forward: Forward | None, miss
     """
     if not missing:
         check_finite(batch, index, what)
+        return
+    if all(not t.is_floating_point() or all_finite(t) for t in map(readable, tensors_of(batch))):
         return
     check_finite(mapped(batch, _without_nan), index, what)
     known = _inputs(batch, forward)

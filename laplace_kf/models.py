@@ -7,13 +7,14 @@ no tape can see into.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,17 @@ from torch.nn.parameter import is_lazy
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
 from laplace_kf.randomness import same_random_states
 from laplace_kf.replica import Shared
+from laplace_kf.sequences import read
 
 __all__ = [
+    "LITTLE",
     "as_called",
     "autocasting",
     "coarsest",
+    "evaluating",
     "lasting",
     "memory_bytes",
+    "named_parameters",
     "parameters_of",
     "plain_name",
     "preserved",
@@ -37,9 +42,17 @@ __all__ = [
     "usable",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 COMPILED = "_orig_mod."  # what torch.compile puts in front of parameter names
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda", "mps", "xpu")  # those that have autocast
+GATHER = (
+    "from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict; "
+    "plain.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))"
+)  # to be pasted; all processes run it
+LITTLE = 2**20  # bytes that any device has: how much it has need not be asked
 FALLBACK_BYTES = 16 * 2**30  # taken for the memory where the system does not tell
 
 
@@ -59,18 +72,48 @@ def usable(model: nn.Module) -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     while _is_compiled(model) or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         (model,) = model.children()
-    for path, module in model.named_modules():
+    modules, parameters = list(model.named_modules()), named_parameters(model)
+    for path, module in modules:
         _refuse_module(path, module)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         _refuse_parameter(name, parameter)
-    integers = [name.rpartition(".")[0] for name, p in model.named_parameters() if not p.is_floating_point()]
-    integers += [path for path, module in model.named_modules() if ".quantized" in type(module).__module__]
-    if integers and not any(p.requires_grad for p in model.parameters()):
+    integers = [name.rpartition(".")[0] for name, p in parameters.items() if not p.is_floating_point()]
+    integers += [path for path, module in modules if ".quantized" in type(module).__module__]
+    if integers and not any(p.requires_grad for p in parameters.values()):
         raise UnsupportedLayer(
             f"module {integers[0]!r} is quantised, and whole numbers have no gradients; pass the float model (or keep "
             "trainable parameters, such as adapters, in floating point: the quantised ones then stay as they are)"
         )
     return model
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """``dict(model.named_parameters())``, each of its shape, in a fraction of the time."""
+    found: dict[str, Tensor] = {}
+    if _walk(model, "", found, set(), set()):
+        return found
+    return dict(model.named_parameters())
+
+
+def _walk(module: nn.Module, start: str, found: dict[str, Tensor], modules: set[int], parameters: set[int]) -> bool:
+    """Collects a tree's parameters in torch's order; ``False`` where a class has an order of its own."""
+    kind = type(module)
+    if kind.named_parameters is not _NAMED[0] or kind.named_modules is not _NAMED[1]:
+        return False
+    modules.add(id(module))
+    for name, parameter in module._parameters.items():
+        if parameter is not None and id(parameter) not in parameters:
+            parameters.add(id(parameter))
+            found[start + name] = parameter
+    for name, child in module._modules.items():
+        if child is None or id(child) in modules:
+            continue
+        if not _walk(child, f"{start}{name}.", found, modules, parameters):
+            return False
+    return True
+
+
+_NAMED = nn.Module.named_parameters, nn.Module.named_modules
 
 
 def parameters_of(
@@ -86,7 +129,7 @@ def parameters_of(
     Raises:
         ShapeMismatch: if it does not have one, or in another shape (a layer was replaced); names it.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named = named_parameters(model)
     wrong = [
         f"{name!r} of shape {shape}, the model has {tuple(named[name].shape) if name in named else 'no such parameter'}"
         for name, shape in zip(names, shapes, strict=True)
@@ -109,10 +152,11 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _refuse_module(path: str, module: nn.Module) -> None:
-    where = f"module {path!r}" if path else "the model"
     kind = type(module).__name__
-    trainable = any(p.requires_grad for p in module.parameters())
-    if isinstance(module, torch.jit.ScriptModule) and (trainable or not path):
+    if kind != "FullyShardedDataParallel" and not isinstance(module, torch.jit.ScriptModule):
+        return
+    where = f"module {path!r}" if path else "the model"
+    if isinstance(module, torch.jit.ScriptModule) and (not path or any(p.requires_grad for p in module.parameters())):
         raise UnsupportedLayer(
             f"{where} ({kind}) is scripted or traced code, whose layers cannot be seen; pass the plain Python module "
             "it was made from (load its state_dict there)" + ("" if not path else ", or freeze it")
@@ -120,11 +164,14 @@ def _refuse_module(path: str, module: nn.Module) -> None:
     if kind == "FullyShardedDataParallel":
         raise UnsupportedLayer(
             f"{where} is {kind}: every process holds only a piece of each parameter; gather the full state_dict into "
-            "a plain copy of the model and pass that"
+            f"a plain copy of the model and pass that: {GATHER}"
         )
 
 
 def _refuse_parameter(name: str, parameter: Tensor) -> None:
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    if plain and parameter.dtype in FLOATS and not parameter.is_meta:
+        return
     path = name.rpartition(".")[0]
     where = f"parameter {name!r} (module {path!r})" if path else f"parameter {name!r}"
     if is_lazy(parameter):
@@ -138,7 +185,8 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
         )
     if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
         raise UnsupportedLayer(
-            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model"
+            f"{where} is sharded over processes (DTensor); gather the full state_dict into a plain copy of the model "
+            f"and pass that: {GATHER}"
         )
     if not parameter.requires_grad:
         return
@@ -250,14 +298,60 @@ def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
     return [id(value) for value in container]
 
 
+class lasting:
+    """Tensors made inside can be kept and used anywhere, also if the caller is in inference mode (then: no graph).
+
+    A context, or the decorator of a call; nothing is done where nothing has to be.
+    """
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        if torch.is_inference_mode_enabled():
+            self._stack.enter_context(torch.inference_mode(False))
+            self._stack.enter_context(torch.no_grad())
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def __call__(self, call: Callable[P, T]) -> Callable[P, T]:
+        """The call inside such a context."""
+
+        @functools.wraps(call)
+        def lasting_call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if not torch.is_inference_mode_enabled():
+                return call(*args, **kwargs)
+            with lasting():
+                return call(*args, **kwargs)
+
+        return lasting_call
+
+
 @contextmanager
-def lasting() -> Iterator[None]:
-    """Tensors made inside can be kept and used anywhere, also if the caller is in inference mode (then: no graph)."""
-    if not torch.is_inference_mode_enabled():
-        yield
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """As :func:`preserved`, where nothing runs inside but the model itself: no loader, no ``forward`` of the user.
+
+    A sequence of torch's own modules then neither writes anything nor draws random numbers, so that nothing of it has
+    to be remembered.
+    """
+    if read(model) is None:
+        with preserved(model):
+            yield
         return
-    with torch.inference_mode(False), torch.no_grad():
+    with undisturbed(), torch.inference_mode(False), _modes(model):
         yield
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, for models whose forward pass writes nothing."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.__dict__["training"] = False  # past the checks of whether it is a parameter
+    try:
+        yield
+    finally:
+        for module in training:
+            module.__dict__["training"] = True
 
 
 @contextmanager
@@ -271,6 +365,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
     loaders shuffle and augment from them.
     """
+    if read(model) is not None:
+        with same_random_states(), undisturbed(), torch.inference_mode(False), _modes(model):
+            yield
+        return
     modules = [_Snapshot(module) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
@@ -316,8 +414,7 @@ def require_memory(needed: int, device: torch.device, what: str, instead: str) -
     Raises:
         IncompatiblePair: if the device does not have that much memory; gives both numbers.
     """
-    there = memory_bytes(device)
-    if needed > there:
+    if needed > LITTLE and needed > (there := memory_bytes(device)):
         raise IncompatiblePair(
             f"{what} needs {_readable(needed)} of memory; {device} has {_readable(there)} in all. {instead}"
         )

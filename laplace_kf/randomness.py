@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["same_foreign_states", "same_random_states"]
+__all__ = ["random_states", "same_foreign_states", "same_random_states", "set_random_states"]
 
 _WORDS = 624  # of the Mersenne twister, 32 bits each; then its position, an int
 _inside = threading.local()
@@ -63,3 +64,39 @@ def _read(raw: bytes) -> tuple[str, Any, int, int, float]:
     """The state in numpy's own form (its half-used normal number is left to the outer guard)."""
     key, position = np.frombuffer(raw, np.uint32, _WORDS), np.frombuffer(raw, np.int32, 1, 4 * _WORDS)
     return "MT19937", key, int(position[0]), 0, 0.0
+
+
+def random_states(devices: Collection[torch.device] = ()) -> dict[str, Tensor]:
+    """The global random states as tensors of any shapes, for :func:`set_random_states`: Python's, numpy's, torch's.
+
+    Args:
+        devices: accelerators whose states are wanted, too.
+    """
+    version, words, gauss = random.getstate()
+    found = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+    }
+    state: Any = np.random.get_state()  # noqa: NPY002 (the caller's)
+    if state[0] == "MT19937":
+        _, key, position, has_gauss, cached = state
+        found["numpy"] = torch.tensor([*key.tolist(), position, has_gauss])
+        found["numpy gauss"] = torch.tensor([cached], dtype=torch.float64)
+    for device in devices:
+        found[str(device)] = getattr(torch, device.type).get_rng_state(device)
+    return found
+
+
+def set_random_states(states: Mapping[str, Tensor], devices: Collection[torch.device] = ()) -> None:
+    """Puts back what :func:`random_states` gave, tensors of any shapes by name."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    random.setstate((version, tuple(words), next(iter(states["python gauss"].tolist()), None)))
+    if "numpy" in states:
+        *key, position, has_gauss = states["numpy"].tolist()
+        state = ("MT19937", np.array(key, np.uint32), position, has_gauss, float(states["numpy gauss"]))
+        np.random.set_state(state)  # noqa: NPY002
+    for device in devices:
+        if str(device) in states:
+            getattr(torch, device.type).set_rng_state(states[str(device)], device)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from laplace_kf.memory import storage_of
 from laplace_kf.randomness import same_foreign_states
+from laplace_kf.sequences import read
 
 __all__ = ["Shared", "current", "original", "replica", "stage", "standing"]
 
@@ -95,6 +96,9 @@ def stage(model: nn.Module, forward: Any) -> Iterator[tuple[nn.Module, Any]]:
         model: the user's module.
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
     """
+    if forward is None and read(model) is not None:  # no code but torch's own runs
+        yield replica(model, None)
+        return
     try:
         with in_place(model):  # nobody is in the middle of using it as it is
             pair = replica(model, forward)

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_kf.distributed import Ranks
 from laplace_kf.engine import collect
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.estimators import Estimator
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.lookups import padding_rows
 from laplace_kf.models import preserved
@@ -29,6 +31,7 @@ from laplace_kf.tape.blocks import flat_layout
 __all__ = ["CRITERIA", "Selection", "Subnetwork", "covered"]
 
 
+@explained
 @dataclass(frozen=True)
 class Subnetwork:
     """``parameters=Subnetwork(size)``: the ``size`` most important single weights.
@@ -97,7 +100,7 @@ def _magnitude(job: _Job) -> tuple[FlatLayout, Tensor]:
             tracer = Tracer(job.model, job.settings["forward"], job.within, unused="prior")
             for batch in itertools.islice(job.batches, 1):
                 tracer.observe(batch)
-        layout = tracer.layout
+        layout = _layout(tracer, job.settings.get("ranks"))
     return layout, torch.cat([named[name].detach().reshape(-1).abs() for name in layout.names])
 
 
@@ -115,6 +118,17 @@ def _variance(job: _Job) -> tuple[FlatLayout, Tensor]:
         parts = zip(layout.names, layout.sizes, strict=True)
         precision = precision + torch.cat([precision.new_full((size,), float(prior[name])) for name, size in parts])
     return layout, -precision
+
+
+def _layout(tracer: Tracer, ranks: Ranks | None) -> FlatLayout:
+    """What a tracer found out; where no minibatch came to it, what another process did."""
+    found: FlatLayout | None = getattr(tracer, "layout", None)
+    if ranks is not None:
+        known = [each for each in ranks.exchange("the last layer", found) if each is not None]
+        found = found if found is not None or not known else known[0]
+    if found is None:
+        raise ShapeMismatch("the data are empty: no batch was yielded, so there is no last layer to choose from")
+    return found
 
 
 def _require_again(job: _Job, how: str) -> None:
@@ -143,7 +157,7 @@ def covered(
         parameters, structure, model, batches, likelihood, estimator: as of a fit.
         prior: λ by parameter name for a layout, or ``None`` if it is the same for all.
         n_data: N, if it is not the number of examples.
-        **settings: ``forward``, ``generator``, ``dtype`` and ``unused`` of the fit.
+        **settings: ``forward``, ``generator``, ``dtype``, ``unused``, ``shard`` and ``ranks`` of the fit.
 
     Raises:
         IncompatiblePair: for a structure that single weights do not have.
@@ -153,6 +167,7 @@ def covered(
         return parameters, structure
     job = _Job(parameters.within, model, batches, likelihood, estimator, settings, prior, n_data)
     layout, scores = CRITERIA[parameters.by](job)
+    ranks: Ranks | None = settings.get("ranks")
     constant = torch.zeros(layout.size, dtype=torch.bool)
     constant[layout.held_positions()] = True
     for name, row in padding_rows(model).items():
@@ -163,4 +178,7 @@ def covered(
     scores = scores.masked_fill(constant.to(scores.device), -torch.inf)  # no weights
     best = scores.sort(descending=True, stable=True).indices[: min(parameters.size, int((~constant).sum()))]
     entries = EntryLayout.of(layout, best)
+    if ranks is not None:  # by magnitude, only those with data know which entries are constants
+        everyone = ranks.exchange("the choice of a subnetwork", (len(layout.held), entries))
+        entries = max(everyone, key=lambda found: found[0])[1]
     return [glob.escape(name) for name in entries.names], structure.of_entries(entries)

@@ -21,7 +21,9 @@ from torch.overrides import TorchFunctionMode
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.lookups import note_plain, plain
 from laplace_kf.memory import storage_of
+from laplace_kf.models import named_parameters
 from laplace_kf.replica import original
+from laplace_kf.sequences import read
 
 __all__ = ["leaves_of", "note_reached", "reached", "require_reached", "substituted"]
 
@@ -83,17 +85,19 @@ def note_reached(model: nn.Module, forward: Any, names: Collection[str]) -> None
     """Remembers that the forward pass (with the user's ``forward``, or ``None``) reaches these in their place."""
     known = _KNOWN.setdefault(original(model), {})
     _, found = known.setdefault(id(forward), (forward, {}))  # which is kept, so that no other one gets its identity
-    found.update({name: ref(p) for name, p in model.named_parameters() if name in names})
+    found.update({name: ref(p) for name, p in named_parameters(model).items() if name in names})
     while len(known) > KEPT:
         del known[next(iter(known))]
 
 
 def reached(model: nn.Module, forward: Any, names: Collection[str]) -> bool:
-    """Whether :func:`require_reached` has passed for all these parameters, as they are now."""
+    """Whether :func:`require_reached` has passed for all these parameters, as they are now, or need not be asked."""
+    if forward is None and read(model) is not None:
+        return True  # a list of modules
     _, known = _KNOWN.get(original(model), {}).get(id(forward), (None, {}))
     if any(name not in known for name in names):
         return False
-    return all(known[name]() is p for name, p in model.named_parameters() if name in names)
+    return all(known[name]() is p for name, p in named_parameters(model).items() if name in names)
 
 
 def require_reached(model: nn.Module, forward: Any, names: Collection[str], call: Callable[[], Tensor]) -> None:
@@ -111,8 +115,9 @@ def require_reached(model: nn.Module, forward: Any, names: Collection[str], call
     Raises:
         UnsupportedLayer: names the parameters and the ways out.
     """
-    own = {name: p for name, p in model.named_parameters() if name in names}
-    together = _overlapping(dict(model.named_parameters()), own)
+    named = named_parameters(model)
+    own = {name: p for name, p in named.items() if name in names}
+    together = _overlapping(named, own)
     if together is not None:
         raise UnsupportedLayer(
             f"parameters {together[0]!r} and {together[1]!r} are two parameters in the same memory, so that neither "

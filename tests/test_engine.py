@@ -52,9 +52,11 @@ class Unchained(nn.Module):
 ACTIVATIONS = [nn.Tanh, nn.ReLU, nn.GELU, nn.Sigmoid, nn.SiLU, nn.ELU, nn.Softplus]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("estimator", ["exact", "sampled", "projection", "importance", "empirical"])
+@pytest.mark.pairs(
+    activation=ACTIVATIONS,
+    structure=STRUCTURES,
+    estimator=["exact", "sampled", "projection", "importance", "empirical"],
+)
 def test_chain_and_autograd_routes_agree(structure: str, estimator: str, activation: type[nn.Module]) -> None:
     model = net(4, 5, 6, 3, activation=activation)
     x, y = data(7, 4, 3)

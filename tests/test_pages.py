@@ -15,7 +15,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in {".py", ".md", ".yaml"} and path != Path(__file__)
 )
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NUMBER = r"\d+(?:\.\d+)*"
 CITATION = re.compile(rf"\b[Mm]ethods\s+({NUMBER}(?:(?:\s*,\s*|\s*-\s*|\s+and\s+){NUMBER}\b)*)")
 HEADING = re.compile(rf"^#+ ({NUMBER})\.? ", re.MULTILINE)

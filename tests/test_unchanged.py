@@ -243,9 +243,7 @@ def test_calls_without_a_posterior(name: str, tmp_path: Path) -> None:
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("structure", ["kron", "full"])
-@pytest.mark.parametrize("name", list(FITTED))
+@pytest.mark.pairs(name=FITTED, structure=["kron", "full"], k=[0, 1, 2])
 def test_a_forward_that_raises_after_k_calls(name: str, structure: str, k: int, tmp_path: Path) -> None:
     model = make()
     before = snapshot(model)

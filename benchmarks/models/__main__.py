@@ -16,12 +16,12 @@ from benchmarks.models.problem import FAMILIES, Row, rows
 HEAD = """# Third-party models and tools
 
 Made by `make models` (its own extra, `models`); do not edit by hand. Every model is built at toy size with random
-weights; nothing is downloaded. *Error* is the relative error of the diagonal curvature of all trainable parameters to
-dense Jacobians of one example after the other, in float64. *Fit* (Kronecker, exact) and *tune* (all defaults, on the
-same batch) are in forward and backward passes over the same batch, on one thread; a toy model's pass is short, so that
-costs per call weigh more than on a real one. An exact fit sends a column back for every class but one and for every
-labelled position; language models have all positions labelled here, images to be segmented four pixels each. *To pass*
-is what the call needs beside the model and the likelihood.
+weights, none of them 0; nothing is downloaded. *Error* is the relative error of the diagonal curvature of all trainable
+parameters to dense Jacobians of one example after the other, in float64. *Fit* (Kronecker, exact) and *tune* (all
+defaults, on the same batch) are in forward and backward passes over the same batch, on one thread; a toy model's pass
+is short, so that costs per call weigh more than on a real one. An exact fit sends a column back for every class but one
+and for every labelled position; language models have all positions labelled here, images to be segmented four pixels
+each. *To pass* is what the call needs beside the model and the likelihood.
 Errors of 1e-8 are of models that compute in float32 inside (RMSNorm, rotary positions), whatever their type.
 {summary}
 

@@ -1,11 +1,11 @@
 """E1, E2, E12, E14, E15: deep autoencoders from one sparse initialisation, trained by every optimiser in one budget.
 
-CURVES (784-400-200-100-50-25-6, ``curves.py``) and MNIST (784-1000-500-250-30), decoders mirrored, sigmoid
-hidden units, a linear code, sigmoid outputs; the loss is the binary cross-entropy summed over pixels, averaged over
-cases, plus ``l2/2 ‖θ‖²``. Every method gets the same seconds of processor time on one thread, so that other load on the
-machine does not matter; the clock stands still while training and test data are evaluated. A method with a grid first
-runs every setting for ``pilot`` of the budget; the one with the lowest training loss then starts again and gets all of
-it.
+CURVES (784-400-200-100-50-25-6, ``curves.py``), MNIST (784-1000-500-250-30) and, on request (``problems=[faces]``),
+FACES (625-2000-1000-500-30, ``faces.py``), decoders mirrored, sigmoid hidden units, a linear code, sigmoid outputs; the
+loss is the binary cross-entropy summed over pixels, averaged over cases, plus ``l2/2 ‖θ‖²``. Every method gets the same
+seconds of processor time on one thread, so that other load on the machine does not matter; the clock stands still while
+training and test data are evaluated. A method with a grid first runs every setting for ``pilot`` of the budget; the one
+with the lowest training loss then starts again and gets all of it.
 
 Finished runs are kept in ``parts`` of the results folder and used again by later runs with the same settings, so that
 the table can be made in pieces: ``python -m experiments run E14 problems=[curves] methods=[Adam]``. The report is on
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from experiments.autoencoders import report
+from experiments.autoencoders import faces, report
 from experiments.autoencoders.curves import REMARK, curves
 from experiments.autoencoders.methods import OPTIMISERS, Method, Setting
 from experiments.common import data, training
@@ -46,6 +46,10 @@ from laplace_kf.reports import machine, versions
 from laplace_kf.reports.html import Report
 
 __all__ = ["PROBLEMS", "Config", "Problem", "network", "run"]
+
+
+USUAL = "curves", "mnist"
+"""Problems of a run that names none."""
 
 
 @dataclass
@@ -72,9 +76,9 @@ class Config:
 
     seed: int = 0
     threads: int = 1
-    problems: list[str] = field(default_factory=lambda: list(PROBLEMS))
+    problems: list[str] = field(default_factory=lambda: [*USUAL])
     methods: list[str] = field(default_factory=lambda: list(OPTIMISERS))
-    budgets: dict[str, float] = field(default_factory=lambda: {"curves": 240.0, "mnist": 420.0})
+    budgets: dict[str, float] = field(default_factory=lambda: {"curves": 240.0, "mnist": 420.0, "faces": 900.0})
     pilot: float = 0.2
     updates: int = 0
     l2: float = 1e-5
@@ -128,8 +132,15 @@ def _mnist(seed: int) -> tuple[Tensor, Tensor]:
     return train, test
 
 
+def _faces(seed: int) -> tuple[Tensor, Tensor]:
+    photographs, _ = data.images("olivetti", "train")
+    chosen = faces.pairs(faces.PAIRS, training.generator(seed))
+    return faces.augmented(photographs[:250], chosen), faces.augmented(photographs[-100:], chosen)
+
+
 PROBLEMS.register("curves")(Problem((784, 400, 200, 100, 50, 25, 6), _curves))
 PROBLEMS.register("mnist")(Problem((784, 1000, 500, 250, 30), _mnist))
+PROBLEMS.register("faces")(Problem((625, 2000, 1000, 500, 30), _faces))
 
 
 def network(widths: Sequence[int], seed: int) -> nn.Sequential:
@@ -341,7 +352,10 @@ def _floor(images: Tensor) -> float:
 
 def _report(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> Report:
     verdicts = report.claims(runs)
-    missing = {name: [method for method in OPTIMISERS if method not in runs.get(name, {})] for name in PROBLEMS}
+    missing = {
+        name: [method for method in OPTIMISERS if method not in runs.get(name, {})]
+        for name in dict.fromkeys([*USUAL, *runs])
+    }
     return Report(
         title="Deep autoencoders: second-order against first-order optimisers",
         summary=report.summary(runs),

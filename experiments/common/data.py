@@ -48,12 +48,14 @@ def images(name: str, split: str) -> tuple[Tensor, Tensor]:
     """Images and labels of a data set.
 
     Args:
-        name: ``mnist``, ``fashion-mnist``, ``notmnist``, ``svhn``, ``cifar10``, ``cifar100`` (fine labels), ``digits``.
-        split: ``train`` or ``test`` (``digits`` has ``train`` only, ``notmnist`` has ``test`` only).
+        name: ``mnist``, ``fashion-mnist``, ``notmnist``, ``svhn``, ``cifar10``, ``cifar100`` (fine labels), ``digits``,
+            ``olivetti`` (labels are people).
+        split: ``train`` or ``test`` (``digits`` and ``olivetti`` have ``train`` only, ``notmnist`` has ``test`` only).
 
     Returns:
-        Images ``(N, 1, 28, 28)``, ``(N, 3, 32, 32)`` or ``(N, 1, 8, 8)``, float32 in [0, 1], and int64 labels ``(N,)``,
-        in the original order. CIFAR-100's provided training file holds the first 10,000 images only.
+        Images ``(N, 1, 28, 28)``, ``(N, 3, 32, 32)``, ``(N, 1, 8, 8)`` or ``(N, 1, 64, 64)``, float32 in [0, 1], and
+        int64 labels ``(N,)``, in the original order. CIFAR-100's provided training file holds the first 10,000 images
+        only.
 
     Raises:
         UnknownName: for a name or split that is not listed above.
@@ -70,7 +72,7 @@ def images(name: str, split: str) -> tuple[Tensor, Tensor]:
 
 def splits(name: str) -> tuple[str, ...]:
     """The splits that :func:`images` knows of a data set."""
-    return {"digits": ("train",), "notmnist": ("test",)}.get(name, ("train", "test"))
+    return {"digits": ("train",), "olivetti": ("train",), "notmnist": ("test",)}.get(name, ("train", "test"))
 
 
 Pixels: TypeAlias = NDArray[np.uint8]
@@ -172,13 +174,27 @@ def _read_coded(path: Path) -> tuple[Pixels, Pixels]:
 
 def _matlab(name: str, split: str) -> tuple[Pixels, Pixels]:
     """The cropped house numbers: ``X`` (32, 32, 3, N), and ``y`` (N, 1) in which 10 stands for the digit 0."""
-    path = locate(f"{name}/{split}_32x32.mat", name)
-    try:
-        table = loadmat(path)
-        pixels, labels = table["X"], table["y"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, MatReadError) as error:
-        raise CorruptFile(f"{path.name} is not a file of cropped house numbers: {error}") from error
+    pixels, labels = _fields(locate(f"{name}/{split}_32x32.mat", name), "cropped house numbers", "X", "y")
     return np.ascontiguousarray(pixels.transpose(3, 2, 0, 1)), labels[:, 0] % 10
+
+
+def _fields(path: Path, of: str, *names: str) -> list[Pixels]:
+    """Arrays of a MATLAB file by name."""
+    try:
+        found = loadmat(path)
+        return [found[name] for name in names]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, MatReadError) as error:
+        raise CorruptFile(f"{path.name} is not a file of {of}: {error}") from error
+
+
+def _faces(name: str, split: str) -> tuple[Pixels, Pixels]:
+    """Ten photographs of each of 40 people; ``faces`` (4096, 400) holds one a column, columns of pixels first."""
+    path = locate(f"{name}/olivettifaces.mat", name)
+    (pixels,) = _fields(path, "photographs of faces", "faces")
+    if pixels.shape != (64 * 64, 400):
+        raise CorruptFile(f"{path.name} holds faces {pixels.shape}, not (4096, 400)")
+    upright = pixels.T.reshape(400, 1, 64, 64).transpose(0, 1, 3, 2)
+    return np.ascontiguousarray(upright), np.repeat(np.arange(40, dtype=np.uint8), 10)
 
 
 def _bundled_digits(name: str, split: str) -> tuple[Pixels, Pixels]:
@@ -196,6 +212,7 @@ for _name in ("mnist", "fashion-mnist", "notmnist"):
 for _name in ("cifar10", "cifar100"):
     IMAGE_SETS.register(_name)(_cifar)
 IMAGE_SETS.register("svhn")(_matlab)
+IMAGE_SETS.register("olivetti")(_faces)
 IMAGE_SETS.register("digits")(_bundled_digits)
 
 

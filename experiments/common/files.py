@@ -87,6 +87,10 @@ for _name, _data_set in {
             "test": "cdce80dfb2a2c4c6160906d0bd7c68ec5a99d7ca4831afa54f09182025b6a75b",
         }.items()),
     ),
+    "olivetti": DataSet(
+        "Olivetti faces, 1992 to 1994 (AT&T Laboratories Cambridge)",
+        (File("olivetti/olivettifaces.mat", "b1988d02c72fe5b8ee82b5ef3bb7982eafc74f1e1ff0ae0ade35061ad0af534d"),),
+    ),
     "cifar10": DataSet(
         "CIFAR-10 photographs",
         (File("cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",

@@ -99,6 +99,7 @@ def train(
     before_step: Callable[[], None] | None = None,
     after_step: Callable[[], None] | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    over: Callable[[], bool] | None = None,
     seed: int = 0,
     progress: str | None = None,
 ) -> list[float]:
@@ -114,6 +115,7 @@ def train(
         before_step: called between ``backward()`` and each update (implicit steps of a penalty, for instance).
         after_step: called after each update (Synaptic Intelligence's running sums, for instance).
         scheduler: stepped once per epoch.
+        over: asked after each epoch, with the model in eval mode, whether that was the last one.
         seed: for the network's own randomness (dropout masks).
         progress: text of a progress bar, None for no bar.
 
@@ -148,6 +150,11 @@ def train(
             if scheduler is not None:
                 scheduler.step()
             bar.set_postfix(loss=f"{history[-1]:.3f}")
+            if over is not None:
+                model.eval()
+                if over():
+                    break
+                model.train()
     model.eval()
     return history
 

@@ -29,7 +29,7 @@ from experiments.continual import report
 from experiments.continual.methods import LEARNERS, Method
 from experiments.continual.settings import Config
 from experiments.continual.streams import STREAMS
-from experiments.continual.tasks import Stream, Task, joined
+from experiments.continual.tasks import Pair, Stream, Task, joined
 from laplace_kf import continual
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.registry import Registry
@@ -51,11 +51,20 @@ def _adam(config: Config, weights: list[nn.Parameter], factor: float) -> torch.o
     return torch.optim.Adam(weights, factor * config.adam_lr)
 
 
+RATES: Registry[Callable[[torch.optim.Optimizer, int], torch.optim.lr_scheduler.LRScheduler]] = Registry("rates")
+RATES.register("cosine")(torch.optim.lr_scheduler.CosineAnnealingLR)
+
+
+@RATES.register("tenths")
+def _tenths(optimizer: torch.optim.Optimizer, epochs: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.1)
+
+
 def check_names(config: Config) -> None:
     """Refuses names that are not registered (:class:`laplace_kf.errors.UnknownName`), before anything is run."""
     for name in config.methods:
         _ = LEARNERS[name]
-    _ = STREAMS[config.stream], OPTIMIZERS[config.optimizer], OPTIMIZERS[config.si_optimizer]
+    _ = STREAMS[config.stream], RATES[config.rates], OPTIMIZERS[config.optimizer], OPTIMIZERS[config.si_optimizer]
 
 
 def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
@@ -92,8 +101,9 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
         batches = training.Batches(*joined(list(seen)), config.batch, training.generator(seed, task.train[0].device))
         explicit = method.decay and not (config.implicit and method.implicit)
         k = config.decay + (strength * getattr(config, method.decay) if explicit else 0.0)
+        rate = continual.decayed_rate(1.0, number, k)
         try:
-            _train(config, method, stream, model, learner, batches, continual.decayed_rate(1.0, number, k), seed)
+            _train(config, method, stream, model, learner, batches, task.val, rate, seed)
         except FloatingPointError:
             found["diverged"] = True
             break
@@ -114,20 +124,28 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
 
 def _train(
     config: Config, method: Method, stream: Stream, model: nn.Module, learner: continual.Learner,
-    batches: training.Batches, factor: float, seed: int,
+    batches: training.Batches, val: Pair, factor: float, seed: int,
 ) -> None:  # fmt: skip
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = OPTIMIZERS[getattr(config, method.optimizer)](config, weights, factor)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    schedule = RATES[config.rates](optimizer, config.epochs)
     count = len(batches.inputs)
     implicit = config.implicit and method.implicit and isinstance(optimizer, torch.optim.SGD)
 
     def before_step() -> None:
         learner.precondition_gradients(optimizer.param_groups[0]["lr"] / count)
 
+    early = continual.EarlyStopping(config.patience, config.least_epochs) if config.patience else None
+
+    def over() -> bool:
+        assert early is not None
+        inputs, targets = val
+        return early.over(float(stream.loss(config)(training.outputs(model, inputs), targets)))
+
     training.train(
         model, batches, optimizer, config.epochs, loss=stream.loss(config), penalty=lambda: learner.penalty() / count,
-        before_step=before_step if implicit else None, after_step=learner.after_step, scheduler=schedule, seed=seed,
+        before_step=before_step if implicit else None, after_step=learner.after_step, scheduler=schedule,
+        over=over if early else None, seed=seed,
         progress=f"{type(learner).__name__}, task {learner.tasks + 1}" if config.progress else None,
     )  # fmt: skip
 

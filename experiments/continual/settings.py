@@ -38,7 +38,10 @@ class Config:
         epochs: passes over each task.
         batch: examples per minibatch.
         curvature_batch: examples per minibatch of curvature passes.
-        lr: step size of SGD with Nesterov momentum, a cosine to zero within each task.
+        lr: step size of SGD with Nesterov momentum.
+        rates: how it changes within each task: ``cosine`` (to zero) or ``tenths`` (a tenth after every five epochs).
+        patience: a task is over after so many epochs without a lower validation loss; 0 for all epochs.
+        least_epochs: epochs that are trained in any case where ``patience`` is set.
         momentum: its momentum.
         optimizer: ``sgd`` or ``adam``, for all methods but Synaptic Intelligence.
         si_optimizer: that of Synaptic Intelligence.
@@ -75,6 +78,9 @@ class Config:
     batch: int = 250
     curvature_batch: int = 1000
     lr: float = 0.1
+    rates: str = "cosine"
+    patience: int = 0
+    least_epochs: int = 10
     momentum: float = 0.9
     optimizer: str = "sgd"
     si_optimizer: str = "adam"
@@ -103,6 +109,8 @@ class Config:
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "adam_lr", "prior_precision", "noise"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        for name in ("patience", "least_epochs"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("multipliers", "strengths"):
             require(name, grid := getattr(self, name), grid and min(grid) > 0, "a list of numbers above 0")
         diagonal = self.multipliers_diag

@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from laplace_kf import files
 from laplace_kf.attribution import scoring as single
 from laplace_kf.attribution.values import Value
 from laplace_kf.errors import NotFitted, ShapeMismatch
-from laplace_kf.posterior import LaplacePosterior, store
+from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import PriorPrecision
 
 __all__ = ["Attribution"]
-
-FORMAT = "laplace_kf attribution scores"
 
 
 class Attribution:
@@ -109,7 +108,7 @@ class Attribution:
             NotFitted: if there are none.
         """
         _ = self.scores
-        store.write(path, self.results, {"newest": self._newest, "posteriors": len(self.posteriors)}, FORMAT)
+        files.write(path, self.results, {"newest": self._newest, "posteriors": len(self.posteriors)}, files.ATTRIBUTION)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Attribution:
@@ -119,7 +118,7 @@ class Attribution:
             FileNotFoundError: if there is no such file.
             CorruptFile: if it is truncated, altered or not one of ours.
         """
-        tensors, header = store.read(path, FORMAT)
+        tensors, header = files.read(path, files.ATTRIBUTION)
         made = cls()
         made.results, made._newest = tensors, header["newest"]
         return made

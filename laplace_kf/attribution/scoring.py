@@ -19,6 +19,7 @@ from laplace_kf.attribution.gradients import Gradients, at_mean, batches_of
 from laplace_kf.attribution.pairs import Queries
 from laplace_kf.attribution.values import Value
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
@@ -37,6 +38,7 @@ TOKENS.register("train")((False, True))
 
 
 @typed
+@explained
 def influence(
     posterior: LaplacePosterior,
     train: Any,
@@ -145,6 +147,7 @@ def group_influence(
 
 
 @typed
+@explained
 def self_influence(posterior: LaplacePosterior, train: Any, *, damping: PriorPrecision | None = None) -> Tensor:
     """``g_i^T Λ⁻¹ g_i`` of every training example, the diagonal of :func:`influence` on the loss: ``(N,)``, ≥ 0.
 

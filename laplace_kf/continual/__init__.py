@@ -6,11 +6,12 @@ from laplace_kf.continual.chained import EWC, NonOnlineLaplace, OnlineLaplace
 from laplace_kf.continual.intelligence import SynapticIntelligence
 from laplace_kf.continual.metrics import accuracy, average_accuracy, forgetting, forward_transfer
 from laplace_kf.continual.reference import FineTuning, JointTraining
-from laplace_kf.continual.schedule import decayed_rate
+from laplace_kf.continual.schedule import EarlyStopping, decayed_rate
 
 __all__ = [
     "EWC",
     "Callback",
+    "EarlyStopping",
     "FineTuning",
     "JointTraining",
     "Learner",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -105,6 +106,7 @@ class Learner(ABC):
         self.tasks = 0
         names = self._names()
         by_parameter(self.prior_precision, flat_layout(dict(self.model.named_parameters()), names))  # refuses early
+        LaplacePosterior(self.model, self.likelihood, structure, parameters=self.parameters, **options)  # as well
 
     # -- what a method says --------------------------------------------------------------------------------------------
 
@@ -113,8 +115,8 @@ class Learner(ABC):
         """The penalty of the selected parameters, 0-dim."""
 
     @abstractmethod
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
-        """Takes in a finished task."""
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
+        """Takes in a finished task; ``fitting`` is what a fit takes for it (generator, checkpoint)."""
 
     def _state(self) -> dict[str, Any]:
         return {}
@@ -195,6 +197,8 @@ class Learner(ABC):
         inputs: Part | None = None,
         targets: Part | None = None,
         generator: torch.Generator | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
     ) -> None:
         """To be called when the network is trained on a task; goes over its data once.
 
@@ -202,13 +206,16 @@ class Learner(ABC):
             loader: the task's data: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
             forward, inputs, targets: as in the constructor, if this task needs others (its own head).
             generator: random numbers of the estimator; a fresh private one by default.
+            checkpoint, every: as of :meth:`laplace_kf.LaplacePosterior.fit`: the same call, made again after an
+                interruption with the learner in the same state, goes on.
 
         Raises:
             ShapeMismatch, NonFinite, UnsupportedLayer: as of :meth:`laplace_kf.LaplacePosterior.fit`; the learner is
                 then what it was.
         """
         own = reading(forward, inputs, targets)
-        self._after_task(loader, own if own is not None else self.forward, generator)
+        fitting = {"generator": generator, "checkpoint": checkpoint, "every": every}
+        self._after_task(loader, own if own is not None else self.forward, fitting)
         self._heads.update(self._finished_heads())
         self.tasks += 1
 
@@ -262,7 +269,7 @@ class Learner(ABC):
         loader: Loader,
         prior_precision: PriorPrecision,
         forward: Forward | None,
-        generator: torch.Generator | None,
+        fitting: Mapping[str, Any],
     ) -> LaplacePosterior:
         """The posterior of one task on its own, with the multiplier on its curvature."""
         posterior = LaplacePosterior(
@@ -273,7 +280,7 @@ class Learner(ABC):
             prior_precision=prior_precision,
             forward=forward,
             **self.options,
-        ).fit(loader, generator=generator)
+        ).fit(loader, **fitting)
         posterior.n_data = posterior.n_data * self.multiplier
         return posterior
 

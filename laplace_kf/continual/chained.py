@@ -5,6 +5,7 @@ For two tasks the three coincide, because the prior is folded into the first pen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ class OnlineLaplace(_Chained):
     Args:
         terms: ``"keep"``, ``"sum"``, ``"project"`` or ``"project_kl"``, and
         forgetting: as of :meth:`laplace_kf.LaplacePosterior.update`.
-        *args, **kwargs: as of :class:`Learner`.
+        *args: as of :class:`Learner`.
+        **kwargs: as of :class:`Learner`.
     """
 
     def __init__(self, *args: Any, terms: str = "keep", forgetting: float = 1.0, **kwargs: Any) -> None:
@@ -61,12 +63,12 @@ class OnlineLaplace(_Chained):
         _ = TERMS[terms]
         self.terms, self.forgetting = terms, forgetting
 
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         if self.posterior is None:
-            self.posterior = self._posterior(loader, self.prior_precision, forward, generator)
+            self.posterior = self._posterior(loader, self.prior_precision, forward, fitting)
         else:
             self.posterior = self.posterior.update(
-                loader, self.multiplier, self.terms, forgetting=self.forgetting, forward=forward, generator=generator
+                loader, self.multiplier, self.terms, forgetting=self.forgetting, forward=forward, **fitting
             )
 
 
@@ -80,11 +82,20 @@ class NonOnlineLaplace(_Chained):
         super().__init__(*args, **kwargs)
         self.seen: list[tuple[Loader, Forward | None]] = []
 
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         seen = [*self.seen, (loader, forward)]
-        posterior = self._posterior(seen[0][0], self.prior_precision, seen[0][1], generator)
-        for other, own in seen[1:]:
-            posterior = posterior.update(other, self.multiplier, forward=own, generator=generator)
+        generator, path = fitting["generator"], fitting["checkpoint"]
+        before = None if generator is None or path is None else generator.get_state()
+        # the data of every task have a file of their own; fits that were complete are made again
+        each = [{**fitting, "checkpoint": None if path is None else f"{os.fspath(path)}.{k}"} for k in range(len(seen))]
+        try:
+            posterior = self._posterior(seen[0][0], self.prior_precision, seen[0][1], each[0])
+            for (other, own), how in zip(seen[1:], each[1:], strict=True):
+                posterior = posterior.update(other, self.multiplier, forward=own, **how)
+        except BaseException:
+            if before is not None:
+                generator.set_state(before)
+            raise
         self.seen, self.posterior = seen, posterior
 
     def revisit(self, loaders: Sequence[Loader], forwards: Sequence[Forward | None] | None = None) -> None:
@@ -104,7 +115,7 @@ class NonOnlineLaplace(_Chained):
         forward: Forward | None = None,
         inputs: Part | None = None,
         targets: Part | None = None,
-        generator: torch.Generator | None = None,
+        **fitting: Any,
     ) -> None:
         """As of :class:`Learner`; goes over the data of all tasks.
 
@@ -112,7 +123,7 @@ class NonOnlineLaplace(_Chained):
             IncompatiblePair: after :meth:`load_state_dict` without :meth:`revisit`.
         """
         require_data(len(self.seen), self.tasks, AGAIN)
-        super().after_task(loader, forward=forward, inputs=inputs, targets=targets, generator=generator)
+        super().after_task(loader, forward=forward, inputs=inputs, targets=targets, **fitting)
 
 
 class EWC(Learner):
@@ -150,9 +161,9 @@ class EWC(Learner):
         if self._implicit is not None:
             self._implicit.apply(self.model, rate)
 
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         prior: PriorPrecision = 0.0 if self.posteriors else self.prior_precision
-        self.posteriors.append(self._posterior(loader, prior, forward, generator))
+        self.posteriors.append(self._posterior(loader, prior, forward, fitting))
         self._implicit = None
 
     def _state(self) -> dict[str, Any]:

@@ -176,7 +176,7 @@ class SynapticIntelligence(Learner):
                 )
 
     @torch.no_grad()
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         now = {name: weight.detach().clone() for name, weight in self._weights().items()}
         way = {name: weight - self._start.get(name, weight) for name, weight in now.items()}
         importance = {

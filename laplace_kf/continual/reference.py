@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class FineTuning(Learner):
     def _penalty(self) -> torch.Tensor:
         return self._pull()
 
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         return
 
 
@@ -52,7 +52,7 @@ class JointTraining(FineTuning):
         require_data(len(loaders), self.tasks, GIVEN)
         self.seen = list(loaders)
 
-    def _after_task(self, loader: Loader, forward: Forward | None, generator: torch.Generator | None) -> None:
+    def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         self.seen.append(loader)
 
     def _finished_heads(self) -> dict[str, torch.Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["decayed_rate"]
+import math
+
+__all__ = ["EarlyStopping", "decayed_rate"]
 
 
 def decayed_rate(rate: float, task: int, k: float) -> float:
@@ -19,3 +21,40 @@ def decayed_rate(rate: float, task: int, k: float) -> float:
     if task < 0 or k < 0:
         raise ValueError(f"task and k must not be negative, got {task} and {k}")
     return rate / (1 + k * task)
+
+
+class EarlyStopping:
+    """Ends the training of a task when the validation loss has not improved for a while (Botev 2020, 5.4.2)::
+
+        early = EarlyStopping()
+        for epoch in range(epochs):
+            ...
+            if early.over(validation_loss):
+                break
+
+    Args:
+        patience: epochs without an improvement after which it is over, at least 1.
+        least: epochs that are trained in any case.
+
+    Attributes:
+        best: lowest loss so far.
+        best_epoch: when it was met, from 1; 0 before the first loss.
+        epoch: losses seen.
+
+    Raises:
+        ValueError: for a ``patience`` below 1 or a negative ``least``.
+    """
+
+    def __init__(self, patience: int = 5, least: int = 10) -> None:
+        if patience < 1 or least < 0:
+            raise ValueError(f"expected patience >= 1 and least >= 0, got {patience} and {least}")
+        self.patience, self.least = patience, least
+        self.best = math.inf
+        self.best_epoch = self.epoch = 0
+
+    def over(self, loss: float) -> bool:
+        """Takes the validation loss of one more epoch in; a loss that is not a number is no improvement."""
+        self.epoch += 1
+        if loss < self.best:
+            self.best, self.best_epoch = loss, self.epoch
+        return self.epoch >= self.least and self.epoch - self.best_epoch >= self.patience

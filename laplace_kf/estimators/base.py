@@ -43,12 +43,15 @@ class Estimator(ABC):
         is_ggn: whether its expectation is the Gauss-Newton matrix (or Fisher); the empirical Fisher is neither.
         draws: whether it uses random numbers.
         averages: whether it takes means inside a minibatch, so that the result depends on how the data are cut.
+        by_example: whether its random numbers may be those of the examples (:class:`~laplace_kf.draws.ExampleDraws`); a
+            fit then gives it these. Others get a generator that depends on the examples of the minibatch.
     """
 
     name: ClassVar[str]
     is_ggn: ClassVar[bool] = True
     draws: ClassVar[bool] = False
     averages: ClassVar[bool] = False
+    by_example: ClassVar[bool] = False
 
     @classmethod
     def examples(cls) -> tuple[Estimator, ...]:
@@ -60,7 +63,7 @@ class Estimator(ABC):
         return {}
 
     @abstractmethod
-    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
+    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: Any) -> None:
         """Adds one minibatch's curvature, summed over its examples, to the sink."""
 
 
@@ -72,11 +75,11 @@ class ColumnEstimator(Estimator):
 
     @abstractmethod
     def columns(
-        self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
+        self, observation: Observation, likelihood: Likelihood, generator: Any, at_once: int
     ) -> Iterator[Tensor]:
         """Columns ``(v, N, ...)`` in chunks of at most ``at_once``."""
 
-    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
+    def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: Any) -> None:
         for chunk in self.columns(observation, likelihood, generator, sink.columns_at_once(observation)):
             sink.add_columns(observation.signals(chunk))
 

@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import ExampleDraws, Source, normal, signs
 from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Observation
 
-Noise = Callable[[tuple[int, ...], torch.Generator, torch.dtype], Tensor]
+Noise = Callable[[tuple[int, ...], Source, torch.dtype], Tensor]
 NOISES: Registry[Noise] = Registry("projection noise")
 
 
 @NOISES.register("rademacher")
-def rademacher(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def rademacher(shape: tuple[int, ...], generator: Source, dtype: torch.dtype) -> Tensor:
     """Signs of equal probability, of the given shape."""
-    return torch.randint(0, 2, shape, generator=generator, device=generator.device).to(dtype) * 2 - 1
+    return signs(shape, generator, dtype)
 
 
 @NOISES.register("gaussian")
-def gaussian(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def gaussian(shape: tuple[int, ...], generator: Source, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers, of the given shape."""
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=dtype)
+    return normal(shape, generator, dtype)
 
 
 @ESTIMATORS.register("projection")
@@ -40,6 +41,7 @@ class Projection(ColumnEstimator):
 
     name = "projection"
     draws = True
+    by_example = True
 
     def __init__(self, samples: int = 1, noise: str = "rademacher") -> None:
         if samples < 1:
@@ -51,7 +53,11 @@ class Projection(ColumnEstimator):
         return {"samples": self.samples, "noise": self.noise_name}
 
     def columns(
-        self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
+        self,
+        observation: Observation,
+        likelihood: Likelihood,
+        generator: torch.Generator | ExampleDraws,
+        at_once: int,
     ) -> Iterator[Tensor]:
         outputs = widened(observation.outputs)
         count, positions, _ = likelihood.to_positions(outputs).shape
@@ -61,5 +67,6 @@ class Projection(ColumnEstimator):
             size = min(at_once, self.samples - start)
             v = outputs.new_zeros(size, count, positions, width)
             for one in v:  # noise for the positions that count, so that the others do not shift it
-                one[kept] = self.noise((int(kept.sum()), width), generator, outputs.dtype).to(outputs.device)
+                source = generator.rows(kept) if isinstance(generator, ExampleDraws) else generator
+                one[kept] = self.noise((int(kept.sum()), width), source, outputs.dtype).to(outputs.device)
             yield likelihood.root_product(outputs, v, observation.targets) / self.samples**0.5

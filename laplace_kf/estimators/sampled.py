@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import ExampleDraws
 from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.tape import Observation
@@ -23,6 +24,7 @@ class Sampled(ColumnEstimator):
 
     name = "sampled"
     draws = True
+    by_example = True
 
     def __init__(self, samples: int = 1) -> None:
         if samples < 1:
@@ -33,7 +35,11 @@ class Sampled(ColumnEstimator):
         return {"samples": self.samples}
 
     def columns(
-        self, observation: Observation, likelihood: Likelihood, generator: torch.Generator, at_once: int
+        self,
+        observation: Observation,
+        likelihood: Likelihood,
+        generator: torch.Generator | ExampleDraws,
+        at_once: int,
     ) -> Iterator[Tensor]:
         outputs = widened(observation.outputs)
         for start in range(0, self.samples, at_once):

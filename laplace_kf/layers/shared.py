@@ -177,17 +177,22 @@ def _attention(
 
 
 def _linear(args: Sequence[Any], kwargs: Mapping[str, Any], mine: Collection[int]) -> Meeting | None:
-    """``x Wᵀ + b`` where the weight is a function of parameters (weight norm)."""
+    """``x Wᵀ + b`` where weight (weight norm), bias (joined from several) or both are functions of parameters."""
     call = {**dict(zip(("input", "weight", "bias"), args, strict=False)), **kwargs}
     x, weight, bias = call["input"], call["weight"], call.get("bias")
-    if weight.dim() != 2 or x.dim() < 2 or (isinstance(bias, Tensor) and id(bias) in mine):
+    if weight.dim() != 2 or x.dim() < 2 or id(x) in mine:
         return None
-    letters = string.ascii_lowercase[: x.dim() - 1]
-    found = _product([letters + "I", "OI"], letters + "O", [x, weight], mine)
+    found: Meeting | None = Meeting(lambda: F.linear(x, weight), [])
+    if id(weight) in mine:
+        letters = string.ascii_lowercase[: x.dim() - 1]
+        found = _product([letters + "I", "OI"], letters + "O", [x, weight], mine)
     if found is None or bias is None:
         return found
-    product = found.run
-    return Meeting(lambda: product() + bias, found.copies)
+    product, added = found.run, bias
+    copies = [_expanded(bias, torch.Size((*x.shape[:-1], len(bias))))] if id(bias) in mine else []
+    if copies:
+        added = copies[0].copies
+    return Meeting(lambda: product() + added, [*found.copies, *copies])
 
 
 def _einsum(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[str], str, list[Tensor]] | None:

@@ -22,7 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import ExampleDraws
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.likelihoods.drawing import drawn_scores
 from laplace_kf.likelihoods.noise import Noise
 from laplace_kf.likelihoods.predicting import Predicting
 from laplace_kf.likelihoods.reading import Given, resolve_generator, root_of, times
@@ -77,8 +79,12 @@ class Likelihood(Predicting, Noise):
         """``(N, T, E)``: log densities, E = 1 or C as the mask."""
 
     @abc.abstractmethod
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Targets drawn from the model, in the layout of ``log_prob``; z already lies on the generator's device."""
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Any) -> Tensor:
+        """Targets drawn from the model, in the layout of ``log_prob``; z already lies on the generator's device.
+
+        The generator is a ``torch.Generator``; where ``draws_by_row`` stands in the same class, it may also be the
+        :class:`~laplace_kf.draws.RowDraws` of the rows of z, as the functions of that module take it.
+        """
 
     @abc.abstractmethod
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
@@ -143,7 +149,7 @@ class Likelihood(Predicting, Noise):
         other.ignore_index = None
         return other
 
-    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Any) -> Tensor:
         """Scores ``(B, C)`` at targets drawn for rows ``z (B, C)``; ``y`` are the rows of the data's targets."""
         model = self._drawn()
         return model.score(z, model.sample(z, generator))
@@ -178,7 +184,7 @@ class Likelihood(Predicting, Noise):
         """
         self._unpack(outputs, self._needed(targets, "check"))
 
-    def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator) -> Tensor:
+    def drawn_score(self, outputs: Tensor, targets: Tensor, generator: torch.Generator | ExampleDraws) -> Tensor:
         """Gradient ``∇_z log p(y | z)`` at targets drawn from the model, of the outputs' shape; zero where ignored.
 
         Its outer product has the output curvature of a natural likelihood as its mean: where examples or targets have
@@ -187,7 +193,7 @@ class Likelihood(Predicting, Noise):
 
         Args:
             outputs, targets: as in :meth:`check`; of the targets only counts which are ignored, and their weights.
-            generator: drawn from, on its own device.
+            generator: drawn from, on its own device; or the examples' own numbers.
 
         Raises:
             NonFinite: if the outputs give no valid distribution.
@@ -199,7 +205,8 @@ class Likelihood(Predicting, Noise):
         kept = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device) if keep is None else keep.any(-1)
         kept = kept.expand(z.shape[:2])
         if bool(kept.any()):
-            found[kept] = self._position_drawn_score(z[kept], self._target_rows_at(y, kept), generator)
+            draws = generator.rows(kept) if isinstance(generator, ExampleDraws) else generator
+            found[kept] = drawn_scores(self, z[kept], self._target_rows_at(y, kept), draws)
         return from_positions(masked(times(found, root_of(self._bent(given))), keep), outputs)
 
     @staticmethod

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from laplace_kf.draws import Source, bernoulli
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.mixed import log_mixture
@@ -23,6 +25,7 @@ __all__ = ["Bernoulli"]
 
 
 @LIKELIHOODS.register("bernoulli")
+@explained
 class Bernoulli(ElementwiseLikelihood):
     """Binary cross-entropy: every output is the logit of an independent Bernoulli variable.
 
@@ -48,10 +51,12 @@ class Bernoulli(ElementwiseLikelihood):
     def _root_diagonal(self, z: Tensor) -> Tensor:
         return (0.5 * (logsigmoid(z) + logsigmoid(-z))).exp()
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         p = torch.sigmoid(z)
         refuse_nonfinite_parameters("Bernoulli", p)
-        return from_positions(torch.bernoulli(p, generator=generator), shape)
+        return from_positions(bernoulli(p, generator), shape)
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         return binary_mixture(logsigmoid(z), logsigmoid(-z), shape, partial(self._density, tuple(shape), z.dtype))

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
+from laplace_kf.draws import Source, categorical
 from laplace_kf.errors import InvalidTarget, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
@@ -67,7 +69,41 @@ def _mean_and_entropy(log_p: Tensor) -> tuple[Tensor, Tensor]:
     return log_mean, entropy
 
 
+BLOCK = 2**18  # numbers of drawn logits that are worked on at a time, so that they stay in the processor's cache
+STREAMED = 2**18  # drawn logits from which this pays
+
+
+def _streamed(outputs: GaussianOutputs) -> tuple[Tensor, Tensor] | None:
+    """What :func:`_mean_and_entropy` gives for normal logits, a few draws at a time and without their logarithms.
+
+    Returns:
+        ``None`` where it would not be the same: where gradients are wanted, where some probability is next to 0 in this
+        type (a mean of probabilities then loses what a mean of their logarithms keeps), or where little is drawn.
+    """
+    mean, full = outputs.mean, outputs.covariance
+    few = outputs.samples * mean.numel() < STREAMED or outputs.samples < 2
+    if few or not isinstance(full, Spread) or mean.dtype not in (torch.float32, torch.float64):
+        return None
+    if torch.is_grad_enabled() and (mean.requires_grad or full.differentiable):
+        return None
+    least = torch.finfo(mean.dtype).tiny * 2.0**30
+    total, entropy = torch.zeros_like(mean).flatten(0, 1), mean.new_zeros(mean.shape[:2].numel())
+    for block in outputs.draw_blocks(BLOCK):
+        z = block.flatten(1, 2).transpose(0, 1)  # (N T, s, C)
+        z.sub_(z.amax(-1, keepdim=True))
+        p = z.exp()
+        size = p.sum(-1, keepdim=True)
+        inner = torch.linalg.vecdot(p, z)
+        entropy += (size.log() - inner.unsqueeze(-1) / size).sum((1, 2))
+        total += torch.matmul(size.reciprocal().transpose(1, 2), p)[:, 0]
+        if not float(total.amin()) > least:  # NaN neither
+            return None
+    log_mean = total.div_(outputs.samples).log_().reshape(mean.shape)
+    return log_mean, entropy.div_(outputs.samples).reshape(mean.shape[:2])
+
+
 @LIKELIHOODS.register("categorical")
+@explained
 class Categorical(Likelihood):
     """Softmax cross-entropy: outputs are the C logits of one class label per position.
 
@@ -261,20 +297,30 @@ class Categorical(Likelihood):
         w = p.sqrt() * v
         return w * _sum_of_others(p) - p * _sum_of_others(w)
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         p = torch.softmax(z, -1).flatten(0, 1)
         refuse_nonfinite_parameters("Categorical", p)
         if not p.shape[0]:
             return torch.zeros(scalar_shape(shape), dtype=torch.long, device=z.device)
-        return torch.multinomial(p, 1, generator=generator).reshape(scalar_shape(shape))
+        return categorical(p, generator).reshape(scalar_shape(shape))
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         # Finite even for masked classes (logit -inf), whose p·log p and gradient would be NaN.
         log_p = _clamped(torch.log_softmax(z, -1), torch.finfo(z.dtype).min / 8)
         log_mean, conditional = _mean_and_entropy(log_p) if z.shape[0] > 1 else (log_p[0], _entropy(log_p[0]))
+        return self._mixture(log_mean, conditional, shape)
+
+    def _predict_draws(self, outputs: GaussianOutputs) -> Prediction:
+        found = _streamed(outputs)
+        return super()._predict_draws(outputs) if found is None else self._mixture(*found, outputs.shape)
+
+    def _mixture(self, log_mean: Tensor, conditional: Tensor, shape: Sequence[int]) -> Prediction:
+        """From logarithms of mean probabilities ``(N, T, C)`` and mean entropies ``(N, T)``."""
         return Prediction(
             values={"probs": from_positions(log_mean.exp(), shape)},
-            density=partial(self._density, tuple(shape), z.dtype, partial(self._mean_density, log_mean)),
+            density=partial(self._density, tuple(shape), log_mean.dtype, partial(self._mean_density, log_mean)),
             entropies=partial(given, by_position(_entropy(log_mean), shape), by_position(conditional, shape)),
             build=partial(_distribution, log_mean, tuple(shape)),
         )

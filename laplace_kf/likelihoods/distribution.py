@@ -25,6 +25,7 @@ from torch.distributions import (
 from torch.distributions.constraints import Constraint
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, by_position, gaussian_entropy, log_mean_exp
 from laplace_kf.likelihoods.reading import Given
@@ -141,6 +142,7 @@ class _SampleMixture(Distribution):
             return draws.gather(len(lead), choice.expand(shape)).reshape(lead + self.batch_shape + self.event_shape)
 
 
+@explained
 class FromDistribution(Likelihood):
     """The likelihood of ``fn(outputs)``, for any function that returns a ``torch.distributions.Distribution``.
 

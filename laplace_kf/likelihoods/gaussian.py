@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import Source, normal
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, joint_outputs_density, normal_outputs
@@ -37,6 +39,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 @LIKELIHOODS.register("gaussian")
+@explained
 class Gaussian(ElementwiseLikelihood):
     """Squared error with noise: every output is the mean of an independent normal variable.
 
@@ -134,6 +137,9 @@ class Gaussian(ElementwiseLikelihood):
         """Every finite number is allowed."""
 
     def _position_log_prob(self, z: Tensor, y: Tensor) -> Tensor:
+        if isinstance(self.scale, float) and y.shape == z.shape:
+            constant = math.log(self.scale) + 0.5 * LOG_2PI
+            return -0.5 * ((y - z) / self.scale).square() - constant
         sigma = self._sigma(z, y)
         return -0.5 * ((self._value(z, y) - z) / sigma).square() - sigma.log() - 0.5 * LOG_2PI
 
@@ -146,13 +152,15 @@ class Gaussian(ElementwiseLikelihood):
     def _diagonal(self, z: Tensor, y: Tensor | None) -> Tensor:
         return self._sigma(z, y).reciprocal().expand_as(z)
 
-    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def _position_drawn_score(self, z: Tensor, y: Tensor, generator: Any) -> Tensor:
         drawn = (super()._drawn().sample(z, generator) - z) / self._sigma(z)  # standard normal
         return drawn / self._sigma(z, y)
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         refuse_nonfinite_parameters("Gaussian", z)
-        noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        noise = normal(z.shape, generator, z.dtype)
         return from_positions(z + self._sigma(z) * noise, shape)
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
@@ -237,6 +245,8 @@ class Gaussian(ElementwiseLikelihood):
         self, fitted: Mapping[str, float], log_likelihood: Tensor, terms: float, moments: Tensor
     ) -> tuple[float | Tensor, Tensor]:
         """As the base class: the curvature goes with ``1/σ²``, the likelihood through the squared error it contains."""
+        if isinstance(self.scale, float) and fitted == {"scale": self.scale}:
+            return 1.0, log_likelihood
         before = torch.tensor(list(fitted.values()), dtype=torch.float64, device=log_likelihood.device)
         now = torch.as_tensor(self.scale, dtype=torch.float64, device=log_likelihood.device)
         if now.numel() != before.numel():

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from laplace_kf.draws import Source, normal
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import DiagonalLikelihood
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, normal_outputs
@@ -21,6 +23,7 @@ __all__ = ["HeteroscedasticGaussian"]
 
 
 @LIKELIHOODS.register("heteroscedastic_gaussian")
+@explained
 class HeteroscedasticGaussian(DiagonalLikelihood):
     """Normal target whose mean m and log-variance s are both outputs: ``-log p = ½ ((y-m)² e⁻ˢ + s + log 2π)``.
 
@@ -67,11 +70,13 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
         log_variance = z[..., 1]
         return torch.stack([(-0.5 * log_variance).exp(), torch.full_like(log_variance, 0.5**0.5)], -1)
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         mean, log_variance = z[..., :1], z[..., 1:]
         scale = (0.5 * log_variance).exp()
         refuse_nonfinite_parameters("HeteroscedasticGaussian", mean + scale)
-        noise = torch.randn(mean.shape, dtype=z.dtype, device=z.device, generator=generator)
+        noise = normal(mean.shape, generator, z.dtype)
         return from_positions(mean + scale * noise, shape)
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:

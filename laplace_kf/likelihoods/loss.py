@@ -16,6 +16,7 @@ from torch.distributions import Distribution
 
 from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, by_position, log_mean_exp
 from laplace_kf.outputs.checks import known_true, refuse_nonfinite
@@ -45,6 +46,7 @@ _TREATMENTS.register("shift")(_Treatment(lambda rule, z, y: shifted_root(rule._p
 _TREATMENTS.register("fisher")(_Treatment(lambda rule, z, y: rule._fisher_root(z), needs_support=True))
 
 
+@explained
 class FromLoss(Likelihood):
     """The likelihood ``p(y | z) ∝ exp(-loss(z, y))`` of any loss of one example, so that nothing has to be subclassed.
 

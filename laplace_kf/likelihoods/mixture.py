@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from laplace_kf.draws import Source, bernoulli
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, binary_mixture
 from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
@@ -150,10 +151,12 @@ class BernoulliMixture(Likelihood):
     def _position_root(self, z: Tensor, y: Tensor | None) -> Tensor:
         return self._treatment.root(z, self._needed(y, "the root") if self.needs_targets else y)
 
-    def _draw(self, z: Tensor, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    draws_by_row = True
+
+    def _draw(self, z: Tensor, shape: Sequence[int], generator: Source) -> Tensor:
         p = _log_probs(z)[0].exp().clamp_max(1.0)
         refuse_nonfinite_parameters("BernoulliMixture", p)
-        return torch.bernoulli(p, generator=generator).reshape(scalar_shape(shape))
+        return bernoulli(p, generator).reshape(scalar_shape(shape))
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         one, zero = _log_probs(z)

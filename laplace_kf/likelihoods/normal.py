@@ -74,6 +74,23 @@ class GaussianOutputs:
             spread = torch.einsum("ntij,sj->snti", covariance_root(self.covariance), noise)
         return torch.cat([self.mean + spread, self.mean - spread[:rest]])
 
+    def draw_blocks(self, numbers: int) -> Iterator[Tensor]:
+        """The draws of :attr:`draws`, some ``(s, N, T, C)`` at a time, in tensors of their own; ``s`` is at least 2.
+
+        Only of outputs whose covariance is a :class:`~laplace_kf.outputs.spread.Spread`.
+
+        Args:
+            numbers: at most so many numbers in a block, where two draws are not more.
+        """
+        assert isinstance(self.covariance, Spread)
+        for part in runs(len(self.noise), 2 * self.mean.numel(), numbers):
+            spread = self.covariance.colour(self.noise[part])
+            block = spread.new_empty(2, *spread.shape)
+            torch.add(self.mean, spread, out=block[0])
+            torch.sub(self.mean, spread, out=block[1])
+            block = block.flatten(0, 1)
+            yield block[:-1] if self.samples % 2 and part.stop == len(self.noise) else block
+
     def part(self, examples: slice) -> GaussianOutputs:
         """Those of some examples; with an equal generator, of the same draws."""
         full, mean = self.covariance, self.mean[examples]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily
 from torch.distributions import Poisson as TorchPoisson
 
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
 from laplace_kf.likelihoods.mixed import poisson_entropy
@@ -70,6 +71,7 @@ def _entropies(z: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 
 @LIKELIHOODS.register("poisson")
+@explained
 class Poisson(ElementwiseLikelihood):
     """Counts: every output is the log rate of an independent Poisson variable, ``-log p = eᶻ - y z + log y!``.
 

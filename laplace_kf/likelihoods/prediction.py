@@ -40,7 +40,9 @@ PredictDraws = Callable[[Tensor, torch.Size], "Prediction"]
 class Prediction:
     """Predictive distribution of a batch. Made by ``likelihood.predict``; the fields are its building blocks.
 
-    Attributes (those that a likelihood cannot supply raise ``AttributeError`` naming the ones that exist):
+    Attributes that a likelihood cannot supply raise ``AttributeError`` naming the ones that exist.
+
+    Attributes:
         probs: mean class probabilities ``(N, C)`` (categorical), mean probabilities of 1 ``(N, C)`` (Bernoulli) or
             ``(N, 1)`` (mixture of two Bernoulli classifiers). Sequences ``(N, T, C)``, images ``(N, C, H, W)``.
         mean: predictive mean, same layout (counts and real-valued targets).

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, InvalidTarget, ShapeMismatch
-from laplace_kf.outputs.checks import known_false, refuse_nonfinite
+from laplace_kf.outputs.checks import known_false, known_finite, refuse_nonfinite
 from laplace_kf.outputs.layout import check_layout, from_positions, to_positions
 from laplace_kf.outputs.weighted import apart
 
-__all__ = ["Given", "Reading", "resolve_generator", "root_of", "times"]
+__all__ = ["Given", "Reading", "read_once", "resolve_generator", "root_of", "times"]
 
 
 class Given(NamedTuple):
@@ -31,6 +33,29 @@ class Given(NamedTuple):
     y: Tensor | None
     keep: Tensor | None
     weight: Tensor | None = None
+
+
+_READ: ContextVar[dict[Any, tuple[Given, Any, Any]] | None] = ContextVar("read", default=None)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside, what a likelihood has read and checked of outputs and targets is not read and checked again.
+
+    For one minibatch whose outputs and targets nobody changes meanwhile.
+    """
+    token = _READ.set({})
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def _key(who: Any, outputs: Tensor, targets: Any) -> Any:
+    """The same for outputs ``(N, ...)`` with the same numbers in the same memory, and the same object as targets."""
+    place = outputs.data_ptr(), outputs.shape, outputs.stride(), outputs.dtype, outputs.device
+    graph = outputs.requires_grad and torch.is_grad_enabled()
+    return id(who), id(targets), outputs._version, graph, place
 
 
 def times(x: Tensor, weight: Tensor | None) -> Tensor:
@@ -93,6 +118,15 @@ class Reading(abc.ABC):
         return self._position_targets(shape, targets)
 
     def _unpack(self, outputs: Tensor, targets: Any) -> Given:
+        read = _READ.get()
+        if read is None or outputs.is_inference():
+            return self._unpacked(outputs, targets)
+        key = _key(self, outputs, targets)
+        if key not in read:
+            read[key] = self._unpacked(outputs, targets), outputs, targets  # kept, so that their places stay theirs
+        return read[key][0]
+
+    def _unpacked(self, outputs: Tensor, targets: Any) -> Given:
         self._check_outputs(outputs.shape)
         if not outputs.is_floating_point():
             raise ShapeMismatch(f"{type(self).__name__}: outputs must be floating point, got {outputs.dtype}.")
@@ -156,6 +190,8 @@ class Reading(abc.ABC):
         who = type(self).__name__
         if not self.nan_is_missing:
             refuse_nonfinite(who, y)
+            return self._ignore(y)
+        if known_finite(y):
             return self._ignore(y)
         missing = torch.isnan(y)
         y = torch.where(missing, torch.zeros((), dtype=y.dtype, device=y.device), y)

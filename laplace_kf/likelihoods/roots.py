@@ -38,6 +38,8 @@ class Root(ABC):
 
         Where an example has fewer, positions without curvature follow.
         """
+        if self.shape[1] == 1:
+            return torch.zeros(self.shape[0], 1, dtype=torch.int64, device=self.device)
         live = (self.norms() > 0).any(-1)
         most = max(1, int(live.sum(1).max())) if live.numel() else 1
         return (~live).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
@@ -53,17 +55,23 @@ class Root(ABC):
                 All positions by default.
         """
         count, positions, width = self.shape
+        if positions == 1:
+            return self.alone(start, min(stop, self.count))[:, :, None]
         if places is None:
             places = torch.arange(positions, device=self.device).expand(count, positions)
         index = torch.arange(start, min(stop, self.count * places.shape[1]), device=self.device)
         kind, position = index // places.shape[1], places.T[index % places.shape[1]]  # (V,), (V, N)
         example = torch.arange(count, device=self.device)
         found = self.entries(kind[:, None].expand_as(position), example.expand_as(position), position)  # (V, N, C)
-        if positions == 1:
-            return found[:, :, None]
         out = found.new_zeros(len(index), count, positions, width)
         out.scatter_(2, position[..., None, None].expand(-1, -1, 1, width), found[:, :, None])
         return out
+
+    def alone(self, start: int, stop: int) -> Tensor:
+        """Columns ``start`` to ``stop`` of all examples, ``(V, N, C)``, where each has one position."""
+        kind = torch.arange(start, stop, device=self.device)[:, None].expand(-1, self.shape[0])
+        example = torch.arange(self.shape[0], device=self.device).expand_as(kind)
+        return self.entries(kind, example, torch.zeros_like(kind))
 
     @property
     @abstractmethod
@@ -85,6 +93,9 @@ class DenseRoot(Root):
     def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
         return self.root[kind, example, position]
 
+    def alone(self, start: int, stop: int) -> Tensor:
+        return self.root[start:stop, :, 0]
+
     def norms(self) -> Tensor:
         return self.root.double().square().sum(-1).permute(1, 2, 0)
 
@@ -104,6 +115,12 @@ class DiagonalRoot(Root):
         value = self.diagonal[example, position, kind][..., None]
         column = value.new_zeros(*value.shape[:-1], self.count)
         return column.scatter_(-1, kind.expand(value.shape[:-1])[..., None], value)
+
+    def alone(self, start: int, stop: int) -> Tensor:
+        own = self.diagonal[:, 0, start:stop]  # (N, V)
+        columns = own.new_zeros(stop - start, self.shape[0], self.count)
+        columns.diagonal(start, 0, 2).copy_(own)
+        return columns
 
     def norms(self) -> Tensor:
         return self.diagonal.double().square()
@@ -145,6 +162,13 @@ class SoftmaxRoot(Root):
         on = self.diagonal[place][..., None]
         return lower.scatter_(-1, kind.expand(on.shape[:-1])[..., None], on)
 
+    def alone(self, start: int, stop: int) -> Tensor:
+        columns = -(self.weights[:, 0, start:stop].T[:, :, None] * self.p[:, 0])  # (V, N, C)
+        kind = torch.arange(start, stop, device=self.device)[:, None, None]
+        columns.masked_fill_(torch.arange(self.p.shape[2], device=self.device) <= kind, 0.0)
+        columns.diagonal(start, 0, 2).copy_(self.diagonal[:, 0, start:stop])
+        return columns
+
     def norms(self) -> Tensor:
         p, tails = self.p.double(), self.tails.double()
         squares = torch.cumsum(p.square().flip(-1), -1).flip(-1)[..., 1:]  # Σ_{j>k} p_j²
@@ -165,6 +189,9 @@ class ScaledRoot(Root):
 
     def entries(self, kind: Tensor, example: Tensor, position: Tensor) -> Tensor:
         return self.root.entries(kind, example, position) * self.scale[example, position][..., None]
+
+    def alone(self, start: int, stop: int) -> Tensor:
+        return self.root.alone(start, stop) * self.scale[:, 0, None]
 
     def norms(self) -> Tensor:
         return self.root.norms() * self.scale.double().square()[..., None]

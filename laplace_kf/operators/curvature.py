@@ -45,6 +45,14 @@ class CurvatureBlock(Matrix):
         """The exact sum with a block of the same size as one block of the same kind, where there is one."""
         return None
 
+    def undecomposed(self) -> dict[str, Tensor]:
+        """The symmetric matrices ``(..., d, d)`` whose eigenbases are made on first need and are not there yet."""
+        return {}
+
+    def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
+        """Takes what was made elsewhere of one of :meth:`undecomposed`: ``(..., d)`` and ``(..., d, d)``."""
+        raise NotImplementedError
+
     @abstractmethod
     def spectrum(self) -> Tensor:
         """Eigenvalues as a grid ``(R, O, I)``."""
@@ -68,6 +76,10 @@ class CurvatureBlock(Matrix):
         if self._nodes is None:
             self._nodes = nodes_of_products(self.spectrum().reshape(1, -1))
         return self._nodes
+
+    def sums_over_nodes(self, damping: str) -> bool:
+        """Whether :meth:`log_det_ratio` for one λ is the sum over :meth:`nodes`, so that blocks can share one sum."""
+        return True
 
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         """``log|n f C̄ + prior| − log|prior|``, 0-dim in float64, differentiable in ``f`` and ``prior`` (methods 9.4).
@@ -192,6 +204,12 @@ class DenseBlock(CurvatureBlock):
             self._same_size(other)
             return DenseBlock(self.matrix + other.dense(), self.label)
         return super().plus(other)
+
+    def undecomposed(self) -> dict[str, Tensor]:
+        return {} if self._eigen else {self.kind: self.matrix}
+
+    def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
+        self._eigen.append((values, vectors))
 
     def _decomposed(self) -> tuple[Tensor, Tensor]:
         if not self._eigen:

@@ -88,6 +88,9 @@ class SpectralBlock(CurvatureBlock):
     def scaled(self, factor: float | Tensor) -> SpectralBlock:
         return SpectralBlock(self.inputs, self.outputs, self.grid * factor, self.label)
 
+    def sums_over_nodes(self, damping: str) -> bool:
+        return not DAMPINGS[damping].is_product  # which is refused
+
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         self._check(damping)
         return super().log_det_ratio(n, factor, prior, damping)

@@ -97,6 +97,9 @@ class KeptTerms(CurvatureBlock):
     def colour(self, noise: Tensor) -> Tensor:
         return self._undamped().colour(noise)
 
+    def sums_over_nodes(self, damping: str) -> bool:
+        return False
+
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         """By the dense matrix.
 

@@ -69,6 +69,13 @@ class KroneckerBlock(CurvatureBlock):
         values, vectors = self._eigen["G"]
         return values, Basis.orthogonal(vectors)
 
+    def undecomposed(self) -> dict[str, Tensor]:
+        sides = {"A": self.inputs, "G": self.outputs}
+        return {key: side for key, side in sides.items() if side.dim() == 3 and key not in self._eigen}
+
+    def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
+        self._eigen[key] = values, vectors
+
     def spectrum(self) -> Tensor:
         s_a, _ = self.input_spectrum()
         s_g, _ = self.output_spectrum()
@@ -148,6 +155,9 @@ class KroneckerBlock(CurvatureBlock):
             self._eigen["nodes"] = nodes_of_products(self.input_spectrum()[0], self.output_spectrum()[0])
         values, weights = self._eigen["nodes"]
         return self.scale * values, weights
+
+    def sums_over_nodes(self, damping: str) -> bool:
+        return damping == "exact"
 
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         if damping != "exact" and not prior.dim():

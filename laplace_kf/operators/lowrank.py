@@ -178,6 +178,9 @@ class LowRankBlock(CurvatureBlock):
             self._nodes = nodes_of_products(torch.cat(parts)[None])
         return self._nodes
 
+    def sums_over_nodes(self, damping: str) -> bool:
+        return False
+
     def log_det_ratio(self, n: float, factor: float | Tensor, prior: Tensor, damping: str) -> Tensor:
         """Through the ``k``-sized system; without a remainder every eigenvalue outside the low rank is zero."""
         ratio = self.scaled(factor).precision(n, prior, damping).logdet().double().cpu()

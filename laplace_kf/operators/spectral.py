@@ -20,6 +20,9 @@ from laplace_kf.operators.base import Isotropic, Matrix, standard_normal
 __all__ = ["Basis", "Ridge", "Spectral"]
 
 
+LITTLE = 4096  # entries of a grid that are looked at faster than the numbers it is made of
+
+
 @dataclass(frozen=True)
 class Basis:
     """One side of the basis: ``matrix (R, d, d)`` and the transpose of its inverse.
@@ -76,7 +79,10 @@ class Ridge:
     def grid(self) -> Tensor:
         """The grid itself, ``(R, O, I)``."""
         product = self.outputs[:, :, None] * self.inputs[:, None, :]
-        return product if self.shift is None else product + self.shift
+        if self.shift is None:
+            return product
+        own = not (product.requires_grad or self.shift.requires_grad) and product.dtype == self.shift.dtype
+        return product.add_(self.shift) if own else product + self.shift
 
     def smallest(self) -> Tensor:
         """The smallest entry of every group ``(R,)``; NaN or infinite if some entry is."""
@@ -126,7 +132,8 @@ class Spectral(Matrix):
 
     def require_positive(self) -> None:
         """Raises :class:`NotPositiveDefinite` unless every entry of the grid is finite and positive."""
-        require_positive(self.grid if self.ridge is None else self.ridge.smallest(), self.label)
+        little = self.ridge is None or self.size <= LITTLE
+        require_positive(self.grid if little else self.ridge.smallest(), self.label)  # type: ignore[union-attr]
 
     @property
     def size(self) -> int:

@@ -7,17 +7,22 @@ from laplace_kf.optim.newton_cg import HessianFree, hessian_free
 from laplace_kf.optim.preconditioner import Preconditioner
 from laplace_kf.optim.presets import diagonal, ekfac, kfac, kflr, kfra, natural_gradient
 from laplace_kf.optim.recipes import Recipe
+from laplace_kf.optim.reviewed import SGDQN, AdaptiveRates, MatrixMomentum, StochasticMetaDescent
 from laplace_kf.optim.schedules import PUBLISHED_RATES, PUBLISHED_SHARES, batch_size, halving, nesterov_momentum
 
 __all__ = [
     "PUBLISHED_RATES",
     "PUBLISHED_SHARES",
+    "SGDQN",
+    "AdaptiveRates",
     "GaussNewton",
     "GreedySearch",
     "HessianFree",
     "LevenbergMarquardt",
+    "MatrixMomentum",
     "Preconditioner",
     "Recipe",
+    "StochasticMetaDescent",
     "batch_size",
     "diagonal",
     "ekfac",

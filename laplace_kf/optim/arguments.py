@@ -13,7 +13,7 @@ __all__ = ["check_arguments"]
 NOT_NEGATIVE = {"l2", "lr", "tau", "zeta", "structural_damping", "kappa", "tolerance", "scale"}
 POSITIVE = {"trust_radius", "power"}
 SHARES = {"ema": (True, False), "averaging": (True, True), "curvature_fraction": (False, True)}  # is 0, is 1 allowed
-FLAGS = {"momentum", "rescale", "low_rank", "adapt_tau", "adapt_zeta", "search_start", "scale_sensitive"}
+SWITCHES = {"momentum", "rescale", "adapt_tau", "adapt_zeta", "low_rank", "search_start", "scale_sensitive"}
 COUNTS = {"refresh", "nonzero", "samples", "columns", "steps"}
 
 
@@ -42,11 +42,11 @@ def _wanted(name: str, value: Any) -> str:
         zero, one = SHARES[name]
         inside = 0 < number < 1 or (zero and number == 0) or (one and number == 1)
         return "" if inside else f"in {'[' if zero else '('}0, 1{']' if one else ')'}"
+    if name in SWITCHES:
+        return "" if isinstance(value, bool) else "True or False (how much is found at every step)"
     if name in COUNTS:
         whole = isinstance(value, int) and not isinstance(value, bool)
         return "" if whole and value >= 1 else "a whole number of at least 1"
-    if name in FLAGS:
-        return "" if isinstance(value, int) and value in (0, 1) else "True or False"
     if name == "max_rise":
         return "" if number >= 0 else "not negative (infinity for no limit)"
     return ""

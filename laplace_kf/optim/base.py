@@ -27,6 +27,7 @@ from laplace_kf.agreement import as_read, require_same_loss
 from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.missing import check_batch
@@ -36,7 +37,9 @@ from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
 from laplace_kf.optim.groups import first_order_step, make_groups
 from laplace_kf.optim.objective import Batch, Objective, counting
-from laplace_kf.optim.pending_step import PendingStep, Proposal
+from laplace_kf.optim.peers import peers_of
+from laplace_kf.optim.pending_step import PendingStep, Proposal, gradient_of
+from laplace_kf.optim.running_statistics import shapes_in
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.optim.settings import Scope, Step
 from laplace_kf.reading import reading
@@ -51,6 +54,7 @@ BOOST = 10.0  # factor on the damping after a rejected step
 RETRIES = 12
 
 
+@explained
 class SecondOrder(torch.optim.Optimizer):
     """Base of the second-order optimisers.
 
@@ -80,12 +84,13 @@ class SecondOrder(torch.optim.Optimizer):
         scope: Scope,
         tau: float | None,
     ) -> None:
-        model = usable(model)
+        given, model = model, usable(model)
+        self.peers = peers_of(scope.process_group, given, model)
         forward = reading(scope.forward, scope.inputs, scope.targets)
         self.model, self.likelihood, self.user_forward = model, get_likelihood(likelihood), forward
         self.l2, self.tau = float(step.l2), tau
         self.averaging, self.max_rise = step.averaging, float(step.max_rise)
-        self.generator = scope.generator if scope.generator is not None else fresh_generator()
+        self.generator = self.peers.own(scope.generator if scope.generator is not None else fresh_generator())
         parameters, groups, lr = scope.parameters, scope.groups, step.lr
         self.weights: weighting.Weights = scope.weights if callable(scope.weights) else bool(scope.weights)
         read = weighting.reader(forward, self.weights)
@@ -95,8 +100,9 @@ class SecondOrder(torch.optim.Optimizer):
         chosen = {n for group in self.param_groups for n in group["param_names"]}
         self.names = [name for name in self.named if name in chosen]
         self.layout: FlatLayout = flat_layout(self.named, [name for name in self.named if name in second])
-        self.objective = Objective(model, self.likelihood, read)
-        self.tracer = Tracer(model, read, [glob.escape(name) for name in self.layout.names], unused=scope.unused)
+        self.objective = Objective(model, self.likelihood, read, self.peers)
+        names = [glob.escape(name) for name in self.layout.names]
+        self.tracer = Tracer(model, read, names, unused=scope.unused, shared=self.peers.ranks is not None)
         self.unused = scope.unused
         self.steps = 0
         self.default_damping = 1.0  # of losses like this one; known from the first minibatch on
@@ -201,7 +207,7 @@ class SecondOrder(torch.optim.Optimizer):
             ShapeMismatch: if targets do not fit the outputs.
             UnsupportedLayer: for a parameter that cannot be handled.
         """
-        with unless_it_fails(self):
+        with unless_it_fails(self), self.peers.doing("backward"):
             self._take_in(x, y)
         return self.pending.regularised(self._zero)
 
@@ -229,7 +235,7 @@ class SecondOrder(torch.optim.Optimizer):
         made = Batch(data, 0, batch.random, observation, losses.detach())
         batch = counting(made, self.likelihood, outputs, targets)
         if self.steps == 0:
-            self.default_damping = start_value(self.likelihood, targets, batch.count)
+            self.default_damping = self.peers.first(start_value(self.likelihood, targets, batch.count))
             self.tau = self.default_damping if self.tau is None else self.tau
         loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
@@ -238,7 +244,7 @@ class SecondOrder(torch.optim.Optimizer):
         grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
         try:
             self._measure(batch, observation)
-            self.pending.add(batch, float(loss.detach()), grads)
+            self.pending.add(batch, *self.peers.mean(grads, weights, float(loss.detach()), batch.count))
         except BaseException:
             self._clear()  # its part of the sums cannot be taken out again
             raise
@@ -285,7 +291,7 @@ class SecondOrder(torch.optim.Optimizer):
         Whatever it raises, weights, buffers, averages, factors, counters and random numbers are what they were before;
         minibatches of :meth:`backward` that were to be used are dropped.
         """
-        with unless_it_fails(self, drop=True):
+        with unless_it_fails(self, drop=True), self.peers.doing("the step"):
             return self._step(x, y)
 
     def _step(self, x: Any, y: Any) -> Tensor:
@@ -296,7 +302,7 @@ class SecondOrder(torch.optim.Optimizer):
         if not self.pending.batches:
             raise NotFitted("step needs a minibatch: call step(x, y), or backward(x, y) before step()")
         loss = self.pending.regularised(self._zero.double())
-        gradient = self.flat({n: _gradient(self.named[n]) for n in self.layout.names})
+        gradient = self.flat({n: gradient_of(self.named[n]) for n in self.layout.names})
         if not all_finite(gradient):
             raise NonFinite("the gradient has NaN or infinite entries; nothing was changed")
         self.steps += 1
@@ -304,8 +310,9 @@ class SecondOrder(torch.optim.Optimizer):
         rho = proposal.rho
         if after is not None and self._wants_ratio():
             rho = self._ratio(float(loss), proposal, after)
-        for name, value in moved.items():
+        for name, value in self.peers.handed(moved).items():
             self.named[name].copy_(value)
+        self.peers.settle_buffers(self.model)
         for group in self.param_groups:
             if group["first_order"]:
                 first_order_step(group, self.state)
@@ -336,7 +343,7 @@ class SecondOrder(torch.optim.Optimizer):
         """
         batches = self.pending.batches
         for rejected in range(RETRIES + 1):
-            proposal = self._propose(batches, loss, gradient)
+            proposal = self._agreed(self._propose(batches, loss, gradient))
             if all_finite(proposal.delta):
                 moved = self._moved(proposal.delta)
                 after = self._checked(batches, proposal, moved)
@@ -351,24 +358,31 @@ class SecondOrder(torch.optim.Optimizer):
         self._say("no update had a loss to accept and the weights are unchanged; the damping is now")
         return Proposal(torch.zeros_like(gradient), 0.0, 0.0, 0.0, batches), {}, None, RETRIES + 1
 
+    def _agreed(self, proposal: Proposal) -> Proposal:
+        """The proposal that all processes go on with."""
+        return proposal
+
     def _checked(self, batches: Sequence[Batch], proposal: Proposal, moved: Mapping[str, Tensor]) -> float | None:
         """Mean ``−log p`` at new weights, of all minibatches or a part that is enough; ``None``: to be refused."""
         change = self._l2_change(proposal.delta)
         part = batches if self._wants_ratio() or proposal.after is not None else proposal.check
         after = self.objective.loss(part, moved) if proposal.after is None else proposal.after
-        whole = part is batches or sum(b.count for b in part) == sum(b.count for b in batches)
+        mine, all_of_it = (float(sum(b.count for b in each)) for each in (part, batches))
+        mine, all_of_it = self.peers.total(mine, all_of_it)
+        whole = part is batches or mine == all_of_it
         if not whole and not self._rise(part, after, change) <= 0:  # a part rises by chance, too
             after, part = self.objective.loss(batches, moved), batches
         return after if math.isfinite(after) and self._rise(part, after, change) <= self.max_rise else None
 
-    @staticmethod
-    def _rise(batches: Sequence[Batch], after: float, change: float) -> float:
+    def _rise(self, batches: Sequence[Batch], after: float, change: float) -> float:
         """By how much the regularised loss rose on minibatches, in units of the mean ``|−log p|`` before."""
         losses = [batch.losses.double().reshape(-1) for batch in batches if batch.losses is not None]
-        if len(losses) < len(batches):
+        before = torch.cat(losses) if len(losses) == len(batches) else torch.tensor([math.inf])
+        sums = float(before.sum()), float(before.abs().sum()), float(sum(b.count for b in batches))
+        below, size, count = self.peers.total(*sums)
+        if not math.isfinite(below):
             return math.inf
-        before, count = torch.cat(losses), sum(b.count for b in batches)
-        rise, size = after - float(before.sum()) / count + change, float(before.abs().sum()) / count
+        rise, size = after - below / count + change, size / count
         return rise / max(size, torch.finfo(torch.float32).tiny) if rise else 0.0
 
     def _say(self, what: str) -> None:
@@ -455,7 +469,7 @@ class SecondOrder(torch.optim.Optimizer):
         return out
 
     def _require_state(self, state: Mapping[str, Any]) -> None:
-        for name, shape in _shapes_in(state).items():
+        for name, shape in shapes_in(state).items():
             found = tuple(self.named[name].shape) if name in self.names else "no such parameter"
             if found != shape:
                 raise ShapeMismatch(
@@ -478,19 +492,6 @@ class SecondOrder(torch.optim.Optimizer):
         self.diagnostics = dict(state["diagnostics"])
         self._average = {name: value.to(self.named[name]) for name, value in state["average"].items()}
         self.generator.set_state(state["generator"].cpu())
+        self.generator = self.peers.own(self.generator)
         self._clear()
         self._import(state)
-
-
-def _shapes_in(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters that a state speaks of, by name."""
-    found = {name: tuple(value.shape) for name, value in state["average"].items()}
-    for key in ("factors", "inverted"):
-        if state.get(key) is not None:
-            described = state[key]["described"]
-            found.update(zip(described["names"], map(tuple, described["shapes"]), strict=True))
-    return found
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

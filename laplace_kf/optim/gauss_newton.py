@@ -27,6 +27,7 @@ from laplace_kf.optim.inverse import INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.neighbours import hinted
 from laplace_kf.optim.objective import Batch
+from laplace_kf.optim.pending_step import agreed
 from laplace_kf.optim.running import Running
 from laplace_kf.optim.settings import (
     Curvature,
@@ -38,6 +39,7 @@ from laplace_kf.optim.settings import (
     shows,
     sorted_into,
 )
+from laplace_kf.optim.shared_running import SharedRunning
 from laplace_kf.optim.stepsize import model_change, optimal_coefficients
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.structures.base import Statistics, Structure
@@ -64,6 +66,8 @@ class GaussNewton(SecondOrder):
         diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step
             (:class:`laplace_kf.optim.base.SecondOrder`).
     """
+
+    zeta: float | None
 
     @shows(*CONCERNS, options='of structure and estimator, such as ``samples=`` of ``estimator="sampled"``.')
     def __init__(
@@ -96,7 +100,9 @@ class GaussNewton(SecondOrder):
         self._set_factors(factors, *pair)
         self._set_damping(damping)
         self.rescale, self.momentum = step.rescale, step.momentum
-        self.running = Running(self._accumulating, self.structure, self.ema, self.refresh, self._build)
+        rules = self._accumulating, self.structure, self.ema, self.refresh, self._build
+        ranks = self.peers.ranks
+        self.running = Running(*rules) if ranks is None else SharedRunning(ranks, *rules)
         self._factored: list[Batch] = []  # the examples behind the factors of this step
         self._check: list[Batch] = []  # those of the exact products
         self._outer: dict[str, tuple[Tensor, Tensor]] = {}
@@ -116,7 +122,37 @@ class GaussNewton(SecondOrder):
                 'low_rank=True needs inverse="block_diagonal", damping="balanced" or "factored", l2=0 and '
                 "curvature_fraction=(1.0, ...): the gradient must be a sum over the examples that are on the tape"
             )
+        if self.peers.ranks is not None:
+            self._require_additive(factors)
         self.ema, self.refresh, self.low_rank = factors.ema, factors.refresh, factors.low_rank
+
+    def _require_additive(self, factors: Factors) -> None:
+        """Refuses what is not a sum over the minibatches of several processes."""
+        wrong = None
+        if self.structure.several_passes or factors.inverse != "block_diagonal":
+            wrong = (
+                f'structure={self.inner.name!r} with inverse={factors.inverse!r}: use structure="kron" or "diag" and '
+            )
+            wrong += 'inverse="block_diagonal"'
+        if factors.low_rank:
+            wrong = "low_rank=True: leave it out"
+        if wrong is not None:
+            raise IncompatiblePair(f"with process_group= factors are added up over processes, which leaves out {wrong}")
+
+    def synchronize(self) -> None:
+        """Adds up the processes' parts of the running factors, as the next refresh would; all of them call this.
+
+        Before :meth:`state_dict` and :meth:`posterior` between refreshes. One process alone has nothing to do.
+
+        Raises:
+            DistributedFailure: if another process failed.
+        """
+        with self.peers.doing("synchronize"):
+            self.running.fold()
+
+    def _agreed(self, proposal: Proposal) -> Proposal:
+        found, (self.tau, self.zeta) = agreed(self.peers, proposal, self.tau, self.zeta)
+        return found
 
     def _set_damping(self, damping: GaussNewtonDamping) -> None:
         """Start values of τ and ζ, and how they move."""
@@ -175,7 +211,12 @@ class GaussNewton(SecondOrder):
 
     @property
     def statistics(self) -> Statistics | None:
-        """The running factors, ``None`` before the first step."""
+        """The running factors, ``None`` before the first step.
+
+        Raises:
+            IncompatiblePair: if processes have parts of them that are not added up yet (:meth:`synchronize`).
+        """
+        self.running.require_whole()
         return self.running.statistics
 
     def _build(self, statistics: Statistics, zeta: float) -> Matrix:

@@ -132,7 +132,7 @@ def _drawn(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
                 "model.to_empty(device=...), and then initialise it"
             )
         if parametrize.is_parametrized(module):
-            entries += [(name, getattr(module, name)) for name in module.parametrizations]  # type: ignore[union-attr]
+            entries += [(name, getattr(module, name)) for name in module.parametrizations]
         split = {hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}
         entries = [(n, p) for n, p in entries if n not in {f"{s}{part}" for s in split for part in ("_g", "_v")}]
         entries += [(name, getattr(module, name)) for name in split]
@@ -151,7 +151,7 @@ def _require_free(module: nn.Module, path: str, name: str, value: Tensor) -> Non
     kept = copy.deepcopy(module)
     inputs = value[0].numel()
     hot = torch.nn.functional.one_hot(torch.arange(len(value), device=value.device) % inputs, inputs)
-    wanted = hot.to(value).reshape(value.shape)
+    wanted = (2 * hot + hot.roll(1, 1)).to(value).reshape(value.shape)  # no identity, which is orthogonal
     with suppress(NotImplementedError, RuntimeError, ValueError):
         setattr(kept, name, wanted)
         if torch.equal(getattr(kept, name) == 0, wanted == 0):

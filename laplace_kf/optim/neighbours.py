@@ -9,6 +9,7 @@ from typing import Any
 
 from laplace_kf.curvature import SETTINGS
 from laplace_kf.errors import UnknownOption
+from laplace_kf.neighbours import ARGUMENTS
 
 __all__ = ["hinted"]
 
@@ -56,7 +57,15 @@ def hinted(*groups: type[Any]) -> Iterator[None]:
     except UnknownOption as error:
         own = [entry.name for group in groups for entry in dataclasses.fields(group)]
         options = [name for name in error.allowed if name not in SETTINGS]
-        hint = _WORDS.get(error.name.lower())
-        if hint is not None and "(" not in hint and hint.split("=")[0] not in (*own, *options, "estimator"):
-            hint = {"zeta=": "tau=", "trust_radius=": _LENGTH}.get(hint) if "=" in hint else None
-        raise UnknownOption(error.name, error.taken, [*own, *options], hint) from None
+        taken = (*own, *options)
+        hint, known = _WORDS.get(error.name.lower()), ARGUMENTS.get(error.name.lower())
+        if hint is not None and hint.endswith("="):
+            if hint[:-1] not in (*taken, "estimator"):
+                hint = {"zeta=": "tau=", "trust_radius=": _LENGTH}.get(hint)
+            if hint is not None and hint.endswith("="):
+                hint += repr(error.value) if isinstance(error.value, (bool, int, float)) else "..."
+        elif hint == _LENGTH and "rescale" not in own:
+            hint = None
+        if known is not None and known.name in taken:
+            hint = None  # said by laplace_kf.neighbours, with the value
+        raise UnknownOption(error.name, error.taken, [*own, *options], error.value, hint) from None

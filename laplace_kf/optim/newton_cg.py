@@ -81,6 +81,11 @@ class HessianFree(SecondOrder):
         (system, preconditioning, damping, step, scope), options = sorted_into(settings, *CONCERNS)
         check_arguments(options)
         super().__init__(model, likelihood, step, scope, damping.tau)
+        if self.peers.ranks is not None:
+            raise IncompatiblePair(
+                "hessian_free works in one process: every product of its conjugate gradients would have to be added up "
+                "over all of them. With process_group= use lk.optim.kfac(model, likelihood, process_group=...)"
+            )
         self._set_preconditioner(preconditioning, damping, options)
         self._set_system(system)
         self.zeta, self.adapt_tau, self.adapt_zeta = damping.zeta, damping.adapt_tau, damping.adapt_zeta

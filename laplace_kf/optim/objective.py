@@ -22,6 +22,7 @@ from laplace_kf.batches import Forward, map_examples, run, to_device
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
+from laplace_kf.optim.peers import Alone
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
@@ -100,14 +101,19 @@ class Objective:
         model: the module that is trained.
         likelihood: output density.
         forward: ``(model, batch) -> (outputs, targets)`` or ``None``.
+        peers: other processes, whose minibatches count as well.
     """
 
-    def __init__(self, model: nn.Module, likelihood: Likelihood, forward: Forward | None) -> None:
+    def __init__(
+        self, model: nn.Module, likelihood: Likelihood, forward: Forward | None, peers: Alone | None = None
+    ) -> None:
+        peers = Alone() if peers is None else peers
         self.likelihood = likelihood
         self.runner = partial(run, model, forward=forward)
         self.model = model
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
         self.listened: list[nn.Module] = []  # the one behind every activity of the last pass
+        self.peers = peers  # whose minibatches all means are taken over
         self._forward_mode = True
 
     def random_state(self) -> dict[str, Tensor]:
@@ -151,10 +157,12 @@ class Objective:
         for batch in batches:
             outputs, targets = self.outputs(batch, weights)
             if not all_finite(outputs):
-                return float("nan")
+                total = float("nan")
+                break
             total -= float(self.likelihood.log_prob(outputs, targets).sum(dtype=torch.float64))
             count += batch.count
-        return total / count
+        total, number = self.peers.total(total, count)
+        return total / number if number else total
 
     def products(self, batches: Sequence[Batch], directions: Mapping[str, Tensor]) -> Tensor:
         """``uᵀ G v`` for all pairs of ``K`` directions, by one Jacobian product each (methods 2.7; Martens 2016, B.3).
@@ -172,8 +180,9 @@ class Objective:
             curved = self.likelihood.curvature_product(outputs, pushed, targets)
             rows = pushed.flatten(1).to(curved.dtype)
             total = total + (rows @ curved.flatten(1).T).double()
-        products = total / sum(batch.count for batch in batches)
-        assert isinstance(products, Tensor)
+        assert isinstance(total, Tensor)
+        (number,) = self.peers.total(sum(batch.count for batch in batches))
+        products = self.peers.summed(total) / number
         return (products + products.T) / 2
 
     def push(self, batch: Batch, directions: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:

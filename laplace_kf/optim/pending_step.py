@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from laplace_kf.lookups import padding_rows
 from laplace_kf.models import preserved
 from laplace_kf.optim.objective import Batch, Objective
+from laplace_kf.optim.peers import Alone
 from laplace_kf.tape import Observation, Tracer
 
-__all__ = ["PendingStep", "Proposal"]
+__all__ = ["PendingStep", "Proposal", "agreed", "gradient_of"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PendingStep:
 
     Attributes:
         batches: the minibatches.
+        count: number of examples.
     """
 
     def __init__(
@@ -66,11 +68,7 @@ class PendingStep:
         """Forgets the minibatches."""
         self.batches: list[Batch] = []
         self._loss = 0.0  # sum of −log p
-
-    @property
-    def count(self) -> int:
-        """Number of examples."""
-        return sum(batch.count for batch in self.batches)
+        self.count = 0  # examples of all processes
 
     @property
     def loss(self) -> float:
@@ -99,12 +97,20 @@ class PendingStep:
         return observation.outputs, observation.targets, observation
 
     @torch.no_grad()
-    def add(self, batch: Batch, loss: float, grads: Sequence[Tensor | None]) -> None:
-        """Takes in a minibatch: its mean ``−log p``, and the gradients of that by parameter, each of its shape."""
+    def add(self, batch: Batch, grads: Sequence[Tensor | None], loss: float, count: int) -> None:
+        """Takes in a minibatch.
+
+        Args:
+            batch: of this process.
+            grads: gradients of the loss by parameter, each of its shape.
+            loss: mean ``−log p``.
+            count: number of examples that it is the mean of, in all processes.
+        """
         before = self.count
         self.batches.append(batch)
-        self._loss += loss * batch.count
-        share = batch.count / (before + batch.count)
+        self._loss += loss * count
+        self.count += count
+        share = count / self.count
         for name, grad in zip(self.names, grads, strict=True):
             parameter = self.named[name]
             value = parameter.detach()
@@ -132,3 +138,19 @@ class PendingStep:
         for name in self.names if self.l2 else ():
             loss = loss + self.l2 / 2 * torch.linalg.vector_norm(self.named[name]).to(loss).square()
         return loss
+
+
+def agreed(
+    peers: Alone, proposal: Proposal, tau: float | None, zeta: float | None
+) -> tuple[Proposal, tuple[float | None, float | None]]:
+    """The first process's proposal of an update ``(P,)`` and its dampings, so that rounding cannot part them."""
+    if peers.ranks is None:
+        return proposal, (tau, zeta)
+    delta = peers.handed({"delta": proposal.delta})["delta"]
+    change, alpha, mu, tau, zeta = peers.first((proposal.change, proposal.alpha, proposal.mu, tau, zeta))
+    return replace(proposal, delta=delta, change=change, alpha=alpha, mu=mu), (tau, zeta)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """``.grad`` of a parameter, of its shape; zeros where there is none."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

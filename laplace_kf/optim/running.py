@@ -86,6 +86,12 @@ class Running:
         self._seen += 1
         self.statistics = averaged(self.statistics, new, self._seen, self.ema)
 
+    def require_whole(self) -> None:
+        """Refuses to hand out an average of which other processes have parts (:class:`SharedRunning`)."""
+
+    def fold(self) -> None:
+        """Adds up what processes have, where there are several."""
+
     # -- inverse -----------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:

@@ -12,7 +12,7 @@ from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.posterior.store import packed, unpacked
 from laplace_kf.structures.base import Statistics, Structure
 
-__all__ = ["averaged", "dumped", "loaded"]
+__all__ = ["averaged", "dumped", "loaded", "shapes_in"]
 
 
 def averaged(running: Statistics | None, new: Statistics, step: int, limit: float) -> Statistics:
@@ -70,3 +70,13 @@ def dumped(statistics: Statistics | None) -> dict[str, Any] | None:
 def loaded(state: Mapping[str, Any] | None, structure: Structure, device: torch.device) -> Statistics | None:
     """The inverse of :func:`dumped`."""
     return None if state is None else unpacked(state["tensors"], state["described"], structure, device)
+
+
+def shapes_in(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that a state speaks of, by name."""
+    found = {name: tuple(value.shape) for name, value in state["average"].items()}
+    for key in ("factors", "inverted"):
+        if state.get(key) is not None:
+            described = state[key]["described"]
+            found.update(zip(described["names"], map(tuple, described["shapes"]), strict=True))
+    return found

@@ -19,6 +19,7 @@ import torch
 from laplace_kf.batches import Forward
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import ESTIMATORS, Estimator
+from laplace_kf.operators import DAMPINGS
 from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.cg import Progress
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
@@ -101,7 +102,6 @@ class Factors(Settings):
     )
 
     def __post_init__(self) -> None:
-        _no_number(self.damping)
         check_arguments({name: getattr(self, name) for name in ("power", "ema", "refresh", "low_rank")})
         fraction = self.curvature_fraction
         if isinstance(fraction, tuple) and len(fraction) != 2:
@@ -202,6 +202,11 @@ class Scope(Settings):
         'what becomes of parameters that the minibatches so far did not reach: ``"error"``, or ``"prior"``: their '
         "curvature is 0 (the damping alone moves them), until one reaches them.",
     )
+    process_group: Any = _field(
+        None,
+        "a ``torch.distributed`` group whose processes all make the same calls, each with minibatches of its own: one "
+        "step is of all of them. Gradients are added up in ``backward``, factors once a refresh.",
+    )
 
 
 @dataclass(frozen=True)
@@ -270,16 +275,8 @@ class Preconditioning(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _no_number(self.damping)
-
-
-def _no_number(damping: Any) -> None:
-    """Refuses the size of the damping where its kind is asked for."""
-    if isinstance(damping, (int, float)):
-        raise IncompatiblePair(
-            f'damping= says how damping enters a block ("exact", "factored", "balanced"), got {damping!r}; its size is '
-            f"tau={damping!r} for the exact curvature and zeta={damping!r} for the approximate one"
-        )
+        if self.damping is not None:
+            DAMPINGS[self.damping]  # refuses other names, and numbers
 
 
 # ------------------------------------------------------------------------------------------------ keyword arguments
@@ -372,6 +369,7 @@ class _Common(TypedDict, total=False):
     weights: Weights
     generator: torch.Generator | None
     unused: str
+    process_group: Any
     ema: float
     refresh: int
     inverse: str

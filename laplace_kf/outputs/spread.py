@@ -108,6 +108,12 @@ class Spread(ABC):
             )
         return self.dense()
 
+    @property
+    def differentiable(self) -> bool:
+        """Whether some of its tensors ask for gradients."""
+        values = (getattr(self, field.name) for field in fields(cast(Any, self)))
+        return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
     def _mapped(self: S, change: Callable[[str, Tensor], Tensor]) -> S:
         found: dict[str, Any] = {}
         for field in fields(cast(Any, self)):

@@ -14,6 +14,7 @@ from laplace_kf.batches import Forward, check_finite
 from laplace_kf.errors import NotFitted
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import WeightGaussian
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, joined
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -39,6 +40,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["Answers"]
 
 
+@explained
 class Answers(Jobs, Shorthands):
     """What :class:`laplace_kf.LaplacePosterior` answers: nothing here changes more than a setting.
 

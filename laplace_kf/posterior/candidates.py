@@ -8,7 +8,10 @@ looks at is chosen so that the budget is kept:
 * the linearised candidates need variances of outputs at a few ratios ``λ / N``: one pass for all of them, after which
   every size of the posterior is free (the covariance of a ratio goes with ``1 / N``);
 * Monte Carlo pays for every draw at every setting. It starts at the setting of the linearised candidates, where there
-  is one, on as many examples as let it look around.
+  is one, on as many examples as let it look around. Scores of few draws are extrapolated to those of ``predict``
+  (:mod:`laplace_kf.posterior.jackknife`), and the best setting is measured once more with as many, if they are left.
+
+The setting of a posterior by default, N as counted and λ = 1, is among those that are looked at.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from laplace_kf.likelihoods import to_positions
 from laplace_kf.operators import CurvatureBlock
 from laplace_kf.posterior.examples import OUTPUT_DRAWS
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import PREDICTED
 from laplace_kf.posterior.predictors import Linearized, rounded
 from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, compared, nearby, on_all, rows
 from laplace_kf.posterior.validation import MAP, Point, Score, Scorer, Validation
@@ -88,9 +92,14 @@ class Contest:
         name: of the objective.
         budget: training epochs of the validation examples, None for no limit.
         progress: whether to show a bar of what was spent.
+        draws: weight draws that may take the place of the validation's: the first larger number that the budget allows
+            to look around with on all examples, or a smaller one where it does not even allow those of the validation.
     """
 
-    def __init__(self, validation: Validation, name: str, budget: float | None, progress: bool) -> None:
+    def __init__(
+        self, validation: Validation, name: str, budget: float | None, progress: bool, draws: Sequence[int] = ()
+    ) -> None:
+        self.draws = draws
         self.fitted, self.validation, self.name, self.progress = validation.fitted, validation, name, progress
         self.budget = Budget(budget, validation.epoch)
         self.budget.pay(validation.epoch / EPOCH)  # reading
@@ -108,6 +117,12 @@ class Contest:
         """Coordinates of settings; its size counts nats at MAP's noise scale, where that is tuned."""
         noise, before = self.found["map"].score.noise, self.fitted.likelihood.noise_scale
         return _plane(self.fitted, 1.0 if noise is None or before is None else (before / noise) ** 2)
+
+    @cached_property
+    def default(self) -> list[Point]:
+        """The setting of a posterior by default, if it lies within the limits of the search."""
+        point = float(self.fitted.count), 1.0
+        return [point] if self.plane.holds(point) else []
 
     @cached_property
     def costs(self) -> Costs:
@@ -192,7 +207,7 @@ class Contest:
         width = 1 if all(marginal.values()) else self._channels
         steps = rows(0.75), rows(1.5)
         costs = replace(costs, width=width)
-        each = {len(step): costs.linearized(len(step)) for step in steps}
+        each = {len(step): costs.linearized(len(step) + len(self.default)) for step in steps}
         chosen = steps[0] if each[len(steps[0])] < 1.5 * each[len(steps[1])] else steps[1]
         draws = {m: 1 if m == "probit" or self._closed() else OUTPUT_DRAWS for m in methods}
         scoring = sum(scored(self._outputs, draws[m]) * (60 if k == 0 else 12) for k, m in enumerate(methods))
@@ -212,7 +227,7 @@ class Contest:
                 self._linearized(cheaper, alone, [m for m in wanted if m in cheaper])
             return
         finest = chosen[1] - chosen[0]
-        points = [self.plane.point(x, -1.0) for x in chosen]
+        points = [*(self.plane.point(x, -1.0) for x in chosen), *self.default]
         scorers = {method: self.validation.scorer(method, examples) for method in methods}
         first: Linearized | None = None
         for method in sorted(methods, key=lambda m: marginal[m]):  # covariances first: variances are in them
@@ -227,7 +242,7 @@ class Contest:
         start: Point | None = None
         for method, scorer in scorers.items():
             search = Search(self._paid(scorer, draws[method]), self.name, afford=self._prepared(scorer))
-            search.look([MAP])
+            search.look([MAP, *self.default])
             try:
                 if start is None or draws[method] == 1:
                     best, edge = coarse_to_fine(search, self.plane, finest)
@@ -264,16 +279,22 @@ class Contest:
 
     def _monte_carlo(self) -> Candidate:
         """Around the linearised candidates' setting, or from coarse to fine, on as many examples as can be afforded."""
-        validation, costs, start = self.validation, self.costs, self._guide
-        draws = len(validation.seeds)
-        drawing = (draws / 2 if validation.pairs else draws) * costs.draw()
-        each = costs.sampled(draws)
-        for settings in SETTINGS:
+        costs, start = self.costs, self._guide
+        fewest = len(self.validation.seeds)
+        more_draws = [(SETTINGS[0], draws) for draws in self.draws if draws > fewest]
+        fewer_draws = [(settings, draws) for draws in self.draws if draws < fewest for settings in SETTINGS[-2:]]
+        for settings, draws in [*more_draws, *((settings, fewest) for settings in SETTINGS), *fewer_draws]:
+            drawing = (draws / 2 if self.validation.pairs else draws) * costs.draw()
+            each = costs.sampled(draws)
             ratios = -(-settings // 2) if start is None or settings == SETTINGS[0] else -(-settings // 4)
-            # two more than it looks at: for other draws at the best one, and for a setting that is MAP in effect
-            examples = self._affordable(self.budget.left - (ratios + 2) * drawing, (settings + 2) * each)
-            if examples >= min(validation.count, ENOUGH):
+            # more than it looks at: the default setting, other draws at the best one, one that is MAP in effect
+            default = self.default if settings > 1 else []
+            more = (2 if draws >= fewest else 1) + len(default)  # of the fewest draws, none is left for other ones
+            examples = self._affordable(self.budget.left - (ratios + more) * drawing, (settings + more) * each)
+            wanted = ENOUGH if draws == fewest and settings > 1 else 1 if draws <= fewest else math.inf
+            if examples >= min(self.validation.count, wanted):
                 break
+        validation = self.validation if draws == fewest else self.validation.redrawn(draws)
         if not self._cut_to(examples):
             return Candidate("mc", left_out=self._too_dear(each))
         scorer = validation.scorer("mc", examples)
@@ -293,28 +314,37 @@ class Contest:
             return scorer(points)
 
         search = Search(measure, self.name, afford=afford)
-        search.look([MAP])
+        search.look([MAP, *default])
         try:
             if start is None or start.point == MAP or settings == SETTINGS[0]:
                 best, edge = coarse_to_fine(search, self.plane)
             else:
                 best, edge = nearby(search, self.plane, start.point), False
-            self._redraw(search, examples, drawing + scorer.part.count * each)
+            self._redraw(search, validation, examples, (drawing + scorer.part.count * each) / draws)
         except NonFinite as error:
             return Candidate("mc", left_out=str(error), not_finite=True)
         return self._settled("mc", search, best, edge)
 
-    def _redraw(self, search: Search, examples: int, work: float) -> None:
+    def _redraw(self, search: Search, validation: Validation, examples: int, each: float) -> None:
         """Measures the best point once more, with draws that it was not chosen by, and so on while another one is best.
 
         All settings are compared on the same draws, and at some of them these few fit the examples better than others
-        would: such a setting wins the search and loses afterwards.
+        would: such a setting wins the search and loses afterwards. The new draws are up to as many as ``predict`` uses,
+        of which half of what is left of the budget may be spent on a point.
+
+        Args:
+            search: what was measured.
+            validation: with the draws that it was measured by.
+            examples: how many are looked at.
+            each: multiply-adds of a draw.
         """
-        scorer = self.validation.redrawn().scorer("mc", examples)
+        fewest = len(validation.seeds)
         seen: set[Point] = set()
-        while (point := search.champion(*CAUTION)) not in {MAP, *seen} and self.budget.left >= work:
-            self.budget.pay(work)
-            search.scores.update(scorer([point]))
+        while (point := search.champion(*CAUTION)) not in {MAP, *seen} and self.budget.left >= fewest * each:
+            afforded = PREDICTED if math.isinf(self.budget.left) else int(self.budget.left / each / 2) // 2 * 2
+            draws = max(fewest, min(PREDICTED, afforded))
+            self.budget.pay(draws * each)
+            search.scores.update(validation.redrawn(draws).scorer("mc", examples)([point]))
             seen.add(point)
 
     # -- common --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Evidence:
     @property
     def total(self) -> Tensor:
         """``fit − ½ (log_det_ratio + scatter)``, 0-dim: the log evidence."""
-        return self.fit - (self.log_det_ratio + self.scatter) / 2
+        return torch.sub(self.fit, self.log_det_ratio + self.scatter, alpha=0.5)
 
     def __str__(self) -> str:
         terms = {"fit": self.fit, "log_det_ratio": self.log_det_ratio, "scatter": self.scatter, "total": self.total}
@@ -74,9 +74,26 @@ class EvidenceModel:
     def terms(self, n: float, prior: Tensor | dict[str, Tensor], likelihood: Likelihood) -> Evidence:
         """The evidence at ``N``, λ (0-dim in float64, or by parameter name) and the likelihood's noise scale."""
         factor, fit = self._rescaled(likelihood)
+        fit = fit if n == self.statistics.count else fit * (n / self.statistics.count)
+        if isinstance(prior, Tensor) and self._joint is not None:
+            values, weights, square = self._joint
+            return Evidence(fit, torch.dot(weights, (values * (n * factor) / prior).log1p()), prior * square)
         by_block = torch.stack(self._ratios(n, factor, prior))
         scatter = torch.stack(self._scatters(prior))
-        return Evidence(fit * (n / self.statistics.count), by_block.sum(), scatter.sum())
+        return Evidence(fit, by_block.sum(), scatter.sum())
+
+    @cached_property
+    def _joint(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Nodes and weights ``(M,)`` of all blocks' spectra together, and ``‖θ*‖²`` (0-dim): what one λ needs.
+
+        ``None`` where a block has no such form.
+        """
+        matrices = [matrix for _, matrix in self.curvature.entries]
+        if not all(isinstance(m, CurvatureBlock) and m.sums_over_nodes(self.damping) for m in matrices):
+            return None
+        values, weights = zip(*(m.nodes() for m in matrices if isinstance(m, CurvatureBlock)), strict=True)
+        squares = torch.stack([square for own in self.squares.values() for square in own.values()])
+        return torch.cat(values), torch.cat(weights), squares.sum()
 
     def _rescaled(self, likelihood: Likelihood) -> tuple[float | Tensor, Tensor]:
         known = (self.statistics.log_likelihood, self.statistics.terms, self.statistics.moments)

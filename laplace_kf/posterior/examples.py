@@ -87,6 +87,11 @@ class Part:
         self.means = [[batch.outputs for batch in batches], *([far[1]] if far is not None else [])]
 
     @property
+    def here(self) -> int:
+        """Number of validation examples that this process has of it."""
+        return sum(self.inside.sizes)
+
+    @property
     def count(self) -> int:
         """Number of validation examples."""
-        return sum(self.inside.sizes)
+        return self.here

@@ -166,6 +166,9 @@ class Fitted:
 
     def evidence_model(self) -> EvidenceModel:
         """The evidence as a function of N, λ and the noise scale."""
+        return self._keep("evidence", self.damping, self._evidence_model)
+
+    def _evidence_model(self) -> EvidenceModel:
         made = EvidenceModel(self.statistics, self.curvature, self.squares, self.noise, self.damping)
         if self.chain is None or self.reference is None:
             return made
@@ -246,7 +249,8 @@ def flat_weights(model: nn.Module, layout: FlatLayout) -> tuple[Tensor, dict[str
     """
     named = parameters_of(model, layout.names, layout.shapes, "the posterior")
     device = named[layout.names[0]].device
-    mean = layout.join({name: named[name][None].to(device) for name in layout.names})[0].detach().clone()
+    with torch.no_grad():
+        mean = layout.join({name: named[name][None].to(device) for name in layout.names})[0].clone()
     if not isinstance(layout, EntryLayout):
         return mean, {}
     parts = layout.split(mean[None])

@@ -22,6 +22,7 @@ from laplace_kf.errors import IncompatiblePair, UnknownName
 from laplace_kf.likelihoods import Likelihood, Prediction, mixed
 from laplace_kf.posterior.examples import Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import TUNING_METHODS, Linearized, Point, Predictions, TuningPredictor, rounded
 from laplace_kf.posterior.prior import PriorPrecision
@@ -126,10 +127,10 @@ class JointValidation(Validation):
         self.forward = sum(part.forward for part in parts) / len(parts)
         self.exponent, self.lowest = 0.0, parts[0].lowest
 
-    def redrawn(self) -> JointValidation:
-        """The same data, and other weight draws of every component."""
+    def redrawn(self, samples: int) -> JointValidation:
+        """The same data, and so many other weight draws of every component."""
         other = copy.copy(self)
-        other.parts = [part.redrawn() for part in self.parts]
+        other.parts = [part.redrawn(samples) for part in self.parts]
         other.seeds = other.parts[0].seeds
         return other
 
@@ -183,7 +184,16 @@ class _JointTuningPredictor(TuningPredictor):
 
     def _together(self, found: Sequence[Predictions | None]) -> Predictions | None:
         known = [each for each in found if each is not None]
-        return partial(self._mixed, known) if len(known) == len(found) else None
+        if len(known) != len(found):
+            return None
+        drawn = [each for each in known if isinstance(each, Drawn)]
+        if len(drawn) != len(known):
+            return partial(self._mixed, known)
+
+        def make(likelihood: Likelihood, without: int | None) -> list[Prediction]:
+            return self._mixed([lambda own, make=each.make: make(own, without) for each in drawn], likelihood)  # type: ignore[misc]
+
+        return Drawn(make, drawn[0].samples, min(each.groups for each in drawn))
 
     def _mixed(self, found: Sequence[Predictions], likelihood: Likelihood) -> list[Prediction]:
         members = self.joint.members

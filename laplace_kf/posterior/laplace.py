@@ -9,18 +9,22 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from laplace_kf import weighting
+from laplace_kf import files, weighting
 from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
+from laplace_kf.distributed import Ranks, decomposed, refuse_checkpoint, require_one_job, require_one_network
 from laplace_kf.engine import collect
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import Estimator
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting, usable
@@ -30,17 +34,22 @@ from laplace_kf.posterior import store
 from laplace_kf.posterior.answers import Answers
 from laplace_kf.posterior.calibration import Calibration, Seen, calibrate
 from laplace_kf.posterior.fitted import Fitted, flat_weights
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective
 from laplace_kf.posterior.prior import (
     PriorPrecision,
     by_parameter,
     positive,
 )
+from laplace_kf.posterior.shared_validation import SharedValidation
 from laplace_kf.posterior.task_chain import TaskChain
-from laplace_kf.posterior.tuning import Options, Settings, TuningResult, tune
+from laplace_kf.posterior.tuning import Options, Settings, TuningResult, searched, tune
+from laplace_kf.posterior.validation import Validation
 from laplace_kf.reading import Part, one_argument, paired, reading
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
+from laplace_kf.resuming import Journal, journal
+from laplace_kf.shards import Shard
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
@@ -50,6 +59,7 @@ from laplace_kf.weighting import Weights
 __all__ = ["LaplacePosterior"]
 
 
+@explained
 class LaplacePosterior(Answers):
     """A Gaussian posterior over the weights of a trained network.
 
@@ -179,6 +189,9 @@ class LaplacePosterior(Answers):
         n_data: float | None = None,
         passes: int = 1,
         generator: torch.Generator | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        process_group: Any = None,
     ) -> LaplacePosterior:
         """Estimates the curvature at the model's current weights.
 
@@ -188,13 +201,23 @@ class LaplacePosterior(Answers):
             progress: show a bar.
             n_data: N; default: the number of examples seen in one pass. With ``prior=``, that of this task.
             passes: how often to go through the data (for random augmentation); the curvature is the mean over all.
-            generator: random numbers of the estimator; a fresh private one by default.
+            generator: random numbers of the estimator; a fresh private one by default. One number is taken from it;
+                what is drawn for an example hangs on that and on its index in the loader's data set, else its place.
+            checkpoint: file in which the fit keeps what it has, so that the same call goes on after the last writing if
+                it was interrupted, and ends with the same numbers bit for bit (:mod:`laplace_kf.resuming`); it is
+                removed at the end. The data have to come in the same order when the random states are the same.
+            every: minibatches between two writings.
+            process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of the
+                data; all then have the same posterior, of all shares together (:mod:`laplace_kf.distributed`).
 
         Returns:
             The posterior itself.
 
         Raises:
-            ShapeMismatch: for an empty loader, a batch of another form, or targets that do not fit the outputs.
+            DistributedFailure: if another process fails or is lost; nothing is changed then.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another model, other data or settings; nothing is overwritten. Also
+                for an empty loader, a batch of another form, or targets that do not fit the outputs.
             NonFinite: for NaN or infinity, with the number of the batch.
             UnsupportedLayer: for a parameter that cannot be handled; names module and way out.
         """
@@ -202,12 +225,47 @@ class LaplacePosterior(Answers):
             raise ValueError(f"passes must be a positive integer, got {passes}")
         if n_data is not None:
             n_data = positive("n_data", n_data)
-        generator = generator if generator is not None else fresh_generator()
-        data = weighting.batches(paired(train_loader, y), self.weights, self.model)
+        seeded, generator = generator is not None, generator if generator is not None else fresh_generator()
+        ranks = Ranks.of(process_group)
+        with nullcontext() if ranks is None else ranks.together("the fit"):
+            shard = Shard(paired(train_loader, y), self.estimator.draws)
+            data = weighting.batches(shard.data, self.weights, self.model)
+            if ranks is None:
+                shard.warn_alone()
+            else:
+                refuse_checkpoint(checkpoint)
+                require_one_job(ranks, "fit", {**self._described(), "n_data": n_data, "passes": passes})
+                require_one_network(ranks, self.model)
+                shard.settle(ranks.exchange("the shares", shard.description(data)), ranks.rank)
+            single = [self._prior, n_data] if isinstance(self.parameters, Subnetwork) else None
+            kept = journal(
+                checkpoint, every, self.model, data, generator, seeded, (self.likelihood, self.estimator, self._asked),
+                parameters=self.parameters, passes=passes, dtype=self.dtype, unused=self.unused, weights=self.weights,
+                forward=self.forward, choice=single,
+            )  # fmt: skip
+            with kept.running():
+                statistics = self._gathered(data, shard, ranks, n_data, passes, generator, progress, kept)
+                found = self._found(statistics, n_data)
+            if ranks is not None:
+                decomposed(ranks, found.curvature)
+        return self._adopted(found, n_data)
+
+    def _gathered(
+        self,
+        data: Iterable[Any],
+        shard: Shard,
+        ranks: Ranks | None,
+        n_data: float | None,
+        passes: int,
+        generator: torch.Generator,
+        progress: bool,
+        kept: Journal,
+    ) -> Statistics:
+        """The sums over the data of one pass, of all processes together."""
         job = (self.model, data, self.likelihood, self.estimator)
         settings: dict[str, Any] = {
             "forward": weighting.reader(self.forward, self.weights), "generator": generator, "dtype": self.dtype,
-            "unused": self.unused,
+            "unused": self.unused, "shard": shard, "ranks": ranks,
         }  # fmt: skip
         names, structure = (
             covered(
@@ -221,10 +279,26 @@ class LaplacePosterior(Answers):
             if self._chain is None
             else self._covered_by_chain(self._chain)
         )
-        statistics = collect(*job, structure, parameters=names, passes=passes, progress=progress, **settings)
-        if passes > 1:
-            statistics = statistics.scale(1 / passes)
-        return self.adopt(statistics, n_data)
+        statistics = collect(
+            *job, structure, parameters=names, passes=passes, progress=progress, journal=kept, **settings
+        )
+        return statistics.scale(1 / passes) if passes > 1 else statistics
+
+    def _described(self) -> dict[str, Any]:
+        """What has to be the same in all processes of a group."""
+        asked, estimator = self._asked, self.estimator
+        return {
+            "likelihood": self.likelihood,
+            "structure": (asked.name, asked.options()),
+            "estimator": (estimator.name, estimator.options()),
+            "parameters": self.parameters,
+            "damping": self.damping,
+            "prior_precision": self._prior,
+            "dtype": self.dtype,
+            "weights": self.weights is not False,
+            "unused": self.unused,
+            "prior": self._chain is not None,
+        }
 
     def refit(
         self,
@@ -233,13 +307,16 @@ class LaplacePosterior(Answers):
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        process_group: Any = None,
     ) -> LaplacePosterior:
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
 
         Args:
             data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
-            generator, progress: as of :meth:`fit`.
+            generator, progress, checkpoint, every, process_group: as of :meth:`fit`.
 
         Returns:
             The posterior itself, at the model's current weights.
@@ -254,7 +331,10 @@ class LaplacePosterior(Answers):
         n = self.n_data
         if train is not None:
             train(self.model, data)
-        return self.fit(data, n_data=n, generator=generator, progress=progress)
+        return self.fit(
+            data, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
+            process_group=process_group,
+        )  # fmt: skip
 
     @lasting()
     def adopt(self, statistics: Statistics, n_data: float | None = None) -> LaplacePosterior:
@@ -265,14 +345,22 @@ class LaplacePosterior(Answers):
                 becomes theirs.
             n_data: N; default: the statistics' count.
         """
+        return self._adopted(self._found(statistics, n_data), n_data)
+
+    @lasting()
+    def _found(self, statistics: Statistics, n_data: float | None) -> Fitted:
+        """What a posterior of these statistics is, set by nobody yet."""
         mean, rest = flat_weights(self.model, statistics.layout)
         found = Fitted(
             self.model, self.forward, self.weights, self.likelihood, self.damping, statistics, statistics.mean(), mean,
             self.likelihood.parameters(), rest, self._chain,
         )  # fmt: skip
-        self._accept(found.joined(n_data), n_data)
-        if statistics.outputs is not None:
-            self.likelihood = self.likelihood.with_layout(statistics.outputs)
+        return found.joined(n_data)
+
+    def _adopted(self, found: Fitted, n_data: float | None) -> LaplacePosterior:
+        self._accept(found, n_data)
+        if found.statistics.outputs is not None:
+            self.likelihood = self.likelihood.with_layout(found.statistics.outputs)
         return self
 
     def _accept(self, found: Fitted, n_data: float | None) -> None:
@@ -305,6 +393,9 @@ class LaplacePosterior(Answers):
         passes: int = 1,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 100,
+        process_group: Any = None,
     ) -> LaplacePosterior:
         """The posterior after another task, with this one as its prior (methods 11.1): a new object, this one stays.
 
@@ -325,7 +416,8 @@ class LaplacePosterior(Answers):
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
             forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
-            n_data, passes, generator, progress: as for :meth:`fit`; ``n_data`` is the N of the new task.
+            n_data, passes, generator, progress, checkpoint, every, process_group: as for :meth:`fit`; ``n_data`` is the
+                N of the new task.
 
         Raises:
             NotFitted: before ``fit``.
@@ -353,7 +445,10 @@ class LaplacePosterior(Answers):
             terms=terms,
             forgetting=forgetting,
         )
-        return following.fit(task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress)
+        return following.fit(
+            task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress, checkpoint=checkpoint,
+            every=every, process_group=process_group,
+        )  # fmt: skip
 
     # -- tuning and calibration ----------------------------------------------------------------------------------------
 
@@ -365,7 +460,7 @@ class LaplacePosterior(Answers):
         method: str = "auto",
         n_data: Sequence[float] | None = None,
         prior_precision: Sequence[float] | None = None,
-        samples: int = 20,
+        samples: int | None = None,
         generator: torch.Generator | None = None,
         *,
         budget: float | None = 10.0,
@@ -375,6 +470,8 @@ class LaplacePosterior(Answers):
         per_block: bool = False,
         ood: Iterable[Any] | None = None,
         max_examples: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        process_group: Any = None,
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
@@ -398,7 +495,11 @@ class LaplacePosterior(Answers):
                 method that the posterior has.
             n_data: grid for N; if only the other is given ``N · 10^{-1 … 4}`` in half decades.
             prior_precision: grid for λ; if only the other is given ``10^{-4 … 4}`` in half decades.
-            samples: weight draws per point, the same for all of them.
+            samples: weight draws per point, the same for all of them. Default: 20, or 40 or 100 (as many as
+                :meth:`predict` uses) where the budget lets the search look around with them on all examples, 10 where
+                it is too small for 20. Scores of fewer than 100 are extrapolated to 100
+                (:mod:`laplace_kf.posterior.jackknife`), and the default search measures its best setting once more
+                with up to as many others.
             generator: random numbers; with one, the search is reproducible.
             budget: training epochs of the validation examples that the search may take, all work included, by count of
                 multiply-adds; None for no limit. A grid is measured in full whatever it takes.
@@ -411,6 +512,12 @@ class LaplacePosterior(Answers):
             per_block: with the evidence, one λ for each block; ``prior_precision`` becomes ``{name: λ}``.
             ood: loader or tensor of out-of-distribution inputs for ``objective="ood"``.
             max_examples: look at the first batches of ``val`` only, until there are so many examples; default all.
+            checkpoint: file in which the search keeps what it has measured, so that the same call, made again after an
+                interruption, does not measure it again and ends with the same numbers bit for bit
+                (:mod:`laplace_kf.posterior.kept_scores`); it is removed at the end. The evidence needs none.
+            process_group: a ``torch.distributed`` group whose processes all call this, each with its own share of
+                ``val``; every example is scored once, and all processes make the same choice. The references of
+                :meth:`ood_score` then need :meth:`calibrate`.
 
         Returns:
             Everything measured, every candidate with its gain over MAP and standard error, the best, what the search
@@ -422,17 +529,39 @@ class LaplacePosterior(Answers):
             UnknownName: for an unknown objective or method.
             IncompatiblePair: for options that do not go together; for one method that the budget is too small for.
             NonFinite: if the objective is finite at no point, or the data are not finite.
+            CorruptFile: if ``checkpoint`` is damaged, or another kind of file.
+            ShapeMismatch: if it was made for another posterior, other data or settings; nothing is overwritten.
+            DistributedFailure: if another process fails or is lost; nothing is changed then.
         """
         self._fitted("tune")
         one_argument("tune", objective)
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
         )
-        seen = None if val is None else Seen(weighting.batches(val, self.weights, self.model), self.forward)
-        with lasting(), stage(self.model, self.forward) as (model, forward):
-            fitted = replace(self._fitted("tune"), model=model, forward=forward)
-            now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
-            found, settings = tune(fitted, now, seen, n_data, prior_precision, options)
+        ranks = Ranks.of(process_group)
+        with nullcontext() if ranks is None else ranks.together("the tuning"):
+            shard = Shard(val)
+            if ranks is None:
+                shard.warn_alone()
+            else:
+                refuse_checkpoint(checkpoint)
+                asked = (self.n_data, self._prior, self.method, self._fitted("tune").count, n_data, prior_precision)
+                require_one_job(ranks, "tune", {"options": replace(options, generator=None), "settings": asked})
+                require_one_network(ranks, self.model)
+                shard.settle(ranks.exchange("the shares", shard.description(shard.data)), ranks.rank)
+            if checkpoint is not None:
+                made_for = searched(self._fitted("tune"), self.n_data, self._prior, n_data, prior_precision, options)
+                options = replace(options, kept=KeptScores(checkpoint, made_for))
+            data = None if val is None else weighting.batches(shard.data, self.weights, self.model)
+            seen = None if data is None else Seen(data, self.forward)
+            keeping = nullcontext() if options.kept is None else options.kept.running(generator)
+            with lasting(), keeping, stage(self.model, self.forward) as (model, forward):
+                fitted = replace(self._fitted("tune"), model=model, forward=forward)
+                now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
+                validate = Validation if ranks is None else partial(SharedValidation, ranks)
+                found, settings = tune(fitted, now, seen, n_data, prior_precision, options, validate)
+            if ranks is not None:
+                settings = ranks.exchange("the choice", settings)[0]
         found.warn()  # first: where warnings are errors, the call fails and nothing is set
         self._n_data, self._prior = settings.n_data, settings.prior_precision
         if settings.noise is not None:
@@ -441,7 +570,8 @@ class LaplacePosterior(Answers):
             self._method = settings.method
         if settings.temperature is not None:
             self._temperature = settings.temperature
-        self._calibration = None if seen is None else Calibration(pending=tuple(seen.taken))
+        kept = seen is not None and ranks is None  # other processes have seen other inputs
+        self._calibration = Calibration(pending=tuple(seen.taken)) if kept and seen is not None else None
         return found
 
     @typed
@@ -489,7 +619,7 @@ class LaplacePosterior(Answers):
             NotFitted: before ``fit``.
         """
         self._fitted("save")
-        store.write(path, *self.packed())
+        files.write(path, *self.packed(), files.POSTERIOR)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What :meth:`save` writes: tensors (any shapes, by name) and JSON-able values; for checkpoints.
@@ -531,7 +661,7 @@ class LaplacePosterior(Answers):
         """
         own = reading(forward, inputs, targets)
         model = usable(model)
-        found = store.read(path)
+        found = files.read(path, files.POSTERIOR)
         with store.consistent(path):
             return cls.unpacked(*found, model, likelihood=likelihood, forward=own, weights=weights)
 

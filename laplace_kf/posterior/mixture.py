@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf import weighting
+from laplace_kf import files, weighting
 from laplace_kf.batches import Forward
 from laplace_kf.errors import CorruptFile, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -60,6 +61,7 @@ __all__ = ["Mixture"]
 RULES = ("equal", "evidence")
 
 
+@explained
 class Mixture(CommonSettings, Shorthands):
     """Several fitted posteriors, one for each trained network, as one predictive.
 
@@ -254,7 +256,7 @@ class Mixture(CommonSettings, Shorthands):
         method: str = "auto",
         n_data: Sequence[float] | None = None,
         prior_precision: Sequence[float] | None = None,
-        samples: int = 20,
+        samples: int | None = None,
         generator: torch.Generator | None = None,
         *,
         budget: float | None = 10.0,
@@ -273,7 +275,7 @@ class Mixture(CommonSettings, Shorthands):
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
             objective, method, n_data, prior_precision: as of :meth:`LaplacePosterior.tune`.
-            samples: weight draws per point of every component.
+            samples: weight draws per point of every component; default as of :meth:`LaplacePosterior.tune`.
             generator: random numbers.
             budget: training epochs, of all components, of the validation examples.
             extend, progress, noise, per_block, ood, max_examples: as of :meth:`LaplacePosterior.tune`.
@@ -369,7 +371,7 @@ class Mixture(CommonSettings, Shorthands):
             own, kept = self._calibration.packed()
             tensors.update({f"mixture/{name}": value for name, value in own.items()})
         header = {"members": headers, "rule": self.rule, "shares": list(self._shares), "calibration": kept}
-        store.write(path, tensors, header, store.MIXTURE)
+        files.write(path, tensors, header, files.MIXTURE)
 
     @classmethod
     def load(
@@ -394,7 +396,7 @@ class Mixture(CommonSettings, Shorthands):
             CorruptFile: if the file is truncated, altered or not one of a mixture.
             ShapeMismatch: for another number of models, or a model that does not fit; nothing is changed.
         """
-        tensors, header = store.read(path, store.MIXTURE)
+        tensors, header = files.read(path, files.MIXTURE)
         given = [models] if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList) else list(models)
         if len(given) != len(header["members"]):
             raise ShapeMismatch(

@@ -22,6 +22,8 @@ from laplace_kf.operators import Blockwise
 from laplace_kf.outputs.spread import Spread, scaled
 from laplace_kf.posterior.examples import OUTPUT_DRAWS, Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn, groups
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
 from laplace_kf.registry import Registry
 
@@ -51,16 +53,24 @@ class Shared:
         mean: posterior mean by parameter name, each of its parameter's shape.
         seeds: of S weight draws.
         pairs: whether weight draws come in pairs ``θ* ± ε``.
+        kept: what an interrupted search left.
     """
 
     fitted: Fitted
     mean: Mapping[str, Tensor]
     seeds: Sequence[int]
     pairs: bool
+    kept: KeptScores | None = None
 
 
 class TuningPredictor(ABC):
-    """Predictions at points; one object for all points of a search, so that it can keep what they share."""
+    """Predictions at points; one object for all points of a search, so that it can keep what they share.
+
+    Attributes:
+        separate: whether points of different ratios ``λ / N`` share nothing, and are dear.
+    """
+
+    separate: ClassVar[bool] = False
 
     def __init__(self, shared: Shared, part: Part) -> None:
         self.common, self.part, self.fitted = shared, part, shared.fitted
@@ -69,6 +79,10 @@ class TuningPredictor(ABC):
     @abstractmethod
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         """Every point with its predictions, in any order; None where outputs are not finite. ``MAP`` is not asked."""
+
+    def passed(self, points: Sequence[Point]) -> None:
+        """Points of one ratio were asked for here, and their scores are known already."""
+        return
 
     def at_mean(self, temperature: float = 1.0) -> Predictions | None:
         """Predictions at the mean weights, the outputs divided by a temperature."""
@@ -79,7 +93,13 @@ class TuningPredictor(ABC):
         joined = [z for pool, parts in zip(self.pools, outputs, strict=True) for z in pool.joined(parts, dim=1)]
         if not all(bool(torch.isfinite(z).all()) for z in joined):
             return None
-        return lambda likelihood: [likelihood.predict(z) for z in joined]
+        samples = len(joined[0])
+        left = groups(samples, self.common.pairs)
+
+        def make(likelihood: Likelihood, without: int | None) -> list[Prediction]:
+            return [likelihood.predict(z if without is None else z[left[without].to(z.device)]) for z in joined]
+
+        return Drawn(make, samples, len(left))
 
 
 TUNING_METHODS: Registry[type[TuningPredictor]] = Registry("prediction method of tune")
@@ -102,9 +122,11 @@ class Sampled(TuningPredictor):
     what the spread really does is of second order: a search would find draws that happen to be better weights.
     """
 
+    separate = True
+
     def __init__(self, shared: Shared, part: Part) -> None:
         super().__init__(shared, part)
-        self._drawn: tuple[float, float, list[dict[str, Tensor]]] | None = None
+        self._drawn: tuple[float, Point, list[dict[str, Tensor]] | None] | None = None  # None: when they are needed
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         groups: dict[float, list[Point]] = {}
@@ -127,21 +149,32 @@ class Sampled(TuningPredictor):
             stacked = [[torch.stack(parts) for parts in lists] for lists in drawn.pop(point)]
             yield point, self.from_samples(stacked)
 
+    def passed(self, points: Sequence[Point]) -> None:
+        n, p = points[0]
+        ratio = rounded(p / n)
+        if len(self.common.seeds) * self.fitted.layout.size > KEPT_NOISE:
+            self._drawn = None
+        elif self._drawn is None or self._drawn[0] != ratio:
+            self._drawn = ratio, (n, p), None
+
     def _noises(self, ratio: float, point: Point) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
         """Sign, the N it was drawn at, and the draw, for every sample; those of the last ratio are kept if small."""
         seeds, pairs = self.common.seeds, self.common.pairs
-        if self._drawn is None or self._drawn[0] != ratio:
-            precision = self.fitted.precision(*point)
+        self.passed([point])
+        at = point if self._drawn is None else self._drawn[1]
+        kept = None if self._drawn is None else self._drawn[2]
+        if kept is None:
+            precision = self.fitted.precision(*at)
             fresh = (weight_noise(precision, seed) for seed in (seeds[::2] if pairs else seeds))
-            if len(seeds) * precision.size > KEPT_NOISE:
-                self._drawn = None
+            if self._drawn is None:
                 for number, noise in enumerate(fresh):
                     yield 1.0, point[0], noise
                     if pairs and 2 * number + 1 < len(seeds):
                         yield -1.0, point[0], noise
                 return
-            self._drawn = ratio, point[0], list(fresh)
-        _, count, kept = self._drawn
+            kept = list(fresh)
+            self._drawn = ratio, at, kept
+        count = at[0]
         for number in range(len(seeds)):
             yield (-1.0 if pairs and number % 2 else 1.0), count, kept[number // 2 if pairs else number]
 
@@ -174,6 +207,10 @@ class Linearized(TuningPredictor):
         new = {rounded(p / n): (n, p) for n, p in points if rounded(p / n) not in self._spreads}
         if not new:
             return
+        kept, key = self.common.kept, [self.marginal, self.part.count, *new.values()]
+        if kept is not None and (known := kept.variances(key)) is not None:
+            self._take(new, [one.to(self.part.means[0][0].device) for one in known])
+            return
         precisions = [self.fitted.precision(*point) for point in new.values()]
         mean, found = self.common.mean, []
         with torch.no_grad():
@@ -191,6 +228,17 @@ class Linearized(TuningPredictor):
                 parts = [[spread[1][k] for spread in spreads] for spreads in found]
                 full = [c for pool, mine in zip(self.pools, parts, strict=True) for c in pool.joined_spreads(mine)]
             self._spreads[ratio] = n, variances, full
+        if kept is not None:
+            spreads = [self._spreads[ratio] for ratio in new]
+            kept.keep_variances(key, [one for _, first, full in spreads for one in (*first, *(full or ()))])
+
+    def _take(self, new: Mapping[float, Point], known: Sequence[Tensor]) -> None:
+        """Takes what was found at these ratios before, tensors of any shapes in the order of :meth:`prepare`."""
+        size = len(known) // len(new)
+        for k, (ratio, (n, _)) in enumerate(new.items()):
+            mine = list(known[k * size : (k + 1) * size])
+            half = size if self.marginal else size // 2
+            self._spreads[ratio] = n, mine[:half], None if self.marginal else [*mine[half:]]
 
     def shared(self, other: Linearized) -> None:
         """Takes over what another one found on the same examples, as far as it is enough for this link."""

@@ -18,6 +18,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from laplace_kf.errors import NonFinite
+from laplace_kf.posterior.jackknife import draw_error
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score
 
 __all__ = ["Plane", "Search", "champion", "coarse_to_fine", "compared", "grid", "nearby", "on_all"]
@@ -132,7 +133,9 @@ def _doubt(first: Score, other: Score) -> float:
 
 
 def compared(one: Score, other: Score) -> tuple[float, float | None]:
-    """By how much ``one`` is above ``other``, and the standard error of that over examples (paired differences).
+    """By how much ``one`` is above ``other``, and the standard error of that over examples and draws.
+
+    Both are compared example by example and, where they have draws in common, draw by draw.
 
     Of scores of a different number of examples, the first ones that both have count.
     """
@@ -140,7 +143,9 @@ def compared(one: Score, other: Score) -> tuple[float, float | None]:
         both = min(len(one.parts), len(other.parts))
         if both >= 2:
             gaps = one.parts[:both] - other.parts[:both]
-            return float(gaps.mean()), float(gaps.std() / math.sqrt(both))
+            return float(gaps.mean()), math.hypot(
+                float(gaps.std()) / math.sqrt(both), draw_error(one.folds, other.folds)
+            )
     gain = one.value - other.value if math.isfinite(one.value) else math.inf
     return gain, None
 
@@ -224,6 +229,11 @@ class Plane:
         ratio = point[1] / point[0]
         x = math.log10(max(ratio, 1e-300) / self.largest)
         return x, math.log10(self.scale * self.effective(ratio) / (2 * point[0]))
+
+    def holds(self, point: Point) -> bool:
+        """Whether a point lies within the limits of the search."""
+        x, y = self.place(point)
+        return X_LIMITS[0] <= x <= X_LIMITS[1] and Y_LIMITS[0] <= y <= Y_LIMITS[1]
 
 
 ROWS = (-2.5, -1.0, -4.0, 0.5, -5.5)

@@ -1,18 +1,13 @@
-"""One safetensors file per posterior: tensors plus a JSON header with a schema version and a checksum. No pickle."""
+"""What a fit found as tensors and plain values, and back; :mod:`laplace_kf.files` writes them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
@@ -24,78 +19,7 @@ from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Block, EntryLayout, FlatLayout
 from laplace_kf.weighting import Weights
 
-__all__ = ["consistent", "layout_of", "packed", "packed_fitted", "read", "unpacked", "unpacked_fitted", "write"]
-
-FORMAT = "laplace_kf posterior"
-MIXTURE = "laplace_kf mixture"
-VERSION = 1
-
-
-def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
-    digest = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def write(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str = FORMAT
-) -> None:
-    """Writes tensors and a JSON-able header; an existing file is replaced only once the new one is complete.
-
-    Args:
-        path: file name.
-        tensors: any shapes, by name.
-        header: JSON-able values.
-        kind: what the file says that it holds.
-    """
-    target = Path(path)
-    kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    text = json.dumps(header)  # in the order given: of a prior's patterns the first match counts
-    metadata = {"format": kind, "version": str(VERSION), "header": text, "sha256": _checksum(kept, text)}
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
-    partial = target.with_name(target.name + f".{os.getpid()}.part")
-    try:
-        save_file(kept, partial, metadata=metadata)
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read(path: str | os.PathLike[str], kind: str = FORMAT) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors (any shapes, by name) and header of a file written by :func:`write` with this ``kind``.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
-        OSError: if it cannot be read at all.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no posterior file at {path}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            found = metadata.get("format")
-            if found != kind:
-                other = f": it holds a {found}" if found in (FORMAT, MIXTURE) else ""
-                raise CorruptFile(f"{path} is a safetensors file, but not one of a {kind}{other}")
-            if metadata.get("version") != str(VERSION):
-                raise CorruptFile(f"{path} has format version {metadata.get('version')}; this release reads {VERSION}")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        header = metadata["header"]
-        if _checksum(tensors, header) != metadata.get("sha256"):
-            raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
-        loaded: dict[str, Any] = json.loads(header)
-        return tensors, loaded
-    except CorruptFile:
-        raise
-    except (SafetensorError, KeyError, ValueError, UnicodeDecodeError) as error:
-        raise CorruptFile(f"{path} cannot be read as a {kind}: {error}") from error
+__all__ = ["consistent", "layout_of", "packed", "packed_fitted", "unpacked", "unpacked_fitted"]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from typing import Any
 
 import torch
@@ -315,6 +315,11 @@ class ChainedEvidence(EvidenceModel):
         found = super().terms(n, prior, likelihood)
         shared = self._rescaled(likelihood)[0] * (n / self.statistics.count) * self.energy
         return Evidence(found.fit, found.log_det_ratio - shared, found.scatter + shared)
+
+    @cached_property
+    def _joint(self) -> None:
+        """The previous posterior's part is no sum over nodes."""
+        return None
 
     def _ratios(self, n: float, factor: float | Tensor, prior: Tensor | dict[str, Tensor]) -> list[Tensor]:
         """With the part of the scatter that moves with the noise, so that its maximiser sees it."""

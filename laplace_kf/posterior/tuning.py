@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf import resuming
 from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import PREDICTED
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
 from laplace_kf.posterior.search import Search, compared, grid, on_all
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
 from laplace_kf.registry import AUTO
 
-__all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "tune"]
+__all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "searched", "tune"]
 
 CHOICES = ("auto", *CANDIDATES)
+DRAWS, OTHER_DRAWS = 20, (PREDICTED, 40, 10)
+"""Weight draws of a point by default, and those that are used in their place where the budget is large, or small."""
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
 
@@ -34,7 +39,7 @@ class Options:
 
     objective: str | Objective = "nll"
     method: str = "auto"
-    samples: int = 20
+    samples: int | None = None
     generator: torch.Generator | None = None
     extend: int = 0
     progress: bool = False
@@ -43,6 +48,7 @@ class Options:
     ood: Iterable[Any] | None = None
     max_examples: int | None = None
     budget: float | None = 10.0
+    kept: KeptScores | None = None
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,26 @@ def default_prior_precision() -> list[float]:
     return [10 ** (k / 2) for k in range(-8, 9)]
 
 
+def searched(
+    fitted: Fitted,
+    n: float,
+    prior: PriorPrecision,
+    n_data: Sequence[float] | None,
+    prior_precision: Sequence[float] | None,
+    options: Options,
+) -> dict[str, Any]:
+    """What a search is made for, by which its checkpoint is told from others."""
+    sums = {f"{name}/{k}": part for name, parts in fitted.statistics.sums.items() for k, part in enumerate(parts)}
+    named = ("objective", "method", "samples", "extend", "noise", "per_block", "max_examples", "budget")
+    return {
+        "posterior": resuming.digest({"mean": fitted.mean, **sums}),
+        "likelihood": resuming.described(fitted.likelihood),
+        "n_data and prior_precision": [n, resuming.described(plain(prior))],
+        "grids": [resuming.described(n_data), resuming.described(prior_precision)],
+        **{name: resuming.described(getattr(options, name)) for name in named},
+    }
+
+
 def tune(
     fitted: Fitted,
     now: Settings,
@@ -207,8 +233,8 @@ def tune(
     if options.method not in CHOICES:
         raise UnknownName("method of tune", options.method, CHOICES)
     validation = validate(
-        fitted, val, _objective(options), options.samples, options.generator, options.max_examples, noise,
-        pairs=not gridded, mixed=not gridded,
+        fitted, val, _objective(options), options.samples or DRAWS, options.generator, options.max_examples, noise,
+        pairs=not gridded, mixed=not gridded, **({} if options.kept is None else {"kept": options.kept}),
     )  # fmt: skip
     if gridded:
         return _over_grid(now, validation, name, counts, priors, options)
@@ -316,7 +342,9 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
     """
     if options.budget is not None:
         positive("budget", options.budget)
-    contest = Contest(validation, name, options.budget, options.progress)
+    contest = Contest(
+        validation, name, options.budget, options.progress, OTHER_DRAWS if options.samples is None else ()
+    )
     offered, asked, likelihood = contest.offered(), options.method, validation.fitted.likelihood
     if asked == "probit" and asked in likelihood.links():  # for others the same as "linearized"
         offered = [*offered, asked]

@@ -35,14 +35,17 @@ from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn, extrapolated
+from laplace_kf.posterior.kept_scores import KeptScores
 from laplace_kf.posterior.objectives import Objective, OODContrast
-from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared
+from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared, rounded
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
+from laplace_kf.resuming import digest
 
-__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation"]
+__all__ = ["MAP", "Measure", "Point", "Score", "Scorer", "Validation", "scores_of"]
 
 FLOOR = 0.5  # least noise scale, in units of MAP's
 EXPONENTS = 12.0  # decades that a tuned noise scale may move
@@ -57,11 +60,13 @@ class Score:
         parts: scores by example ``(N,)`` whose mean is ``value``, in an order common to all points; None where the
             objective is no such mean.
         noise: the noise scale σ at which this was measured, where it is tuned.
+        folds: of a score by weight draws, the values without each group of draws ``(g,)``: how much draws matter.
     """
 
     value: float
     parts: Tensor | None = None
     noise: float | None = None
+    folds: Tensor | None = None
 
 
 Measure = Callable[[Sequence[Point], bool], dict[Point, Score]]
@@ -80,6 +85,7 @@ class Validation:
         noise: whether every point gets the noise scale at which it scores best, down to half of MAP's.
         pairs: whether weight draws come in pairs ``θ* ± ε``.
         mixed: cut large minibatches and bring them into a random order, so that the first of them stand for all.
+        kept: scores of an interrupted search on the same data.
 
     Attributes:
         epoch: multiply-adds of a training epoch over the data; three forward passes (forward, gradients of inputs and
@@ -90,6 +96,8 @@ class Validation:
         ShapeMismatch: if the data are empty or do not fit.
         NonFinite: for NaN or infinity in the data.
     """
+
+    kept: KeptScores | None = None
 
     def __init__(
         self,
@@ -102,12 +110,13 @@ class Validation:
         noise: bool = False,
         pairs: bool = False,
         mixed: bool = False,
+        kept: KeptScores | None = None,
     ) -> None:
         if max_examples is not None:
             positive("max_examples", max_examples)
         self.fitted, self.objective, self.noise, self.pairs = fitted, objective, noise, pairs
-        self.mixed = mixed
-        self.seeds = draw_seeds(samples, generator)
+        self.mixed, self.kept = mixed, kept
+        self.seeds = draw_seeds(samples, generator) if kept is None else kept.seeds(samples, generator)
         self.mean = fitted.mean_by_name()
         self.device = next(iter(self.mean.values())).device
         self._trained = self._at_mean()
@@ -117,6 +126,9 @@ class Validation:
         if mixed:
             order = torch.randperm(len(self.batches), generator=torch.Generator().manual_seed(self.seeds[0]))
             self.batches = [self.batches[k] for k in order.tolist()]
+        if kept is not None:
+            read = [t for batch in self.batches for t in (batch.outputs, *tensors_of(bare(batch.targets)))]
+            kept.require_data(digest({str(k): t for k, t in enumerate(read)}))
         self.contrast = objective if isinstance(objective, OODContrast) else None
         self._far = None if self.contrast is None else self._read_inputs(self.contrast.inputs)
         self._parts: dict[int, Part] = {}
@@ -128,12 +140,12 @@ class Validation:
     @property
     def shared(self) -> Shared:
         """What predictions at all points have in common."""
-        return Shared(self.fitted, self.mean, self.seeds, self.pairs)
+        return Shared(self.fitted, self.mean, self.seeds, self.pairs, self.kept)
 
-    def redrawn(self) -> Validation:
-        """The same data, and other weight draws."""
+    def redrawn(self, samples: int) -> Validation:
+        """The same data, and so many other weight draws."""
         other = copy.copy(self)
-        other.seeds = draw_seeds(len(self.seeds), torch.Generator().manual_seed(self.seeds[0]))
+        other.seeds = draw_seeds(samples, torch.Generator().manual_seed(self.seeds[0]))
         return other
 
     @property
@@ -276,7 +288,7 @@ class Scorer:
     """
 
     def __init__(self, validation: Validation, part: Part, method: str) -> None:
-        self.validation, self.part = validation, part
+        self.validation, self.part, self.method = validation, part, method
         self.fitted = validation.fitted
         with preserved(self.fitted.model):
             self.predictor = TUNING_METHODS[method](validation.shared, part)
@@ -286,13 +298,59 @@ class Scorer:
     def __call__(self, points: Sequence[Point], progress: bool = False) -> dict[Point, Score]:
         """The score of every point; ``MAP`` may be among them."""
         found: dict[Point, Score] = {}
-        # precisions are at the likelihood's own noise scale, where other data counts stand for another scale
-        origin = {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
+        origin = self._at_this_noise(points)
         with preserved(self.fitted.model), tqdm(total=len(points), desc="tune", disable=not progress) as bar:
-            for point, predictions in self._predictions(list(origin)):
-                found[origin[point]] = self.score(predictions, point == MAP)
-                bar.update()
+            for group in self._groups(list(origin)):
+                for point, score in self._known(group) or self._measured(group):
+                    found[origin[point]] = score
+                    bar.update()
         return found
+
+    def _at_this_noise(self, points: Sequence[Point]) -> dict[Point, Point]:
+        """What stands for every point where precisions are at the likelihood's own noise scale, with the point."""
+        return {point if point == MAP else (point[0] * self._factor, point[1]): point for point in points}
+
+    def _groups(self, points: list[Point]) -> list[list[Point]]:
+        """Points that are measured at once: all, or those of one ratio where what was measured is kept."""
+        if self.validation.kept is None or not self.predictor.separate:
+            return [points]
+        groups: dict[float, list[Point]] = {}
+        for point in sorted(points, key=lambda one: one != MAP):  # MAP first
+            groups.setdefault(math.nan if point == MAP else rounded(point[1] / point[0]), []).append(point)
+        return list(groups.values())
+
+    def _measured(self, points: list[Point]) -> Iterator[tuple[Point, Score]]:
+        kept = self.validation.kept if self.predictor.separate else None
+        for point, predictions in self._predictions(points):
+            score = self.score(predictions, point == MAP)
+            if kept is not None:
+                exponents = self.validation.exponent, self.validation.lowest
+                folds = None if score.folds is None else score.folds.tolist()
+                values = {"value": score.value, "noise": score.noise, "exponents": exponents, "folds": folds}
+                kept.keep_score(self._key(point), values, score.parts)
+            yield point, score
+        if kept is not None:
+            kept.write()
+
+    def _known(self, points: list[Point]) -> list[tuple[Point, Score]]:
+        """The scores of points, if all were measured before."""
+        kept = self.validation.kept if self.predictor.separate else None
+        stored = [] if kept is None else [kept.score(self._key(point)) for point in points]
+        found = []
+        for point, one in zip(points, stored, strict=False):
+            if one is None:
+                return []
+            folds = one[0]["folds"] and torch.tensor(one[0]["folds"], dtype=torch.float64)
+            found.append((point, Score(one[0]["value"], one[1], one[0]["noise"], folds)))
+        if stored and stored[-1] is not None:
+            self.validation.exponent, self.validation.lowest = stored[-1][0]["exponents"]
+            if points != [MAP]:
+                self.predictor.passed(points)
+        return found
+
+    def _key(self, point: Point) -> list[Any]:
+        seeds = self.validation.seeds
+        return [self.method, self.part.count, len(seeds), seeds[0], self._held, *point]
 
     def score(self, predictions: Predictions | None, at_map: bool = False) -> Score:
         """The score of predictions of the part, at their best noise scale where that is tuned."""
@@ -313,16 +371,26 @@ class Scorer:
             yield MAP, self.predictor.at_mean()
         yield from self.predictor([point for point in points if point != MAP])
 
-    def _score(self, predictions: Predictions, noise: float | None = None) -> Score:
+    def _score(self, predictions: Predictions, noise: float | None = None, rough: bool = False) -> Score:
+        """At one noise scale; of few weight draws, unless ``rough``, as it would be with those of ``predict``."""
         likelihood = self.fitted.likelihood
-        found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
+        likelihood = likelihood if noise is None else likelihood.with_noise_scale(noise)
+        value, scores = self._objective_of(predictions(likelihood))
+        if rough or not isinstance(predictions, Drawn) or not predictions.groups or scores is None:
+            return Score(value if math.isfinite(value) else math.inf, scores, noise)
+        without = [self._objective_of(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
+        left = torch.stack([each for each in without if each is not None])
+        scores = extrapolated(scores, left, predictions.samples)
+        value, folds = float(scores.mean()), left.mean(1)
+        if not math.isfinite(value):
+            return Score(math.inf, scores, noise)
+        return Score(value, scores, noise, folds if bool(folds.isfinite().all()) else None)
+
+    def _objective_of(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
+        """The objective of predictions of every pool, and its parts by example if there are such."""
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
-        parts = [
-            weighted(_as_scores(objective(p, y)), w, p, y)
-            for p, y, w in zip(found[:inside], self.part.targets, self.part.weights, strict=True)
-        ]
-        given = [w for w in self.part.weights if w is not None]
+        parts, given = scores_of(objective, found[:inside], self.part)
         if given:  # so that the mean over all examples is the weighted mean
             share = torch.cat(given).double().mean()
             parts = [part / share.to(part) for part in parts]
@@ -333,9 +401,9 @@ class Scorer:
             count = len(scores) + len(far)  # weights under which one mean over both is the sum of the two means
             scores = torch.cat([scores * (count / len(scores)), far * (count / len(far))])
             value = float(scores.mean())
-        return Score(value if math.isfinite(value) else math.inf, scores, noise)
+        return value, scores
 
-    def _tuned(self, predictions: Predictions, at_map: bool) -> Score:
+    def _tuned(self, predictions: Any, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
 
         Not below half of what MAP needs, where that is known: a spread of weights that stands for all the noise fits
@@ -347,7 +415,7 @@ class Scorer:
 
         def score(exponent: float) -> float:
             if exponent not in known:
-                known[exponent] = self._score(predictions, start * 10**exponent)
+                known[exponent] = self._score(predictions, start * 10**exponent, rough=True)
             return known[exponent].value
 
         centre = self.validation.exponent
@@ -361,7 +429,16 @@ class Scorer:
             validation = self.validation
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
-        return known[centre]
+        return self._score(predictions, start * 10**centre)
+
+
+def scores_of(objective: Objective, found: Sequence[Prediction], part: Part) -> tuple[list[Tensor], list[Tensor]]:
+    """Scores of every pool of a part, by example ``(n,)`` or one number, and the weights ``(n,)`` of its examples."""
+    scores = [
+        weighted(_as_scores(objective(p, y)), w, p, y)
+        for p, y, w in zip(found, part.targets, part.weights, strict=True)
+    ]
+    return scores, [w for w in part.weights if w is not None]
 
 
 def weighted(scores: Tensor, weights: Tensor | None, prediction: Prediction, targets: Any) -> Tensor:

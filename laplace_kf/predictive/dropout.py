@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from laplace_kf.batches import Forward, check_finite, map_examples, mapped, predicted, tensors_of, to_device
 from laplace_kf.callers import warn_user
 from laplace_kf.errors import NonFinite, UnsupportedLayer
+from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import lasting, preserved, usable
 from laplace_kf.outputs.checks import same_outputs
@@ -216,6 +217,7 @@ class MCDropout:
         return self.likelihood.predict(outputs, keep_samples=keep_samples)
 
 
+@explained
 def mc_dropout(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -24,6 +24,8 @@ __all__ = ["MANY", "LinearHead", "head_spreads", "linear_head"]
 
 MANY = 64  # outputs from which it pays; below, covariances of inputs are small
 
+CACHED = 2**18  # numbers of a grid that are made at a time, so that they stay in the processor's cache
+
 ToPositions = Callable[[Tensor], Tensor]
 
 
@@ -132,7 +134,7 @@ def _weights(squares: Tensor, matrix: Spectral) -> Tensor:
         return (squares @ ridge.inputs[0].reciprocal())[:, None] / ridge.outputs[0]
     outs, ins = ridge.outputs.shape[1], ridge.inputs.shape[1]
     parts = []
-    for part in runs(outs, ins):
+    for part in runs(outs, ins, CACHED):
         grid = Ridge(ridge.outputs[:, part], ridge.inputs, ridge.shift).grid()[0]
-        parts.append(squares @ grid.reciprocal().T)
+        parts.append(squares @ (grid.reciprocal() if grid.requires_grad else grid.reciprocal_()).T)
     return torch.cat(parts, 1)

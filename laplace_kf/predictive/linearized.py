@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood, to_positions
-from laplace_kf.models import parameters_of, preserved
+from laplace_kf.models import evaluating, parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
+from laplace_kf.predictive.forecast import Forecast
 from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
@@ -50,6 +52,11 @@ class Stand:
     def __init__(self, model: nn.Module, forward: Forward | None, weights: Mapping[str, Tensor]) -> None:
         self.own = dict(model.named_parameters())
         self.forward, self.weights = forward, weights
+
+    @property
+    def plain(self) -> bool:
+        """Whether all it does is to run the model on its inputs with the weights in it."""
+        return self.forward is None
 
     def __call__(self, model: nn.Module, inputs: Any) -> tuple[Tensor, None]:
         now = dict(model.named_parameters())
@@ -79,6 +86,7 @@ class Linearization:
         x: inputs as the model takes them, ``N`` examples.
         keep: keep the signals and their rotated forms, so that further precisions cost a fraction of the first. For
             10 outputs of 784-1024-1024-10 that is 0.2 MB an input.
+        announce: warn where variances are going to take long (:mod:`laplace_kf.predictive.forecast`).
 
     Attributes:
         outputs: outputs at the mean, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
@@ -89,14 +97,21 @@ class Linearization:
     """
 
     def __init__(
-        self, model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, *, keep: bool = True
+        self,
+        model: nn.Module,
+        forward: Forward | None,
+        mean: Mapping[str, Tensor],
+        x: Any,
+        *,
+        keep: bool = True,
+        announce: bool = False,
     ) -> None:
         parameters_of(model, list(mean), [tuple(value.shape) for value in mean.values()], "the posterior")
         x = to_device(x, next(iter(mean.values())).device)
         model, forward, self.x = cut(model, forward, mean, x)
         if isinstance(model, Suffix) and not model.divisible:  # some ways need single examples
             model, forward, self.x = model.origin
-        self.model, self.keep = model, keep
+        self.model, self.keep, self.announce = model, keep, announce
         inputs = (t for t in tensors_of(self.x) if t.requires_grad)
         self.differentiable = torch.is_grad_enabled() and any(True for _ in inputs)
         self.head = linear_head(model, mean, self.x)
@@ -111,7 +126,7 @@ class Linearization:
         if self.head is not None:
             self.outputs = self.head.outputs
         else:
-            with preserved(model):
+            with self._standing(model):
                 self.outputs = self._first_outputs()
         if self.outputs.dim() < 2:
             raise ShapeMismatch(
@@ -120,6 +135,10 @@ class Linearization:
         if not torch.isfinite(self.outputs).all():
             raise NonFinite("the outputs at the posterior mean have NaN or infinite entries; check inputs and weights")
         self._pieces: dict[bytes, list[Piece]] = {}
+
+    def _standing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """In eval mode, and left as it was afterwards."""
+        return evaluating(model) if self.forward.plain else preserved(model)
 
     def _first_outputs(self) -> Tensor:
         """Outputs at the mean; where the inputs are few enough to be one run, of the pass on the tape."""
@@ -221,7 +240,7 @@ class Linearization:
         self._check_positive(precisions)
         if self.head is not None:
             return self.head.spreads(precisions, to_positions)
-        with preserved(self.model), torch.no_grad():
+        with self._standing(self.model), torch.no_grad():
             return head_spreads(self._whole(), precisions, to_positions)
 
     def moments(
@@ -286,7 +305,7 @@ class Linearization:
             return torch.zeros(0, 0, dtype=like.dtype, device=like.device)
         if self.differentiable:
             return self._between(self._jacobian(precision).flatten(0, 1)[None, None], precision)[0, 0]
-        with preserved(self.model), torch.no_grad():
+        with self._standing(self.model), torch.no_grad():
             observation = self._whole()
             piece = self._piece(observation, slice(0, observation.count), torch.arange(self._flat))
         return joint_of(piece, precision)
@@ -335,6 +354,7 @@ class Linearization:
                 consume(piece)
             return
         made: list[Piece] = []
+        forecast = Forecast(self.outputs.shape[0], len(wanted.order)) if self.announce else None
         differentiable = torch.is_grad_enabled()
 
         def hand_out(piece: Piece) -> None:
@@ -342,8 +362,11 @@ class Linearization:
                 made.append(piece)
             with torch.set_grad_enabled(differentiable):
                 consume(piece)
+            if forecast is not None:
+                rows, columns = piece.examples, piece.columns
+                forecast.done((rows.stop - rows.start) * (columns.stop - columns.start))
 
-        with preserved(self.model), torch.no_grad():
+        with self._standing(self.model), torch.no_grad():
             self._walk(wanted, hand_out)
         if self.keep:
             self._pieces[key] = made

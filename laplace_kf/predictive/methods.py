@@ -118,7 +118,7 @@ def _outputs(request: Request) -> Tensor:
 @PREDICTION_METHODS.register("linearized")
 def _linearized(request: Request) -> Prediction:
     """Normal outputs of the network linearised at the mean weights, through the likelihood's link."""
-    network = Linearization(request.model, request.forward, request.mean, request.inputs, keep=False)
+    network = Linearization(request.model, request.forward, request.mean, request.inputs, keep=False, announce=True)
     return linearized(request, network, [request.precision()])[0]
 
 

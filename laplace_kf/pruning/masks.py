@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.keywords import explained
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.posterior import LaplacePosterior
@@ -33,6 +34,7 @@ __all__ = ["PATTERNS", "gradually", "heads", "masks", "prune"]
 
 @typed
 @lasting()
+@explained
 def prune(
     posterior: LaplacePosterior,
     sparsity: float | None = None,

@@ -106,16 +106,20 @@ class Report:
 
     def html(self) -> str:
         """The self-contained page; every text is escaped."""
-        result = self.result()
-        pictures = [(p.caption, base64.b64encode(p.png()).decode("ascii")) for p in self.pictures]
-        return _page().render(report=self, pictures=pictures, result=result)
+        return self._with_pictures([picture.png() for picture in self.pictures])
+
+    def _with_pictures(self, drawn: Sequence[bytes]) -> str:
+        inlined = [base64.b64encode(png).decode("ascii") for png in drawn]
+        pictures = [(picture.caption, png) for picture, png in zip(self.pictures, inlined, strict=True)]
+        return _page().render(report=self, pictures=pictures, result=self.result())
 
     def save(self, out: Path) -> None:
         """Write the PNG files, ``report.html`` and, last, ``result.json`` into the folder ``out`` (made if needed)."""
         out.mkdir(parents=True, exist_ok=True)
-        for picture in self.pictures:
-            (out / f"{picture.name}.png").write_bytes(picture.png())
-        (out / "report.html").write_text(self.html(), encoding="utf-8")
+        drawn = [picture.png() for picture in self.pictures]  # once, for the files and the page: seconds a picture
+        for picture, png in zip(self.pictures, drawn, strict=True):
+            (out / f"{picture.name}.png").write_bytes(png)
+        (out / "report.html").write_text(self._with_pictures(drawn), encoding="utf-8")
         text = json.dumps(self.result(), indent=2, allow_nan=False)
         (out / "result.json").write_text(text + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ accumulation, moving averages, merging workers and discounting old data are all 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -16,16 +16,46 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods.noise import no_moments
-from laplace_kf.models import memory_bytes
+from laplace_kf.models import LITTLE, memory_bytes
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
 
-__all__ = ["STRUCTURES", "Statistics", "Structure", "Sums", "added", "memory_limit", "pairs", "zeros"]
+__all__ = [
+    "STRUCTURES",
+    "Results",
+    "Statistics",
+    "Structure",
+    "Sums",
+    "Work",
+    "added",
+    "memory_limit",
+    "pairs",
+    "zeros",
+]
 
 Sums = dict[str, tuple[Tensor, ...]]
 
 STRUCTURES: Registry[type[Structure]] = Registry("structure")
+
+
+@dataclass(frozen=True)
+class Work:
+    """A piece of work that can be done anywhere.
+
+    Attributes:
+        cost: multiply-adds, up to a factor common to all pieces.
+        run: does it.
+        like: tensors of the shapes, types and devices of the result.
+    """
+
+    cost: float
+    run: Callable[[], tuple[Tensor, ...]]
+    like: Callable[[], tuple[Tensor, ...]]
+
+
+Results = Mapping[str, tuple[Tensor, ...]]
+"""What pieces of :class:`Work` gave, by name."""
 
 
 class Structure(ABC):
@@ -72,9 +102,22 @@ class Structure(ABC):
         """
         return self
 
-    def refined(self, statistics: Statistics) -> Structure | None:
-        """What to gather in a further pass over the data, given the finished one; ``None`` if this was the last."""
+    def refinement(self, statistics: Statistics) -> dict[str, Work]:
+        """What has to be computed before a further pass over the data, in pieces by name that can be done apart."""
+        return {}
+
+    def refined(self, statistics: Statistics, results: Results | None = None) -> Structure | None:
+        """What to gather in a further pass over the data, given the finished one; ``None`` if this was the last.
+
+        Args:
+            statistics: of the finished pass.
+            results: of every piece of :meth:`refinement`; computed here by default.
+        """
         return None
+
+    def known(self, name: str) -> int:
+        """How many of a block's finished sums were there before the pass; the others are sums over its examples."""
+        return 0
 
     def again(self, statistics: Statistics) -> Structure | None:
         """What to gather after another first pass (``statistics``), along the :attr:`fixed` bases of this structure.
@@ -112,9 +155,9 @@ class Structure(ABC):
         Raises:
             IncompatiblePair: with the bytes needed and what would fit.
         """
-        itemsize, limit = like.element_size(), memory_limit(like.device)
+        itemsize = like.element_size()
         needed = self.memory(blocks, layout, itemsize)
-        if needed <= limit:
+        if needed <= LITTLE or needed <= (limit := memory_limit(like.device)):
             return
         fitting = [f"structure={n!r}" for n, s in STRUCTURES.items() if s().memory(blocks, layout, itemsize) <= limit]
         last = list(blocks.values())[-1]
@@ -336,7 +379,7 @@ def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """
     if len(parts) % 3:
         return list(zip(parts[::2], parts[1::2], strict=True))
-    return [
-        (a, torch.where(n > 0, g / n, torch.zeros_like(g)))
+    return [  # no positions, no gradients: 0 / tiny
+        (a, g / n.clamp_min(torch.finfo(n.dtype).tiny))
         for a, g, n in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
     ]

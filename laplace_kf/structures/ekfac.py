@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from laplace_kf.operators import Basis, Blockwise, Matrix, SpectralBlock
-from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums, added, pairs, zeros
+from laplace_kf.structures.base import STRUCTURES, Results, Statistics, Structure, Sums, Work, added, pairs, zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
 
 
@@ -73,8 +74,20 @@ class EigenvalueCorrected(Structure):
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         return self.kron.finished(sums, blocks, layout)
 
-    def refined(self, statistics: Statistics) -> Structure:
+    def refinement(self, statistics: Statistics) -> dict[str, Work]:
+        return {
+            name: Work(
+                sum(float(part.shape[-1]) ** 3 * part.shape[0] for part in parts if part.dim() == 3),
+                partial(_bases, name, parts),
+                partial(_like_bases, statistics.blocks[name], parts),
+            )
+            for name, parts in _factors(statistics).items()
+        }
+
+    def refined(self, statistics: Statistics, results: Results | None = None) -> Structure:
         factors = _factors(statistics)
+        if results is not None:
+            return InBases(self, dict(results), factors)
         return InBases(self, {n: _bases(n, parts) for n, parts in factors.items()}, factors)
 
     def matrix(self, means: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Blockwise:
@@ -126,6 +139,9 @@ class InBases(Structure):
                 signal.add_rotated_squares(sums[name][0], inputs, outputs)
             else:
                 self.rule.kron.add_columns(sums, {name: signal}, blocks)
+
+    def known(self, name: str) -> int:
+        return len(self.factors.get(name, ()))
 
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         out = {n: (*self.factors[n], *sums[n]) for n, block in blocks.items() if block.factorises}
@@ -190,6 +206,19 @@ def _bases(name: str, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     found = []
     for side, basis in ((1, block.inputs.matrix), (0, block.outputs.matrix)):
         found.append(empty if basis is None else _settled(basis, [term[side] for term in terms]).contiguous())
+    return found[0], found[1]
+
+
+def _like_bases(block: Block, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tensors of the shapes that :func:`_bases` gives: of sides that are kept as diagonals, empty ones."""
+    (inputs, outputs), *turned = pairs(factors)
+    terms = [(inputs, outputs), *((theirs, mine) for mine, theirs in turned)]
+    groups, out, inp = block.shape
+    empty = inputs.new_zeros(0)
+    found = []
+    for place, side in enumerate((inp, out)):
+        whole = any(term[place].dim() == 3 for term in terms)
+        found.append(inputs.new_empty(groups, side, side) if whole else empty)
     return found[0], found[1]
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from laplace_kf.errors import NotPositiveDefinite
 from laplace_kf.operators import Blockwise, LowRankBlock
-from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums, added, zeros
+from laplace_kf.structures.base import STRUCTURES, Results, Statistics, Structure, Sums, Work, added, zeros
 from laplace_kf.tape import Block, FlatLayout, Signals
 from laplace_kf.tape.blocks import merged
 
@@ -107,10 +107,17 @@ class LowRankPlusDiagonal(Structure):
             if self.diagonal and not self._left:
                 signal.add_squares(sums[name][1])
 
-    def refined(self, statistics: Statistics) -> Structure | None:
+    def refinement(self, statistics: Statistics) -> dict[str, Work]:
+        if not self._left:
+            return {}
+        columns = _columns(statistics.sums, self._sketch)
+        return {self.KEY: Work(1.0, lambda: (torch.linalg.qr(columns)[0],), lambda: (columns,))}
+
+    def refined(self, statistics: Statistics, results: Results | None = None) -> Structure | None:
         if not self._left:
             return None
-        basis = torch.linalg.qr(_columns(statistics.sums, self._sketch))[0]
+        work = self.refinement(statistics)[self.KEY]
+        (basis,) = work.run() if results is None else results[self.KEY]
         return self._with(_by_block(basis, self._sketch), self._left - 1)
 
     def merged(self, mine: Sums, other: Structure, theirs: Sums) -> tuple[Structure, Sums]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.tape.tape import Call, Step, Tape
 
-__all__ = ["Chain", "ChainLink", "OnStep", "derivative", "second_derivative"]
+__all__ = ["Chain", "ChainLink", "OnStep", "derivative", "second_derivative", "slope_between"]
 
 OnStep = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 """What is kept of a function call, of its argument's shape; ``None`` for functions that are not elementwise."""
@@ -51,6 +51,12 @@ _CLOSED: dict[Any, Callable[[Tensor], Tensor]] = {
     **{o.sigmoid: _sigmoid_slope for o in (F, torch, torch.Tensor)},
     **{o.tanh: _tanh_slope for o in (F, torch, torch.Tensor)},
 }
+# the same at the result, which costs a pass less still
+_AT_RESULT: dict[Any, Callable[[Tensor], Tensor]] = {
+    F.relu: lambda y: (y > 0).to(y.dtype),
+    torch.tanh: lambda y: 1 - y.square(),
+    torch.sigmoid: lambda y: y * (1 - y),
+}
 RESHAPE: set[Any] = {
     torch.flatten, torch.Tensor.flatten, torch.Tensor.reshape, torch.reshape, torch.Tensor.view,
     torch.Tensor.contiguous, torch.Tensor.clone,
@@ -77,6 +83,12 @@ def derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
             return torch.autograd.grad(value.sum(), leaf)[0]
     except RuntimeError:  # inside a function transform, or not differentiable here: then it is no chain link
         return None
+
+
+def slope_between(function: Callable[..., Any], x: Tensor, result: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """As :func:`derivative` at an argument ``x``, where ``result`` of its shape is known."""
+    known = _AT_RESULT.get(function)
+    return derivative(function, (x,), kwargs) if known is None else known(result.detach())
 
 
 def second_derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -148,6 +160,13 @@ class Chain:
             strays = [c.key[0] for c in tape.calls if all(c is not s for s in seen)] + list(tape.opaque)
             raise UnsupportedLayer(_refusal(f"parameter {strays[0]!r} does not lie on one chain from input to output"))
         self.links = links[::-1]
+
+    @classmethod
+    def along(cls, links: Sequence[ChainLink]) -> Chain:
+        """The chain of these links, in the order in which they ran, each parameter in one of them."""
+        chain = object.__new__(cls)
+        chain.links = list(links)
+        return chain
 
     def _link(self, step: Step, tape: Tape, index: int) -> ChainLink | None:
         if step.function is F.linear and isinstance(step.source, Tensor) and step.source.dim() == 2:

@@ -37,6 +37,14 @@ class ExampleGradients:
         self.checked = False
         self._shared: set[int] = set()  # numbers of the batch's tensors that belong to no example (an attention mask)
 
+    def to_json(self) -> dict[str, Any]:
+        """What was found out of the batches as plain values, for :meth:`take_json`."""
+        return {"vmap_works": self.vmap_works, "checked": self.checked, "shared": sorted(self._shared)}
+
+    def take_json(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave in place of what was found out."""
+        self.vmap_works, self.checked, self._shared = values["vmap_works"], values["checked"], set(values["shared"])
+
     def __call__(self, batch: Any, outputs: Tensor, names: Sequence[str], columns: Tensor) -> Tensor:
         """Per-example gradients of the named parameters, ``(V, N, Σ sizes)``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
+from typing import Any
 
 from torch import Tensor
 
@@ -118,6 +119,28 @@ class Known:
             del self.blocks[block.name], self._states[block.name]
             for name in block.parameters:
                 self._members.pop(name, None)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, for :meth:`take_json`."""
+        return {
+            "blocks": [block.to_json() for block in self.blocks.values()],
+            "example_wise": sorted(self.example_wise),
+            "hidden": sorted(self.hidden),
+            "refuted": dict(self.refuted),
+            "states": {name: state.value for name, state in self._states.items()},
+            "members": {name: list(blocks) for name, blocks in self._members.items()},
+            "uses": dict(self._uses),
+            "constants": dict(self._constants),
+        }
+
+    def take_json(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave in place of what is known."""
+        self.blocks = {data["name"]: Block.from_json(data) for data in values["blocks"]}
+        self.example_wise, self.hidden = set(values["example_wise"]), set(values["hidden"])
+        self.refuted = dict(values["refuted"])
+        self._states = {name: State(value) for name, value in values["states"].items()}
+        self._members = {name: list(blocks) for name, blocks in values["members"].items()}
+        self._uses, self._constants = dict(values["uses"]), dict(values["constants"])
 
     def constants(self, calls: Sequence[Call], opaque: Collection[str], named: Mapping[str, Tensor]) -> Ranges:
         """Rows of tables that are constants: every use of the table so far has to take them for that.

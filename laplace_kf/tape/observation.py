@@ -69,7 +69,10 @@ class Observation:
         calls: uses of selected parameters that have a rule.
         chain: the chain of links if the network is one, else ``None``.
         whole: outputs of the pass that this is a part of.
-        flat, wiring: of the tape that recorded the pass.
+        watches: whether columns that are sent back are looked at for which positions they reach; then inputs need
+            mostly no pass of their own for that.
+        flat: of the tape that recorded the pass.
+        wiring, form: what :class:`laplace_kf.tape.wiring.Wiring` says of it, by its ``key`` and its ``form``.
     """
 
     def __init__(
@@ -87,10 +90,15 @@ class Observation:
         self.whole = outputs if whole is None else whole
         self.calls, self.chain = list(calls), chain
         self.flat = [] if made is None else made.flat
-        self.wiring = None if made is None or made.wiring is None else made.wiring.key(outputs)
+        traced = None if made is None else made.wiring
+        self.wiring = None if traced is None else traced.key(outputs)
+        self.form = None if traced is None else traced.form(outputs)
         self.keys = occurrences(calls)
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
+        self._members: dict[str, list[Call]] | None = None
+        self.watches = False
+        self._live: set[str] = set()  # names of readings of blocks all of whose positions were reached by some column
 
     def part(self, rows: Tensor) -> Observation:
         """The examples ``rows (M,)`` of a chain, without another forward pass."""
@@ -119,7 +127,7 @@ class Observation:
         """
         members = {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
         found = {name: self._matrix_signals(self.tracer.blocks[name], calls, None) for name, calls in members.items()}
-        several = any(_positions(signal) > 1 for signal in found.values())
+        several = any(_positions(signal) > 1 and not self._is_live(signal) for signal in found.values())
         if counted is None and not several:
             return found
         examples = None if counted is None else counted.flatten(1).any(1)
@@ -128,6 +136,10 @@ class Observation:
         several = several and self.outputs.requires_grad
         reach = self._pattern(found, members, counted, patterns) if several else {}
         return {name: _marked(signal, reach.get(name), examples) for name, signal in found.items()}
+
+    def _is_live(self, signal: MatrixSignals) -> bool:
+        uses = [signal.straight, signal.turned] if isinstance(signal, TiedSignals) else [signal]
+        return all(use.block.name in self._live for use in uses)
 
     def _pattern(
         self,
@@ -188,12 +200,16 @@ class Observation:
         return found
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
+        if self.outputs.dim() == 2:  # (N, C) in every layout
+            return int(self.outputs.shape[-1])
         return int(to_positions(torch.empty(self.outputs.shape, device="meta")).shape[-1])
 
     def _has_layout(self, call: Call, to_positions: Callable[[Tensor], Tensor]) -> bool:
         """Whether the layer's rows and features are the likelihood's positions and outputs, in the same order."""
         if call.shape != self.outputs.shape or self.tracer.rows.ragged(self.keys[self._index(call)]):
             return False
+        if self.chain is not None:  # rows are examples, and features are outputs
+            return True
         probe = torch.empty(call.shape, device="meta")  # an arrangement is a view: its strides say where entries go
         assert isinstance(call.rule, MatrixRule)
         rows = call.rule.outputs(_flatten_output(probe[None], call.leading), call.bound, 1)
@@ -210,9 +226,9 @@ class Observation:
 
     def signals(self, columns: Tensor) -> dict[str, Signals]:
         """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
-        columns = _significant(columns).to(self.outputs.dtype)
         if self.chain is not None:
             return self.row_signals(columns, None)
+        columns = _significant(columns).to(self.outputs.dtype)
         found = self.ruled_signals(columns)
         rest = [b for b in self.tracer.blocks.values() if not b.factorises and b.name not in found]
         if rest:
@@ -272,11 +288,12 @@ class Observation:
         return list(blocks.values())
 
     def _by_block(self) -> dict[str, list[Call]]:
-        members: dict[str, list[Call]] = {}
-        for call in self.calls:
-            for block in self.blocks_of(call):
-                members.setdefault(block.name, []).append(call)
-        return members
+        if self._members is None:
+            self._members = {}
+            for call in self.calls:
+                for block in self.blocks_of(call):
+                    self._members.setdefault(block.name, []).append(call)
+        return self._members
 
     def _backward(self, columns: Tensor) -> list[Tensor]:
         """Gradients ``(V, *output shape)`` of every call."""
@@ -335,6 +352,8 @@ class Observation:
                 rows = _flatten_output(grads[self._index(call)], call.leading)
                 parts.append(self._arrange(rule.outputs(rows, call.bound, block.shape[0]), call, 1))
             g = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+            if self.watches and g.shape[2] > 1 and block.name not in self._live and _reaches_all(g):
+                self._live.add(block.name)
         if block.one_hot:
             return LookupSignals(block, inputs, g)
         return OuterSignals(block, inputs, g)
@@ -377,11 +396,20 @@ def _positions(signal: MatrixSignals) -> int:
     return int((signal.tokens if isinstance(signal, LookupSignals) else signal.a).shape[1])
 
 
+PROBES = 4  # outputs of a layer that are looked at first
+
+
+def _reaches_all(g: Tensor) -> bool:
+    """Whether columns ``(V, N, T, R, O)`` are seen to be not zero at any position, by a look at some outputs."""
+    some = g[..., :: max(1, g.shape[-1] // PROBES)]
+    return bool((some != 0).any(-1).any(-1).any(0).all())
+
+
 def _reached_positions(signal: MatrixSignals) -> list[Tensor | None]:
     """Where the only column of every use is not zero, ``(N, T)``; ``None`` for everywhere."""
     uses = [signal.straight, signal.turned] if isinstance(signal, TiedSignals) else [signal]
-    found = [(use.g[0] != 0).flatten(2).any(2) for use in uses]
-    return [None if bool(mask.all()) else mask for mask in found]
+    found = [None if _reaches_all(use.g[:1]) else (use.g[0] != 0).flatten(2).any(2) for use in uses]
+    return [None if mask is None or bool(mask.all()) else mask for mask in found]
 
 
 def _marked(signal: MatrixSignals, reach: Sequence[Tensor | None] | None, examples: Tensor | None) -> MatrixSignals:

@@ -9,7 +9,7 @@ different numbers of rows, in any order (the nodes of graphs, the tokens of an e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,16 @@ from laplace_kf.tape.owners import Owners, asked, lead, measured, sizes
 from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
-__all__ = ["Rows", "number", "occurrences"]
+__all__ = ["Modes", "Rows", "number", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
 FEW = 9  # examples below which a random half is no test of their order; finding it takes few passes then
 
 Key = tuple[tuple[str, ...], int]
+
+#: How examples lie in the rows of calls that have so many for each.
+Modes = dict[tuple[Key, int], int]
 
 
 class Rows:
@@ -39,7 +42,7 @@ class Rows:
 
     def __init__(self) -> None:
         self.shared: set[str] = set()
-        self._modes: dict[tuple[Key, int], int] = {}
+        self._modes: Modes = {}
         self._now: dict[Key, int | Ragged] = {}
         self._checks = 0
 
@@ -106,6 +109,26 @@ class Rows:
         for _, key, found in irregular:
             self._now[key] = Ragged.of(found.example, count, least=2)
         return failed
+
+    def remember(self, modes: Modes) -> None:
+        """Takes over what was measured for passes of the same form."""
+        self._modes.update(modes)
+
+    def settled(self, calls: Sequence[Call], count: int) -> Modes:
+        """What is known of all these calls of ``count`` examples; nothing if something had to be left open."""
+        keys = [(key, math.prod(lead(call)) // count) for call, key in zip(calls, occurrences(calls), strict=True)]
+        whole = all(math.prod(lead(call)) % count == 0 for call in calls) and all(key in self._modes for key in keys)
+        return {key: self._modes[key] for key in keys} if whole else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, for :meth:`take_json`."""
+        modes = [[list(names), k, per, mode] for ((names, k), per), mode in self._modes.items()]
+        return {"shared": sorted(self.shared), "modes": modes, "checks": self._checks}
+
+    def take_json(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`to_json` gave in place of what is known."""
+        self.shared, self._checks = set(values["shared"]), values["checks"]
+        self._modes = {((tuple(names), k), per): mode for names, k, per, mode in values["modes"]}
 
     def ragged(self, key: Key) -> bool:
         """Whether examples have different numbers of rows of a call."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
 from laplace_kf.errors import UnknownName, UnsupportedLayer
-from laplace_kf.models import plain_name
+from laplace_kf.models import named_parameters, plain_name
 
 __all__ = ["owner", "select"]
 
@@ -18,19 +18,25 @@ def owner(name: str) -> str:
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
 
 
-def select(model: nn.Module, parameters: str | Sequence[str], order: Sequence[str] | None = None) -> list[str]:
+def select(
+    model: nn.Module,
+    parameters: str | Sequence[str],
+    order: Sequence[str] | None = None,
+    named: Mapping[str, Tensor] | None = None,
+) -> list[str]:
     """Names of the selected trainable parameters, in ``model.named_parameters()`` order.
 
     Args:
         model: the module.
         parameters: ``"all"``, ``"last_layer"`` or a list of ``fnmatch`` patterns over parameter names.
         order: parameter names in the order of use (from a tape); needed for ``"last_layer"``.
+        named: the model's parameters by name, each of its shape, where they are known.
 
     Raises:
         UnknownName: for a selection word that does not exist, or a pattern that matches no parameter.
         UnsupportedLayer: if no selected parameter requires a gradient.
     """
-    named: dict[str, Tensor] = dict(model.named_parameters())
+    named = named_parameters(model) if named is None else named
     trainable = [name for name, p in named.items() if p.requires_grad]
     if not named:
         raise UnsupportedLayer(f"{type(model).__name__} has no parameters")

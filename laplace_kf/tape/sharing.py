@@ -12,7 +12,8 @@ measured which rows belong to which example.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class Readings:
 
     def __init__(self) -> None:
         self._copies: dict[Key, bool] = {}
+
+    def to_json(self) -> list[list[Any]]:
+        """All of it as plain values, for :meth:`take_json`."""
+        return [[list(names), k, held] for (names, k), held in self._copies.items()]
+
+    def take_json(self, values: Iterable[Sequence[Any]]) -> None:
+        """Takes what :meth:`to_json` gave in place of what is known."""
+        self._copies = {(tuple(names), k): held for names, k, held in values}
 
     def known(self, calls: Sequence[Call]) -> list[Call]:
         """The calls without those whose other reading held in an earlier minibatch."""

@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
+FEW = 2**14  # numbers that are copied faster than a few more functions are called
 WORKING_BYTES = 64 * 2**20  # size of the largest temporary a reduction may build
 
 
@@ -68,6 +69,9 @@ def widened(tensor: Tensor) -> Tensor:
 def symmetrised(total: Tensor) -> Tensor:
     """Completes matrices ``(..., d, d)`` filled on and below the diagonal, in place, and returns them."""
     width = total.shape[-1]
+    if width <= LEAF:
+        above = total.tril(-1).mT
+        return total.tril_().add_(above)
     for start in range(0, width, LEAF):
         stop = min(start + LEAF, width)
         total[..., :start, start:stop] = total[..., start:stop, :start].transpose(-1, -2)
@@ -212,6 +216,10 @@ class OuterSignals(Signals):
                 total[r, :width] += rows.to(total).square().sum(0)
                 if self.has_constant:
                     total[r, width] += rows.shape[0]
+                continue
+            if self.has_constant and rows.numel() <= FEW:  # fewer calls, which is what counts then
+                rows = rows.to(total)
+                add_gram(total[r], torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1))
                 continue
             add_gram(total[r, :width, :width], rows)
             if self.has_constant:

@@ -110,6 +110,10 @@ class Call:
         bound = replace(self.bound, values={**self.bound.values, "input": self.input().index_select(0, rows)})
         return replace(self, bound=bound, shape=torch.Size((len(rows), *self.shape[1:])), version=0)
 
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """The names and what was read of them (each of the shape that it was read in), in role order."""
+        return [(portion.name, self.bound[role]) for role, portion in self.portions.items()]
+
     @property
     def names(self) -> list[str]:
         """The parameter names, in role order."""

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, run, to_device
+from laplace_kf.batches import Forward, run, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import all_finite
+from laplace_kf.models import named_parameters
 from laplace_kf.registry import Registry
 from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
@@ -26,9 +27,10 @@ from laplace_kf.tape.observation import Observation
 from laplace_kf.tape.plan import plan
 from laplace_kf.tape.rows import Rows, number
 from laplace_kf.tape.select import owner, select
+from laplace_kf.tape.sequence import blocks_along, run_along
 from laplace_kf.tape.sharing import Readings
-from laplace_kf.tape.tape import Portion, Tape
-from laplace_kf.tape.verdicts import has_passed, note_passed, verdict_key
+from laplace_kf.tape.tape import Call, Portion, Tape
+from laplace_kf.tape.verdicts import note, remembered, verdict_key
 from laplace_kf.tape.wiring import Wiring
 
 __all__ = ["UNUSED", "Tracer"]
@@ -49,6 +51,7 @@ class Tracer:
             puts into the model; they are then what is selected.
         unused: what becomes of selected parameters that never take part: ``"error"``, or ``"prior"``: curvature 0.
         verify: whether layer rules are checked against autograd; without, a wrong one is used as it is.
+        shared: whether other processes see other parts of the data, so that what no minibatch here meets is no mistake.
 
     Attributes:
         layout: flat layout of the selected parameters (after the first observation).
@@ -67,21 +70,23 @@ class Tracer:
         weights: Mapping[str, Tensor] | None = None,
         unused: str = "error",
         verify: bool = True,
+        shared: bool = False,
     ) -> None:
         self.model = model
         self.verify = verify
         self.forward = forward
         self.parameters = parameters
-        self.unused = UNUSED[unused]
-        self.named: dict[str, Tensor] = dict(model.named_parameters())
+        self.unused, self.shared = UNUSED[unused], shared
+        self.named = named_parameters(model)
         self.layout: FlatLayout
         self._selected: list[str] | None
         if weights is not None:
             self.named.update(weights)
             self._selected = [name for name in self.named if name in weights]
         else:
-            self._selected = None if parameters == "last_layer" else select(model, parameters)
+            self._selected = None if parameters == "last_layer" else select(model, parameters, None, self.named)
         self._guarded = weights is not None  # who puts weights in watches over them
+        self._weights = weights
         self.known = Known()
         self.rows = Rows()
         self.warned: set[str] = set()
@@ -114,12 +119,19 @@ class Tracer:
         """Selected parameters that no observation has met yet."""
         return self.known.unmet(self.layout.names)
 
-    def require_all_seen(self) -> None:
+    def take_layout(self, layout: FlatLayout) -> None:
+        """Where no minibatch came: what another process found out about the selection."""
+        self._selected, self.layout = list(layout.names), layout
+
+    def require_all_seen(self, unseen: Sequence[str] | None = None) -> None:
         """Raises :class:`UnsupportedLayer` for selected parameters that never took part in the forward pass.
 
         Not with ``unused="prior"``, as long as one of them did.
+
+        Args:
+            unseen: their names; default: those that no observation has met.
         """
-        unseen = self.unseen()
+        unseen = self.unseen() if unseen is None else unseen
         if not unseen or (self.unused and len(unseen) < len(self.layout.names)):
             return
         modules = sorted({owner(name) or "(root)" for name in unseen})
@@ -139,6 +151,31 @@ class Tracer:
         """The blocks of all selected parameters by name; last, one for each that never took part."""
         return {**self.blocks, **unused_blocks(self.layout, self.unseen())}
 
+    def learnt(self) -> dict[str, Any]:
+        """What the minibatches so far have shown of the model, as plain values, for :meth:`learn`."""
+        return {
+            "selected": self._selected,
+            "held": [] if self._selected is None else [list(place) for place in self.layout.held],
+            "may_be_chain": self.may_be_chain,
+            "warned": sorted(self.warned),
+            "known": self.known.to_json(),
+            "rows": self.rows.to_json(),
+            "readings": self._readings.to_json(),
+            "examples": self.gradients.to_json(),
+        }
+
+    def learn(self, values: Mapping[str, Any]) -> None:
+        """Takes what :meth:`learnt` gave in place of having seen those minibatches; for the same model."""
+        if values["selected"] is not None:
+            self._selected = list(values["selected"])
+            held = tuple((name, start, stop) for name, start, stop in values["held"])
+            self.layout = replace(flat_layout(self.named, self._selected), held=held)
+        self.may_be_chain, self.warned = values["may_be_chain"], set(values["warned"])
+        self.known.take_json(values["known"])
+        self.rows.take_json(values["rows"])
+        self._readings.take_json(values["readings"])
+        self.gradients.take_json(values["examples"])
+
     def observe(self, batch: Any, index: int = 0) -> Observation:
         """One forward pass on the tape.
 
@@ -152,10 +189,14 @@ class Tracer:
             UnsupportedLayer: if a parameter is used in a way that cannot be handled; names it.
         """
         batch = to_device(batch, self.device)
+        along = self._along(batch, index)
+        if along is not None:
+            return along
         # to find the last layer, frozen parameters have to be seen as well
         names = self.named if self._selected is None else self._selected
         tracked = {id(self.named[name]): name for name in names}
-        wiring = Wiring(self.named.values(), self.model.buffers())
+        asked = self.verify and (not self.blocks or bool(self.known.unchecked()))
+        wiring = Wiring(self.named.values(), self.model.buffers(), forms=asked)
         tape = Tape(
             tracked,
             record_steps=self.may_be_chain,
@@ -183,7 +224,7 @@ class Tracer:
         for step in tape.steps:
             step.call = step.call if step.call is not None and step.call.portions else None
         self._note_constants(tape)
-        if not outputs.requires_grad and not self.unused:
+        if not outputs.requires_grad and not self.unused and not self.shared:
             self.require_all_seen()
         try:
             return self._observation(batch, tape, outputs, targets)
@@ -194,6 +235,36 @@ class Tracer:
                 "the model uses torch.utils.checkpoint with use_reentrant=True, which hides its layers from autograd; "
                 "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
             ) from error
+
+    def _along(self, batch: Any, index: int) -> Observation | None:
+        """As :meth:`observe`, without a tape, of a model whose types say what it does; ``None`` for any other."""
+        if not self.may_be_chain or not self.verify:
+            return None
+        if self._weights is not None:  # put in by ``forward``, which says whether that is all it does
+            if not getattr(self.forward, "plain", False):
+                return None
+            inputs, given = batch, None
+        elif self.forward is None and isinstance(batch, (tuple, list)) and len(batch) == 2:
+            inputs, given = batch
+        else:
+            return None
+        with torch.enable_grad():
+            found = run_along(self.model, inputs, self._weights or {})
+        if found is None:
+            return None
+        outputs = found.outputs
+        _check_outputs(outputs, index)
+        if self._selected is None:
+            self._selected = select(self.model, self.parameters, found.order)
+            self.layout = flat_layout(self.named, self._selected)
+        calls = found.calls(self._selected)
+        if any(self.named.get(n) is not p for call in calls for n, p in call.parameters()):
+            return None  # replaced since the tracer was made
+        self.known.take(blocks_along(calls, self.layout), ())
+        self.known.count({name: 1 for call in calls for name in call.names})
+        self.known.checked(len(outputs))
+        targets = to_device(to_tensors(given, self.model), outputs.device)
+        return Observation(self, batch, outputs, targets, calls, Chain.along(found.links))
 
     def _note_constants(self, tape: Tape) -> None:
         """Tells the layout of the rows of tables that are constants."""
@@ -207,7 +278,7 @@ class Tracer:
         chain = self._chain(tape, outputs)
         if chain is None:
             tape.calls = self._readings.known(tape.calls)
-            failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+            failed = self._locate(tape, outputs)
             tape.calls, shared = self._readings.settle(tape.calls, failed)
             self.rows.shared |= shared
         observation = Observation(self, batch, outputs, targets, tape.calls, chain, made=tape)
@@ -217,6 +288,17 @@ class Tracer:
         self._plan(tape)
         self.known.checked(1)  # what is left of the blocks was: this minibatch goes into their sums
         return Observation(self, batch, outputs, targets, tape.calls, None, made=tape)
+
+    def _locate(self, tape: Tape, outputs: Tensor) -> list[Call]:
+        """:meth:`Rows.locate`, with what is known of passes of this form."""
+        form = None if tape.picked or tape.wiring is None else tape.wiring.form(outputs)
+        key = verdict_key("rows", form, tape.calls, outputs, tuple(self.layout.names))
+        self.rows.remember(remembered(self.model, key) or {})
+        failed = self.rows.locate(tape.calls, outputs, tape.picked, tape.flat)
+        modes = self.rows.settled(tape.calls, len(outputs))
+        if modes and not failed:
+            note(self.model, key, modes)
+        return failed
 
     def _constants(self, tracked: Collection[int]) -> list[Tensor]:
         """What is the same for all examples: buffers, and parameters that are not tracked."""
@@ -285,8 +367,8 @@ class Tracer:
             return True
         whole = len(states) == len(known.blocks) and not known.hidden
         selected = tuple(self.layout.names), tuple(sorted(known.example_wise))
-        key = verdict_key(observation, selected) if whole else None
-        if has_passed(self.model, key):
+        key = verdict_key("rules", observation.form, observation.calls, outputs, selected) if whole else None
+        if remembered(self.model, key):
             return True
         failed, met, shown = disagreeing(observation, blocks, unseen, self.named)
         if earlier := [block for block in failed if states[block.name] is State.TRIED]:
@@ -296,7 +378,7 @@ class Tracer:
         known.hide({*met, *(name for block in failed for name in block.parameters)})
         passed = not failed and not met
         if passed and shown:
-            note_passed(self.model, key)
+            note(self.model, key, True)
         self.may_be_chain = self.may_be_chain and passed
         return passed
 

@@ -12,6 +12,10 @@ answer of an earlier one. That is known if, in both passes,
 A product of two activities, a mask, an attention weight, an index from the data, a buffer (it may hold a mask), a
 normalisation over units (it can cancel a gradient up to rounding), a hook, an own autograd function, a half precision
 (small numbers become 0): anything that is not listed here leaves the pass without a key, and it is asked every time.
+
+Whether a layer rule gives the gradients that autograd gives is a statement about functions alone, so that less is
+enough: the first of the two conditions, for functions that hide nothing (:data:`OPEN` and those above). This is the
+*form* of a pass. It stands for normalisations, attention and lookups, too.
 """
 
 from __future__ import annotations
@@ -41,6 +45,12 @@ _ARRANGED = (
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d dropout dropout1d dropout2d "
     "dropout3d alpha_dropout feature_dropout"
 )
+_OPEN = (
+    "layer_norm group_norm instance_norm rms_norm normalize softmax log_softmax logsumexp bmm baddbmm einsum outer "
+    "scaled_dot_product_attention exp log sqrt rsqrt pow __pow__ square reciprocal erf sin cos clamp clamp_min "
+    "clamp_max maximum minimum amax amin norm var std where masked_fill masked_fill_ __rsub__ rsub tril triu glu "
+    "index_select gather view_as expand_as broadcast_to to type t tile repeat_interleave addcmul embedding"
+)
 _JOINED = "add add_ sub sub_ __add__ __radd__ __sub__ __iadd__ __isub__ cat concat concatenate stack"
 
 
@@ -54,6 +64,9 @@ ALONE = _listed(_ALONE)
 ARRANGED = _listed(_ARRANGED) | {getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
 #: Any number of activities, parameters and data: a sum hands its gradient on whatever it adds up.
 JOINED = _listed(_JOINED)
+#: Any number of activities, parameters and data; which gradient arrives may depend on the data.
+OPEN = _listed(_OPEN) | ALONE | ARRANGED | JOINED
+_LOOKUPS = _listed("embedding")
 _NORMALISED = _listed("batch_norm")
 _RANDOM = _listed("dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout")
 _PLAIN = (int, float, bool, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None))
@@ -63,47 +76,65 @@ class _Unknown(Exception):
     """Something that is not known to be the same in the next pass."""
 
 
+class _Unsteady(Exception):
+    """A call that hands gradients on by weights that the data may touch."""
+
+
 class Wiring:
-    """Follows one forward pass; :meth:`key` is the same for passes that are wired in the same way.
+    """Follows one forward pass; :meth:`key` and :meth:`form` are the same for passes that are wired in the same way.
 
     Args:
         parameters: the model's parameters, of any shape, in a fixed order.
         buffers: its buffers.
+        forms: whether :meth:`form` is wanted; without, only what :meth:`key` needs is followed.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], buffers: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], buffers: Iterable[Tensor], forms: bool = True) -> None:
+        self._forms = forms
         self._kept = (*parameters,), (*buffers,)  # so that their ids stay theirs
         self._parameters, self._buffers = ({id(tensor): k for k, tensor in enumerate(kept)} for kept in self._kept)
         self._made: dict[Any, int] = {}  # autograd node to the call that made it; kept alive so that it stays itself
         self._calls: list[Hashable] = []
         self._lost = False
+        self._steady = True
 
-    def before(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Hashable:
-        """Describes a call that is about to be made; hand the result to :meth:`after`."""
+    def before(
+        self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Hashable, bool] | None:
+        """Describes a call that is about to be made, and whether it is steady; hand the result to :meth:`after`."""
         if self._lost:
             return None
         tensors = list(_tensors((args, kwargs)))
         hidden = sum(t.requires_grad and self._constant(t) is None for t in tensors)
         if not hidden and not any(t.requires_grad for t in tensors):
             return None  # data only
+        steady = True
         try:
             if hidden:
-                self._require_steady(func, tensors, hidden, args, kwargs)
-            return func, self._described(args), self._described(kwargs)
+                try:
+                    self._require_steady(func, tensors, hidden, args, kwargs)
+                except _Unsteady:
+                    steady = False
+                    if not self._forms:
+                        raise _Unknown from None
+                    _require_open(func, args, kwargs)
+            return (func, self._described(args), self._described(kwargs)), steady
         except _Unknown:
             # what it returns decides: a shape or a type wires nothing
-            return _Unknown
+            return _Unknown, False
 
-    def after(self, call: Hashable, output: Any) -> None:
+    def after(self, before: tuple[Hashable, bool] | None, output: Any) -> None:
         """Takes note of what a call returned."""
-        if self._lost or call is None:
+        if self._lost or before is None:
             return
+        call, steady = before
         made = list(_tensors(output))
         if not made and _is_plain(output) and output is not None:
             return
         if call is _Unknown or not made:
             self._lose()
             return
+        self._steady = self._steady and steady
         for tensor in made:
             if tensor.grad_fn is not None:
                 self._made[tensor.grad_fn] = len(self._calls)
@@ -111,6 +142,10 @@ class Wiring:
 
     def key(self, outputs: Tensor) -> Hashable | None:
         """What a pass with these outputs ``(N, ...)`` did; ``None`` if that does not tell what is reached."""
+        return self.form(outputs) if self._steady else None
+
+    def form(self, outputs: Tensor) -> Hashable | None:
+        """What a pass with these outputs ``(N, ...)`` did; ``None`` if something in it may hide what it does."""
         if self._lost:
             return None
         try:
@@ -142,15 +177,15 @@ class Wiring:
     ) -> None:
         if func in JOINED:
             return
-        if func not in ALONE and func not in ARRANGED:
-            raise _Unknown
         if func in _RANDOM and (kwargs.get("training", args[2] if len(args) > 2 else None) is not False):
             raise _Unknown
+        if func not in ALONE and func not in ARRANGED:
+            raise _Unsteady
         statistics = _statistics(args, kwargs) if func in _NORMALISED else ()
         kinds = [self._constant(t) for t in tensors if all(t is not other for other in statistics)]
         weights = sum(kind is not None and kind[0] == "parameter" for kind in kinds)
         if hidden != 1 or (weights if func in ALONE else 0) != len(kinds) - 1:
-            raise _Unknown
+            raise _Unsteady
 
     def _described(self, value: Any) -> Hashable:
         if isinstance(value, Tensor):
@@ -177,6 +212,17 @@ class Wiring:
         if tensor.grad_fn not in self._made:
             raise _Unknown
         return "call", self._made[tensor.grad_fn], tensor.output_nr, form
+
+
+def _require_open(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises :class:`_Unknown` for a function that may do other things than its arguments say."""
+    if func not in OPEN:
+        raise _Unknown
+    if func in _LOOKUPS and (
+        kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None
+        or kwargs.get("scale_grad_by_freq", args[5] if len(args) > 5 else False) is not False
+    ):  # one writes into the table, the other one tells autograd what depends on the tokens
+        raise _Unknown
 
 
 def _statistics(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:

@@ -256,6 +256,7 @@ def test_very_many_columns_are_announced(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_columns_that_cannot_fit_are_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "LITTLE", 0)
     monkeypatch.setattr(models, "memory_bytes", lambda device: 100)
     model, x, y = build(lambda: mlp(3, 4, 4)), normal(4, 3), labels(4, 4)
     with pytest.raises(lk.errors.IncompatiblePair, match=r"one column.*\(4, 4\) needs .*MiB.*last_layer.*sampled"):

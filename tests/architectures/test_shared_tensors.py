@@ -118,6 +118,25 @@ class Gate(nn.Module):
         return self.head(self.function(x, self.w).sin())
 
 
+class Projections(nn.Module):
+    """Queries, keys and values in one weight; the bias is joined from two parameters and a buffer, or one of them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.w, self.head = kind, nn.Parameter(torch.randn(3 * D, D) / 2), nn.Linear(D, 3)
+        self.q_bias, self.v_bias = nn.Parameter(torch.randn(D)), nn.Parameter(torch.randn(D))
+        self.register_buffer("k_bias", torch.zeros(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))
+        weight = self.w / self.w.norm(dim=1, keepdim=True) if self.kind == "weight, too" else self.w
+        q, k, v = (
+            F.linear(input=x, weight=weight, bias=bias) if self.kind == "named" else F.linear(x, weight, bias)
+        ).chunk(3, -1)
+        x = v if x.dim() == 2 else (q @ k.mT).softmax(-1) @ v
+        return self.head(x.tanh() if x.dim() == 2 else x.mean(1) + q.sin()[:, 0])
+
+
 SEQUENCES, IMAGES, ROWS, TABLE = (N, T, D), (N, 2, 3, 3), (N, D), (N, T)
 SHARED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     **{f"bias {k}": (lambda k=k: PositionBias(k), SEQUENCES) for k in ("embedding", "network", "table", "fused")},
@@ -132,6 +151,8 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "scalar gate": (lambda: Gate(lambda x, w: x * torch.sigmoid(w)), ROWS),
     "power": (lambda: Gate(lambda x, w: x.abs().clamp_min(1e-3) ** w, D), ROWS),
     "weight norm": (lambda: Gate(lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True)), D, D), ROWS),
+    **{f"joined bias {k}".strip(): (lambda k=k: Projections(k), SEQUENCES) for k in ("", "named", "weight, too")},
+    "joined bias on rows": (lambda: Projections("rows"), ROWS),
     "matrix of parameters": (lambda: Gate(lambda x, w: x @ torch.linalg.inv(w + 3 * torch.eye(D)), D, D), ROWS),
 }
 
@@ -180,7 +201,9 @@ def test_shared_tensors_are_exact_without_running_single_examples(name: str, run
     assert runs["asked"] == 0, "the network was run again for single examples"
 
 
-@pytest.mark.parametrize("name", ["bias embedding", "bias network", "scale view", "numerical einsum", "weight norm"])
+@pytest.mark.parametrize(
+    "name", ["bias embedding", "bias network", "scale view", "numerical einsum", "weight norm", "joined bias"]
+)
 @pytest.mark.parametrize("structure", ["kron", "ekfac", "full"])
 def test_structures_agree_with_the_dense_blocks(name: str, structure: str, runs: dict[str, int]) -> None:
     build, shape = SHARED[name]
@@ -191,6 +214,7 @@ def test_structures_agree_with_the_dense_blocks(name: str, structure: str, runs:
         torch.testing.assert_close(found, dense, rtol=1e-9, atol=1e-12)
     index = oracles.flat_index(model)
     shared = [n for n in index if n.split(".")[0] in ("bias", "table", "gamma", "frequency", "maps", "w")]
+    shared = [n for n in index if n in ("q_bias", "v_bias")] or shared
     for parameter in shared:  # no Kronecker pair describes these: their own diagonal is exact
         own = index[parameter]
         torch.testing.assert_close(found.diag()[own], dense.diag()[own], rtol=1e-9, atol=1e-12)

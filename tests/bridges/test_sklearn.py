@@ -22,8 +22,11 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from laplace_kf.bridges.sklearn import LaplaceClassifier, LaplaceRegressor
 
+# Few epochs with large steps: the checks fit two hundred times, and the defaults are met in the tests below.
+QUICK: dict[str, Any] = {"epochs": 20, "lr": 0.05}
 
-@parametrize_with_checks([LaplaceClassifier(), LaplaceRegressor()])
+
+@parametrize_with_checks([LaplaceClassifier(**QUICK), LaplaceRegressor(**QUICK)])
 def test_checks_of_scikit_learn(estimator: Any, check: Any) -> None:
     check(estimator)
 
@@ -85,6 +88,7 @@ class Net(nn.Module):
 
 def test_modules_and_functions() -> None:
     x, y = moons()
+    torch.manual_seed(0)
     own = Net()
     before = {name: value.clone() for name, value in own.state_dict().items()}
     found = LaplaceClassifier(own, epochs=60, structure="full", random_state=0).fit(x.astype(np.float32), y)

@@ -147,7 +147,7 @@ def test_a_stiff_penalty_is_trained_to_its_optimum_where_plain_steps_diverge(ter
     optimum = torch.linalg.solve(j.T @ j + dense, j.T @ y.reshape(-1) + dense @ mean)
     torch.testing.assert_close(trained(True, 300), optimum, rtol=1e-6, atol=1e-8)
     model.load_state_dict(linear().state_dict())
-    assert not bool(torch.isfinite(trained(False, 300)).all())
+    assert float(trained(False, 60).abs().max()) > 1e20 * float(optimum.abs().max())
 
 
 def test_synaptic_intelligence_divides_and_follows_the_loss_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -323,6 +324,16 @@ def test_accuracy() -> None:
 
     with pytest.raises(lk.errors.ShapeMismatch):
         continual.accuracy(model, nothing())
+
+
+def test_early_stopping_waits_for_patience_and_for_the_least_epochs():
+    early = lk.continual.EarlyStopping(patience=2, least=4)
+    answers = [early.over(loss) for loss in (3.0, 2.0, 2.5, 2.5, 1.0, math.nan, 1.0)]
+    assert answers == [False, False, False, True, False, False, True]  # an equal loss is no improvement
+    assert (early.best, early.best_epoch, early.epoch) == (1.0, 5, 7)
+    for wrong in ({"patience": 0}, {"least": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            lk.continual.EarlyStopping(**wrong)
 
 
 def test_decayed_rate() -> None:

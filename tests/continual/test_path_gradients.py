@@ -160,17 +160,15 @@ def same(learner: SynapticIntelligence, plain: Plain, rtol: float = 1e-9) -> Non
             torch.testing.assert_close(found[name], value, rtol=rtol, atol=1e-13)
 
 
-@pytest.mark.parametrize("scale", [None, 2.0**10, 3.7])
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.pairs(optimizer=OPTIMIZERS, change=CHANGES, scale=[None, 2.0**10, 3.7])
 def test_recorded_losses_are_exact(optimizer: str, change: str, scale: float | None) -> None:
     same(*follow(optimizer, change, scale=scale))
 
 
-@pytest.mark.parametrize("penalty", ["loss", "own pass"])
-@pytest.mark.parametrize("change", ["nothing", "clip_norm"])
-@pytest.mark.parametrize("scale", [None, 2.0**10])
-@pytest.mark.parametrize("division", ["none", "loss", "gradients"])
+@pytest.mark.pairs(
+    division=["none", "loss", "gradients"], scale=[None, 2.0**10], change=["nothing", "clip_norm"],
+    penalty=["loss", "own pass"],
+)  # fmt: skip
 def test_recorded_losses_of_several_minibatches(division: str, scale: float | None, change: str, penalty: str) -> None:
     """The gradient of the mean of their losses, however the loop divides."""
     same(*follow(change=change, pieces=3, division=division, scale=scale, penalty=penalty))
@@ -188,10 +186,13 @@ def test_zeroed_gradients(set_to_none: bool, zero_before_after_step: bool) -> No
         same(*follow("momentum", recorded=False, **more))
 
 
-@pytest.mark.parametrize(("division", "penalty"), [("loss", "loss"), ("loss", "own pass"), ("gradients", "loss")])
-@pytest.mark.parametrize("pieces", [1, 3])
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "nesterov"])
-def test_the_plain_loop_needs_no_record(optimizer: str, division: str, pieces: int, penalty: str) -> None:
+@pytest.mark.pairs(
+    optimizer=[name for name in OPTIMIZERS if name != "nesterov"],
+    divided=[("loss", "loss"), ("loss", "own pass"), ("gradients", "loss")],
+    pieces=[1, 3],
+)
+def test_the_plain_loop_needs_no_record(optimizer: str, divided: tuple[str, str], pieces: int) -> None:
+    division, penalty = divided
     same(*follow(optimizer, recorded=False, division=division, pieces=pieces, penalty=penalty))
 
 

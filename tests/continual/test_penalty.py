@@ -43,11 +43,10 @@ def gradient_of(value: Tensor, model: nn.Module, **options: Any) -> Tensor:
     return torch.cat([g.reshape(-1) for g in found])
 
 
-@pytest.mark.parametrize(("structure", "options"), STRUCTURES)
-@pytest.mark.parametrize("prior", [LAM, 0.0, {"*weight": 0.5, "*bias": 4.0}])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_value_gradient_and_second_derivative(structure: str, options: Any, prior: Any, count: int) -> None:
+@pytest.mark.pairs(kind=STRUCTURES, prior=[LAM, 0.0, {"*weight": 0.5, "*bias": 4.0}], count=[1, 2, 4])
+def test_value_gradient_and_second_derivative(kind: tuple[str, Any], prior: Any, count: int) -> None:
     """All three against the dense precision, by autograd of the dense form."""
+    structure, options = kind
     posterior = chained(structure, "keep", count, prior, **options)
     model, dense = posterior.model, posterior.precision.dense()
     if structure in DENSE and count == 1:

@@ -234,11 +234,15 @@ def test_last_layer_is_the_module_that_runs_last(structure: str) -> None:
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 @pytest.mark.parametrize("case", [c for c in CASES if c.make().n > 1], ids=by_id)
 def test_split_into_minibatches(case: Case, structure: str) -> None:
+    """As the whole data as one batch, whose matrix is looked at above where the contract says what it is."""
     problem = case.make()
-    whole = estimate(problem, structure=structure)
     split = estimate(problem, problem.uneven(), structure=structure)
-    close(split.mean().dense(), whole.mean().dense())
-    assert float(whole.n_data) == float(split.n_data) == problem.n
+    if structure == "kron" and problem.kron != "blocks":
+        wanted = estimate(problem, structure=structure).mean().dense()
+    else:
+        wanted = expected(case, structure)
+    close(split.mean().dense(), wanted)
+    assert float(split.n_data) == problem.n
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
@@ -339,12 +343,15 @@ def test_exact_in_the_other_structures(case: Case, structure: str) -> None:
     matrix = estimate(problem, structure=structure).mean()
     close(matrix.dense(), expected(case, structure), 1e-8)
     close(matrix.diag(), expected(case, structure).diagonal(), 1e-8)
+    close(matrix.diag().sum(), truth(case).ggn.trace(), 1e-8)
 
 
-@pytest.mark.parametrize("structure", MORE)
-@pytest.mark.parametrize("case", CASES, ids=by_id)
+OTHERS = [(c, s) for c in CASES for s in MORE if (c, s) not in PAIRS]
+
+
+@pytest.mark.parametrize(("case", "structure"), OTHERS, ids=str)
 def test_the_trace_is_exact(case: Case, structure: str) -> None:
-    """Of every architecture, however often and whichever way round a weight is used."""
+    """Where the matrix is not fixed, too, however often and whichever way round a weight is used."""
     close(estimate(case.make(), structure=structure).mean().diag().sum(), truth(case).ggn.trace(), 1e-8)
 
 
@@ -413,8 +420,8 @@ def test_random_estimators_are_unbiased(name: str, estimator: str, structure: st
 def test_random_estimators_of_other_likelihoods(name: str, estimator: str) -> None:
     problem = _tiny(name)
     generator = rng(4)
-    options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 100}
-    data = [problem.batch(torch.arange(problem.n).repeat(2))] if estimator == "importance" else None
+    options: dict[str, Any] = {"columns": 1.0} if estimator == "importance" else {"samples": 5}
+    data = [problem.batch(torch.arange(problem.n).repeat(20))]
     draws = torch.stack(
         [
             estimate(problem, data, structure="full", estimator=estimator, generator=generator, **options)
@@ -429,11 +436,12 @@ def test_random_estimators_of_other_likelihoods(name: str, estimator: str) -> No
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 @pytest.mark.parametrize("estimator", ["sampled", "projection"])
 def test_many_samples_converge(estimator: str, structure: str) -> None:
-    """2000 draws in one call come within a few per cent."""
+    """2000 draws of every example in one call come within a few per cent."""
     problem = _tiny("categorical")
     wanted = _reference(problem, structure, estimator)
     options = {"structure": structure, "estimator": estimator, "generator": rng(0)}
-    many = estimate(problem, samples=2000, **options).mean().dense()
+    data = [problem.batch(torch.arange(problem.n).repeat(10))]
+    many = estimate(problem, data, samples=200, **options).mean().dense()
     assert float((many - wanted).norm() / wanted.norm()) < 0.1
 
 
@@ -480,8 +488,7 @@ def test_minibatches_get_different_draws(estimator: str, structure: str) -> None
         return float((stats.mean().dense() - wanted).norm() / wanted.norm())
 
     single = sum(error(1, seed) for seed in range(8)) / 8
-    many = sum(error(32, seed) for seed in range(4)) / 4
-    assert many < 0.35 * single  # 1/5.7 expected
+    assert error(32, 0) < 0.35 * single  # 1/5.7 expected
 
 
 def test_importance_columns_is_the_budget() -> None:

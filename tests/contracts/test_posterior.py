@@ -33,6 +33,7 @@ from tests.cases import (
     truth,
 )
 from tests.checks import close
+from tests.fits import fitted_once
 
 DENSE = 1e-8  # through an inverse or a determinant
 
@@ -89,8 +90,8 @@ def test_precision(case: Case, structure: str, damping: str) -> None:
 @over_kinds
 @over_core
 def test_setting_hyperparameters_needs_no_refit(case: Case, structure: str, damping: str) -> None:
-    problem, t = case.make(), truth(case)
-    posterior = fitted(problem, structure=structure, damping=damping)
+    t = truth(case)
+    problem, posterior = fitted_once(case, structure, split=True, damping=damping)
     for n, lam in ((37.5, 0.3), (0.5, 40.0), (1e4, 1e-2)):
         posterior.n_data = n
         posterior.prior_precision = lam
@@ -123,8 +124,8 @@ def check_matrix(matrix: Any, dense: Tensor) -> None:
 @over_kinds
 @over_core
 def test_matrix_methods(case: Case, structure: str, damping: str) -> None:
-    problem, t = case.make(), truth(case)
-    posterior = fitted(problem, structure=structure, damping=damping, prior_precision=0.9)
+    t = truth(case)
+    problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=0.9)
     posterior.n_data = 12.0
     check_matrix(posterior.precision, t.precision(structure, 12.0, constant(problem, 0.9), damping))
 
@@ -221,8 +222,7 @@ def test_sample_covariance(name: str, structure: str, damping: str) -> None:
 @over_kinds
 @over_core
 def test_sample_shapes(case: Case, structure: str, damping: str) -> None:
-    problem = case.make()
-    posterior = fitted(problem, structure=structure, damping=damping)
+    problem, posterior = fitted_once(case, structure, split=True, damping=damping)
     before = torch.get_rng_state()
     for n in (1, 5):
         draws = posterior.sample(n, generator=rng(n))
@@ -264,8 +264,8 @@ def test_mean_does_not_follow_the_model() -> None:
 @over_kinds
 @over_core
 def test_log_evidence(case: Case, structure: str, damping: str) -> None:
-    problem, t = case.make(), truth(case)
-    posterior = fitted(problem, structure=structure, damping=damping, prior_precision=1.7)
+    t = truth(case)
+    problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=1.7)
     prior = constant(problem, 1.7)
     precision = t.precision(structure, problem.n, prior, damping)
     value = posterior.log_evidence()
@@ -316,8 +316,8 @@ def test_log_evidence_is_differentiable_in_the_noise_scale(structure: str, dampi
 @over_kinds
 @over_core
 def test_penalty(case: Case, structure: str, damping: str) -> None:
-    problem, t = case.make(), truth(case)
-    posterior = fitted(problem, structure=structure, damping=damping, prior_precision=1.7)
+    t = truth(case)
+    problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=1.7)
     dense = t.precision(structure, problem.n, constant(problem, 1.7), damping)
     assert posterior.penalty().item() == 0.0
     shift = 0.3 * normal(problem.size, seed=40)
@@ -559,8 +559,7 @@ def test_predict_runs_on_every_input_form(case: Case) -> None:
 @over_kinds
 @over_core
 def test_save_and_load(case: Case, structure: str, damping: str, tmp_path: Path) -> None:
-    problem = case.make()
-    posterior = fitted(problem, structure=structure, damping=damping, prior_precision=1.7)
+    problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=1.7)
     posterior.n_data = 12.5
     posterior.prior_precision = 0.6
     path = tmp_path / "posterior.safetensors"
@@ -809,7 +808,7 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
     case, val = make()
     problem = case.make()
     posterior = fitted(problem, structure=structure)
-    samples = 150
+    samples = 100
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = posterior.tune(
@@ -913,14 +912,15 @@ def test_tune_by_evidence() -> None:
 def test_tune_without_grids_helps(make: Callable[[], Any]) -> None:
     case, val = make()
     posterior = fitted(case.make())
-    options: dict[str, Any] = {"samples": 400, "space": "weights"}
-    before = -posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1])
-    trained = -posterior.predict(val[0], method="map").log_prob(val[1])
+
+    def nll(**options: Any) -> float:
+        return -float(posterior.predict(val[0], samples=400, generator=rng(2), **options).log_prob(val[1]).mean())
+
+    before = [nll(), nll(method="mc"), nll(method="map")]
     result = _quiet(posterior, val, generator=rng(1))
-    after = -posterior.predict(val[0], generator=rng(2), **options).log_prob(val[1])
-    assert float(after.mean()) < float(trained.mean()) + 1e-6
-    # A search that is cautious on these few examples may stay behind a lucky setting, within their noise.
-    assert float((after - before).mean()) < float((after - before).std()) / len(val[0]) ** 0.5
+    after = nll()  # by the method that was chosen, whichever it is
+    assert after < before[2] + 1e-6
+    assert after < min(before) + 0.05
     assert len(result.table) > 5
 
 

@@ -1,8 +1,8 @@
 """The command line: what it lists, refuses and writes."""
 
+import importlib
 import json
 import runpy
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -82,6 +82,22 @@ def unwritten(monkeypatch):
 def test_list_says_which_experiments_are_not_written(unwritten, capsys):
     assert main(["list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "not yet" in line] == ["E23"]
+
+
+def test_every_room_has_its_entry():
+    """``run.py``, and where several experiments share a room, its ``PARTS`` are those of the list."""
+    rooms = [path for path in (runner.CONFIGS.parent / "experiments").iterdir() if (path / "__init__.py").is_file()]
+    assert len(rooms) > 10
+    for room in rooms:
+        if room.name == "common":
+            continue
+        assert (room / "run.py").is_file(), room
+        module = importlib.import_module(f"experiments.{room.name}.run")
+        entries = [entry for entry in registry.EXPERIMENTS.values() if entry.module == module.__name__]
+        if hasattr(module, "PARTS"):
+            assert {entry.id for entry in entries} == set(module.PARTS)
+        for entry in entries:
+            assert hasattr(entry.load(), "Config") and hasattr(entry.load(), "run"), entry.id
 
 
 def test_an_experiment_that_is_not_written_says_so(unwritten, capsys):
@@ -205,17 +221,11 @@ STATUSES = {("experiments", "list"): 0, ("experiments", "run", "E36"): 1, ("lapl
 @pytest.mark.parametrize(("words", "status"), STATUSES.items(), ids=map(" ".join, STATUSES))
 def test_exit_status_of_the_modules(words, status, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(words))
-    monkeypatch.setattr(runner, "config_names", lambda _: [])  # the list itself is looked at above
     # A process that ends here may flush denormal numbers to 0; the process of the other tests must not.
     monkeypatch.setattr(torch, "set_flush_denormal", lambda mode: True)
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     assert (caught.value.code or 0) == status
-
-
-def test_exit_status_of_a_process():
-    words = ("experiments", "run", "E36")
-    assert subprocess.run([sys.executable, "-m", *words], capture_output=True, check=False).returncode == 1
 
 
 def test_the_package_command_reports_errors(monkeypatch, capsys, tmp_path):

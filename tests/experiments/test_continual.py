@@ -6,7 +6,8 @@ import os
 import pytest
 
 from experiments.__main__ import main
-from experiments.continual import settings
+from experiments.continual import run, settings
+from laplace_kf import continual
 
 SIZES = "hidden=20 epochs=2 batch=50 lr=0.05 train_size=400 val_size=200 test_size=200 progress=false"
 FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA names no folder of data files")
@@ -41,6 +42,24 @@ def test_a_small_run_on_the_real_files(name, tasks, tmp_path):
     assert {part: part.stat().st_mtime_ns for part in parts} == before
 
 
+@pytest.mark.data
+@FILES
+def test_a_task_is_over_when_its_validation_loss_stays(tmp_path, monkeypatch):
+    losses, rates = [], []
+    monkeypatch.setattr(continual.EarlyStopping, "over", lambda self, loss: losses.append(loss) or len(losses) % 2 == 0)
+    made = run.RATES["tenths"]
+
+    def kept(optimizer, epochs):
+        rates.append(made(optimizer, epochs))
+        return rates[-1]
+
+    monkeypatch.setitem(run.RATES._entries, "tenths", kept)
+    words = [*SIZES.split(), "repeats=1", "methods=[fine-tuning]", "decay=0", "rates=tenths", "patience=3", "epochs=50"]
+    assert main(["run", "E27", *words, "--out", str(tmp_path)]) == 0
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)  # two epochs of each of the two tasks
+    assert [one.last_epoch for one in rates] == [2, 2] and rates[0].step_size == 5 and rates[0].gamma == 0.1
+
+
 @pytest.mark.parametrize(
     ("word", "says"),
     [
@@ -49,6 +68,8 @@ def test_a_small_run_on_the_real_files(name, tasks, tmp_path):
         ("tasks=0", "tasks"),
         ("train_size=60000", "60000"),
         ("lr=0", "lr"),
+        ("patience=-1", "patience"),
+        ("rates=linear", "tenths"),
     ],
 )
 def test_settings_are_refused(word, says, tmp_path, capsys):

@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 
 from experiments.common import data, files
 from laplace_kf.errors import CorruptFile, LaplaceKFError, UnknownName
@@ -172,6 +173,21 @@ def test_a_truncated_cifar_file_is_corrupt(root):
     write(root / "cifar-10-batches-bin/test_batch.bin", cifar_records(2).tobytes()[:-1])
     with pytest.raises(CorruptFile, match="cut short"):
         data.images("cifar10", "test")
+
+
+def test_faces_stand_upright(root):
+    (root / "olivetti").mkdir(parents=True)
+    upright = np.random.default_rng(0).integers(0, 256, (400, 64, 64), dtype=np.uint8)
+    savemat(root / "olivetti/olivettifaces.mat", {"faces": upright.transpose(2, 1, 0).reshape(4096, 400)})
+    images, people = data.images("olivetti", "train")
+    torch.testing.assert_close(images[:, 0] * 255, torch.from_numpy(upright).float())
+    assert people.tolist() == [k // 10 for k in range(400)]
+    savemat(root / "olivetti/olivettifaces.mat", {"faces": upright[0]})
+    with pytest.raises(CorruptFile, match="4096"):
+        data.images("olivetti", "train")
+    savemat(root / "olivetti/olivettifaces.mat", {"people": upright[0]})
+    with pytest.raises(CorruptFile, match="faces"):
+        data.images("olivetti", "train")
 
 
 def test_the_digits_that_come_with_scikit_learn(root):

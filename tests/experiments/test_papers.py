@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -81,7 +80,7 @@ def test_a_small_run(name, tmp_path, photographs):
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["experiment"] == name and result["seeds"] == [0] and result["size"]
     assert result["stand_ins"] == []
-    module = importlib.import_module(EXPERIMENTS[name].module)
+    module = EXPERIMENTS[name].load()
     assert [one["claim"] for one in result["verdicts"]] == [
         one.text for one in module.STATEMENTS if one.metric in result["metrics"]["found"]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import operator
 
 import pytest
 import torch
@@ -55,6 +56,74 @@ def test_addition(length):
         seconds.add(two)
     assert firsts == set(range(length // 10)) and seconds == set(range(length // 10, length // 2))
     assert float(x[..., 0].min()) < -0.9 and float(x[..., 0].max()) > 0.9
+
+
+@pytest.mark.parametrize("length", [10, 20, 50])
+def test_three_bit_order(length):
+    x, y = drawn("3-bit temporal order", length)
+    for sequence, answer in zip(x.argmax(-1).tolist(), y.tolist(), strict=True):
+        (one, a), (two, b), (three, c) = [(step, symbol) for step, symbol in enumerate(sequence) if symbol < 2]
+        assert length // 10 <= one < max(length // 5, length // 10 + 1)
+        assert 33 * length // 100 <= two <= 43 * length // 100 and 66 * length // 100 <= three <= 76 * length // 100
+        assert answer == int(f"{a}{b}{c}", 2)
+    assert set(y.tolist()) == set(range(8)) and x.shape[-1] == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"), [("multiplication", operator.mul), ("XOR", operator.ne)], ids=["product", "xor"]
+)
+def test_functions_of_two_marked_values(name, rule):
+    x, y = drawn(name, 20)
+    for sequence, (answer,) in zip(x.tolist(), y.tolist(), strict=True):
+        (one, u), (two, v) = [(step, number) for step, (number, mark) in enumerate(sequence) if mark]
+        assert one < 2 <= two < 10 and 0 <= u <= 1 and 0 <= v <= 1
+        assert answer == pytest.approx(float(rule(u, v)), abs=1e-6)
+    assert 0.1 < float(y.mean()) < 0.6
+    if name == "XOR":
+        assert set(x[..., 0].flatten().tolist()) == {0.0, 1.0}
+
+
+def test_random_permutation():
+    x, y = drawn("random permutation", 20)
+    symbols = x.argmax(-1)
+    assert x.shape[-1] == 100 and torch.equal(y, symbols[:, 1:])
+    assert torch.equal(symbols[:, 0], symbols[:, -1]) and set(symbols[:, 0].tolist()) == {0, 1}
+    assert int(symbols[:, 1:-1].min()) == 2 and int(symbols[:, 1:-1].max()) == 99
+    problem = PROBLEMS["random permutation"]()
+    assert problem.select(x).shape == (300, 19, 100)
+    scores = torch.nn.functional.one_hot(y, 100).float()
+    scores[:, :-1] = 0  # what cannot be known does not count
+    scores[5, -1] = 0
+    scores[5, -1, 50] = 1
+    assert problem.wrong(scores, y).nonzero().tolist() == [[5]]
+
+
+def test_twenty_bits():
+    x, y = drawn("20-bit memorisation", 30)
+    symbols = x.argmax(-1)
+    assert x.shape == (300, 40, 6)
+    assert torch.equal(symbols[:, :10], y[:, -10:]) and set(symbols[:, :10].flatten().tolist()) == {0, 1, 2, 3}
+    assert (symbols[:, 10:30] == 4).all() and (symbols[:, 30] == 5).all() and (symbols[:, 31:] == 4).all()
+    assert (y[:, :30] == 4).all()
+
+
+@pytest.mark.parametrize("name", list(PROBLEMS))
+def test_hessian_free_takes_a_step_on_every_problem(name, monkeypatch):
+    """A very small run each; the first damping of the problem with a target at every step grows with T."""
+    seen = []
+    made = recurrent.HessianFree
+
+    def kept(*args, **kwargs):
+        seen.append(kwargs["tau"])
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(recurrent, "HessianFree", kept)
+    config = recurrent.Config(
+        hidden=8, nonzero=4, gradient_size=20, curvature_size=10, cg_steps=5, test_size=20, iterations=1
+    )
+    found = recurrent._train(config, name, 10, recurrent.DAMPINGS["structural"], 0)
+    assert len(found["errors"]) == 1 and math.isfinite(found["losses"][0])
+    assert seen == [pytest.approx(1.0 if name == "random permutation" else 0.1)]
 
 
 @pytest.mark.parametrize("length", [10, 20, 50])
@@ -139,7 +208,7 @@ def test_a_small_run_is_resumed(tmp_path, capsys):
     assert main(["run", "E4", *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert {(one["problem"], one["damping"]) for one in result["runs"]} == set(
-        itertools.product(PROBLEMS, recurrent.DAMPINGS)
+        itertools.product(recurrent.Config().problems, recurrent.DAMPINGS)
     )
     parts = {path: json.loads(path.read_text()) for path in (tmp_path / "parts").iterdir()}
     for part in parts.values():

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import laplace_kf as lk
-from laplace_kf.posterior import store
+from laplace_kf import files
 from tests.cases import rng
 from tests.test_unchanged import data, make
 
@@ -48,12 +48,12 @@ def mutated(content: bytes, chance: random.Random) -> bytes:
 
 def test_altered_files_are_refused(whole: Path, tmp_path: Path) -> None:
     content, chance = whole.read_bytes(), random.Random(0)
-    tensors, header = store.read(whole)
+    tensors, header = files.read(whole, files.POSTERIOR)
     path, refused = tmp_path / "altered", 0
     for number in range(1_000):
         path.write_bytes(found := mutated(content, chance))
         try:
-            others, told = store.read(path)
+            others, told = files.read(path, files.POSTERIOR)
         except lk.errors.CorruptFile:
             refused += 1
             continue
@@ -99,8 +99,8 @@ def test_foreign_files(whole: Path, tmp_path: Path) -> None:
 
 def rewritten(whole: Path, path: Path, **changes: object) -> None:
     """A file with a true checksum whose header says something else."""
-    tensors, header = store.read(whole)
-    store.write(path, tensors, json.loads(json.dumps({**header, **changes})))
+    tensors, header = files.read(whole, files.POSTERIOR)
+    files.write(path, tensors, json.loads(json.dumps({**header, **changes})), files.POSTERIOR)
 
 
 @pytest.mark.parametrize(
@@ -126,11 +126,11 @@ def test_headers_that_say_what_cannot_be(whole: Path, tmp_path: Path, changes: d
 
 
 def test_tensors_that_do_not_fit_their_header(whole: Path, tmp_path: Path) -> None:
-    tensors, header = store.read(whole)
+    tensors, header = files.read(whole, files.POSTERIOR)
     path = tmp_path / "edited"
     for name, tensor in tensors.items():
         for other in (None, tensor.flatten()[:-1].clone() if tensor.numel() > 1 else torch.ones(3)):
             kept = {k: v for k, v in tensors.items() if k != name}
-            store.write(path, kept if other is None else {**kept, name: other}, header)
+            files.write(path, kept if other is None else {**kept, name: other}, header, files.POSTERIOR)
             with pytest.raises(lk.errors.LaplaceKFError):
                 lk.LaplacePosterior.load(path, make())

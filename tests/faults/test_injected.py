@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import laplace_kf as lk
-from laplace_kf.posterior import store
+from laplace_kf import files
 from tests.cases import rng
 from tests.test_unchanged import X, assert_same, data, make, snapshot
 
@@ -86,7 +86,7 @@ def fuses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fuse]:
     guard("autograd", torch.autograd, "grad")
     guard("factorisation", torch.linalg, *FACTORISATIONS)
     guard("draw", torch, "randn")
-    guard("file", store, "save_file", "safe_open")
+    guard("file", files, "save_file", "safe_open")
     guard("file", os, "replace")
     return found
 
@@ -151,7 +151,7 @@ OPERATIONS: dict[str, Operation] = {
     "load": lambda p, loader, path: lk.LaplacePosterior.load(path.with_name("old"), p.model).packed(),
 }
 STRUCTURES: dict[str, dict[str, Any]] = {"kron": {}, "ekfac": {}, "diag": {}, "full": {}, "lowrank": {"rank": 4}}
-ONCE = ("tune", "tune-by-grid", "calibrate", "predict-top-k", "predictor", "mislabelled", "prune", "bald")
+ONCE = ("refit", "tune", "tune-by-grid", "calibrate", "predict-top-k", "predictor", "mislabelled", "prune", "bald")
 SEARCHES = ("tune", "tune-by-grid", "calibrate")  # hundreds of passes
 PAIRS = [(n, s) for n in OPERATIONS for s in STRUCTURES if n not in ONCE or s == "kron"]
 DATA = {"fit", "refit", "update", "update-projected", "tune", "tune-by-grid", "calibrate"}
@@ -209,7 +209,9 @@ def test_a_failure_anywhere_leaves_no_trace(name: str, structure: str, fuses: di
     contents = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     for place, errors in ERRORS.items():
         middle = uses[place] // 2
-        places = {middle} if name in SEARCHES else {0, middle, uses[place] - 1}
+        # What a loader, a model, autograd or a file says does not pass through a structure: one use of each is enough.
+        few = name in SEARCHES or (structure != "kron" and place not in ("factorisation", "draw"))
+        places = {middle} if few else {0, middle, uses[place] - 1}
         for at in sorted(places) if uses[place] else ():
             # every use with the first kind of error; every kind in the middle
             for error in errors if structure == "kron" and at == middle else errors[:1]:

@@ -167,9 +167,11 @@ def test_batches_of_graphs(kind: Library, level: str, batch_size: int) -> None:
         close(curvature.total().dense(), estimate(model, alone, structure).total().dense())
 
 
-@pytest.mark.parametrize("level", ["graph", "node"])
-@pytest.mark.parametrize("estimator", ["exact", "importance", "sampled", "projection", "empirical"])
-@pytest.mark.parametrize("structure", ["diag", "kron", "ekfac", "full", "lowrank", "layer", "isotropic"])
+@pytest.mark.pairs(
+    level=["graph", "node"],
+    estimator=["exact", "importance", "sampled", "projection", "empirical"],
+    structure=["diag", "kron", "ekfac", "full", "lowrank", "layer", "isotropic"],
+)
 def test_every_structure_and_estimator_sees_the_same_in_any_batch(level: str, estimator: str, structure: str) -> None:
     kind = Library("double")
     graphs, model = several(kind, level), net(Pooled if level == "graph" else Nodes)

@@ -97,10 +97,9 @@ def to_positions_of(columns: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------- class probabilities
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.25]])
-@pytest.mark.parametrize("form", ["labels", "one-hot", "bool", "soft"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.pairs(
+    shape=SHAPES, form=["labels", "one-hot", "bool", "soft"], weights=[None, [0.5, 2.0, 1.25]], smoothing=[0.0, 0.2]
+)
 def test_the_loss_of_torch(shape: tuple[int, ...], form: str, weights: Any, smoothing: float) -> None:
     outputs = randn(*shape)
     labels = Categorical().sample(outputs, rng())

@@ -342,7 +342,7 @@ def test_damping_matrices_and_the_ratio(penalty: str, reduction: str) -> None:
     delta = -torch.linalg.solve(damped, g)
     opt = lk.optim.hessian_free(
         model, "categorical", tau=tau, l2=l2, reduction=reduction, generator=rng(3),
-        recipe=lk.optim.Recipe(limit=400, choose=last), termination=NEVER, **settings,
+        recipe=lk.optim.Recipe(limit=120, choose=last), termination=NEVER, **settings,
     )  # fmt: skip
     opt.step(x, y, curvature=(x2, y2))
     found = (oracles.flat_parameters(model) - theta) / opt.diagnostics["alpha"]

@@ -58,9 +58,7 @@ def unchanged(case: Padded, structure: str, estimator: str, **options: Any) -> N
     same(plain.log_likelihood, padded.log_likelihood)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.pairs(name=SMALL, structure=STRUCTURES, estimator=ESTIMATORS)
 def test_no_structure_sees_padding(name: str, structure: str, estimator: str) -> None:
     unchanged(SMALL[name](), structure, estimator)
 

@@ -128,17 +128,17 @@ def test_two_arguments() -> None:
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
-        ({"hessian_structure": "kron"}, "structure="),
-        ({"subset_of_weights": "last_layer"}, "parameters="),
-        ({"prior_prec": 1.0}, "prior_precision="),
-        ({"sigma_noise": 1.0}, r"likelihood=lk.likelihoods.Gaussian\(scale="),
-        ({"prior_precison": 1.0}, "prior_precision="),
-        ({"temperature": 2.0}, "posterior.n_data = "),
-        ({"subnetwork_indices": [0]}, r"parameters=lk.Subnetwork\(size\)"),
+        ({"hessian_structure": "kron"}, 'Use structure="kron"'),
+        ({"subset_of_weights": "last_layer"}, 'Use parameters="last_layer"'),
+        ({"prior_prec": 1.0}, "Use prior_precision=1.0"),
+        ({"sigma_noise": 1.0}, r"Use lk.likelihoods.Gaussian\(scale=1.0\)"),
+        ({"prior_precison": 1.0}, "Did you mean prior_precision="),
+        ({"temperature": 2.0}, "Use posterior.n_data = posterior.n_data / 2.0"),
+        ({"subnetwork_indices": [0]}, r"Use parameters=lk.Subnetwork\(size\)"),
     ],
 )
 def test_arguments_of_neighbours_are_named(given: dict[str, Any], hint: str) -> None:
-    with pytest.raises(lk.errors.UnknownOption, match=f"option.*Did you mean {hint}") as caught:
+    with pytest.raises(lk.errors.UnknownOption, match=f"option.*{hint}") as caught:
         lk.LaplacePosterior(network(), "categorical", **given)
     assert isinstance(caught.value, (lk.errors.LaplaceKFError, TypeError))
 

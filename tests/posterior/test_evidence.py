@@ -273,3 +273,18 @@ def test_options_that_do_not_go_together() -> None:
     classifier = lk.LaplacePosterior(network(3, 2), "categorical").fit((x, torch.tensor([0, 1, 0, 1])))
     with pytest.raises(lk.errors.IncompatiblePair, match="noise"):
         classifier.tune(objective="evidence", noise=True)
+
+
+def test_one_lambda_takes_one_sum_over_the_nodes_of_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = fitted("kron")
+    apart = posterior.evidence(prior_precision={"*": 0.7}).total  # block by block
+    monkeypatch.setattr(KroneckerBlock, "log_det_ratio", lambda *args: pytest.fail("a block on its own"))
+    torch.testing.assert_close(posterior.evidence(prior_precision=0.7).total, apart, rtol=1e-12, atol=1e-12)
+    posterior.likelihood = lk.likelihoods.Gaussian(scale=0.4)
+    again = posterior.evidence(prior_precision=0.7).total
+    assert not torch.allclose(again, apart), "the noise of now"
+    monkeypatch.undo()
+    torch.testing.assert_close(posterior.evidence(prior_precision={"*": 0.7}).total, again, rtol=1e-12, atol=1e-12)
+    assert torch.isfinite(fitted("kron", "factored").evidence(prior_precision=0.7).total), (
+        "no such sum for this damping"
+    )

@@ -245,20 +245,25 @@ def test_points_of_one_ratio_share_draws() -> None:
 
 
 def test_draws_come_in_pairs() -> None:
-    """Six draws are three of the posterior's, each with both signs."""
+    """Six draws are three of the posterior's, each with both signs; the score is that of a hundred, by jackknife."""
     from laplace_kf.posterior.validation import Validation
 
     model, train, (x, y) = classification()
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
     validation = Validation(posterior._fitted("a test"), (x, y), OBJECTIVES["nll"], 6, rng(0), pairs=True)
     found = validation.scorer("mc")([(400.0, 40.0)])[400.0, 40.0].value
-    total = torch.zeros(len(x), 2)
+    pairs = []
     for seed in validation.seeds[::2]:
         noise = posterior.precision_at(400.0, 40.0).draw(1, torch.Generator().manual_seed(seed))
+        total = torch.zeros(len(x), 2)
         for sign in (-1, 1):
             weights = {name: value + sign * noise[name][0] for name, value in posterior.mean.items()}
-            total += torch.func.functional_call(model, weights, (x,)).softmax(-1).detach() / 6
-    assert found == pytest.approx(float(-total[range(len(x)), y].log().mean()), rel=1e-5)
+            total += torch.func.functional_call(model, weights, (x,)).softmax(-1).detach() / 2
+        pairs.append(total[range(len(x)), y])
+    everything = -torch.stack(pairs).mean(0).log()
+    without = torch.stack([-(sum(pairs) - pair).div(2).log() for pair in pairs])
+    bias = 2 * (without.mean(0) - everything)
+    assert found == pytest.approx(float((everything - 0.94 * bias.clamp_max(0.5)).mean()), rel=1e-5)
 
 
 def test_a_failed_default_search_changes_nothing() -> None:
@@ -368,7 +373,7 @@ class Counted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(60, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 4))
+        self.body = nn.Sequential(nn.Linear(60, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         SEEN.append(len(x))
@@ -381,8 +386,8 @@ def test_the_budget_is_kept(method: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Counted()
-    x = torch.randn(3000, 60, generator=rng(0))
-    y = (x[:, :4] + 2 * torch.randn(3000, 4, generator=rng(1))).argmax(1)
+    x = torch.randn(1500, 60, generator=rng(0))
+    y = (x[:, :4] + 2 * torch.randn(1500, 4, generator=rng(1))).argmax(1)
     posterior = lk.LaplacePosterior(model, "categorical").fit((x[:500], y[:500]))
     costs = []
     for budget in (10.0, 20.0):
@@ -390,7 +395,7 @@ def test_the_budget_is_kept(method: str) -> None:
         result = quiet(posterior, (x, y), method=method, budget=budget, generator=rng(0))
         costs.append(result.cost)
         assert result.cost <= 1.5 * budget
-        assert 3000 <= sum(SEEN) <= 3 * 3000 * 1.5 * budget
+        assert 1500 <= sum(SEEN) <= 3 * 1500 * 1.5 * budget
         chosen = by_method(result)[result.method if method == "auto" else method]
         assert "left_out" not in chosen
     assert costs[0] <= costs[1]
@@ -478,7 +483,7 @@ def test_where_map_wins_the_noise_is_its_own(monkeypatch: pytest.MonkeyPatch) ->
     posterior = lk.LaplacePosterior(model, "gaussian").fit(train)
     monkeypatch.setattr(Contest, "winner", lambda self: self.found["map"])
     result = quiet(posterior, val, generator=rng(0))
-    assert any(each["gain"] > 0.01 for each in result.candidates)  # a posterior with less noise is there to be taken
+    assert any(each["gain"] > 0.005 for each in result.candidates)  # a posterior with less noise is there to be taken
     own = float((model(val[0]).detach() - val[1]).square().mean().sqrt())
     assert posterior.method == "map"
     assert posterior.likelihood.noise_scale == pytest.approx(own, rel=0.02)
@@ -490,14 +495,17 @@ def test_monte_carlo_is_judged_by_draws_that_it_was_not_chosen_by(monkeypatch: p
     posterior = lk.LaplacePosterior(model, "categorical").fit(train)
     made: list[Validation] = []
     original = Validation.redrawn
-    monkeypatch.setattr(Validation, "redrawn", lambda self: made.append(original(self)) or made[-1])
+    monkeypatch.setattr(Validation, "redrawn", lambda self, samples: made.append(original(self, samples)) or made[-1])
     result = quiet(posterior, val, method="mc", generator=rng(0))
-    assert len(made) == 1
+    assert {len(each.seeds) for each in made} == {100}  # as many as predict uses: the budget of small data allows it
     chosen = by_method(result)["mc"]
     point = chosen["n_data"], chosen["prior_precision"]
     first = Validation(posterior._fitted("test"), val, OBJECTIVES["nll"], 20, rng(0), pairs=True, mixed=True)
-    assert not set(first.seeds) & set(first.redrawn().seeds) and first.redrawn().seeds == made[0].seeds
-    again, before = (each.scorer("mc")([point])[point].value for each in (first.redrawn(), first))
+    search = first.redrawn(100)
+    other = search.redrawn(100)
+    assert not set(search.seeds) & set(other.seeds)
+    assert [each.seeds for each in made[:2]] == [search.seeds, other.seeds]
+    again, before = (each.scorer("mc")([point])[point].value for each in (other, search))
     assert chosen["objective"] == pytest.approx(again, rel=1e-6)
     assert abs(before - again) > 1e-5
 

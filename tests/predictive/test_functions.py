@@ -32,10 +32,9 @@ def correlations(covariance: Tensor) -> Tensor:
 WAYS = [("linearized", {}), ("linearized", {"link": "mc"}), ("probit", {})]
 
 
-@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
-@pytest.mark.parametrize("parameters", ["all", "last_layer"])
-@pytest.mark.parametrize(("method", "options"), WAYS, ids=str)
-def test_correlations_are_those_of_the_posterior(structure: str, parameters: str, method: str, options: Any) -> None:
+@pytest.mark.pairs(structure=["diag", "kron", "full"], parameters=["all", "last_layer"], way=WAYS)
+def test_correlations_are_those_of_the_posterior(structure: str, parameters: str, way: tuple[str, Any]) -> None:
+    method, options = way
     _, posterior, x = regression(structure=structure, parameters=parameters)
     truth = posterior.functional_covariance(x, joint=True)
     found = posterior.predict(x, method=method, samples=2500, generator=rng(1), keep_samples=True, **options)
@@ -78,7 +77,7 @@ def test_without_any_derivative_the_joint_covariance_is_drawn(monkeypatch: pytes
     truth = posterior.functional_covariance(x, joint=True)
     monkeypatch.setattr(functions, "_forward_mode", _without)
     monkeypatch.setattr(functions, "_two_backward", _without)
-    found = posterior.predict(x, method="linearized", samples=4000, generator=rng(1), keep_samples=True)
+    found = posterior.predict(x, method="linearized", samples=2500, generator=rng(1), keep_samples=True)
     close(correlations(torch.cov(found.samples.flatten(1).T)), correlations(truth), 0.08)
 
 

@@ -87,9 +87,11 @@ def uncut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("laplace_kf.posterior.validation.cut", lambda m, f, names, x: (m, f, x))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("parameters", ["last_layer", ["one.*", "two.*"], ["one.weight", "two.bias"]])
-@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+@pytest.mark.pairs(
+    kind=KINDS,
+    parameters=["last_layer", ["one.*", "two.*"], ["one.weight", "two.bias"]],
+    structure=["kron", "diag", "full"],
+)
 def test_one_backbone_pass_and_the_same_numbers(
     kind: str, parameters: Any, structure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

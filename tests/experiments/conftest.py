@@ -1,0 +1,23 @@
+"""Settings shared by the tests of experiments."""
+
+from __future__ import annotations
+
+import pytest
+
+from laplace_kf.reports.html import Picture
+
+ARRANGED = ("test_demo", "test_plots", "test_report")  # the tests of pictures, and one run as a user sees it
+
+
+@pytest.fixture(autouse=True)
+def _unarranged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of small runs are drawn, but not arranged: fitting their parts to each other costs most of a run."""
+    if request.module.__name__.split(".")[-1] in ARRANGED:
+        return
+    drawn = Picture.png
+
+    def png(self: Picture) -> bytes:
+        self.figure.set_layout_engine("none")
+        return drawn(self)
+
+    monkeypatch.setattr(Picture, "png", png)
