@@ -63,7 +63,8 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
         count = max(1.0, likelihood.terms(targets))
         difference = _difference(own, losses, logits, count, type(likelihood).__name__ in EXACT)
     if difference is not None:
-        reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference)
+        beside = batch.get("labels") if isinstance(batch, Mapping) and forward is None else None
+        reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference, beside)
         theirs, ours = float(own.detach()), float(losses.detach().sum()) / count
         raise ShapeMismatch(
             f"the model's own loss of the first minibatch is {theirs:.6g}, and the likelihood {likelihood!r} gives "
@@ -73,8 +74,10 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
         )
 
 
-def as_read(likelihood: Likelihood, batch: Any, forward: Forward | None, outputs: Tensor, targets: Any) -> Likelihood:
-    """The likelihood in the layout that the targets of outputs ``(N, ...)`` show.
+def as_read(
+    likelihood: Likelihood, model: nn.Module, batch: Any, forward: Forward | None, outputs: Tensor, targets: Any
+) -> Likelihood:
+    """The likelihood in the layout that the targets of outputs ``(N, ...)`` show, or the model's conventions.
 
     Raises:
         IncompatiblePair: if it would take ignored targets of a graph for real ones.
@@ -82,7 +85,8 @@ def as_read(likelihood: Likelihood, batch: Any, forward: Forward | None, outputs
     """
     batch, forward = weighting.without(batch, forward)
     check_ignored(batch, bare(targets), likelihood, forward)
-    found: Likelihood = decided(likelihood, outputs, targets, read_by_rows(batch, forward))
+    known = read_by_rows(batch, forward) or (forward is None and conventions.channels_are_last(model, batch))
+    found: Likelihood = decided(likelihood, outputs, targets, known)
     return found
 
 
@@ -138,13 +142,19 @@ def _difference(own: Tensor, losses: Tensor, logits: Tensor, count: float, exact
 
 
 def _reasons(
-    model: nn.Module, own: Tensor, outputs: Tensor, targets: Any, likelihood: Likelihood, difference: str
+    model: nn.Module, own: Tensor, outputs: Tensor, targets: Any, likelihood: Likelihood, difference: str, labels: Any
 ) -> str:
-    """What may be the reason, as far as it can be found out."""
+    """What may be the reason, as far as it can be found out; ``labels`` are those of a mapping batch."""
+    if labels is not None and conventions.is_causal(model) and _is_loss_of(own, outputs, labels, likelihood):
+        return (
+            f"{type(model).__name__} is a causal language model by its name, but compares position t with label t, "
+            'without a shift; paste the line with targets=lambda batch: batch["labels"]'
+        )
     if difference == "constant":
         return (
             "it has a further term that does not depend on them (the router loss of a mixture of experts, which "
-            "output_router_logits=False in the batch or in model.config leaves out; a penalty)"
+            "output_router_logits=False in the batch or in model.config leaves out; a penalty), or label smoothing, "
+            "Categorical(label_smoothing=)"
         )
     found = []
     if isinstance(targets, Tensor) and targets.dim() == 2 and targets.shape[1] > 1 and not targets.is_floating_point():
@@ -152,11 +162,8 @@ def _reasons(
             ("one position later: it shifts the labels itself", _shifted(targets, 1)),
             ("one position earlier: they are shifted already, and inside the model once more", _shifted(targets, -1)),
         ):
-            with suppress(ValueError, RuntimeError):
-                loss = float(-likelihood.log_prob(outputs, moved).sum())
-                values = [loss / max(1.0, likelihood.terms(moved)), loss / len(outputs), loss]
-                if any(abs(float(own) - v) <= 1e-3 * abs(v) + 1e-5 for v in values):
-                    found.append(f"the model compares with the label {where}")
+            if _is_loss_of(own, outputs, moved, likelihood):
+                found.append(f"the model compares with the label {where}")
     kind = getattr(getattr(model, "config", None), "problem_type", None)
     name = {"regression": "gaussian", "multi_label_classification": "bernoulli",
             "single_label_classification": "categorical"}.get(str(kind))  # fmt: skip
@@ -169,6 +176,15 @@ def _reasons(
             what = " and ".join(settings)
             found.append(f"module {path!r} has {what}: Categorical(label_smoothing=, class_weights=) is that loss")
     return "; ".join(found) or "label smoothing, class weights, another kind of loss, or labels in another order"
+
+
+def _is_loss_of(own: Tensor, outputs: Tensor, targets: Any, likelihood: Likelihood) -> bool:
+    """Whether a model's loss is the likelihood's for other targets of the same outputs ``(N, ...)``."""
+    with suppress(ValueError, RuntimeError):
+        loss = float(-likelihood.log_prob(outputs, targets).sum())
+        values = [loss / max(1.0, likelihood.terms(targets)), loss / len(outputs), loss]
+        return any(abs(float(own) - v) <= 1e-3 * abs(v) + 1e-5 for v in values)
+    return False
 
 
 def _shifted(targets: Tensor, by: int) -> Tensor:

@@ -26,7 +26,7 @@ from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called, named_parameters
-from laplace_kf.returned import as_tensor, explained, readable
+from laplace_kf.returned import as_tensor, both, explained, readable
 
 __all__ = [
     "Forward",
@@ -109,7 +109,7 @@ def _keys(mapping: Mapping[Any, Any]) -> list[str]:
 
 def _target_like(mapping: Mapping[Any, Any]) -> str:
     """The entry of a mapping that by its name holds the targets."""
-    return next((key for key in ("labels", "label", "targets", "target", "y") if key in mapping), "...")
+    return next((key for key in ("labels", "label", "targets", "target", "label_ids", "y") if key in mapping), "...")
 
 
 def _line(mapping: Mapping[Any, Any], target: str) -> str:
@@ -158,7 +158,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     """
     batch = private(_beside(batch, model))
     with as_called(), as_functions(model), explained(model, batch, forward):
-        outputs, targets = default_forward(model, batch) if forward is None else forward(model, batch)
+        outputs, targets = default_forward(model, batch) if forward is None else both(forward(model, batch))
     outputs = as_tensor(outputs)
     return outputs, to_device(to_tensors(targets, model), outputs.device)
 
@@ -184,7 +184,7 @@ def called(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
     assert forward is not None
     try:
         with explained(model, inputs, None):
-            outputs = as_tensor(forward(model, inputs)[0])
+            outputs = as_tensor(both(forward(model, inputs))[0])
     except LaplaceKFError:
         raise
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
@@ -496,6 +496,5 @@ def check_finite(structure: Any, index: int, what: str) -> None:
             raise NonFinite(
                 f"batch {index}: {what} of shape {tuple(tensor.shape)} has {bad} NaN or infinite "
                 f"{'entry' if bad == 1 else 'entries'}; nothing was changed. Clean the data (or the model's outputs)."
-                + instead
-                * mask
+                + (instead if mask else "")
             )

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["IGNORED", "arguments", "decoder_inputs_from_labels", "is_causal", "takes_labels", "target_key", "targets"]
+__all__ = [
+    "IGNORED",
+    "arguments",
+    "channels_are_last",
+    "decoder_inputs_from_labels",
+    "is_causal",
+    "takes_labels",
+    "target_key",
+    "targets",
+]
 
 IGNORED = -100  # what transformers and torch.nn.CrossEntropyLoss leave out
 CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -69,11 +78,27 @@ def is_causal(model: nn.Module) -> bool:
 def targets(model: nn.Module, labels: Any) -> Any:
     """The targets of the outputs: ``labels (N, T)`` themselves, or for a causal language model label t + 1 at t.
 
-    The last position of a causal language model has no target and is ignored (-100).
+    The last position of a causal language model has no target and is ignored (-100). Real labels ``(N,)`` of a model
+    of transformers with one output (regression) are ``(N, 1)``.
     """
+    config = getattr(_wrapped(model), "config", None)
+    if isinstance(labels, Tensor) and labels.dim() == 1 and labels.is_floating_point():
+        one = getattr(config, "model_type", None) is not None and getattr(config, "num_labels", None) == 1
+        return labels[:, None] if one else labels
     if not isinstance(labels, Tensor) or labels.dim() < 2 or not is_causal(model):
         return labels
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+
+
+def channels_are_last(model: nn.Module, batch: Any) -> bool:
+    """Whether outputs ``(N, T, C)`` of a batch are known to have the channel last: a model of transformers over tokens.
+
+    Its outputs have one position for each of the tokens ``(N, T)``, or labels, that a mapping batch holds.
+    """
+    if not isinstance(batch, Mapping) or getattr(getattr(_wrapped(model), "config", None), "model_type", None) is None:
+        return False
+    given = [batch.get(key) for key in ("input_ids", "inputs_embeds", "decoder_input_ids", "input_features")]
+    return any(isinstance(value, Tensor) for value in given)
 
 
 def decoder_inputs_from_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:

@@ -96,7 +96,7 @@ class Accumulator:
         """Takes in a forward pass made already (by the same tracer); errors as :meth:`add`."""
         if observation.count == 0:
             raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
-        seen = (observation.batch, self.tracer.forward, observation.outputs, observation.targets)
+        seen = (self.tracer.model, observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
         with read_once():
             self._take(observation)

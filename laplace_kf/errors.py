@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from laplace_kf.neighbours import ELSEWHERE, NAMES, instead, number_instead
+from laplace_kf.neighbours import ELSEWHERE, instead, meanings, number_instead
 
 __all__ = [
     "CorruptFile",
@@ -33,9 +33,9 @@ def nearest(name: object, allowed: Iterable[str]) -> str | None:
     """The allowed name that is meant by another one: what neighbours call so, else the most similar."""
     allowed = tuple(allowed)
     word = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-    known = NAMES.get(word.lower().replace("-", "_").replace(" ", "_"))
-    if known in allowed:
-        return known
+    for known in meanings(word):
+        if known in allowed:
+            return known
     near = difflib.get_close_matches(word, allowed, n=1, cutoff=0.4)
     return near[0] if near else None
 
@@ -53,7 +53,7 @@ class UnknownName(LaplaceKFError, ValueError):
 
     def __init__(self, kind: str, name: object, allowed: Iterable[str]) -> None:
         self.kind, self.name, self.allowed = kind, name, tuple(sorted(allowed))
-        here = isinstance(name, str) and NAMES.get(name.lower()) in self.allowed
+        here = isinstance(name, str) and any(known in self.allowed for known in meanings(name))
         other = ELSEWHERE.get(name.lower()) if isinstance(name, str) and not here else None
         near = None if other else nearest(name, self.allowed)
         hint = f" Did you mean {other or repr(near)}?" if other or near else ""
@@ -70,11 +70,14 @@ class UnknownOption(LaplaceKFError, TypeError):
         taken: by whom it is not taken, in words: the rest of "option 'x' ...".
         allowed: names of the arguments that are.
         value: what was given for it.
+        meant: what to use instead, where that is known better than by :func:`laplace_kf.neighbours.instead`.
     """
 
-    def __init__(self, name: str, taken: str, allowed: Iterable[str], value: object = None) -> None:
-        self.name, self.allowed = name, tuple(sorted(allowed))
-        line = instead(name, value, self.allowed)
+    def __init__(
+        self, name: str, taken: str, allowed: Iterable[str], value: object = None, meant: str | None = None
+    ) -> None:
+        self.name, self.taken, self.value, self.allowed = name, taken, value, tuple(sorted(allowed))
+        line = meant or instead(name, value, self.allowed)
         near = nearest(name, self.allowed) if line is None else None
         hint = f" Use {line}." if line else f" Did you mean {near}=?" if near else ""
         super().__init__(f"option {name!r} {taken}.{hint}")

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["ARGUMENTS", "ELSEWHERE", "NAMES", "instead", "number_instead"]
+__all__ = ["ARGUMENTS", "ELSEWHERE", "NAMES", "instead", "meanings", "number_instead"]
 
 # What neighbours and torch call the same things.
-NAMES = {
+NAMES: dict[str, str | tuple[str, ...]] = {  # several, where that depends on what is chosen
     "classification": "categorical",
     "multiclass": "categorical",
     "softmax": "categorical",
@@ -28,16 +28,16 @@ NAMES = {
     "bceloss": "bernoulli",
     "bcewithlogitsloss": "bernoulli",
     "regression": "gaussian",
-    "mse": "gaussian",
+    "mse": ("gaussian", "squared"),
     "mseloss": "gaussian",
     "normal": "gaussian",
-    "squared_error": "gaussian",
+    "squared_error": ("gaussian", "squared"),
     "count": "poisson",
     "counts": "poisson",
     "heteroscedastic_regression": "heteroscedastic_gaussian",
     "gaussiannllloss": "heteroscedastic_gaussian",
     "poissonnllloss": "poisson",
-    "kfac": "kron",
+    "kfac": ("kron", "kronecker"),
     "kronecker": "kron",
     "diagonal": "diag",
     "dense": "full",
@@ -48,11 +48,11 @@ NAMES = {
     "block_diagonal": "layer",
     "low_rank": "lowrank",
     "scalar": "isotropic",
-    "ggn": "exact",
-    "fisher": "sampled",
+    "ggn": ("exact", "curvature"),
+    "fisher": ("sampled", "curvature"),
     "mc": "sampled",
     "ef": "empirical",
-    "empirical_fisher": "empirical",
+    "empirical_fisher": ("empirical", "diagonal"),
     "emp_fisher": "empirical",
     "glm": "linearized",
     "nn": "mc",
@@ -64,6 +64,22 @@ NAMES = {
     "marglik": "evidence",
     "gridsearch": "nll",
     "last": "last_layer",
+    "l2": "squared",
+    "quadratic": "squared",
+    "euclidean": "squared",
+    "kl": "cross_entropy",
+    "matching": "cross_entropy",
+    "matching_loss": "cross_entropy",
+    "jacobi": "diagonal",
+    "martens": ("diagonal", "original"),
+    "martens2010": "original",
+    "sutskever": "recurrent",
+    "tikhonov": ("factored", "identity"),
+    "levenberg": "identity",
+    "levenberg_marquardt": "identity",
+    "marquardt": "diagonal",
+    "gauss_newton": ("exact", "curvature"),
+    "pi": "balanced",
 }
 # Names of what is chosen by another argument, or is a function of its own.
 ELSEWHERE = {
@@ -206,6 +222,12 @@ _VALUES: dict[str, dict[object, str]] = {
 }  # fmt: skip
 
 
+def meanings(word: str) -> tuple[str, ...]:
+    """What a word of other libraries may mean here."""
+    found = NAMES.get(word.lower().replace("-", "_").replace(" ", "_"), ())
+    return (found,) if isinstance(found, str) else found
+
+
 def number_instead(kind: str, value: object) -> str | None:
     """What to write where a number was given for a name of some kind; ``None`` if not known."""
     if kind not in NUMBERS or isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -230,5 +252,5 @@ def _shown(name: str, value: object) -> str:
     if isinstance(word, str):
         if word in _VALUES.get(name, {}):
             return _VALUES[name][word]
-        return repr(NAMES.get(word, value)).replace("'", '"')
+        return repr((*meanings(word), value)[0]).replace("'", '"')
     return repr(value) if isinstance(value, (bool, int, float)) else "..."

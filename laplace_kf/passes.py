@@ -172,7 +172,7 @@ def walk(
             selected = [named[name] for name in tracer.layout.names]
             with Plainly():  # its derivatives are those of the function
                 outputs, targets = run(model, batch, forward)
-            likelihood = as_read(likelihood, batch, forward, outputs, targets)
+            likelihood = as_read(likelihood, model, batch, forward, outputs, targets)
             likelihood.check(outputs.detach(), targets)
             count = likelihood.counted_examples(outputs.detach(), targets)
             visit(Pass(index, batch, likelihood, outputs, targets, selected, tracer.layout, count))

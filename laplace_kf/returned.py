@@ -8,17 +8,19 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 
-__all__ = ["as_tensor", "explained", "own_loss", "readable"]
+__all__ = ["as_tensor", "both", "explained", "own_loss", "readable"]
 
 
 def as_tensor(outputs: Any) -> Tensor:
     """The output tensor ``(N, ...)`` of a model call.
 
     Of a structured output that is its ``logits`` or ``out`` (entry or attribute), the only tensor beside a ``loss``, or
-    what follows the loss in a tuple ``(loss, logits, ...)``.
+    what follows the loss in a tuple ``(loss, logits, ...)`` or stands before it, ``(logits, loss)`` and
+    ``(logits, None)``.
 
     Raises:
         ShapeMismatch: if it is not clear which one; says what there is.
@@ -43,6 +45,8 @@ def as_tensor(outputs: Any) -> Tensor:
             return outputs[0]
         if len(outputs) > 1 and isinstance(outputs[1], Tensor) and outputs[1].dim() and _is_loss(outputs[0]):
             return outputs[1]
+        if _is_followed(outputs):
+            return outputs[0]
         what += f" of {len(outputs)}"
     raise ShapeMismatch(
         f"the model returned {what}, but one tensor of outputs is needed; pick it, or put several together, with "
@@ -51,16 +55,40 @@ def as_tensor(outputs: Any) -> Tensor:
     )
 
 
+def both(found: Any) -> tuple[Any, Any]:
+    """What the user's ``forward=`` returned: outputs ``(N, ...)`` and targets.
+
+    Raises:
+        ShapeMismatch: for anything else than two things.
+    """
+    if isinstance(found, (tuple, list)) and len(found) == 2:
+        return found[0], found[1]
+    what = f"{type(found).__name__} of {len(found)}" if isinstance(found, (tuple, list)) else type(found).__name__
+    raise ShapeMismatch(
+        f"forward= must return (outputs, targets), it returned {what}: "
+        "forward=lambda model, batch: (model(batch[0]), batch[1])"
+    )
+
+
 def _is_loss(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point()
 
 
+def _is_followed(outputs: Any) -> bool:
+    """Whether a tuple is ``(logits, loss)``, or ``(logits, None)`` of a model that was given no targets."""
+    first = len(outputs) == 2 and isinstance(outputs[0], Tensor) and outputs[0].dim() > 0
+    return first and (outputs[1] is None or _is_loss(outputs[1]))
+
+
 def own_loss(outputs: Any) -> Tensor | None:
-    """The loss, 0-dim, that a model returned of itself: ``.loss``, ``["loss"]`` or the first of ``(loss, ...)``."""
+    """The loss, 0-dim, that a model returned of itself.
+
+    That is ``.loss``, ``["loss"]``, the first of ``(loss, ...)`` or the last of ``(logits, loss)``.
+    """
     if isinstance(outputs, Tensor):
         return None
     if isinstance(outputs, (tuple, list)) and not hasattr(outputs, "loss"):
-        found = outputs[0] if len(outputs) > 1 else None
+        found = (outputs[1] if _is_followed(outputs) else outputs[0]) if len(outputs) > 1 else None
     else:
         found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     return found if _is_loss(found) else None
@@ -99,6 +127,11 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
             ) from error
         if not isinstance(batch, (tuple, list)) or forward is not None or "positional argument" not in str(error):
             raise
+        if isinstance(batch, PackedSequence):
+            raise ShapeMismatch(
+                "a PackedSequence is read as a tuple of arguments, and its examples are interleaved; put the padded "
+                "tensor and the lengths into the batch, ((x, lengths), y), and pack them inside the model"
+            ) from error
         raise ShapeMismatch(
             f"the model does not take the {len(batch)} entries of the {type(batch).__name__} it was given ({error}); a "
             "tuple holds the model's arguments: to predict, leave out the targets, predict(x)"

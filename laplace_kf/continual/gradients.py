@@ -6,6 +6,7 @@ Hooks on the parameters see what every ``backward()`` brings, hooks behind the p
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,7 @@ class TaskGradients:
         self.before: dict[str, Tensor] = {}
         self._hooked: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+        self._number = math.nan  # by which losses were divided that were refused
         weakref.finalize(self, _remove, self._handles)
         self.begin(weights)
 
@@ -75,7 +77,7 @@ class TaskGradients:
         self._touched: set[str] = set()
         self._moved: str | None = None
         self._twice = False
-        self._open: tuple[int, Tensor] | None = None  # the pass that a recorded loss is part of, and its seed
+        self._open: tuple[int, Tensor, float] | None = None  # the pass of a recorded loss, its seed and divisor
         self._older, self._latest = _Passes(), _Passes()
 
     # -- what is seen --------------------------------------------------------------------------------------------------
@@ -97,15 +99,16 @@ class TaskGradients:
             raise IncompatiblePair(
                 f"record(loss) takes the task's loss before backward(), a 0-dim tensor with a gradient; got {shape}"
             )
-        loss.register_hook(self._from_loss)
+        divisor = _divisor(loss)
+        loss.register_hook(lambda seed: self._from_loss(seed, divisor))
         return loss
 
     @torch.no_grad()
-    def _from_loss(self, seed: Tensor) -> None:
+    def _from_loss(self, seed: Tensor, divisor: float) -> None:
         number = _pass()
         if self._open is not None and self._open[0] == number:
             self._twice = True
-        self._open = number, seed.detach().clone()
+        self._open = number, seed.detach().clone(), divisor
 
         def closed() -> None:
             if self._open is not None and self._open[0] == number:
@@ -140,7 +143,7 @@ class TaskGradients:
         number = _pass() if self._open is None else self._open[0]
         if number != self._latest.number:
             self._older.add(self._latest)
-            self._latest = _Passes(number, None if self._open is None else self._open[1])
+            self._latest = _Passes(number) if self._open is None else _Passes(number, *self._open[1:])
         if (name in self._older.total or name in self._latest.total) and torch.equal(_dense(weight.grad), new):
             self._older = _Passes()  # the gradients were zeroed before this pass
             self._latest.total.pop(name, None)
@@ -183,7 +186,25 @@ class TaskGradients:
             raise IncompatiblePair(f"{what} into the gradients of this step; record the sum, once a backward pass")
         if not float(passes.seeds):
             raise IncompatiblePair("the recorded loss was multiplied by 0, so that its gradient is not known")
+        self._require_undivided(passes)
         return {name: gradient / passes.seeds.to(gradient) for name, gradient in passes.task.items()}
+
+    def _require_undivided(self, passes: _Passes) -> None:
+        """Refuses minibatches whose losses were divided by their number before they were recorded.
+
+        The seeds do not show it, and the gradient of the mean would come out divided once more. The last step of an
+        epoch may have fewer minibatches than the loop divides by.
+        """
+        (divisor, *others) = passes.divisors
+        if passes.count > 1 and not others and math.isclose(divisor, passes.count, rel_tol=1e-5):
+            self._number = divisor
+        if not others and divisor > 1 and math.isclose(divisor, self._number, rel_tol=1e-5):
+            raise IncompatiblePair(
+                f"the recorded losses were divided by {divisor:.6g} before record(), as many as the minibatches that "
+                "go into a step: record the loss itself and divide what record returns, "
+                f"loss = learner.record(task_loss) / {divisor:.6g} + learner.penalty() / N_task (a mean over examples "
+                'is task_loss.mean(), or reduction="mean")'
+            )
 
     def _unrecorded(self, passes: _Passes) -> dict[str, Tensor]:
         """As accumulated, if that is what the optimiser got, or its mean over the passes."""
@@ -252,8 +273,9 @@ class TaskGradients:
 class _Passes:
     """Sums over backward passes: all that came, what of it is the task's, and the gradients at recorded losses."""
 
-    def __init__(self, number: int = -1, seed: Tensor | None = None) -> None:
+    def __init__(self, number: int = -1, seed: Tensor | None = None, divisor: float = 1.0) -> None:
         self.number, self.seeds = number, seed
+        self.divisors = set() if seed is None else {divisor}  # of the recorded losses
         self.total: dict[str, Tensor] = {}
         self.task: dict[str, Tensor] = {}
         self.count = 0  # passes with something of the task's
@@ -276,6 +298,7 @@ class _Passes:
             self.task[name] = latest.task[name] if held is None else self.task[name] + latest.task[name]
         self.count += latest._own
         self.unrecorded = self.unrecorded or (latest._own and latest.seeds is None)
+        self.divisors |= latest.divisors
         if latest.seeds is not None:
             self.seeds = latest.seeds if self.seeds is None else self.seeds + latest.seeds
 
@@ -305,6 +328,28 @@ def _remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+
+
+def _divisor(loss: Tensor) -> float:
+    """The number by which a 0-dim loss was divided, as the last thing that was done to it; 1 if by none."""
+    node: Any = loss.grad_fn
+    while node is not None and node.name().partition("Backward")[0] in _ALIKE:
+        node = node.next_functions[0][0]
+    if node is None or not node.name().startswith(("DivBackward", "MulBackward")):
+        return 1.0
+    divided = node.name().startswith("Div")
+    if node.next_functions[1][0] is None:
+        number = node._saved_other
+    elif not divided and node.next_functions[0][0] is None:
+        number = node._saved_self
+    else:
+        return 1.0
+    if number is None or number.numel() != 1 or not float(number):
+        return 1.0
+    return float(number) if divided else 1.0 / float(number)
+
+
+_ALIKE = frozenset(["Alias", "Clone", "Reshape", "Squeeze", "ToCopy", "Unsqueeze", "View"])
 
 
 def _pass() -> int:

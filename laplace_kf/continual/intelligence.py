@@ -121,7 +121,8 @@ class SynapticIntelligence(Learner):
 
             loss = learner.record(cross_entropy(model(x), y)) + learner.penalty() / N_task
 
-        So with k minibatches a step it is ``record(loss) / k``: a loss that is divided already is another loss.
+        So with k minibatches a step it is ``record(loss) / k``; losses that were divided by k before they were recorded
+        are refused by :meth:`after_step`.
 
         Args:
             loss: 0-dim, once a backward pass.
@@ -144,8 +145,9 @@ class SynapticIntelligence(Learner):
                 of backward passes is then not used.
 
         Raises:
-            IncompatiblePair: if there was no gradient, if it was changed before the step without :meth:`record`, or if
-                the weights moved between two gradients of the step. Nothing is taken in then.
+            IncompatiblePair: if there was no gradient, if it was changed before the step without :meth:`record`, if the
+                weights moved between two gradients of the step, or if each of its k losses was divided by k before it
+                was recorded. Nothing is taken in then.
             NonFinite: for a gradient that is not finite of a weight that moved.
         """
         weights = self._weights()

@@ -130,7 +130,7 @@ def observed(
         for index, batch in enumerate(as_batches(data, model)):
             check_batch(batch, index, "the batch", forward, rule.nan_is_missing)
             seen = tracer.observe(batch, index)
-            rule = as_read(rule, seen.batch, forward, seen.outputs, seen.targets)
+            rule = as_read(rule, model, seen.batch, forward, seen.outputs, seen.targets)
             rule.check(seen.outputs.detach(), seen.targets)
             visit(seen, rule, tracer)
         if index < 0:

@@ -91,13 +91,14 @@ class Gaussian(ElementwiseLikelihood):
         self._moved: tuple[Tensor, Tensor] | None = None
 
     @property
-    def _by_output(self) -> bool:
+    def differs_by_output(self) -> bool:
+        """Whether the scale is a tensor ``(C,)``, one number for each output."""
         return isinstance(self.scale, Tensor) and self.scale.ndim == 1
 
     def _check_outputs(self, shape: Sequence[int]) -> None:
         super()._check_outputs(shape)
         channels = shape[1] if len(shape) > 3 else shape[-1]
-        if self._by_output and len(_numbers(self.scale)) != channels:
+        if self.differs_by_output and len(_numbers(self.scale)) != channels:
             raise ShapeMismatch(
                 f"Gaussian: scale has one number for each of {len(_numbers(self.scale))} outputs, got outputs of shape "
                 f"{tuple(shape)} with {channels}."
@@ -198,14 +199,14 @@ class Gaussian(ElementwiseLikelihood):
         """σ as a number; of one σ for each output their geometric mean."""
         return (
             math.exp(statistics.fmean(map(math.log, _numbers(self.scale))))
-            if self._by_output
+            if self.differs_by_output
             else _as_float(self.scale)
         )
 
     def with_noise_scale(self, value: float | Tensor) -> Gaussian:
         """A copy with another σ; this object keeps its own. Several σ are multiplied by one factor."""
         other = copy.copy(self)  # in its layout
-        if not self._by_output or (isinstance(value, Tensor) and value.ndim):
+        if not self.differs_by_output or (isinstance(value, Tensor) and value.ndim):
             other.scale = value
             return other
         scales = torch.as_tensor(self.scale).detach()
@@ -216,12 +217,12 @@ class Gaussian(ElementwiseLikelihood):
 
     def parameters(self) -> dict[str, float]:
         """``{"scale": σ}``; with one for each output ``{"scale[0]": σ_0, ...}``."""
-        if not self._by_output:
+        if not self.differs_by_output:
             return {"scale": _as_float(self.scale)}
         return {f"scale[{k}]": number for k, number in enumerate(_numbers(self.scale))}
 
     def _settings(self) -> dict[str, Any]:
-        scale = _numbers(self.scale) if self._by_output else _as_float(self.scale)
+        scale = _numbers(self.scale) if self.differs_by_output else _as_float(self.scale)
         return {"scale": scale, "ignore_index": self.ignore_index}
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ __all__ = ["FromLoss"]
 
 LossFunction = Callable[[Tensor, Any], Tensor]
 #: How far the loss of an example may move if the others are taken away, relative to 1 + its size: rounding only.
+_SHAPES = re.compile(r"[Ss]ize|shape|dimension|[Dd]im |out of range")
 _ALONE = 1e-3
 
 
@@ -150,7 +152,16 @@ class FromLoss(Likelihood):
 
     def _losses(self, rows: Tensor, targets: Any) -> Tensor:
         """Checked losses ``(B,)``."""
-        found = self.loss(rows, targets)
+        try:
+            found = self.loss(rows, targets)
+        except (RuntimeError, IndexError) as error:
+            if "vmap" in str(error) or not _SHAPES.search(str(error)):
+                raise
+            raise ShapeMismatch(
+                f"FromLoss: the loss cannot be computed of outputs {tuple(rows.shape)} and targets {_shapes(targets)} "
+                f"({str(error).splitlines()[0]}); it is given one row for every example and position, and returns "
+                f"({rows.shape[0]},). A loss of whole examples needs outputs (N, C): flatten them in the model"
+            ) from error
         wrong = None
         if not isinstance(found, Tensor):
             wrong = f"a {type(found).__name__}"

@@ -228,7 +228,7 @@ class SecondOrder(torch.optim.Optimizer):
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = to_device(targets, outputs.device)
-        self.likelihood = as_read(self.likelihood, data, self.tracer.forward, outputs, targets)
+        self.likelihood = as_read(self.likelihood, self.model, data, self.tracer.forward, outputs, targets)
         self.objective.likelihood = self.likelihood
         self.likelihood.check(outputs.detach(), targets)
         losses = -self.likelihood.log_prob(outputs, targets)

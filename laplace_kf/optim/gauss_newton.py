@@ -25,10 +25,12 @@ from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSearch
 from laplace_kf.optim.inverse import INVERSES, damped_power, low_rank_solve
 from laplace_kf.optim.links import Linked
+from laplace_kf.optim.neighbours import hinted
 from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.pending_step import agreed
 from laplace_kf.optim.running import Running
 from laplace_kf.optim.settings import (
+    Curvature,
     Factors,
     GaussNewtonDamping,
     GaussNewtonSettings,
@@ -93,7 +95,9 @@ class GaussNewton(SecondOrder):
         (factors, damping, step, scope), options = sorted_into(settings, *CONCERNS)
         check_arguments(options)
         super().__init__(model, likelihood, step, scope, damping.tau)
-        self._set_factors(factors, *make_pair(structure, estimator, options))
+        with hinted(Curvature, *CONCERNS):
+            pair = make_pair(structure, estimator, options)
+        self._set_factors(factors, *pair)
         self._set_damping(damping)
         self.rescale, self.momentum = step.rescale, step.momentum
         rules = self._accumulating, self.structure, self.ema, self.refresh, self._build

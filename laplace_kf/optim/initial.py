@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm
 
+from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.arguments import check_arguments
 
@@ -23,8 +31,10 @@ def sparse_init_(
     ``N(0, 1/nonzero)``. Torch's recurrent layers have two biases that act as their sum: the second one starts at 0,
     except in a GRU, where its last third acts on its own. A unit with fewer inputs uses all of them. A unit of a
     convolution is an output channel, of a transposed one too (its weights are ``(I, O/groups, ...)``); of
-    ``nn.Bilinear`` an output; of a recurrent layer every gate of a cell. Embeddings, whose rows are no units with
-    inputs, and parameters with fewer than two axes that are no biases are left alone.
+    ``nn.Bilinear`` an output; of a recurrent layer every gate of a cell; of transformers' ``Conv1D`` (``(I, O)``) a
+    column. Of weight normalisation both parts are set, so that the weight itself is the sparse one. Embeddings and
+    positions, whose rows are no units with inputs, normalisation layers, and parameters with fewer than two axes that
+    are no biases are left alone.
 
     Args:
         model: the module whose weights are overwritten.
@@ -37,26 +47,26 @@ def sparse_init_(
 
     Raises:
         IncompatiblePair: for a ``nonzero`` below 1 or a ``scale`` that is not finite or negative; nothing is changed.
+        UnsupportedLayer: for layers without weights yet (lazy ones, the meta device), or whose weight is not free to be
+            sparse (orthogonal ones); nothing is changed.
     """
     check_arguments({"nonzero": nonzero, "scale": scale})
     generator = generator if generator is not None else fresh_generator()
     spread = nonzero**-0.5
     recurrent = any(isinstance(module, (nn.RNNBase, nn.RNNCellBase)) for module in model.modules())
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            continue
+    for module, name, parameter in _drawn(model):
         inside = isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-        for name, parameter in module.named_parameters(recurse=False):
-            if "bias" in name:
-                noise = _normal(parameter, generator) * (spread if recurrent else 0.0)
-                parameter.copy_(_once(noise, name, module) if inside else noise)
-            elif parameter.dim() >= 2:
-                size = scale if not recurrent or (inside and name.startswith("weight_ih_l0")) else spread
-                if isinstance(module, nn.RNNCellBase) and name == "weight_ih":
-                    size = scale
-                groups = module.groups if isinstance(module, _ConvNd) else 1
-                turned = isinstance(module, _ConvTransposeNd)
-                parameter.copy_(_sparse(parameter, nonzero, size, generator, groups if turned else 0))
+        if "bias" in name:
+            noise = _normal(parameter, generator) * (spread if recurrent else 0.0)
+            _put(module, name, _once(noise, name, module) if inside else noise)
+            continue
+        size = scale if not recurrent or (inside and name.startswith("weight_ih_l0")) else spread
+        if isinstance(module, nn.RNNCellBase) and name == "weight_ih":
+            size = scale
+        groups = module.groups if isinstance(module, _ConvTransposeNd) else 0
+        like = parameter.T if _by_columns(module) else parameter
+        found = _sparse(like, nonzero, size, generator, groups)
+        _put(module, name, found.T if _by_columns(module) else found)
     return model
 
 
@@ -66,7 +76,7 @@ def glorot_init_(model: nn.Module, gain: float = 1.0, generator: torch.Generator
 
     The same generator seed gives the same start to every optimiser (Botev 2020, 4.5). The fans of a convolution are
     its channels (of a group) times the size of its kernel; those of a recurrent layer's gates are those of one gate.
-    Embeddings, and parameters with fewer than two axes that are no biases, are left alone.
+    What :func:`sparse_init_` leaves alone is left alone.
 
     Args:
         model: the module whose weights are overwritten.
@@ -78,26 +88,96 @@ def glorot_init_(model: nn.Module, gain: float = 1.0, generator: torch.Generator
 
     Raises:
         IncompatiblePair: for a ``gain`` that is not finite or negative; nothing is changed.
+        UnsupportedLayer: as of :func:`sparse_init_`; nothing is changed.
     """
     check_arguments({"scale": gain})
     generator = generator if generator is not None else fresh_generator()
-    for module in model.modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+    for module, name, parameter in _drawn(model):
+        if "bias" in name:
+            _put(module, name, torch.zeros_like(parameter))
             continue
-        for name, parameter in module.named_parameters(recurse=False):
-            if "bias" in name:
-                parameter.zero_()
-            elif parameter.dim() >= 2:
-                kernel = parameter[0, 0].numel()
-                first, second = parameter.shape[0] * kernel, parameter.shape[1] * kernel
-                if isinstance(module, _ConvNd):
-                    first //= module.groups
-                elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not name.startswith("weight_hr"):
-                    first = module.hidden_size
-                bound = gain * (6 / (first + second)) ** 0.5
-                drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
-                parameter.copy_((bound * (2 * drawn - 1)).to(parameter))
+        kernel = parameter[0, 0].numel()
+        first, second = parameter.shape[0] * kernel, parameter.shape[1] * kernel
+        if isinstance(module, _ConvNd):
+            first //= module.groups
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not name.startswith("weight_hr"):
+            first = module.hidden_size
+        bound = gain * (6 / (first + second)) ** 0.5
+        drawn = torch.rand(parameter.shape, generator=generator, device=generator.device)
+        _put(module, name, (bound * (2 * drawn - 1)).to(parameter))
     return model
+
+
+_LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+_LAYERS = (nn.Bilinear, _ConvNd)  # whose weights have more than two axes
+
+
+def _drawn(model: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Modules, names and values of all weights and biases that are to be drawn.
+
+    A parametrised weight is one entry, under its own name.
+
+    Raises:
+        UnsupportedLayer: if one of them cannot be set.
+    """
+    found: list[tuple[nn.Module, str, Tensor]] = []
+    for path, module in model.named_modules():
+        if isinstance(module, (*_LOOKED_UP, *_NORMS, parametrize.ParametrizationList)) or ".parametrizations" in path:
+            continue
+        entries: list[tuple[str, Tensor]] = list(module.named_parameters(recurse=False))
+        if any(is_lazy(p) or p.is_meta for _, p in entries):
+            raise UnsupportedLayer(
+                f"module {path!r} has parameters without numbers (lazy, or on the meta device): run the model once, or "
+                "model.to_empty(device=...), and then initialise it"
+            )
+        if parametrize.is_parametrized(module):
+            entries += [(name, getattr(module, name)) for name in module.parametrizations]
+        split = {hook.name for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)}
+        entries = [(n, p) for n, p in entries if n not in {f"{s}{part}" for s in split for part in ("_g", "_v")}]
+        entries += [(name, getattr(module, name)) for name in split]
+        for name, value in entries:
+            if "bias" not in name and (value.dim() < 2 or (value.dim() > 2 and not isinstance(module, _LAYERS))):
+                continue
+            _require_free(module, path, name, value)
+            found.append((module, name, value))
+    return found
+
+
+def _require_free(module: nn.Module, path: str, name: str, value: Tensor) -> None:
+    """Refuses a parametrised weight that does not take a sparse value with its zeros where they are."""
+    if name in module._parameters or not parametrize.is_parametrized(module, name):
+        return
+    kept = copy.deepcopy(module)
+    inputs = value[0].numel()
+    hot = torch.nn.functional.one_hot(torch.arange(len(value), device=value.device) % inputs, inputs)
+    wanted = (2 * hot + hot.roll(1, 1)).to(value).reshape(value.shape)  # no identity, which is orthogonal
+    with suppress(NotImplementedError, RuntimeError, ValueError):
+        setattr(kept, name, wanted)
+        if torch.equal(getattr(kept, name) == 0, wanted == 0):
+            return
+    raise UnsupportedLayer(
+        f"the parametrisation of {name!r} of module {path!r} does not let a sparse weight be; initialise the layer "
+        "before it is parametrised, or leave it out and draw it by itself"
+    )
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Sets a weight: the parameter itself, the parts of a parametrised one, or those of weight normalisation."""
+    if name in module._parameters:
+        module._parameters[name].copy_(value)  # type: ignore[union-attr]
+    elif parametrize.is_parametrized(module, name):
+        setattr(module, name, value)
+    else:
+        hook = next(h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm) and h.name == name)
+        getattr(module, f"{name}_g").copy_(torch.norm_except_dim(value, 2, hook.dim))
+        getattr(module, f"{name}_v").copy_(value)
+        setattr(module, name, hook.compute_weight(module))
+
+
+def _by_columns(module: nn.Module) -> bool:
+    """Whether a weight is ``(I, O)``, as in transformers' ``Conv1D``."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def _once(noise: Tensor, name: str, module: nn.Module) -> Tensor:

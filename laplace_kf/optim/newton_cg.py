@@ -24,9 +24,10 @@ from laplace_kf.optim.cg import Map, Progress, Run, conjugate_gradients
 from laplace_kf.optim.damping import LevenbergMarquardt, ratio
 from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
 from laplace_kf.optim.inverse import INVERSES
+from laplace_kf.optim.neighbours import hinted
 from laplace_kf.optim.objective import Batch, counting
 from laplace_kf.optim.penalties import PENALTIES, Curvature
-from laplace_kf.optim.preconditioner import PRECONDITIONERS
+from laplace_kf.optim.preconditioner import PRECONDITIONERS, Preconditioner
 from laplace_kf.optim.recipes import RECIPES, Recipe
 from laplace_kf.optim.running_statistics import averaged, dumped, loaded
 from laplace_kf.optim.settings import (
@@ -103,7 +104,15 @@ class HessianFree(SecondOrder):
     def _set_preconditioner(self, given: Preconditioning, damping: Damping, options: Mapping[str, Any]) -> None:
         """The structured curvature that preconditions, if there is one."""
         name = given.preconditioner
+        if not isinstance(name, (str, Preconditioner, type(None))):
+            raise IncompatiblePair(
+                f"preconditioner= is a name ({', '.join(map(repr, sorted(PRECONDITIONERS)))}) or a "
+                f'lk.optim.Preconditioner, got {name!r}; none is preconditioner="none"'
+            )
         row = PRECONDITIONERS[name] if isinstance(name, str) else name
+        if row is None:
+            with hinted(*CONCERNS):
+                make_pair("kron", "sampled", dict(options))  # refuses what no preconditioner takes
         asked = options or given.damping is not None or damping.zeta is not None or given.ema or given.refresh > 1
         if row is None and (asked or INVERSES[given.inverse] is not INVERSES["block_diagonal"]):
             raise IncompatiblePair(
@@ -122,7 +131,8 @@ class HessianFree(SecondOrder):
             )
             if row.power != 1 and row.damping != "exact":
                 raise IncompatiblePair(f'exponent={row.power} needs damping="exact" for the preconditioner')
-        self.preconditioner, self.pair = row, None if row is None else row.pair()
+        with hinted(*CONCERNS):
+            self.preconditioner, self.pair = row, None if row is None else row.pair()
         self.kappa, self.ema, self.refresh = given.kappa, given.ema, given.refresh
 
     def _set_system(self, given: System) -> None:

@@ -19,6 +19,7 @@ import torch
 from laplace_kf.batches import Forward
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.estimators import ESTIMATORS, Estimator
+from laplace_kf.operators import DAMPINGS
 from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.cg import Progress
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt
@@ -101,7 +102,7 @@ class Factors(Settings):
     )
 
     def __post_init__(self) -> None:
-        check_arguments({"power": self.power, "ema": self.ema, "refresh": self.refresh})
+        check_arguments({name: getattr(self, name) for name in ("power", "ema", "refresh", "low_rank")})
         fraction = self.curvature_fraction
         if isinstance(fraction, tuple) and len(fraction) != 2:
             raise IncompatiblePair(f"curvature_fraction is one number in (0, 1] or a pair, got {fraction}")
@@ -271,6 +272,11 @@ class Preconditioning(Settings):
     damping: str | None = _field(None, "of the preconditioner's blocks; default: that of its kind.")
     ema: float = _field(0.0, "limit of the moving average of the preconditioner's factors; 0: none.")
     refresh: int = _field(1, "steps between fresh preconditioners.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.damping is not None:
+            DAMPINGS[self.damping]  # refuses other names, and numbers
 
 
 # ------------------------------------------------------------------------------------------------ keyword arguments

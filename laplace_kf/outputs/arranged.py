@@ -232,7 +232,7 @@ def decided(likelihood: Any, outputs: Tensor, targets: Any, rows: bool = False) 
 
     Targets in the shape of the outputs themselves show nothing, and every output is a variable of its own then: they
     are read ``(N, T, C)``, as documented, unless a layout was given. Class probabilities show along which axis they add
-    up to 1.
+    up to 1, and a noise scale for each of C outputs along which they lie.
 
     Args:
         likelihood: any likelihood.
@@ -247,7 +247,8 @@ def decided(likelihood: Any, outputs: Tensor, targets: Any, rows: bool = False) 
         return likelihood
     targets = bare(targets)
     same = [t.shape == outputs.shape for t in _tensors(targets)]
-    if same and all(same) and not getattr(likelihood, "simplex_targets", False):
+    by_output = getattr(likelihood, "differs_by_output", False)
+    if same and all(same) and not by_output and not getattr(likelihood, "simplex_targets", False):
         return likelihood
     if same and same[0] and isinstance(targets, (tuple, list)) and all(t.ndim != 2 for t in targets[1:]):
         return likelihood  # known noise of the whole outputs, or of examples

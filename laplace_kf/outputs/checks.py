@@ -80,12 +80,27 @@ def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Seq
     found = tuple(targets.shape)
     if found not in {tuple(e) for e in expected}:
         hint = ""
-        if len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1]):
+        if (len(expected[0]) == 2 and expected[0][1] == 1 and found == tuple(expected[0][:1])) or (
+            len(expected[0]) > 2 and any(tuple(e) == (*found[:1], 1, *found[1:]) for e in expected)
+        ):
             hint = " Use targets[:, None]."
+        elif _is_coarser(shape, found):
+            hint = (
+                " The outputs are coarser than the targets: forward=lambda model, batch: (torch.nn.functional."
+                f"interpolate(model(batch[0]), size={found[1:]}, mode='bilinear'), batch[1]) (of a mapping batch, "
+                'model(pixel_values=batch["pixel_values"]).logits and batch["labels"]).'
+            )
         allowed = " or ".join(str(tuple(e)) for e in expected)
         raise ShapeMismatch(
             f"{who}: targets of shape {found} do not fit outputs of shape {tuple(shape)}; expected {allowed}.{hint}"
         )
+
+
+def _is_coarser(shape: Sequence[int], found: Sequence[int]) -> bool:
+    """Whether targets ``(N, H, W)`` have whole multiples of the sizes of outputs ``(N, C, h, w)``."""
+    if len(shape) != 4 or len(found) != 3 or found[0] != shape[0]:
+        return False
+    return all(fine > coarse and fine % coarse == 0 for fine, coarse in zip(found[1:], shape[2:], strict=True))
 
 
 def refuse_nonfinite_parameters(who: str, parameter: Tensor) -> None:

@@ -60,9 +60,10 @@ def class_masses(who: str, targets: Tensor, ignore_index: int | None) -> tuple[T
     gap = (y.sum(-1) - 1.0).abs() > (COARSE if coarse else TOLERANCE)
     if known_true(gap.any()):
         first = tuple(int(i) for i in gap.nonzero()[0])
+        mark = "-100 (with ignore_index=-100)" if ignore_index is None else ignore_index
         raise InvalidTarget(
             f"{who}: the class probabilities of position {first} (example, position) add up to "
             f"{float(y.sum(-1)[first]):.6g}, not to 1. Divide them by their sum; to weigh examples, pass weights=True "
-            "and batches (x, y, w)."
+            f"and batches (x, y, w). A position to be left out has {mark} in all its entries."
         )
     return y, keep

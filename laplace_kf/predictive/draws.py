@@ -25,10 +25,10 @@ def draw_seeds(samples: int, generator: torch.Generator | None) -> list[int]:
     """One seed per draw, so that a draw does not depend on how many are made at once.
 
     Raises:
-        ValueError: if ``samples`` is not positive.
+        InvalidArgument: if ``samples`` is no whole number of at least 1.
     """
-    if samples < 1:
-        raise InvalidArgument(f"samples must be at least 1, got {samples}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise InvalidArgument(f"samples must be a whole number of at least 1, got {samples!r}")
     generator = generator if generator is not None else fresh_generator()
     return torch.randint(2**62, (samples,), generator=generator, device=generator.device).tolist()
 

@@ -135,3 +135,79 @@ def test_predictions_have_a_row_for_every_example_or_are_refused(
             lk.predictive.outputs_at(model, forward, None, asked(model, forward, x))
         found = lk.predictive.outputs_at(model, forward, None, (x, None))
         torch.testing.assert_close(found, model(x).detach())
+
+
+def _sorted(m: nn.Module, batch: Any) -> Any:
+    order = batch[0].flatten(1).sum(1).argsort()
+    return m(batch[0][order]), batch[1][order]
+
+
+MOVED: dict[str, Any] = {
+    "sorted": _sorted,
+    "reversed": lambda m, b: (m(b[0].flip(0)), b[1].flip(0)),
+    "sorted outputs": lambda m, b: ((z := m(b[0]))[z.flatten(1)[:, 0].argsort()], b[1]),
+}
+OTHER: dict[str, Any] = {
+    "left out": lambda m, b: (m(b[0][b[2] > 0.5]), b[1][b[2] > 0.5]),
+    "halved": lambda m, b: (m(b[0][: len(b[0]) // 2]), b[1][: len(b[0]) // 2]),
+    "repeated": lambda m, b: (m(b[0].repeat(2, *[1] * (b[0].dim() - 1))), b[1].repeat(2)),
+}
+
+
+@pytest.mark.parametrize("how", [*MOVED, *OTHER, "inputs="])
+@pytest.mark.parametrize("count", [2, 9, 200])
+def test_a_whole_batch_has_its_rows_in_their_order_or_is_refused(how: str, count: int) -> None:
+    torch.manual_seed(1)
+    model, x, y = body("deep", 4, 3), torch.randn(count, 4).double(), torch.arange(count) % 3
+    batch = (x, y, (torch.arange(count) % 2).double())
+    said: dict[str, Any]
+    if how == "inputs=":
+        said = {"inputs": lambda b: b[0][1:], "targets": lambda b: b[1][1:]}
+    else:
+        said = {"forward": {**MOVED, **OTHER}[how]}
+    posterior = lk.LaplacePosterior(model, "categorical", structure="diag", **said).fit([batch])
+    match = "another order" if how in MOVED else "a row for every example"
+    if how in ("sorted", "sorted outputs") and count == 2:  # two may be in order already
+        z = (x if how == "sorted" else model(x)).flatten(1)
+        key = z.sum(1) if how == "sorted" else z[:, 0]
+        if bool(key[0] < key[1]):
+            return
+    calls = [
+        lambda: posterior.predict(batch, method="map"),
+        lambda: posterior.predict(batch, method="mc", samples=3),
+        lambda: posterior.functional_covariance(batch),
+        lambda: posterior.predictor(3)(batch),
+        lambda: posterior.ood_score(batch, kind="entropy"),
+    ]
+    for call in calls:
+        with pytest.raises(lk.errors.ShapeMismatch, match=match):
+            call()
+
+
+def test_sorting_what_is_sorted_and_other_sums_over_rows_pass() -> None:
+    torch.manual_seed(1)
+    model, x, y = body("deep", 4, 3), torch.randn(30, 4).double(), torch.arange(30) % 3
+    x = x[x.sum(1).argsort()]
+    for forward in (_sorted, lambda m, b: (m(b[0]) + 0.0 * torch.rand(()), b[1])):
+        posterior = lk.LaplacePosterior(model, "categorical", structure="diag", forward=forward).fit([(x, y)])
+        torch.testing.assert_close(posterior.predict((x, y), method="map").probs, model(x).softmax(-1).detach())
+
+
+@pytest.mark.parametrize(
+    ("forward", "what"),
+    [
+        (lambda m, b: m(b[0]), "Tensor"),
+        (lambda m, b: (m(b[0]), b[1], b[0]), "tuple of 3"),
+        (lambda m, b: None, "NoneType"),
+    ],
+)
+def test_a_forward_returns_two_things(forward: Any, what: str) -> None:
+    model, batch = body("linear", 4, 2), (torch.randn(2, 4).double(), torch.arange(2))
+    with pytest.raises(lk.errors.ShapeMismatch, match=rf"must return \(outputs, targets\), it returned {what}"):
+        lk.LaplacePosterior(model, "categorical", forward=forward).fit([batch])
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"must return \(outputs, targets\)"):
+        lk.optim.kfac(model, "categorical", forward=forward).step(batch)
+    fitted = lk.LaplacePosterior(model, "categorical", forward=lambda m, b: (m(b[0]), b[1])).fit([batch])
+    fitted.forward = forward
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"must return \(outputs, targets\)"):
+        fitted.predict(batch, method="map")

@@ -45,6 +45,8 @@ class Owner(nn.Module):
         own = None if labels is None else self.loss(z, labels)
         if self.form == "tuple":
             return (z,) if own is None else (own, z)
+        if self.form == "after":
+            return z, own
         return {"logits": z} if own is None else {"loss": own, "logits": z}
 
 
@@ -56,7 +58,7 @@ def batch(ignored: bool = True) -> dict[str, Tensor]:
     return {"x": normal(N, T, D), "labels": y}
 
 
-@pytest.mark.parametrize("form", ["dict", "tuple"])
+@pytest.mark.parametrize("form", ["dict", "tuple", "after"])
 @pytest.mark.parametrize("kind", ["mean", "sum", "items"])
 def test_a_constant_factor_makes_no_difference(kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, inner = [], agreement._difference
@@ -78,7 +80,7 @@ def test_a_constant_factor_makes_no_difference(kind: str, form: str, monkeypatch
         ("router", r"output_router_logits=False"),
     ],
 )
-@pytest.mark.parametrize("form", ["dict", "tuple"])
+@pytest.mark.parametrize("form", ["dict", "tuple", "after"])
 def test_another_loss_is_refused_with_the_line_to_paste(kind: str, reason: str, form: str) -> None:
     model, given = Owner(kind, form), batch()
     before = copy.deepcopy(model.state_dict())
@@ -129,6 +131,16 @@ def test_a_loss_seen_through_forward_is_compared() -> None:
     right = lambda m, b: (m(**b)["logits"][:, :-1], b["labels"][:, 1:])  # noqa: E731
     lk.LaplacePosterior(model, "categorical", forward=right).fit([given])
     assert not model._forward_hooks
+
+
+def test_outputs_before_their_loss_are_compared_through_forward() -> None:
+    """``logits, loss = model(x, y)``, and ``(logits, None)`` without targets."""
+    model, given = Owner("smoothed", "after"), batch()
+    pair = (given["x"], given["labels"])
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"label_smoothing=0\.1"):
+        lk.LaplacePosterior(model, "categorical", forward=lambda m, b: (m(*b)[0], b[1])).fit([pair])
+    fitted = lk.LaplacePosterior(model, "categorical").fit([pair])  # (z, None): no loss is asked for
+    torch.testing.assert_close(fitted.predict(pair[0], method="map").probs, model.layer(pair[0]).softmax(-1).detach())
 
 
 def test_regression_and_binary_losses() -> None:
@@ -315,6 +327,48 @@ def test_a_causal_model_by_another_name_is_refused_with_the_shift() -> None:
     ids = torch.randint(3, 11, (3, 5), generator=rng(0))
     with pytest.raises(lk.errors.ShapeMismatch, match="shifts the labels itself"):
         lk.LaplacePosterior(Mine(), "categorical", structure="diag").fit([{"input_ids": ids, "labels": ids}])
+
+
+def test_a_causal_name_without_a_shift_is_refused_with_the_line() -> None:
+    settings = {k: v for k, v in SMALL.items() if k.endswith("token_id")}
+    config = transformers.XLNetConfig(vocab_size=12, d_model=8, n_layer=1, n_head=2, d_inner=8, **settings)
+    torch.manual_seed(0)
+    model = transformers.XLNetLMHeadModel(config).double()
+    ids = torch.randint(3, 11, (3, 5), generator=rng(0))
+    with pytest.raises(lk.errors.ShapeMismatch, match="compares position t with label t, without a shift"):
+        lk.LaplacePosterior(model, "categorical", parameters=["lm_loss*"]).fit([{"input_ids": ids, "labels": ids}])
+    pasted = lk.LaplacePosterior(
+        model, "categorical", structure="diag", unused="prior", parameters=["lm_loss*"],
+        inputs=lambda batch: {key: batch[key] for key in ("input_ids",)}, targets=lambda batch: batch["labels"],
+    ).fit([{"input_ids": ids, "labels": ids}])  # fmt: skip
+    own = float(model.eval()(input_ids=ids, labels=ids).loss.detach())
+    assert -float(pasted.predict({"input_ids": ids}, method="map").log_prob(ids).mean()) / 5 == pytest.approx(own)
+
+
+@pytest.mark.parametrize("name", ["token", "causal"])
+def test_as_many_tokens_as_classes_are_no_question_of_layout(name: str) -> None:
+    ids = torch.randint(3, 11, (3, 12), generator=rng(0))
+    if name == "token":
+        model: Any = transformers.BertForTokenClassification(transformers.BertConfig(**SMALL, num_labels=12))
+    else:
+        model = causal("gpt2")
+        model.transformer.wpe = nn.Embedding(16, 8)
+    given = {"input_ids": ids, "labels": ids}
+    model = model.double()
+    posterior = lk.LaplacePosterior(model, "categorical", structure="diag", unused="prior").fit([given])
+    counted = 3 * (12 if name == "token" else 11)
+    own = float(model.eval()(**given).loss) * counted
+    assert -float(posterior.predict(given, method="map").log_prob(ids).sum()) == pytest.approx(own, rel=1e-5)
+
+
+def test_one_real_label_an_example() -> None:
+    """As transformers' collators make it for ``num_labels=1``: labels ``(N,)`` beside outputs ``(N, 1)``."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=1)).double()
+    given = {"input_ids": torch.randint(3, 11, (4, 5), generator=rng(0)), "labels": normal(4, seed=1)}
+    posterior = lk.LaplacePosterior(model, "gaussian", structure="diag").fit([given])
+    terms = posterior.predict(given, method="map").log_prob(given["labels"])
+    own = model.eval()(**given).loss.detach()
+    torch.testing.assert_close(-(terms + 0.5 * torch.log(torch.tensor(2 * torch.pi))).mean().double(), own / 2)
 
 
 def test_label_lists_and_predictions_of_causal_models() -> None:

@@ -265,3 +265,53 @@ def test_arranged_likelihoods_are_likelihoods() -> None:
     assert "with_layout('channels_first')" in repr(rule)
     with pytest.raises(lk.errors.UnknownName, match="channels_last"):
         rule.with_layout("last")
+
+
+@pytest.mark.parametrize("steps", [C, 5])
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_noise_scale_for_every_channel_shows_the_layout(axes: int, steps: int) -> None:
+    """Of targets in the shape of the outputs; as many steps as channels are refused, not read by chance."""
+    scale = torch.tensor([0.5, 1.0, 2.0]).double()
+    sizes = (steps,) if axes == 1 else (steps, steps)
+    model = (nn.Conv1d, nn.Conv2d)[axes - 1](2, C, 1).double()
+    x, y = torch.randn(4, 2, *sizes).double(), torch.randn(4, C, *sizes).double()
+    likelihood = lk.likelihoods.Gaussian(scale=scale)
+    if axes == 1 and steps == C:
+        with pytest.raises(lk.errors.ShapeMismatch, match="fit two layouts"):
+            lk.LaplacePosterior(model, likelihood).fit(x, y)
+        with pytest.raises(lk.errors.ShapeMismatch, match="fit two layouts"):
+            lk.optim.kfac(model, likelihood).step(x, y)
+        likelihood = likelihood.with_layout("channels_first")
+    found = lk.LaplacePosterior(model, likelihood, structure="full").fit(x, y)
+    z = model(x)
+    wanted = torch.zeros(found.precision.size, found.precision.size).double()
+    for n in range(4):
+        for c in range(C):
+            for output in z[n, c].flatten():
+                row = torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(output, list(model.parameters()), retain_graph=True)]
+                )
+                wanted += torch.outer(row, row) / scale[c] ** 2
+    torch.testing.assert_close(found.curvature.dense(), wanted / 4)
+    assert found.predict(x, "linearized").variance.shape == y.shape
+
+
+def test_targets_of_other_sizes_name_the_line_to_paste() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"Use targets\[:, None\]"):
+        lk.LaplacePosterior(nn.Conv2d(3, 1, 1), "bernoulli").fit(x, torch.zeros(2, 8, 8))
+    coarse, y = nn.Conv2d(3, 3, 2, stride=2), torch.randint(3, (2, 8, 8))
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"interpolate\(model\(batch\[0\]\), size=\(8, 8\)"):
+        lk.LaplacePosterior(coarse, "categorical").fit(x, y)
+    lk.LaplacePosterior(
+        coarse, "categorical",
+        forward=lambda model, batch: (
+            torch.nn.functional.interpolate(model(batch[0]), size=(8, 8), mode="bilinear"), batch[1]
+        ),
+    ).fit([(x, y)])  # fmt: skip
+    soft = torch.zeros(2, 4, 3)
+    with pytest.raises(lk.errors.InvalidTarget, match="A position to be left out has -100 in all its entries"):
+        lk.LaplacePosterior(nn.Linear(2, 3), "categorical").fit(torch.randn(2, 4, 2), soft)
+    sized = lk.likelihoods.FromLoss(lambda o, t: ((o - t) * torch.ones(7)).sum(1))
+    with pytest.raises(lk.errors.ShapeMismatch, match="the loss cannot be computed of outputs"):
+        lk.LaplacePosterior(nn.Linear(2, 3), sized).fit(torch.randn(4, 2), torch.randn(4, 3))

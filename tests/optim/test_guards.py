@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.curvature import make_structure
@@ -124,6 +125,64 @@ def test_directions_that_ascend_become_the_gradients(momentum: bool) -> None:
     alpha = float(g @ g / (g @ curved @ g))
     torch.testing.assert_close(oracles.flat_parameters(model), theta - alpha * g, rtol=1e-8, atol=1e-10)
     assert opt.diagnostics["alpha"] == pytest.approx(alpha)
+
+
+NEIGHBOURS: dict[str, tuple[Any, dict[str, str]]] = {
+    "hessian_free": (
+        lk.optim.hessian_free,
+        {
+            "levenberg": "tau=", "cg_tol": "termination=lk.optim.cg.Progress(tolerance=...)", "lambda_": "tau=",
+            "max_cg_iters": "recipe=lk.optim.Recipe(limit=...)", "delta_decay": "momentum=", "radius": "trust_radius=",
+            "use_adaptive_damping": "adapt_tau=", "weight_decay": "l2=", "norm_constraint": "trust_radius=",
+            "min_damping": "tau_rule=lk.optim.LevenbergMarquardt(...)", "line_search": "recipe=",
+            "curvature_ema": "ema=",
+        },
+    ),
+    "natural_gradient": (lk.optim.natural_gradient, {"cg_tol": "termination=lk.optim.cg.Progress(tolerance=...)"}),
+    "kfac": (
+        lk.optim.kfac,
+        {
+            "initial_damping": "zeta=", "inverse_update_period": "refresh=", "stat_decay": "ema=", "lr_": "lr=",
+            "norm_constraint": "rescale=True", "kfac_approx": "sharing=", "estimation_mode": "estimator=",
+            "learning_rate": "lr=", "nesterov": "momentum=", "eps": "zeta=", "mc_samples": "samples=",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_options_of_neighbours_are_named(name: str) -> None:
+    make, words = NEIGHBOURS[name]
+    for word, meant in words.items():
+        with pytest.raises(lk.errors.UnknownOption, match=f"option {word!r}") as caught:
+            make(nn.Linear(2, 2), "categorical", **{word: 1.0})
+        assert re.search(rf"(Use|Did you mean) {re.escape(meant)}", str(caught.value))
+
+
+def test_values_of_neighbours_are_named() -> None:
+    for name, given, meant in [
+        ("preconditioner", "kfac", "kronecker"), ("preconditioner", "jacobi", "diagonal"),
+        ("distance", "mse", "squared"),
+        ("distance", "kl", "cross_entropy"), ("penalty", "levenberg", "identity"), ("penalty", "ggn", "curvature"),
+        ("penalty", "marquardt", "diagonal"), ("recipe", "martens", "original"), ("damping", "pi", "balanced"),
+    ]:  # fmt: skip
+        with pytest.raises(lk.errors.UnknownName, match=f"Did you mean {meant!r}"):
+            lk.optim.hessian_free(
+                nn.Linear(2, 2),
+                "categorical",
+                **{"preconditioner": "kronecker", name: given},  # type: ignore[arg-type]
+            )
+
+
+def test_kinds_of_values_are_refused_with_the_argument_that_is_meant() -> None:
+    for make in (lk.optim.kfac, lk.optim.hessian_free):
+        with pytest.raises(lk.errors.UnknownName, match=r"zeta=0\.1 for an optimiser"):
+            make(nn.Linear(2, 2), "categorical", damping=0.1)
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"momentum must be True or False.*got 0\.9"):
+            make(nn.Linear(2, 2), "categorical", momentum=0.9)
+    for wrong in (True, False, 3):
+        with pytest.raises(lk.errors.IncompatiblePair, match='none is preconditioner="none"'):
+            lk.optim.hessian_free(nn.Linear(2, 2), "categorical", preconditioner=wrong)
 
 
 def test_kfac_leaves_tau_between_a_quarter_and_three_quarters() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,6 +130,105 @@ def test_recurrent_layers() -> None:
     drawn = samples(model, torch.cat([x, x, x]), 20)
     close(drawn[:, 0], drawn[:, 1])
     assert drawn[:, 0].std(0).min() > 0
+
+
+class TimeMajor(nn.Module):
+    """Positions on the first axis inside, as torch's own layers have them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.inner(x.transpose(0, 1))
+        return (found[0] if isinstance(found, tuple) else found).mean(0)
+
+
+class Weights(nn.Module):
+    """The mask is on the weights; as many outputs as examples are no reason to take them for examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.mean(1), F.dropout(self.layer.weight, 0.5, self.training), self.layer.bias)
+
+
+ANYWHERE: dict[str, Any] = {
+    "rows": lambda: TimeMajor(nn.Dropout(0.5)),
+    "encoder": lambda: TimeMajor(nn.TransformerEncoderLayer(4, 2, 6, dropout=0.5)),
+    "lstm": lambda: TimeMajor(nn.LSTM(4, 4, 2, dropout=0.5)),
+    "weights": Weights,
+}
+
+
+@pytest.mark.parametrize("steps", [3, 6])
+@pytest.mark.parametrize("kind", ANYWHERE)
+def test_examples_on_any_axis_of_a_mask(kind: str, steps: int) -> None:
+    """Of N = 3 examples, as many positions, or twice as many, are not taken for examples: positions drop alone."""
+    torch.manual_seed(0)
+    model, x = ANYWHERE[kind]().double(), normal(1, steps, 4, seed=1)
+    drawn = samples(model, torch.cat([x] * 3), 60)
+    close(drawn, drawn[:, :1].expand_as(drawn))
+    close(samples(model, x, 60), drawn[:, :1])  # alone, too
+    torch.manual_seed(1)
+    own = torch.stack([model.train()(x)[0] for _ in range(60)])
+    alike(drawn[:, 0], own.detach())
+
+
+def test_masks_drawn_by_probabilities_are_shared_as_well() -> None:
+    class Drawn(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            keep = torch.full_like(x, 0.75)
+            mask = torch.bernoulli(keep) * torch.distributions.Bernoulli(keep).sample() if self.training else 1.0
+            return x * mask
+
+    x = normal(1, 4, seed=1)
+    drawn = samples(nn.Sequential(Drawn()).double(), torch.cat([x, x]), 600)
+    assert torch.equal(drawn[:, 0], drawn[:, 1])
+    close((drawn[:, 0] != 0).double().mean(), torch.tensor(0.75**2).double(), 0.1)
+
+
+def test_arrays_and_functions_of_a_batch() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.Linear(5, 3)), normal(6, 4, seed=1).float()
+    wanted = lk.predictive.mc_dropout(model, "categorical", 5, rng(0))(x).probs
+    assert torch.equal(lk.predictive.mc_dropout(model, "categorical", 5, rng(0))(x.numpy()).probs, wanted)
+    read = lk.predictive.mc_dropout(model, "categorical", 5, rng(0), inputs=lambda b: b["x"], targets=lambda b: b["y"])
+    assert torch.equal(read({"x": x, "y": torch.zeros(6)}).probs, wanted)
+    for wrong in (0, -1, 2.5, "3", True):
+        with pytest.raises(lk.errors.InvalidArgument, match="samples must be a whole number of at least 1"):
+            lk.predictive.mc_dropout(model, "categorical", wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("make", [lambda: nn.RReLU(), lambda: nn.utils.spectral_norm(nn.Linear(4, 4)),
+                                  lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))])  # fmt: skip
+def test_what_is_no_dropout_is_in_eval_mode(make: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), make(), nn.Dropout(0.0), nn.Linear(4, 2)).double().eval()
+    state, x = {name: value.clone() for name, value in model.state_dict().items()}, normal(3, 4, seed=1)
+    with pytest.warns(UserWarning, match="nothing to drop"):
+        found = lk.predictive.mc_dropout(model.train(), "categorical", 3)(x)
+    close(found.probs, model.eval()(x).softmax(-1).detach())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["numpy", "python", "rows"])
+def test_random_numbers_that_cannot_be_seen_are_found_out(kind: str) -> None:
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return x
+            if kind == "python":
+                return x * random.random()
+            if kind == "rows":  # positions before examples, in one axis
+                return F.dropout(x.view(len(x), 2, 2).transpose(0, 1).reshape(-1, 2), 0.5).view(2, -1, 2).sum(0)
+            return x * torch.as_tensor(np.random.default_rng().random(x.shape))
+
+    for x in (normal(4, 4, seed=1), *([normal(1, 4, seed=1)] if kind != "rows" else [])):
+        with pytest.raises(lk.errors.UnsupportedLayer, match="does not have the same outputs"):
+            lk.predictive.mc_dropout(nn.Sequential(nn.Linear(4, 4), Hidden()).double(), "gaussian", 3)(x)
 
 
 def test_batches_and_gradients() -> None:
