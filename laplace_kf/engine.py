@@ -125,9 +125,12 @@ class Accumulator:
             return
         with torch.no_grad():
             if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
-                observation.watches = self.structure.counts_positions
+                counting, early = self.structure.counts_positions, self.structure.inputs_first
+                observation.watches = counting and not early
+                if counting and early:
+                    self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
                 self.estimator.measure(observation, self.likelihood, self, self._source(numbers))
-                if self.structure.counts_positions:  # last: the columns have mostly shown which positions count
+                if counting and not early:  # last: the columns have mostly shown which positions count
                     self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()

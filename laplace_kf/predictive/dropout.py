@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_kf.batches import Forward, check_finite, map_examples, mapped, predicted, tensors_of, to_device
 from laplace_kf.callers import warn_user
-from laplace_kf.errors import NonFinite, UnsupportedLayer
+from laplace_kf.errors import LaplaceKFError, NonFinite, UnsupportedLayer
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import lasting, preserved, usable
@@ -200,7 +200,12 @@ class MCDropout:
             more, other = mapped(x, torch.detach), None
             if count > 1:  # a first input more shows along which axis of a mask the examples lie
                 more = map_examples(more, count, lambda t: torch.cat([t, t[:1]]))
-                thinned(more, larger := _Masks(self._seeds[0], count + 1))
+                larger = _Masks(self._seeds[0], count + 1)
+                try:
+                    thinned(more, larger)
+                except LaplaceKFError:
+                    thinned(mapped(x, torch.detach), _Masks(self._seeds[0], count))  # speaks of what was given
+                    raise
                 other = larger.shapes
             made = [_Masks(seed, count, other) for seed in self._seeds]
             found = [thinned(x, masks, track) for masks in made]
