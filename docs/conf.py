@@ -33,6 +33,7 @@ NAVIGATION: dict[str, list[str]] = {
         "batches",
         "likelihoods",
         "many_outputs",
+        "distributed",
         "mixtures",
         "evidence_training",
         "chaining",
@@ -148,7 +149,7 @@ def cite(app: Any, what: str, name: str, obj: object, options: Any, lines: list[
 def skip(app: Any, what: str, name: str, obj: Any, skipped: bool, options: Any) -> bool | None:
     """What classes inherit from torch and other libraries is documented there."""
     getter = obj.fget if isinstance(obj, property) else obj
-    module = getattr(getter, "__module__", None)
+    module = getattr(getattr(getter, "__objclass__", getter), "__module__", None)  # methods written in C have no module
     return True if isinstance(module, str) and not module.startswith("laplace_kf") else None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Bernoulli, Categorical, Gaussian
 from laplace_kf.linalg import typed
@@ -200,7 +200,7 @@ def _functions(
 ) -> list[Tensor]:
     """Probabilities ``(S, N, C)`` of the same S functions at several inputs."""
     if samples < 2:
-        raise ValueError(f"samples must be at least 2, got {samples}")
+        raise InvalidArgument(f"samples must be at least 2, got {samples}")
     sizes = [_count(x) for x in inputs]
     x = inputs[0]
     for more in inputs[1:]:
@@ -306,7 +306,7 @@ def _entropy(p: Tensor) -> Tensor:
 
 def _size(size: int, count: int) -> int:
     if not 1 <= size <= count:
-        raise ValueError(f"size must be between 1 and the {count} points of the pool, got {size}")
+        raise InvalidArgument(f"size must be between 1 and the {count} points of the pool, got {size}")
     return size
 
 

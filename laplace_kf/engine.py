@@ -132,6 +132,12 @@ class Accumulator:
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
             log_prob = self.likelihood.log_prob(wide, observation.targets)
+        if bool(log_prob.isnan().any()):
+            raise NonFinite(
+                f"log p of example {int(log_prob.isnan().nonzero()[0, 0])} of a minibatch is NaN under "
+                f"{self.likelihood!r}, although outputs and targets are finite: its loss is not defined there (the "
+                "logarithm or root of a negative number?); make outputs positive first, such as with softplus"
+            )
         self.log_likelihood += log_prob.sum(dtype=torch.float64).cpu()
         self.terms += self.likelihood.terms(observation.targets)
         moments = self.likelihood.moments(wide, observation.targets).cpu()

@@ -15,7 +15,9 @@ __all__ = [
     "CorruptFile",
     "DistributedFailure",
     "IncompatiblePair",
+    "InvalidArgument",
     "InvalidTarget",
+    "InvalidType",
     "LaplaceKFError",
     "NonFinite",
     "NotFitted",
@@ -79,6 +81,14 @@ class UnknownOption(LaplaceKFError, TypeError):
         near = nearest(name, self.allowed) if line is None else None
         hint = f" Use {line}." if line else f" Did you mean {near}=?" if near else ""
         super().__init__(f"option {name!r} {taken}.{hint}")
+
+
+class InvalidArgument(LaplaceKFError, ValueError):
+    """A number or choice that cannot be; says which argument, what was given and what is allowed."""
+
+
+class InvalidType(LaplaceKFError, TypeError):
+    """An argument of another kind than is needed; says which one, what was given and what is allowed."""
 
 
 class IncompatiblePair(LaplaceKFError, ValueError):

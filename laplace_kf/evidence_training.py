@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import as_batches, run, to_device
-from laplace_kf.errors import IncompatiblePair, NotFitted
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, NotFitted
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
@@ -70,7 +70,7 @@ class EvidenceTraining:
             if value is not None:
                 positive(name, value)
         if burn_in < 0:
-            raise ValueError(f"burn_in must not be negative, got {burn_in}")
+            raise InvalidArgument(f"burn_in must not be negative, got {burn_in}")
         self.posterior = LaplacePosterior(model, likelihood, **settings)
         scale = self.posterior.likelihood.noise_scale
         if noise and scale is None:
@@ -198,7 +198,7 @@ def evidence_training(
             only once.
     """
     if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+        raise InvalidArgument(f"epochs must be at least 1, got {epochs}")
     if iter(loader) is loader if not isinstance(loader, (tuple, list)) else False:
         raise IncompatiblePair(
             "evidence training goes over the data many times: pass a DataLoader or a list of batches"

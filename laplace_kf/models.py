@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
+from laplace_kf.errors import IncompatiblePair, InvalidType, ShapeMismatch, UnsupportedLayer
 from laplace_kf.randomness import same_random_states
 from laplace_kf.replica import Shared
 from laplace_kf.sequences import read
@@ -69,7 +69,7 @@ def usable(model: nn.Module) -> nn.Module:
             another number type); names the module path and a way out.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
     while _is_compiled(model) or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         (model,) = model.children()
     modules, parameters = list(model.named_modules()), named_parameters(model)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from laplace_kf import files
 from laplace_kf.batches import tensors_of
-from laplace_kf.errors import CorruptFile, IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import CorruptFile, IncompatiblePair, InvalidArgument, ShapeMismatch
 from laplace_kf.randomness import random_states, same_random_states, set_random_states
 
 __all__ = ["Checkpoint", "Gathering", "Journal", "described", "digest", "journal", "length", "require_same"]
@@ -118,7 +118,7 @@ class Checkpoint(Journal):
         devices: Collection[torch.device] = (),
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a positive integer, a number of minibatches, got {every!r}")
+            raise InvalidArgument(f"every must be a positive integer, a number of minibatches, got {every!r}")
         self.path, self.every, self.made_for = files.require_folder(path), every, dict(made_for)
         self.generator, self.devices = generator, devices
         self._sources = list(_generators(data))

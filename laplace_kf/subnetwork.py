@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from laplace_kf.distributed import Ranks
 from laplace_kf.engine import collect
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import InvalidArgument, ShapeMismatch
 from laplace_kf.estimators import Estimator
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood
@@ -54,7 +54,7 @@ class Subnetwork:
 
     def __post_init__(self) -> None:
         if self.size < 1 or int(self.size) != self.size:
-            raise ValueError(f"the size of a subnetwork must be a positive integer, got {self.size}")
+            raise InvalidArgument(f"the size of a subnetwork must be a positive integer, got {self.size}")
         _ = CRITERIA[self.by]
         if not isinstance(self.within, str):
             object.__setattr__(self, "within", tuple(self.within))

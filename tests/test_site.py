@@ -62,6 +62,13 @@ def test_letters_of_formulas() -> None:
     assert found == r"{ℝ}, {𝔼}, {ℒ}, {ℳ𝒩}, \mathrm{tr}"
 
 
+def test_the_reference_leaves_out_what_other_libraries_made() -> None:
+    for other in (Exception.with_traceback, torch.nn.Module.to):
+        assert conf.skip(None, "method", "name", other, False, None)
+    for ours in (lk.LaplacePosterior.fit, lk.LaplacePosterior.mean, lk.continual.EWC):
+        assert conf.skip(None, "method", "name", ours, False, None) is None
+
+
 def documented() -> dict[str, set[str]]:
     """By module: the names that a page of the reference has, ``*`` for all of ``__all__``, and ``-name`` left out."""
     found: dict[str, set[str]] = {}

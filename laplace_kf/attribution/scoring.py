@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_kf.attribution.gradients import Gradients, at_mean, batches_of
 from laplace_kf.attribution.pairs import Queries
 from laplace_kf.attribution.values import Value
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -196,7 +196,7 @@ def _chunks(
 ) -> Iterator[list[tuple[Queries, Shape]]]:
     """Solved queries with their columns and examples, as many at a time as fit."""
     if accuracy is not None and not 0 < accuracy < 1:
-        raise ValueError(f"accuracy is a relative error between 0 and 1, such as 1e-2, got {accuracy}")
+        raise InvalidArgument(f"accuracy is a relative error between 0 and 1, such as 1e-2, got {accuracy}")
     each = precision.size * like_of(precision).element_size()
     room = max(1, QUERY_BYTES // each)
     kept: list[tuple[Queries, Shape]] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.posterior import LaplacePosterior
@@ -156,7 +156,7 @@ class Learner(ABC):
         for pattern, value in prior.items():
             if fnmatchcase(name, pattern):
                 return value
-        raise ValueError(
+        raise InvalidArgument(
             f"no prior precision for {name!r}, which parameters= leaves out: add a pattern to prior_precision, or give "
             "head_precision (0 for no penalty)"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from laplace_kf.errors import InvalidArgument
+
 __all__ = ["EarlyStopping", "decayed_rate"]
 
 
@@ -19,7 +21,7 @@ def decayed_rate(rate: float, task: int, k: float) -> float:
         ValueError: for a negative ``task`` or ``k``.
     """
     if task < 0 or k < 0:
-        raise ValueError(f"task and k must not be negative, got {task} and {k}")
+        raise InvalidArgument(f"task and k must not be negative, got {task} and {k}")
     return rate / (1 + k * task)
 
 
@@ -47,7 +49,7 @@ class EarlyStopping:
 
     def __init__(self, patience: int = 5, least: int = 10) -> None:
         if patience < 1 or least < 0:
-            raise ValueError(f"expected patience >= 1 and least >= 0, got {patience} and {least}")
+            raise InvalidArgument(f"expected patience >= 1 and least >= 0, got {patience} and {least}")
         self.patience, self.least = patience, least
         self.best = math.inf
         self.best_epoch = self.epoch = 0

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.errors import InvalidArgument
 from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.tape import Observation
@@ -63,7 +64,7 @@ class Importance(Estimator):
 
     def __init__(self, columns: float = 1.0) -> None:
         if not columns > 0:
-            raise ValueError(f"columns must be positive, got {columns}")
+            raise InvalidArgument(f"columns must be positive, got {columns}")
         self.columns = columns
 
     def options(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.draws import ExampleDraws, Source, normal, signs
+from laplace_kf.errors import InvalidArgument
 from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.registry import Registry
@@ -45,7 +46,7 @@ class Projection(ColumnEstimator):
 
     def __init__(self, samples: int = 1, noise: str = "rademacher") -> None:
         if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+            raise InvalidArgument(f"samples must be at least 1, got {samples}")
         self.samples, self.noise = samples, NOISES[noise]
         self.noise_name = noise
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.draws import ExampleDraws
+from laplace_kf.errors import InvalidArgument
 from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.tape import Observation
@@ -28,7 +29,7 @@ class Sampled(ColumnEstimator):
 
     def __init__(self, samples: int = 1) -> None:
         if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+            raise InvalidArgument(f"samples must be at least 1, got {samples}")
         self.samples = samples
 
     def options(self) -> dict[str, Any]:

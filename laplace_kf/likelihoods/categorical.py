@@ -211,8 +211,8 @@ class Categorical(Likelihood):
         if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
             first = f", first value {targets.flatten()[0].item()}" if targets.numel() else ""
             raise InvalidTarget(
-                f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}; class "
-                f"probabilities have the shape of the outputs."
+                f"Categorical: targets must be integer class indices in {allowed}, got {targets.dtype}{first}: "
+                f"y.long() makes them so. Class probabilities have the shape of the outputs."
             )
         y, keep = self._ignore(targets.long())
         refuse_values("Categorical", targets, (y < 0) | (y >= classes), allowed)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.draws import Source, normal
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
@@ -86,7 +86,7 @@ class Gaussian(ElementwiseLikelihood):
             )
         for number in _numbers(value):
             if not (math.isfinite(number) and number > 0):
-                raise ValueError(f"Gaussian: scale {number} is outside (0, inf); it is a standard deviation.")
+                raise InvalidArgument(f"Gaussian: scale {number} is outside (0, inf); it is a standard deviation.")
         self._scale: float | Tensor = value if isinstance(value, Tensor) else float(value)  # type: ignore[arg-type]
         self._moved: tuple[Tensor, Tensor] | None = None
 

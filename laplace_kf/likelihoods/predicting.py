@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.errors import InvalidArgument, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods.joined import joined
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link
 from laplace_kf.likelihoods.prediction import Prediction
@@ -137,7 +137,7 @@ class Predicting(Reading):
         """
         rule = self.link(link)
         if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+            raise InvalidArgument(f"samples must be at least 1, got {samples}")
         z = self._unpack(outputs, None).z
         spread = to_positions(variance).to(z)
         full = None if rule.marginal or covariance is None else covariance.to(z)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, InvalidTarget, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, InvalidTarget, ShapeMismatch
 from laplace_kf.outputs.checks import known_false, known_finite, refuse_nonfinite
 from laplace_kf.outputs.layout import check_layout, from_positions, to_positions
 from laplace_kf.outputs.weighted import apart
@@ -89,7 +89,7 @@ class Reading(abc.ABC):
 
     def __init__(self, ignore_index: int | None = -100) -> None:
         if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, int)):
-            raise ValueError(f"{type(self).__name__}: ignore_index must be an int or None, got {ignore_index!r}.")
+            raise InvalidArgument(f"{type(self).__name__}: ignore_index must be an int or None, got {ignore_index!r}.")
         self.ignore_index = ignore_index
 
     @abc.abstractmethod

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from laplace_kf.errors import InvalidArgument
+
 __all__ = ["Map", "Progress", "Run", "conjugate_gradients"]
 
 Map = Callable[[Tensor], Tensor]
@@ -87,7 +89,7 @@ def conjugate_gradients(
         ValueError: for a radius with a start.
     """
     if radius is not None and start is not None:
-        raise ValueError("a trust region needs a zero start: leave out start (decay=0), or radius")
+        raise InvalidArgument("a trust region needs a zero start: leave out start (decay=0), or radius")
     solve: Map = precondition if precondition is not None else _same
     measure: Map = metric if metric is not None else _same
     progress = progress if progress is not None else Progress()

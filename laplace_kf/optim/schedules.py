@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from laplace_kf.errors import InvalidArgument
+
 __all__ = ["PUBLISHED_RATES", "PUBLISHED_SHARES", "averaging_weight", "batch_size", "halving", "nesterov_momentum"]
 
 PUBLISHED_RATES = tuple(2.0**-power for power in range(6, 14))
@@ -21,7 +23,7 @@ def batch_size(step: int, n_data: int, first: int = 1000, reaches: int = 500) ->
         ValueError: for a step below 1.
     """
     if step < 1:
-        raise ValueError(f"steps are numbered from 1, got {step}")
+        raise InvalidArgument(f"steps are numbered from 1, got {step}")
     if n_data <= first:
         return n_data
     growth = math.log(n_data / first) / max(1, reaches - 1)
@@ -51,5 +53,5 @@ def halving(step: int, steps: int, share: float) -> float:
         ValueError: for a share outside (0, 1], no steps, or a negative step.
     """
     if not 0 < share <= 1 or steps < 1 or step < 0:
-        raise ValueError(f"expected a share in (0, 1], steps >= 1 and step >= 0, got {share}, {steps} and {step}")
+        raise InvalidArgument(f"expected a share in (0, 1], steps >= 1 and step >= 0, got {share}, {steps} and {step}")
     return 0.5 ** int(step / (share * steps) + 1e-9)

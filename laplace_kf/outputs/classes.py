@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import InvalidTarget, ShapeMismatch
+from laplace_kf.errors import InvalidArgument, InvalidTarget, ShapeMismatch
 from laplace_kf.outputs.checks import known_true, refuse_values
 from laplace_kf.outputs.layout import to_positions
 
@@ -28,7 +28,7 @@ def checked_class_weights(who: str, weights: Tensor | Sequence[float]) -> Tensor
     if found.ndim != 1 or not len(found):
         raise ShapeMismatch(f"{who}: class_weights must have shape (C,), one number a class, got {tuple(found.shape)}.")
     if not bool((torch.isfinite(found) & (found >= 0)).all()) or not bool((found > 0).any()):
-        raise ValueError(f"{who}: class_weights {found.tolist()} must be finite, at least 0, and not all 0.")
+        raise InvalidArgument(f"{who}: class_weights {found.tolist()} must be finite, at least 0, and not all 0.")
     return found
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.callers import users_line
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
 
 __all__ = ["Conformal", "Predictive", "interval", "prediction_set", "scores"]
 
@@ -83,7 +83,7 @@ class Conformal:
 def checked(level: float) -> float:
     """A level of coverage; raises ``ValueError`` unless it lies between 0 and 1."""
     if not 0.0 < level < 1.0:
-        raise ValueError(f"a level of coverage lies between 0 and 1, for example 0.9, got {level}")
+        raise InvalidArgument(f"a level of coverage lies between 0 and 1, for example 0.9, got {level}")
     return float(level)
 
 
@@ -91,7 +91,7 @@ def interval(prediction: Predictive, level: float, of: str) -> tuple[Tensor, Ten
     """Both ends, each ``(N, C)``; see :meth:`laplace_kf.likelihoods.Prediction.interval`."""
     checked(level)
     if of not in OF:
-        raise ValueError(f"an interval is of one of {', '.join(map(repr, OF))}, got {of!r}")
+        raise InvalidArgument(f"an interval is of one of {', '.join(map(repr, OF))}, got {of!r}")
     if "mean" not in prediction.values or "variance" not in prediction.values:
         raise IncompatiblePair(
             "intervals are of real targets and counts; for classes there is prediction.prediction_set(level)"

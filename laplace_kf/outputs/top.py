@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
 from laplace_kf.outputs.conformal import Predictive
 
 __all__ = ["TopClasses", "top_classes"]
@@ -69,7 +69,7 @@ def top_classes(prediction: Predictive, probs: Tensor | None, axis: int, k: int)
         )
     classes = probs.shape[axis]
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= classes:
-        raise ValueError(f"k must be a whole number from 1 to {classes}, the number of classes; got {k!r}")
+        raise InvalidArgument(f"k must be a whole number from 1 to {classes}, the number of classes; got {k!r}")
     found = probs.topk(k, axis)
     # summed, not the difference to 1, which would be rounding where the classes found have nearly all of it
     rest = probs.scatter(axis, found.indices, 0.0).sum(axis)

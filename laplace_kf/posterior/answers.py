@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, check_finite
-from laplace_kf.errors import NotFitted
+from laplace_kf.errors import InvalidArgument, NotFitted
 from laplace_kf.estimators import Estimator
 from laplace_kf.gaussian import WeightGaussian
 from laplace_kf.keywords import explained
@@ -221,7 +221,7 @@ class Answers(Jobs, Shorthands):
         """
         self._fitted("sample")
         if n < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {n}")
+            raise InvalidArgument(f"the number of samples must be at least 1, got {n}")
         drawn = self.precision.draw(n, generator)
         return {name: value + drawn[name].to(value) for name, value in self.mean.items()}
 
@@ -414,7 +414,7 @@ class Answers(Jobs, Shorthands):
         """
         self._fitted("functional_covariance")
         if diagonal_only and joint:
-            raise ValueError("diagonal_only and joint exclude each other")
+            raise InvalidArgument("diagonal_only and joint exclude each other")
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.ood import References
 from laplace_kf.posterior.laplace import LaplacePosterior
@@ -124,7 +124,7 @@ def with_samples(found: Prediction, count: int) -> Prediction:
 def shared_out(samples: int, shares: Sequence[float]) -> list[int]:
     """How many of S samples each component gives, in proportion to the weights (largest remainders)."""
     if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+        raise InvalidArgument(f"samples must be at least 1, got {samples}")
     exact = [samples * share for share in shares]
     counts = [int(each + 1e-9) for each in exact]
     order = sorted(range(len(exact)), key=lambda k: counts[k] - exact[k])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.linalg import typed
 from laplace_kf.operators import Blockwise, FreePart
 from laplace_kf.posterior.fitted import Fitted
@@ -115,7 +115,7 @@ class Conditional(dict[str, Tensor]):
             NotPositiveDefinite: if the precision is singular.
         """
         if n < 1:
-            raise ValueError(f"the number of samples must be at least 1, got {n}")
+            raise InvalidArgument(f"the number of samples must be at least 1, got {n}")
         layout = self._fitted.layout
         drawn = layout.join({name: part.to(self._wanted) for name, part in self.precision.draw(n, generator).items()})
         points = self._moved((self._fitted.mean.to(drawn) + drawn).T)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.gaussian import WeightGaussian
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.models import parameters_of
@@ -234,7 +234,7 @@ class Fitted:
             )
         kept = positive("forgetting", forgetting)
         if kept > 1:
-            raise ValueError(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
+            raise InvalidArgument(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
         total = self.curvature.scaled(kept * n * self.factor)
         return TaskChain(terms, positive("multiplier", multiplier), total, self.mean, kept * n, self.errors)
 

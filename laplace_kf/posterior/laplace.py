@@ -22,7 +22,7 @@ from laplace_kf.batches import Forward
 from laplace_kf.curvature import make_pair
 from laplace_kf.distributed import Ranks, decomposed, refuse_checkpoint, require_one_job, require_one_network
 from laplace_kf.engine import collect
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, InvalidType
 from laplace_kf.estimators import Estimator
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
@@ -168,7 +168,7 @@ class LaplacePosterior(Answers):
                 )
             self._prior = prior._prior
         elif (multiplier, terms, forgetting) != (1.0, "keep", 1.0):
-            raise TypeError("multiplier, terms and forgetting go with prior=, a fitted posterior")
+            raise InvalidType("multiplier, terms and forgetting go with prior=, a fitted posterior")
 
     def __repr__(self) -> str:
         state = "not fitted" if self._state is None else f"n_data={self.n_data:g}, P={self._state.mean.shape[0]}"
@@ -222,7 +222,7 @@ class LaplacePosterior(Answers):
             UnsupportedLayer: for a parameter that cannot be handled; names module and way out.
         """
         if passes < 1 or int(passes) != passes:
-            raise ValueError(f"passes must be a positive integer, got {passes}")
+            raise InvalidArgument(f"passes must be a positive integer, got {passes}")
         if n_data is not None:
             n_data = positive("n_data", n_data)
         seeded, generator = generator is not None, generator if generator is not None else fresh_generator()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from laplace_kf import files, weighting
 from laplace_kf.batches import Forward
-from laplace_kf.errors import CorruptFile, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.errors import CorruptFile, InvalidArgument, InvalidType, NotFitted, ShapeMismatch, UnknownName
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, joined, mixed
 from laplace_kf.linalg import typed
@@ -84,10 +84,12 @@ class Mixture(CommonSettings, Shorthands):
     def __init__(self, posteriors: Sequence[LaplacePosterior], weights: str = "equal") -> None:
         given = list(posteriors) if isinstance(posteriors, Iterable) else [posteriors]
         if not given:
-            raise ValueError("a mixture needs at least one posterior: lk.Mixture([posterior_1, posterior_2, ...])")
+            raise InvalidArgument("a mixture needs at least one posterior: lk.Mixture([posterior_1, posterior_2, ...])")
         for k, each in enumerate(given):
             if not isinstance(each, LaplacePosterior):
-                raise TypeError(f"component {k} is a {type(each).__name__}; a mixture is of fitted LaplacePosterior s")
+                raise InvalidType(
+                    f"component {k} is a {type(each).__name__}; a mixture is of fitted LaplacePosterior s"
+                )
             if each._state is None:
                 raise NotFitted(f"component {k} is not fitted: call its fit(train_loader) first")
         if weights not in RULES:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from laplace_kf.errors import ShapeMismatch, UnknownName
+from laplace_kf.errors import InvalidArgument, ShapeMismatch, UnknownName
 from laplace_kf.models import plain_name
 from laplace_kf.tape import FlatLayout
 
@@ -25,7 +25,7 @@ def positive(what: str, value: float) -> float:
     """
     number = float(value)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{what} must be positive and finite, got {value}")
+        raise InvalidArgument(f"{what} must be positive and finite, got {value}")
     return number
 
 
@@ -38,7 +38,7 @@ def checked_prior(value: PriorPrecision) -> PriorPrecision:
     """
     if isinstance(value, Mapping):
         if not value:
-            raise ValueError("prior_precision is an empty mapping; give {name pattern: number} for all parameters")
+            raise InvalidArgument("prior_precision is an empty mapping; give {name pattern: number} for all parameters")
         return {pattern: _checked(entry) for pattern, entry in value.items()}
     return _checked(value)
 
@@ -85,7 +85,7 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float |
             found.setdefault(name, value)
     missing = [name for name in layout.names if name not in found]
     if missing:
-        raise ValueError(
+        raise InvalidArgument(
             f"prior_precision gives no value for {', '.join(missing)}; add a pattern (such as '*': 1.0, last)"
         )
     return found
@@ -112,10 +112,10 @@ def _number(value: float) -> float:
     try:
         number = float(value)
     except TypeError as error:
-        raise ValueError(
+        raise InvalidArgument(
             f"prior_precision must be a number, a 0-dim tensor or {{name pattern: number}}, got {value!r}; the default "
             "is 1.0, and posterior.tune(val) finds it"
         ) from error
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"prior_precision must be finite and not negative, got {value}")
+        raise InvalidArgument(f"prior_precision must be finite and not negative, got {value}")
     return number

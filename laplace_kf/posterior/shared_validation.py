@@ -172,7 +172,7 @@ class _SharedScorer(Scorer):
             return self._tuned(predictions, at_map)
         return self._score(predictions, self._held)
 
-    def _score(self, predictions: Predictions | None, noise: float | None = None) -> Score:
+    def _score(self, predictions: Predictions | None, noise: float | None = None, rough: bool = False) -> Score:
         ranks = self.validation.ranks
         mine = None if predictions is None else self._here(predictions, noise)
         return self._all_of(ranks.exchange("a score", mine), noise)

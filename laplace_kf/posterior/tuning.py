@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laplace_kf import resuming
 from laplace_kf.callers import users_line
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jackknife import PREDICTED
@@ -248,7 +248,7 @@ def _axis(what: str, values: Iterable[float] | float) -> list[float]:
     """Grid values in increasing order, each once; one number is a grid of one."""
     found = sorted({positive(what, value) for value in (values if isinstance(values, Iterable) else [values])})
     if not found:
-        raise ValueError(f"the grid for {what} is empty; leave it out for the default one")
+        raise InvalidArgument(f"the grid for {what} is empty; leave it out for the default one")
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.operators import fresh_generator, standard_normal
 from laplace_kf.registry import Registry
 
@@ -25,10 +25,10 @@ def draw_seeds(samples: int, generator: torch.Generator | None) -> list[int]:
     """One seed per draw, so that a draw does not depend on how many are made at once.
 
     Raises:
-        IncompatiblePair: if ``samples`` is no whole number of at least 1.
+        InvalidArgument: if ``samples`` is no whole number of at least 1.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise IncompatiblePair(f"samples must be a whole number of at least 1, got {samples!r}")
+        raise InvalidArgument(f"samples must be a whole number of at least 1, got {samples!r}")
     generator = generator if generator is not None else fresh_generator()
     return torch.randint(2**62, (samples,), generator=generator, device=generator.device).tolist()
 

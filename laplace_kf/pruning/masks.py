@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, InvalidType, ShapeMismatch, UnknownName
 from laplace_kf.keywords import explained
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
@@ -119,7 +119,7 @@ def gradually(
         IncompatiblePair: for a posterior chained to earlier tasks, and as :func:`prune`.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise InvalidArgument(f"steps must be at least 1, got {steps}")
     if posterior.chain_errors:
         raise IncompatiblePair(
             "a chained posterior has no data of its own that its curvature could be measured on again; prune it in one "
@@ -202,7 +202,7 @@ def _masks(
 ) -> Held:
     rank = SCORES[score]
     if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+        raise InvalidArgument(f"rounds must be at least 1, got {rounds}")
     mean = posterior.mean
     names = _prunable(posterior.model, mean, layers)
     start = {name: held.get(name, torch.zeros(mean[name].shape, dtype=torch.bool)) for name in names}
@@ -234,9 +234,9 @@ def _masks(
 
 def _share(sparsity: float | None) -> float:
     if sparsity is None:
-        raise TypeError("prune needs a sparsity, the share of weights that become zero: prune(posterior, 0.9)")
+        raise InvalidType("prune needs a sparsity, the share of weights that become zero: prune(posterior, 0.9)")
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is the share of weights that become zero, between 0 and 1, got {sparsity}")
+        raise InvalidArgument(f"sparsity is the share of weights that become zero, between 0 and 1, got {sparsity}")
     return float(sparsity)
 
 
@@ -349,7 +349,7 @@ def _by_groups(
 
 def _by_neighbours(posterior: LaplacePosterior, n: int, m: int, sparsity: float | None, held: Held, rank: Any) -> Held:
     if not 0 < n < m:
-        raise ValueError(f"pattern '{n}:{m}' keeps n of m neighbours, with 0 < n < m")
+        raise InvalidArgument(f"pattern '{n}:{m}' keeps n of m neighbours, with 0 < n < m")
     if sparsity is not None and abs(_share(sparsity) - (1 - n / m)) > 1e-9:
         raise IncompatiblePair(
             f"pattern '{n}:{m}' has a sparsity of {1 - n / m:g}, not {sparsity:g}; leave sparsity out"

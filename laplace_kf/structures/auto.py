@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from laplace_kf.errors import InvalidArgument
 from laplace_kf.operators import Blockwise
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, memory_limit
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, Signals
@@ -32,7 +33,7 @@ class Automatic(Structure):
 
     def __init__(self, memory: float = 4 * 2**30) -> None:
         if not memory > 0:
-            raise ValueError(f"memory must be positive, got {memory}")
+            raise InvalidArgument(f"memory must be positive, got {memory}")
         self.budget = memory
 
     def options(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.models import LITTLE, memory_bytes
 from laplace_kf.operators import Blockwise, Matrix
@@ -311,7 +311,7 @@ class Statistics:
             ValueError: if the factor is not positive and finite.
         """
         if not 0 < factor < float("inf"):
-            raise ValueError(f"the factor must be positive and finite, got {factor}")
+            raise InvalidArgument(f"the factor must be positive and finite, got {factor}")
         sums = {name: tuple(part * factor for part in parts) for name, parts in self.sums.items()}
         return replace(
             self,

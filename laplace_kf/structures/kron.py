@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from laplace_kf.errors import InvalidArgument
 from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix, SpectralBlock
 from laplace_kf.registry import Registry
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, pairs, zeros
@@ -143,7 +144,7 @@ class Kronecker(Structure):
         self.vector_form = VECTOR_FORMS[vector_blocks]
         self.shared_rows = SHARINGS[sharing]
         if max_side < 1:
-            raise ValueError(f"max_side must be positive, got {max_side}")
+            raise InvalidArgument(f"max_side must be positive, got {max_side}")
         self.vector_blocks, self.sharing, self.max_side = vector_blocks, sharing, max_side
 
     def _form(self, block: Block) -> VectorForm:

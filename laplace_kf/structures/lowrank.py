@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import NotPositiveDefinite
+from laplace_kf.errors import InvalidArgument, NotPositiveDefinite
 from laplace_kf.operators import Blockwise, LowRankBlock
 from laplace_kf.structures.base import STRUCTURES, Results, Statistics, Structure, Sums, Work, added, zeros
 from laplace_kf.tape import Block, FlatLayout, Signals
@@ -42,7 +42,7 @@ class LowRankPlusDiagonal(Structure):
 
     def __init__(self, rank: int = 20, iterations: int = 2, diagonal: bool = True, oversample: int = 10) -> None:
         if rank < 1 or iterations < 1 or oversample < 0:
-            raise ValueError(
+            raise InvalidArgument(
                 "rank and iterations must be at least 1 and oversample not negative, got "
                 f"{rank}, {iterations} and {oversample}"
             )

@@ -5,8 +5,9 @@ from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.observation import Observation, Patterns
 from laplace_kf.tape.output_signals import OutputSignals
 from laplace_kf.tape.select import select
-from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
+from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
 from laplace_kf.tape.single_weights import EntryBlock, EntryLayout
+from laplace_kf.tape.tied import MatrixSignals, TiedSignals
 from laplace_kf.tape.tracer import UNUSED, Tracer
 
 __all__ = [

@@ -25,8 +25,9 @@ from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached
 from laplace_kf.tape.rows import Rows, occurrences
 from laplace_kf.tape.sharing import pulled_back
-from laplace_kf.tape.signals import GradientSignals, LookupSignals, MatrixSignals, OuterSignals, Signals, TiedSignals
+from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
 from laplace_kf.tape.tape import Call, Portion, Tape
+from laplace_kf.tape.tied import MatrixSignals, TiedSignals
 
 __all__ = ["Observation", "Patterns", "Source"]
 

@@ -808,7 +808,7 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
     case, val = make()
     problem = case.make()
     posterior = fitted(problem, structure=structure)
-    samples = 100
+    samples = 150
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = posterior.tune(

@@ -22,6 +22,12 @@ from tests.padding.networks import CLASSES, rng, seeded
 STEPS = 5
 
 
+@pytest.fixture(autouse=True)
+def nothing_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No column shows which positions count (tests/padding/test_watched_columns.py), so that it has to be asked."""
+    monkeypatch.setattr("laplace_kf.tape.observation._reaches_all", lambda g: False)
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often it was asked which positions are reached."""

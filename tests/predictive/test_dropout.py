@@ -198,7 +198,7 @@ def test_arrays_and_functions_of_a_batch() -> None:
     read = lk.predictive.mc_dropout(model, "categorical", 5, rng(0), inputs=lambda b: b["x"], targets=lambda b: b["y"])
     assert torch.equal(read({"x": x, "y": torch.zeros(6)}).probs, wanted)
     for wrong in (0, -1, 2.5, "3", True):
-        with pytest.raises(lk.errors.IncompatiblePair, match="samples must be a whole number of at least 1"):
+        with pytest.raises(lk.errors.InvalidArgument, match="samples must be a whole number of at least 1"):
             lk.predictive.mc_dropout(model, "categorical", wrong)  # type: ignore[arg-type]
 
 

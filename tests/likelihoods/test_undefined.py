@@ -1,0 +1,65 @@
+"""Losses that are not defined at the outputs, and arguments that cannot be: refused by the package's own errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import laplace_kf as lk
+from laplace_kf.errors import InvalidArgument, InvalidType, LaplaceKFError, NonFinite
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.rand(6, 2, generator=torch.Generator().manual_seed(1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_a_loss_that_is_nan_is_refused_although_its_curvature_is_finite(structure: str) -> None:
+    likelihood = lk.likelihoods.FromLoss(lambda z, y: z.log().sum(1) - y.sum(1))
+    posterior = lk.LaplacePosterior(network(), likelihood, structure=structure)
+    with pytest.raises(NonFinite, match="of a minibatch is NaN under FromLoss"):
+        posterior.fit([(X, Y)])
+    with pytest.raises(LaplaceKFError, match="fit"):
+        posterior.predict(X)
+
+
+def test_a_step_on_a_loss_that_is_nan_changes_nothing() -> None:
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = lk.optim.kflr(model, lk.likelihoods.FromLoss(lambda z, y: z.log().sum(1) - y.sum(1)))
+    with pytest.raises(LaplaceKFError):
+        optimizer.step((X, Y))
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+CALLS: dict[str, Callable[[], Any]] = {
+    "class weights": lambda: lk.likelihoods.Categorical(class_weights=torch.zeros(3)),
+    "noise": lambda: lk.likelihoods.Gaussian(scale=-1.0),
+    "prior": lambda: lk.LaplacePosterior(network(), "gaussian", prior_precision=-1.0),
+    "passes": lambda: lk.LaplacePosterior(network(), "gaussian").fit([(X, Y)], passes=0),
+    "samples": lambda: lk.LaplacePosterior(network(), "gaussian", estimator="sampled", samples=0),
+    "subnetwork": lambda: lk.Subnetwork(0),
+    "mixture": lambda: lk.Mixture([]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_numbers_that_cannot_be_are_refused_by_an_error_of_the_package(name: str) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        CALLS[name]()
+    assert isinstance(refused.value, (LaplaceKFError, ValueError))
+
+
+def test_what_is_no_module_is_refused_by_an_error_of_the_package() -> None:
+    with pytest.raises(InvalidType, match="must be a torch"):
+        lk.LaplacePosterior([network()], "gaussian")  # type: ignore[arg-type]
+    with pytest.raises(InvalidType, match="component 0"):
+        lk.Mixture([network()])  # type: ignore[list-item]
