@@ -252,7 +252,7 @@ def mc_dropout(
 
     Raises:
         UnknownName: for an unknown likelihood.
-        IncompatiblePair: if ``samples`` is no whole number of at least 1.
+        InvalidArgument: if ``samples`` is no whole number of at least 1.
 
     Warns, when called, if no dropout is active.
     """
