@@ -55,13 +55,17 @@ def as_tensor(outputs: Any) -> Tensor:
     )
 
 
-def both(found: Any) -> tuple[Any, Any]:
+def both(found: Any, most: int = 2) -> tuple[Any, Any]:
     """What the user's ``forward=`` returned: outputs ``(N, ...)`` and targets.
+
+    Args:
+        found: what it returned.
+        most: 3 where weights of the examples may follow, which are left out.
 
     Raises:
         ShapeMismatch: for anything else than two things.
     """
-    if isinstance(found, (tuple, list)) and len(found) == 2:
+    if isinstance(found, (tuple, list)) and 2 <= len(found) <= most:
         return found[0], found[1]
     what = f"{type(found).__name__} of {len(found)}" if isinstance(found, (tuple, list)) else type(found).__name__
     raise ShapeMismatch(

@@ -74,7 +74,9 @@ _ACTIVATIONS: dict[Any, Callable[[Any], Activation | None]] = {
 }
 _OTHERS: tuple[Any, ...] = (nn.Sequential, nn.Linear, nn.Identity, nn.Dropout, nn.Flatten)
 _MADE = (*_ACTIVATIONS, nn.Sequential, nn.Identity, nn.Dropout, nn.Flatten)
-_KEYS = {kind: frozenset(kind().__dict__) for kind in _MADE} | {nn.Linear: frozenset(nn.Linear(1, 1).__dict__)}
+_KEYS = {kind: frozenset(kind().__dict__) for kind in _MADE} | {
+    nn.Linear: frozenset(nn.Linear(1, 1, device="meta").__dict__)
+}
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (*_ACTIVATIONS, *_OTHERS)}
 _CALL, _GET = nn.Module.__call__, nn.Module.__getattr__
 _FUNCTIONS: tuple[tuple[Any, str, Any], ...] = tuple(

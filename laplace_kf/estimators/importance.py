@@ -61,6 +61,7 @@ class Importance(Estimator):
 
     name = "importance"
     draws = True
+    regroups = True
 
     def __init__(self, columns: float = 1.0) -> None:
         if not columns > 0:

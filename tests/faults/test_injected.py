@@ -160,7 +160,7 @@ WEIGHTS = {"tune-by-evidence", "sample", "log-evidence", "condition", "prune", "
 REACHED: dict[str, set[str]] = {
     "loader": DATA,
     "model": {*OPERATIONS} - WEIGHTS,
-    "autograd": {*OPERATIONS} - WEIGHTS - {"tune-by-grid", "predict-mc", "predictor"},
+    "autograd": {*OPERATIONS} - WEIGHTS - {"tune-by-grid", "predict-mc", "predictor", "ood-score", "bald"},
     "factorisation": {"update-projected", "tune-by-evidence", "log-evidence", "predict-linearized", "predict-mc"},
     "draw": {"sample", "predict-mc", "predict-linearized", "tune", "tune-by-grid"},
     "file": {"save", "load"},
