@@ -60,13 +60,15 @@ def both(found: Any, most: int = 2) -> tuple[Any, Any]:
 
     Args:
         found: what it returned.
-        most: 3 where weights of the examples may follow, which are left out.
+        most: 3 where weights of the examples ``(N,)`` may follow, which are left out.
 
     Raises:
         ShapeMismatch: for anything else than two things.
     """
     if isinstance(found, (tuple, list)) and 2 <= len(found) <= most:
-        return found[0], found[1]
+        weights = found[2] if len(found) == 3 else None
+        if weights is None or getattr(weights, "ndim", 0) == 1:
+            return found[0], found[1]
     what = f"{type(found).__name__} of {len(found)}" if isinstance(found, (tuple, list)) else type(found).__name__
     raise ShapeMismatch(
         f"forward= must return (outputs, targets), it returned {what}: "
