@@ -333,7 +333,7 @@ def _take(tensor: Tensor, part: slice) -> Tensor:
 
 
 def tensors_of(structure: Any) -> Iterator[Tensor]:
-    """The tensors (of any shape) of a nest of tuples, lists, mappings, dataclasses and graphs, in order."""
+    """The tensors (any shapes) of a nest of tuples, lists, mappings, dataclasses and graphs, in order."""
     if isinstance(structure, Tensor):
         yield structure
     else:

@@ -125,9 +125,12 @@ class Accumulator:
             return
         with torch.no_grad():
             if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
-                observation.watches = self.structure.counts_positions
+                counting, early = self.structure.counts_positions, self.structure.inputs_first
+                observation.watches = counting and not early
+                if counting and early:
+                    self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
                 self.estimator.measure(observation, self.likelihood, self, self._source(numbers))
-                if self.structure.counts_positions:  # last: the columns have mostly shown which positions count
+                if counting and not early:  # last: the columns have mostly shown which positions count
                     self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
             wide = observation.outputs.detach()
             wide = wide if wide.dtype in (torch.float32, torch.float64) else wide.float()
@@ -284,15 +287,22 @@ class Accumulator:
             "structure": [self.structure.name, self.structure.options(), self.structure.reason],
             "layout": getattr(self.likelihood, "layout", None),
             "dtype": None if self.dtype is None else str(self.dtype).removeprefix("torch."),
-            "place": 0 if self.shard is None else self.shard.place,
+            "place": 0 if self.shard is None else self.shard.place, "seed": self.seed[0],
+            "base": None if self.shard is None else self.shard.base,
             "count": self.count, "terms": float(self.terms), "announced": self._announced, "met": self._met,
         }  # fmt: skip
         return {"sum": self.log_likelihood, "moments": self.moments, **tensors}, values
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Takes what :meth:`packed` gave (tensors of any shapes, by name), in an accumulator made in the same way."""
+        if values["base"] != (None if self.shard is None else self.shard.base):
+            raise ShapeMismatch(
+                "the fit was begun with data of another kind (a DataLoader over a data set, and a list or an iterable "
+                "of one's own), whose examples have other random numbers; go on with the kind that it was begun with"
+            )
         self.tracer.learn(values["tracer"])
         self.count, self.terms, self.place = values["count"], values["terms"], values["place"]
+        self.seed = values["seed"], self.seed[1]
         self._announced, self._met = values["announced"], values["met"]
         self.log_likelihood, self.moments = tensors["sum"].clone(), tensors["moments"].clone()
         if values["layout"] is not None:
@@ -419,7 +429,9 @@ def collect(
         while following is not None:
             accumulator = Accumulator(tracer, likelihood, estimator, following, generator, dtype, shard, ranks)
             stage += 1
+            accumulator.seed = seed, 0
             first, index = kept.begin(accumulator)
+            seed = accumulator.seed[0]  # that of the interrupted call, where this one goes on with it
             with nullcontext() if ranks is None else ranks.together("the pass over its data"):
                 for number in range(first, passes):
                     accumulator.seed = seed, (stage - 1) * passes + number

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from laplace_kf import files
 from laplace_kf.batches import tensors_of
-from laplace_kf.errors import CorruptFile, IncompatiblePair, InvalidArgument, ShapeMismatch
+from laplace_kf.errors import CorruptFile, IncompatiblePair, InvalidArgument, LaplaceKFError, ShapeMismatch
 from laplace_kf.randomness import random_states, same_random_states, set_random_states
 
 __all__ = ["Checkpoint", "Gathering", "Journal", "described", "digest", "journal", "length", "require_same"]
@@ -172,6 +172,8 @@ class Checkpoint(Journal):
         stage = self._to_come.pop(0)
         try:
             gathering.restore(stage.tensors, stage.values)
+        except LaplaceKFError:
+            raise
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CorruptFile(f"{self.path} contradicts itself: {type(error).__name__}: {error}") from error
         if self._to_come:

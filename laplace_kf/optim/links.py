@@ -34,6 +34,8 @@ class Linked(Structure):
     name = "kron_linked"
     takes_damping = True
 
+    inputs_first = True  # which pairs of layers are linked is seen from their inputs
+
     def __init__(self, inner: Structure) -> None:
         self.inner = inner
 

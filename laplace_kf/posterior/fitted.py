@@ -68,6 +68,10 @@ class Fitted:
     # by use: what was made last and for which settings; one entry a use, so that a search does not fill the memory
     _kept: dict[str, tuple[Hashable, Any]] = field(default_factory=dict, repr=False, compare=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what is kept can be made again, and holds locks and a tracer of this very model."""
+        return {**vars(self), "_kept": {}}
+
     # -- the weights ---------------------------------------------------------------------------------------------------
 
     @property

@@ -19,9 +19,10 @@ from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.models import preserved
 from laplace_kf.posterior.examples import Part
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.jackknife import Drawn
 from laplace_kf.posterior.objectives import Objective, OODContrast
 from laplace_kf.posterior.predictors import TUNING_METHODS, Point, Predictions
-from laplace_kf.posterior.validation import Score, Scorer, Validation, scores_of
+from laplace_kf.posterior.validation import Score, Scorer, Validation, score_of, scores_of
 from laplace_kf.posterior.work import EPOCH
 
 __all__ = ["SharedValidation", "interleaved"]
@@ -174,7 +175,7 @@ class _SharedScorer(Scorer):
 
     def _score(self, predictions: Predictions | None, noise: float | None = None, rough: bool = False) -> Score:
         ranks = self.validation.ranks
-        mine = None if predictions is None else self._here(predictions, noise)
+        mine = None if predictions is None else self._here(predictions, noise, rough)
         return self._all_of(ranks.exchange("a score", mine), noise)
 
     def _all_of(self, everyone: Sequence[Any], noise: float | None) -> Score:
@@ -182,29 +183,40 @@ class _SharedScorer(Scorer):
         if any(each is None for each in everyone):
             return Score(math.inf, None, noise)
         if self.validation._whole:
-            scores = torch.cat([each for each, _, _ in everyone])
+            every = torch.cat([each for each, _, _, _ in everyone], 1)
         else:
-            scores = torch.stack([everyone[rank][0][index] for rank, index in self.part.order])
+            every = torch.stack([everyone[rank][0][:, index] for rank, index in self.part.order], 1)
         weight, number = (sum(each[k] for each in everyone) for k in (1, 2))
         if number:  # so that the mean over all examples is the weighted mean
-            scores = scores / (weight / number)
-        value = float(scores.mean())
-        return Score(value if math.isfinite(value) else math.inf, scores, noise)
+            every = every / (weight / number)
+        return score_of(every[0], every[1:], everyone[0][3], noise)
 
-    def _here(self, predictions: Predictions, noise: float | None) -> tuple[Tensor, float, int]:
-        """Scores ``(n,)`` of this process, and the sum and number of their examples' weights.
+    def _here(
+        self, predictions: Predictions, noise: float | None, rough: bool = False
+    ) -> tuple[Tensor, float, int, int]:
+        """Scores ``(1 + g, n)`` of this process, the sum and number of their examples' weights, and the draws.
+
+        The first row is of all draws, the others without each of ``g`` groups of them (none if ``rough``).
 
         Raises:
             IncompatiblePair: for an objective that is one number for all examples.
         """
         likelihood = self.fitted.likelihood
-        found = predictions(likelihood if noise is None else likelihood.with_noise_scale(noise))
-        parts, given = scores_of(self.validation.objective, found, self.part)
-        if any(part.dim() != 1 for part in parts):
-            raise IncompatiblePair(
-                "the objective is one number for all examples, which cannot be put together from those of several "
-                'processes; use "nll" or "brier", a function (prediction, targets) -> (N,), or tune in every process '
-                "on the same data"
-            )
+        likelihood = likelihood if noise is None else likelihood.with_noise_scale(noise)
+        found, samples = [predictions(likelihood)], 1
+        if isinstance(predictions, Drawn) and not rough:
+            samples = predictions.samples
+            found += [predictions.make(likelihood, k) for k in range(predictions.groups)]
+        rows: list[Tensor] = []
+        given: list[Tensor] = []
+        for each in found:
+            parts, given = scores_of(self.validation.objective, each, self.part)
+            if any(part.dim() != 1 for part in parts):
+                raise IncompatiblePair(
+                    "the objective is one number for all examples, which cannot be put together from those of several "
+                    'processes; use "nll" or "brier", a function (prediction, targets) -> (N,), or tune in every '
+                    "process on the same data"
+                )
+            rows.append(torch.cat(parts).double().cpu())
         weights = torch.cat(given).double() if given else torch.zeros(0)
-        return torch.cat(parts).double().cpu(), float(weights.sum()), len(weights)
+        return torch.stack(rows), float(weights.sum()), len(weights), samples

@@ -380,11 +380,7 @@ class Scorer:
             return Score(value if math.isfinite(value) else math.inf, scores, noise)
         without = [self._objective_of(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
         left = torch.stack([each for each in without if each is not None])
-        scores = extrapolated(scores, left, predictions.samples)
-        value, folds = float(scores.mean()), left.mean(1)
-        if not math.isfinite(value):
-            return Score(math.inf, scores, noise)
-        return Score(value, scores, noise, folds if bool(folds.isfinite().all()) else None)
+        return score_of(scores, left, predictions.samples, noise)
 
     def _objective_of(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
         """The objective of predictions of every pool, and its parts by example if there are such."""
@@ -430,6 +426,20 @@ class Scorer:
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
         return self._score(predictions, start * 10**centre)
+
+
+def score_of(scores: Tensor, left: Tensor, samples: int, noise: float | None) -> Score:
+    """A score by example ``(N,)`` of S draws, from those without each of ``g`` groups of them ``(g, N)``.
+
+    Without such groups it is what it is; else as it would be with the draws of ``predict``.
+    """
+    folds = None
+    if len(left):
+        scores, folds = extrapolated(scores, left, samples), left.mean(1)
+    value = float(scores.mean())
+    if not math.isfinite(value):
+        return Score(math.inf, scores, noise)
+    return Score(value, scores, noise, folds if folds is not None and bool(folds.isfinite().all()) else None)
 
 
 def scores_of(objective: Objective, found: Sequence[Prediction], part: Part) -> tuple[list[Tensor], list[Tensor]]:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from laplace_kf.batches import Forward, check_finite, map_examples, mapped, predicted, tensors_of, to_device
 from laplace_kf.callers import warn_user
-from laplace_kf.errors import NonFinite, UnsupportedLayer
+from laplace_kf.errors import LaplaceKFError, NonFinite, UnsupportedLayer
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, Prediction, get_likelihood
 from laplace_kf.models import lasting, preserved, usable
@@ -47,10 +47,14 @@ class _Masks(TorchDispatchMode):
         count: N, the examples that share them.
         other: the shapes of the masks of the same network at N + 1 examples, which tell where the examples lie in each;
             ``None`` to have masks that are not shared.
+        told_apart: masks are numbers from 0.5 to 1.5, which are never the same by chance.
     """
 
-    def __init__(self, seed: int, count: int, other: Sequence[tuple[int, ...]] | None = None) -> None:
+    def __init__(
+        self, seed: int, count: int, other: Sequence[tuple[int, ...]] | None = None, told_apart: bool = False
+    ) -> None:
         super().__init__()
+        self.told_apart = told_apart
         self.generator, self.count, self.other = torch.Generator().manual_seed(seed), count, other
         self.shapes: list[tuple[int, ...]] = []  # of the masks drawn
 
@@ -85,6 +89,8 @@ class _Masks(TorchDispatchMode):
 
     def _mask(self, like: Tensor, keep: float) -> Tensor:
         """Zeros and ones of the shape of ``like``."""
+        if self.told_apart:
+            return self._shared(like, lambda made, generator: made.uniform_(0.5, 1.5, generator=generator)).to(like)
         return self._shared(like, lambda made, generator: made.bernoulli_(keep, generator=generator)).to(like)
 
     def _shared(self, like: Tensor, draw: Callable[[Tensor, torch.Generator], Tensor]) -> Tensor:
@@ -200,12 +206,21 @@ class MCDropout:
             more, other = mapped(x, torch.detach), None
             if count > 1:  # a first input more shows along which axis of a mask the examples lie
                 more = map_examples(more, count, lambda t: torch.cat([t, t[:1]]))
-                thinned(more, larger := _Masks(self._seeds[0], count + 1))
+                larger = _Masks(self._seeds[0], count + 1)
+                try:
+                    thinned(more, larger)
+                except LaplaceKFError:
+                    thinned(mapped(x, torch.detach), _Masks(self._seeds[0], count))  # speaks of what was given
+                    raise
                 other = larger.shapes
             made = [_Masks(seed, count, other) for seed in self._seeds]
             found = [thinned(x, masks, track) for masks in made]
             shared = _Masks(self._seeds[0], count + 1, made[0].shapes) if count > 1 else _Masks(self._seeds[0], 1)
             _require_one_function(thinned(more, shared), found[0].detach())
+            if count > 1:  # two masks of zeros and ones may be the same by chance
+                one = thinned(mapped(x, torch.detach), _Masks(self._seeds[0], count, other, told_apart=True))
+                two = thinned(more, _Masks(self._seeds[0], count + 1, made[0].shapes, told_apart=True))
+                _require_one_function(two, one)
         if not any(masks.shapes for masks in made):
             warn_user(
                 "MC dropout has nothing to drop: no dropout is active in this network (no dropout layer, or all rates "

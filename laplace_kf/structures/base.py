@@ -70,6 +70,7 @@ class Structure(ABC):
 
     name: ClassVar[str]
     counts_positions: bool = False  # whether the sums depend on which positions of an input count (:meth:`add_inputs`)
+    inputs_first: bool = False  # whether :meth:`add_columns` needs what :meth:`add_inputs` did with the same minibatch
     takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
     several_passes: bool = False  # whether the data have to be gone through more than once
     reason: str = ""
@@ -191,7 +192,7 @@ class Structure(ABC):
         """Adds zero sums for blocks that have none yet, in the type and on the device of ``like`` (any shape)."""
 
     def add_inputs(self, sums: Sums, signals: Mapping[str, MatrixSignals]) -> None:
-        """Takes in what one minibatch's inputs say (once a minibatch)."""
+        """Takes in what one minibatch's inputs say: once a minibatch, after its columns unless ``inputs_first``."""
         return
 
     @abstractmethod

@@ -7,7 +7,7 @@ GUARDS = ["tests/optim/test_guards.py"]
 OPTIM = ["tests/optim/test_guards.py", "tests/optim/test_steps.py", "tests/optim/test_settings.py"]
 
 NAMED: list[Named] = [
-    ("laplace_kf/estimators/projection.py", "torch.randn(shape,", "2 * torch.randn(shape,", GUARDS),
+    ("laplace_kf/estimators/projection.py", "return normal(shape,", "return 2 * normal(shape,", GUARDS),
     ("laplace_kf/operators/kronecker.py", "omega.clamp(1e-6, 1e6)", "omega", GUARDS),
     ("laplace_kf/operators/tridiagonal.py", ".clamp_min(floor)", "", GUARDS),
     ("laplace_kf/optim/gauss_newton.py", "torch.neg(gradient, out=row)", "...", GUARDS),

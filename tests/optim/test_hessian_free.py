@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.engine import Accumulator
 from laplace_kf.errors import IncompatiblePair, UnknownName
 from laplace_kf.optim.cg import Progress, Run, conjugate_gradients
 from laplace_kf.optim.exact_curvature import DISTANCES, ExactCurvature
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.optim.recipes import backtracked, falling_back, last, smallest, worse_than_before
 from laplace_kf.optim.stepsize import line_search
+from laplace_kf.tape import Tracer
 from tests import oracles
 from tests.cases import rng
 from tests.optim import reference as ref
@@ -324,8 +326,10 @@ def test_damping_matrices_and_the_ratio(penalty: str, reduction: str) -> None:
     if penalty in ("diagonal", "scale_sensitive"):
         d = torch.diag(exact.diagonal())
     elif penalty == "sampled_diagonal":
-        stats = lk.curvature.estimate(model, "categorical", (x2, y2), "diag", "sampled", generator=rng(3))
-        d = torch.diag(stats.mean().diag())
+        rules = lk.curvature.make_estimator("sampled"), lk.curvature.make_structure("diag")
+        drawn = Accumulator(Tracer(model, None), lk.likelihoods.get_likelihood("categorical"), *rules, rng(3))
+        drawn.add((x2, y2), 0)  # draws of a step come from the stream, those of a fit belong to its examples
+        d = torch.diag(drawn.freeze().mean().diag())
         often = (x2.repeat(50, 1), y2.repeat(50))  # as many draws as 4000 of each
         far = lk.curvature.estimate(model, "categorical", often, "diag", "sampled", samples=80, generator=rng(3))
         assert float((far.mean().diag() - exact.diagonal()).norm() / exact.diagonal().norm()) < 0.05

@@ -120,9 +120,29 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any
 }  # fmt: skip
 
 
+def die() -> None:
+    raise Killed
+
+
 def data_of(loader: Any, kill: int | None) -> Any:
     """The loader, which ends the process after ``kill`` minibatches of all passes."""
-    return loader if kill is None else Deadly(loader, kill)
+    if kill is None:
+        return loader
+    if isinstance(loader, DataLoader):  # torch's own loader stays one
+        loader.collate_fn = DeadlyCollate(loader.collate_fn, kill)
+        return loader
+    return Deadly(loader, kill)
+
+
+class DeadlyCollate:
+    def __init__(self, collate: Callable[[Any], Any], left: int) -> None:
+        self.collate, self.left = collate, left
+
+    def __call__(self, items: list[Any]) -> Any:
+        if not self.left:
+            die()
+        self.left -= 1
+        return self.collate(items)
 
 
 class Deadly:
@@ -135,7 +155,7 @@ class Deadly:
     def __iter__(self) -> Iterator[Any]:
         for batch in self.loader:
             if not self.left:
-                raise Killed
+                die()
             self.left -= 1
             yield batch
 
@@ -188,6 +208,19 @@ def test_stopped_at_every_minibatch(name: str, tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
+def test_another_kind_of_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrapped loader has no index to number its examples by, so draws would be other ones."""
+    path = tmp_path / "fit"
+    monkeypatch.setitem(
+        CASES, "wrapped", (dense, lambda: Deadly(LOADERS["own-generator"](), 99), *CASES["sampled"][2:])
+    )
+    with pytest.raises(Killed):
+        fitted("wrapped", path, 3)
+    monkeypatch.setitem(CASES, "wrapped", (dense, LOADERS["own-generator"], *CASES["sampled"][2:]))
+    with pytest.raises(lk.errors.ShapeMismatch, match="another kind"):
+        fitted("wrapped", path)
+
+
 def test_stopped_again_and_again(tmp_path: Path) -> None:
     whole, path = fitted("ekfac"), tmp_path / "fit"
     seen: list[tuple[int, int]] = []
@@ -219,12 +252,13 @@ def test_the_same_object_may_try_again(tmp_path: Path) -> None:
     posterior = lk.LaplacePosterior(model, "categorical", estimator="sampled")
     before, numbers = kept_of(model), (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # type: ignore[index]
     with pytest.raises(Killed):
-        posterior.fit(Deadly(loader, 3), generator=generator, checkpoint=path, every=1)
+        posterior.fit(data_of(loader, 3), generator=generator, checkpoint=path, every=1)
+    loader.collate_fn = loader.collate_fn.collate
     assert kept_of(model) == before
     assert torch.equal(torch.get_rng_state(), numbers[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == numbers[1:]  # type: ignore[index]
     assert torch.equal(generator.get_state(), rng(7).get_state())
-    posterior.fit(Deadly(loader, 99), generator=generator, checkpoint=path)
+    posterior.fit(loader, generator=generator, checkpoint=path)
     wanted = rng(7)
     same(posterior, lk.LaplacePosterior(model, "categorical", estimator="sampled").fit(
         LOADERS["own-generator"](), generator=wanted))  # fmt: skip
@@ -379,16 +413,10 @@ from pathlib import Path
 import torch
 import tests.resuming.test_fits as these
 
-class Killer(these.Deadly):
-    def __iter__(self):
-        for batch in self.loader:
-            if not self.left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.left -= 1
-            yield batch
-
 torch.set_num_threads(int(sys.argv[4]))
-these.data_of = lambda loader, kill: Killer(loader, int(sys.argv[3]))
+these.die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+data_of = these.data_of
+these.data_of = lambda loader, kill: data_of(loader, int(sys.argv[3]))
 these.fitted(sys.argv[1], Path(sys.argv[2]))
 """
 
