@@ -105,7 +105,7 @@ def public() -> Iterator[str]:
     yield "laplace_kf"
     yield from (f"laplace_kf.{name}" for name in FURTHER)
     for name in lk.__all__:
-        if isinstance(getattr(lk, name), ModuleType):
+        if isinstance(getattr(lk, name), ModuleType) and name != "bridges":  # each of them is asked below
             yield f"laplace_kf.{name}"
     yield from (f"laplace_kf.bridges.{name}" for name in lk.bridges.__all__)
 
