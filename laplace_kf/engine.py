@@ -125,8 +125,7 @@ class Accumulator:
             return
         with torch.no_grad():
             if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
-                counting = self.structure.counts_positions
-                early = self.structure.inputs_first or self.estimator.regroups
+                counting, early = self.structure.counts_positions, self.structure.inputs_first
                 observation.watches = counting and not early
                 if counting and early:
                     self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))

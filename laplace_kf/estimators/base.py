@@ -42,7 +42,6 @@ class Estimator(ABC):
         name: registered name.
         is_ggn: whether its expectation is the Gauss-Newton matrix (or Fisher); the empirical Fisher is neither.
         draws: whether it uses random numbers.
-        regroups: whether it arranges the examples of the minibatch anew, so that its inputs have to be read before.
         averages: whether it takes means inside a minibatch, so that the result depends on how the data are cut.
         by_example: whether its random numbers may be those of the examples (:class:`~laplace_kf.draws.ExampleDraws`); a
             fit then gives it these. Others get a generator that depends on the examples of the minibatch.
@@ -51,7 +50,6 @@ class Estimator(ABC):
     name: ClassVar[str]
     is_ggn: ClassVar[bool] = True
     draws: ClassVar[bool] = False
-    regroups: ClassVar[bool] = False
     averages: ClassVar[bool] = False
     by_example: ClassVar[bool] = False
 

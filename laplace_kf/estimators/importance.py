@@ -61,7 +61,6 @@ class Importance(Estimator):
 
     name = "importance"
     draws = True
-    regroups = True
 
     def __init__(self, columns: float = 1.0) -> None:
         if not columns > 0:

@@ -50,8 +50,12 @@ class CurvatureBlock(Matrix):
         return {}
 
     def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
-        """Takes what was made elsewhere of one of :meth:`undecomposed`: ``(..., d)`` and ``(..., d, d)``."""
-        raise NotImplementedError
+        """Takes what was made elsewhere of one of :meth:`undecomposed`: ``(..., d)`` and ``(..., d, d)``.
+
+        Raises:
+            KeyError: for a name that is not one of them, as any is for a block that keeps no eigenbases.
+        """
+        raise KeyError(key)
 
     @abstractmethod
     def spectrum(self) -> Tensor:

@@ -172,6 +172,7 @@ class MCDropout:
         self.model, self.likelihood = usable(model), get_likelihood(likelihood)
         self.forward = reading(forward, inputs, targets)
         self._seeds = draw_seeds(samples, generator)
+        self._told_apart: set[tuple[int, tuple[tuple[int, ...], ...]]] = set()  # forms of batches looked at once
 
     @lasting()
     def __call__(self, x: Any, *, keep_samples: bool = False) -> Prediction:
@@ -217,10 +218,12 @@ class MCDropout:
             found = [thinned(x, masks, track) for masks in made]
             shared = _Masks(self._seeds[0], count + 1, made[0].shapes) if count > 1 else _Masks(self._seeds[0], 1)
             _require_one_function(thinned(more, shared), found[0].detach())
-            if count > 1:  # two masks of zeros and ones may be the same by chance
+            form = count, tuple(made[0].shapes)
+            if count > 1 and form not in self._told_apart:  # two masks of zeros and ones may be the same by chance
                 one = thinned(mapped(x, torch.detach), _Masks(self._seeds[0], count, other, told_apart=True))
                 two = thinned(more, _Masks(self._seeds[0], count + 1, made[0].shapes, told_apart=True))
                 _require_one_function(two, one)
+                self._told_apart.add(form)
         if not any(masks.shapes for masks in made):
             warn_user(
                 "MC dropout has nothing to drop: no dropout is active in this network (no dropout layer, or all rates "

@@ -15,6 +15,7 @@ from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.outputs.checks import same_outputs
+from laplace_kf.ragged import Ragged
 from laplace_kf.tape.backward import backward
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
@@ -23,7 +24,7 @@ from laplace_kf.tape.output_signals import OutputCurvature, OutputSignals
 from laplace_kf.tape.owners import copies
 from laplace_kf.tape.plan import view_of
 from laplace_kf.tape.reach import reached
-from laplace_kf.tape.rows import Rows, occurrences
+from laplace_kf.tape.rows import FIRST, Places, Rows, occurrences
 from laplace_kf.tape.sharing import pulled_back
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
 from laplace_kf.tape.tape import Call, Portion, Tape
@@ -95,6 +96,7 @@ class Observation:
         self.wiring = None if traced is None else traced.key(outputs)
         self.form = None if traced is None else traced.form(outputs)
         self.keys = occurrences(calls)
+        self._places: Places = {} if chain is not None else tracer.rows.now
         self.count = int(outputs.shape[0])
         self._inputs: dict[str, Tensor] = {}
         self._members: dict[str, list[Call]] | None = None
@@ -207,7 +209,7 @@ class Observation:
 
     def _has_layout(self, call: Call, to_positions: Callable[[Tensor], Tensor]) -> bool:
         """Whether the layer's rows and features are the likelihood's positions and outputs, in the same order."""
-        if call.shape != self.outputs.shape or self.tracer.rows.ragged(self.keys[self._index(call)]):
+        if call.shape != self.outputs.shape or isinstance(self._place(call), Ragged):
             return False
         if self.chain is not None:  # rows are examples, and features are outputs
             return True
@@ -309,7 +311,11 @@ class Observation:
 
     def _arrange(self, rows: Tensor, call: Call, axis: int) -> Tensor:
         """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)``."""
-        return self.tracer.rows.arrange(rows, call, self.keys[self._index(call)], self.count, axis)
+        return self.tracer.rows.arrange(rows, call, self._place(call), self.count, axis)
+
+    def _place(self, call: Call) -> int | Ragged:
+        """How the rows of a call lie, as this pass showed: a later pass of the tracer has its own."""
+        return self._places.get(self.keys[self._index(call)], FIRST)
 
     def _block_inputs(self, block: Block, members: Sequence[Call]) -> Tensor:
         """Inputs of a block over all its calls: ``(N, T, R, I)``, or tokens ``(N, T)``; computed once."""

@@ -21,7 +21,7 @@ from laplace_kf.tape.owners import Owners, asked, lead, measured, sizes
 from laplace_kf.tape.reach import reached
 from laplace_kf.tape.tape import Call
 
-__all__ = ["Modes", "Rows", "number", "occurrences"]
+__all__ = ["FIRST", "Modes", "Places", "Rows", "number", "occurrences"]
 
 FIRST, LAST = -1, -2  # how examples lie in the rows: outermost, innermost, or on leading axis k >= 1
 
@@ -32,18 +32,22 @@ Key = tuple[tuple[str, ...], int]
 #: How examples lie in the rows of calls that have so many for each.
 Modes = dict[tuple[Key, int], int]
 
+#: How they lie in the rows of the calls of one pass.
+Places = dict[Key, int | Ragged]
+
 
 class Rows:
     """How the examples lie in the rows of every call.
 
     Attributes:
         shared: names of parameters with rows that belong to several examples.
+        now: what :meth:`locate` found for the last pass; every pass has a dictionary of its own.
     """
 
     def __init__(self) -> None:
         self.shared: set[str] = set()
         self._modes: Modes = {}
-        self._now: dict[Key, int | Ragged] = {}
+        self.now: Places = {}
         self._checks = 0
 
     def locate(
@@ -63,7 +67,7 @@ class Rows:
             The calls with rows that belong to several examples, or to examples in no regular order.
         """
         count = outputs.shape[0]
-        self._now = {}
+        self.now = {}
         unknown: list[tuple[Call, Key, int]] = []
         known_calls: list[tuple[Call, Key, int]] = []
         for call, key in zip(calls, occurrences(calls), strict=True):
@@ -72,7 +76,7 @@ class Rows:
             if mode is None:
                 unknown.append((call, key, total))
             else:
-                self._now[key] = mode
+                self.now[key] = mode
                 known_calls.append((call, key, total))
         if picked and known_calls and not self._still(known_calls, outputs):
             unknown += known_calls
@@ -98,7 +102,7 @@ class Rows:
             if not readings:
                 irregular.append((call, key, found))
                 continue
-            self._now[key] = readings[0]
+            self.now[key] = readings[0]
             if len(readings) == 1:  # otherwise the rows that would decide had no gradient this time
                 self._modes[key, total // count] = readings[0]
         # rows that are switched off at the present weights belong to an example all the same
@@ -107,7 +111,7 @@ class Rows:
             if not found.several:
                 irregular[k] = (*irregular[k][:2], found)
         for _, key, found in irregular:
-            self._now[key] = Ragged.of(found.example, count, least=2)
+            self.now[key] = Ragged.of(found.example, count, least=2)
         return failed
 
     def remember(self, modes: Modes) -> None:
@@ -130,10 +134,6 @@ class Rows:
         self.shared, self._checks = set(values["shared"]), values["checks"]
         self._modes = {((tuple(names), k), per): mode for names, k, per, mode in values["modes"]}
 
-    def ragged(self, key: Key) -> bool:
-        """Whether examples have different numbers of rows of a call."""
-        return isinstance(self._now.get(key), Ragged)
-
     def _still(self, calls: Sequence[tuple[Call, Key, int]], outputs: Tensor) -> bool:
         """Whether the rows lie as known, by one backward pass from a random half of the examples ``(N, ...)``."""
         count = outputs.shape[0]
@@ -150,7 +150,7 @@ class Rows:
             if grad is None:
                 continue
             touched = sizes(grad, call, outputs.device) != 0
-            mode = self._now[key]
+            mode = self.now[key]
             assert not isinstance(mode, Ragged)  # never kept
             outer = _outer(mode, call, total // count)
             example = torch.arange(total, device=outputs.device) // (total // count // outer) % count
@@ -158,7 +158,8 @@ class Rows:
                 return False
         return True
 
-    def arrange(self, rows: Tensor, call: Call, key: Key, count: int, axis: int) -> Tensor:
+    @staticmethod
+    def arrange(rows: Tensor, call: Call, mode: int | Ragged, count: int, axis: int) -> Tensor:
         """Rows ``(..., B, T, *rest)`` with ``B`` on ``axis`` to ``(..., N, T', *rest)`` for ``N = count`` examples.
 
         Examples with fewer rows than others are padded, with 0 (tokens with −1). No output is a function of what stands
@@ -168,7 +169,6 @@ class Rows:
             ShapeMismatch: if the number of rows is no multiple of the number of examples.
         """
         total = rows.shape[axis]
-        mode = self._now.get(key, FIRST)
         if isinstance(mode, Ragged):
             padded = mode.padded(rows, axis, 0 if rows.is_floating_point() else -1)  # (..., N, L, T, *rest)
             return padded.flatten(axis + 1, axis + 2)
