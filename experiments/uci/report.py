@@ -83,8 +83,8 @@ def conformal_rows(found: Found) -> tuple[list[str], list[list[str]]]:
 def conformal_table(found: Found) -> Table:
     """Split-conformal 90 % intervals of the posterior and of the network's residuals."""
     note = (
-        "Means over splits, with standard errors; widths in standard deviations of the target. The calibrating rows are "
-        "in no choice: not in that of head and weight decay, nor in the posterior's tuning."
+        "Means over splits, with standard errors; widths in standard deviations of the target. The calibrating rows "
+        "are in no choice: not in that of head and weight decay, nor in the posterior's tuning."
     )
     return Table("Conformal 90 % intervals", *conformal_rows(found), note)
 

@@ -9,8 +9,8 @@ the settings of every method; then networks are trained anew on all training row
 * ``mixture``: the same of five linearised posteriors with the dense Gauss-Newton matrix, tuned together.
 
 Conformal intervals are those of a network of the first stage. About half of the held-out rows calibrate them, and no
-choice sees these rows: head, weight decay and the posterior's settings come from the other half alone, the units from the
-rows that were trained on. Beside it absolute residuals of the same network (split-conformal on MAP).
+choice sees these rows: head, weight decay and the posterior's settings come from the other half alone, the units from
+the rows that were trained on. Beside it absolute residuals of the same network (split-conformal on MAP).
 
 Finished tables are kept in ``parts`` of the results folder: ``python -m experiments run uci sets=[yacht]``.
 """
@@ -160,8 +160,12 @@ def _split(config: Config, table: data.Regression, number: int) -> Split:
 
     x, y = standardised(table.features), standardised(table.target)
     val = torch.cat([rows.choosing, rows.calibrating])
-    parts = (rows.train, rows.choosing, rows.calibrating, val, torch.cat([val, rows.train]), rows.test)
-    return Split(*((x[part], y[part]) for part in parts), scale=float(table.target[rows.train].std()))
+    parts = {
+        "train": rows.train, "choosing": rows.choosing, "calibrating": rows.calibrating, "val": val,
+        "all": torch.cat([val, rows.train]), "test": rows.test,
+    }  # fmt: skip
+    pairs = {name: (x[part], y[part]) for name, part in parts.items()}
+    return Split(**pairs, scale=float(table.target[rows.train].std()))
 
 
 def _train(config: Config, sets: Sequence[Pair], head: str, priors: Sequence[float], members: int, seed: int) -> Any:
@@ -363,7 +367,13 @@ def _part(config: Config, name: str, folder: Path) -> None:
         splits = {**kept, **_table(config, name, missing[: config.at_a_time], folder)}
         folder.mkdir(parents=True, exist_ok=True)
         spent = (_seconds(name, folder) if kept else 0.0) + time.perf_counter() - start
-        part = {"settings": _decisive(config), "format": FORMAT, "versions": versions(), "machine": machine(), "seconds": spent}
+        part = {
+            "settings": _decisive(config),
+            "format": FORMAT,
+            "versions": versions(),
+            "machine": machine(),
+            "seconds": spent,
+        }
         part["splits"] = splits
         (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
         if config.progress:

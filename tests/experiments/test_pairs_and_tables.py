@@ -136,7 +136,7 @@ def test_the_rows_of_a_split_are_disjoint(name):
         assert set(rows.test.tolist()) == set(table.splits[number][1].tolist())
 
 
-def test_rows_that_calibrate_take_part_in_no_choice():
+def test_rows_that_calibrate_take_part_in_no_choice(monkeypatch):
     """With targets gone wild there, the conformal network, its units and the tuned posterior stay what they were."""
     table = noisy_table()
     settings = {"steps": 30, "members": 1, "trial_members": 1, "priors": [0.1, 30.0], "splits": 1}
@@ -154,12 +154,10 @@ def test_rows_that_calibrate_take_part_in_no_choice():
     assert (plain.head, plain.prior) != (other.head, other.prior)  # those rows do choose the other columns' network
     for one, two in zip(plain.conformal[0].parameters(), other.conformal[0].parameters(), strict=True):
         assert torch.equal(one, two)
-    seen = []
+    seen, tune = [], uci._quiet_tune
+    monkeypatch.setattr(uci, "_quiet_tune", lambda p, val, seed: (tune(p, val, seed), seen.append((p, val))))
     for split in splits:
-        with pytest.MonkeyPatch.context() as patch:
-            tune = uci._quiet_tune
-            patch.setattr(uci, "_quiet_tune", lambda p, val, seed: (tune(p, val, seed), seen.append((p, val))))
-            found = uci._conformal(split, plain.conformal_head, plain.conformal[0], 0)
+        found = uci._conformal(split, plain.conformal_head, plain.conformal[0], 0)
         assert seen[-1][1] is split.choosing
     one, two = (posterior for posterior, _ in seen)
     assert (one.n_data, one.prior_precision, one.method) == (two.n_data, two.prior_precision, two.method)
