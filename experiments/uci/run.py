@@ -201,6 +201,7 @@ def _default(one: Split, head: str, trial: nn.Module, final: nn.Module, seed: in
     posterior = LaplacePosterior(final, likelihood(head, 1.0 if noise is None else float(noise))).fit(one.all)
     posterior.n_data = tuned.n_data * len(one.all[0]) / len(one.train[0])
     posterior.prior_precision, posterior.method = tuned.prior_precision, tuned.method
+    posterior.temperature = tuned.temperature
     found = posterior.predict(one.test[0], generator=training.generator(seed))
     return found.log_prob(one.test[1]), tuned.method
 
