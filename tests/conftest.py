@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.contracts.design import covering
+from tests.meter import Meter
 
 # The nets of the tests are tiny: threads cost more than they bring, and one thread makes sums reproducible.
 torch.set_num_threads(1)
@@ -30,6 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--triples", action="store_true",
         help="all triples of registered rules in the contract tests, and every combination in tests marked `pairs`",
     )  # fmt: skip
+    parser.addoption("--cpu", type=int, default=0, metavar="N", help="CPU seconds of the N dearest files and tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cpu"):
+        config.pluginmanager.register(Meter(config.getoption("--cpu")), "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none is begun when all others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
