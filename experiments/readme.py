@@ -144,7 +144,7 @@ def write() -> None:
 
 def report() -> Path:
     """Writes the page of all claims from the results that ``docs/`` holds."""
-    pages = {name: [] for name in {*COLLECTED.values()} if name.endswith(".json")}
+    pages: dict[str, list[str]] = {name: [] for name in {*COLLECTED.values()} if name.endswith(".json")}
     for source, target in COLLECTED.items():
         folder = source.rpartition("/")[0]
         if target.endswith(".png") and (result := COLLECTED.get(f"{folder}/result.json")) in pages:
