@@ -45,6 +45,8 @@ class Config:
         momentum: its momentum.
         optimizer: ``sgd`` or ``adam``, for all methods but Synaptic Intelligence.
         si_optimizer: that of Synaptic Intelligence.
+        si_epsilon: its ``ε``, the damping of the squared way of a weight.
+        si_centres: ``each`` (a centre for every task, as in the thesis) or ``last`` (one, as in the original method).
         adam_lr: step size of Adam.
         implicit: whether SGD steps the penalty implicitly, which needs no smaller steps for stiff penalties.
         decay: the step size of task t (from 0) is divided by ``1 + decay · t``.
@@ -52,6 +54,7 @@ class Config:
             (Kronecker structures).
         decay_diag: likewise for diagonal ones.
         prior_precision: ``λ``.
+        max_terms: of bounded chains: kept terms of a layer.
         multipliers: grid for ``λ_c``.
         multipliers_diag: that of diagonal structures; empty for the same.
         strengths: grid for ``c``.
@@ -84,12 +87,15 @@ class Config:
     momentum: float = 0.9
     optimizer: str = "sgd"
     si_optimizer: str = "adam"
+    si_epsilon: float = 1e-3
+    si_centres: str = "each"
     adam_lr: float = 1e-3
     implicit: bool = True
     decay: float = 0.0
     decay_kron: float = 0.0
     decay_diag: float = 0.0
     prior_precision: float = 1.0
+    max_terms: int = 5
     multipliers: list[float] = field(default_factory=lambda: [1.0, 3.0, 10.0])
     multipliers_diag: list[float] = field(default_factory=list)
     strengths: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
@@ -105,9 +111,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("repeats", "tasks", "hidden", "epochs", "batch", "curvature_batch", "train_size", "val_size",
-                     "test_size"):  # fmt: skip
+                     "test_size", "max_terms"):  # fmt: skip
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "adam_lr", "prior_precision", "noise"):
+        for name in ("lr", "adam_lr", "si_epsilon", "prior_precision", "noise"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         for name in ("patience", "least_epochs"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
