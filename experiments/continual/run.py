@@ -131,7 +131,8 @@ def sequence(
             found["diverged"] = True
             break
         parts = list(zip(*(part.split(config.curvature_batch) for part in task.train), strict=True))
-        learner.after_task(parts, forward=task.forward)
+        draws = training.generator(1000 * seed + number)  # of estimators that draw: the same in every run
+        learner.after_task(parts, forward=task.forward, generator=draws)
         for split in ("val", "test"):
             row = [stream.quality(config, model, other, getattr(other, split)) for other in tasks]
             # every task has its own network: the earlier ones are what they were

@@ -45,8 +45,6 @@ class Config:
         momentum: its momentum.
         optimizer: ``sgd`` or ``adam``, for all methods but Synaptic Intelligence.
         si_optimizer: that of Synaptic Intelligence.
-        si_epsilon: its ``ε``, the damping of the squared way of a weight.
-        si_centres: ``each`` (a centre for every task, as in the thesis) or ``last`` (one, as in the original method).
         adam_lr: step size of Adam.
         implicit: whether SGD steps the penalty implicitly, which needs no smaller steps for stiff penalties.
         decay: the step size of task t (from 0) is divided by ``1 + decay · t``.
@@ -87,8 +85,6 @@ class Config:
     momentum: float = 0.9
     optimizer: str = "sgd"
     si_optimizer: str = "adam"
-    si_epsilon: float = 1e-3
-    si_centres: str = "each"
     adam_lr: float = 1e-3
     implicit: bool = True
     decay: float = 0.0
@@ -113,7 +109,7 @@ class Config:
         for name in ("repeats", "tasks", "hidden", "epochs", "batch", "curvature_batch", "train_size", "val_size",
                      "test_size", "max_terms"):  # fmt: skip
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "adam_lr", "si_epsilon", "prior_precision", "noise"):
+        for name in ("lr", "adam_lr", "prior_precision", "noise"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         for name in ("patience", "least_epochs"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")

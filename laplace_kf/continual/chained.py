@@ -75,8 +75,13 @@ class OnlineLaplace(_Chained):
             self.posterior = self._posterior(loader, self.prior_precision, forward, fitting)
         else:
             self.posterior = self.posterior.update(
-                loader, self.multiplier, self.terms, forgetting=self.forgetting, max_terms=self.max_terms,
-                forward=forward, **fitting,
+                loader,
+                self.multiplier,
+                self.terms,
+                forgetting=self.forgetting,
+                max_terms=self.max_terms,
+                forward=forward,
+                **fitting,
             )
 
 

@@ -1,7 +1,7 @@
 """A bounded number of kept terms: where there are too many, the two that lose least by it become one (methods 11.2).
 
-Two Kronecker products become the nearest single one in Frobenius norm (methods 11.2), two terms of which one or both are
-known in eigenbases the diagonal in the eigenbases of both together. What is lost by a pair is the Frobenius norm of the
+Two Kronecker products become the nearest single one in Frobenius norm; two terms of which one or both are known in
+eigenbases the diagonal in the eigenbases of both together. What is lost by a pair is the Frobenius norm of the
 difference, so that the pair is chosen for the sum of all terms, not for itself: small terms go first, and like ones.
 """
 

@@ -134,8 +134,8 @@ def _lost(errors: Sequence[Mapping[str, float]]) -> dict[str, str]:
         lossy = [error for error in each if error > 0]
         if lossy:
             found[name] = (
-                f"{len(lossy)} of {len(each)} updates approximated the sum of the terms; relative Frobenius error at most "
-                f"{max(lossy):.2g}, of the last one {each[-1]:.2g}"
+                f"{len(lossy)} of {len(each)} updates approximated the sum of the terms; relative Frobenius error "
+                f"at most {max(lossy):.2g}, of the last one {each[-1]:.2g}"
             )
     return found
 

@@ -165,14 +165,16 @@ def require_terms(terms: str, max_terms: int | None) -> None:
     if max_terms is None:
         return
     if isinstance(max_terms, bool) or not isinstance(max_terms, int):
-        raise InvalidType(f"max_terms must be an integer, the most terms that a block keeps, or None; got {max_terms!r}")
+        raise InvalidType(
+            f"max_terms must be an integer, the most terms that a block keeps, or None; got {max_terms!r}"
+        )
     if max_terms < 1:
         raise InvalidArgument(f"max_terms must be at least 1, got {max_terms}")
     if not rule.grows:
         growing = ", ".join(f"terms={name!r}" for name in TERMS if TERMS[name].grows)
         raise IncompatiblePair(
-            f"terms={terms!r} holds a single term of every block, so max_terms={max_terms} has no effect; leave it out, "
-            f"or bound {growing}"
+            f"terms={terms!r} holds a single term of every block, so max_terms={max_terms} has no effect; leave it "
+            f"out, or bound {growing}"
         )
 
 

@@ -192,9 +192,7 @@ def test_a_chain_that_kept_all_its_terms_can_be_bounded_later() -> None:
     moved(posterior.model, 9)
     new = alone(posterior.model, 4, "kron")
     following = posterior.update(task(4), 2.0, max_terms=2)
-    for (block, matrix), each, (_, own) in zip(
-        following.curvature.entries, terms, new.curvature.entries, strict=True
-    ):
+    for (block, matrix), each, (_, own) in zip(following.curvature.entries, terms, new.curvature.entries, strict=True):
         wanted = bounded([*each, 2.0 * N * own.dense()], 2, block.shape, van_loan)
         close(following.n_data * matrix.dense(), torch.stack(wanted).sum(0), 1e-8)
 
