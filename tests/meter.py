@@ -1,4 +1,4 @@
-"""What tests cost: CPU seconds of the dearest files and tests, for ``--cpu N``; the clock on the wall counts others too."""
+"""What tests cost: CPU seconds of the dearest files and tests, for ``--cpu N``; a clock on the wall counts others."""
 
 from __future__ import annotations
 
