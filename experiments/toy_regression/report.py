@@ -86,8 +86,9 @@ def table(summary: Mapping[str, Mapping[str, Any]], outcomes: list[Outcome]) -> 
         rows.append([*cells[:-1], cells[-1] + " *" * (name in edges)])
     note = (
         "Means over seeds; NLL in nats per point, the rest in the units of y. RMSE of sd: root mean square difference "
-        "of the epistemic standard deviation from HMC's on |x| ≤ 6. Best on the grid: of all (N, λ), by the test points "
-        "on |x| ≤ 6; that validation allows: within two standard errors of the best validation NLL. *: on the edge of the tuning grid."
+        "of the epistemic standard deviation from HMC's on |x| ≤ 6. Best on the grid: of all (N, λ), by the points of "
+        "that grid; that validation allows: within two standard errors of the best validation NLL. *: on the edge of "
+        "the tuning grid."
     )
     return Table("Methods", ["method", *_COLUMNS], rows, note)
 
