@@ -168,6 +168,8 @@ def calibration_short() -> str:
     rows = []
     for method in report.NAMES[1:]:
         found = [by_method[method] for by_method in result["comparisons"].values() if by_method.get(method)]
+        if not found:
+            continue  # not run on any set
         counts = [sum(each["verdict"] == kind for each in found) for kind in ("better", "not worse", "worse")]
         lower = sum(each["mean"] < 0 for each in found)
         rows.append([method, *map(str, counts), f"{lower} of {len(found)}"])
