@@ -346,6 +346,9 @@ def recurrent() -> str:
 STREAMS = {
     "continual_permuted": "E25",
     "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
+    "continual_permuted_50_wide": "continual_permuted_50_wide --out results/E25_50_wide",
+    "continual_si": "continual_si --out results/E25_si",
+    "continual_si_wide": "continual_si_wide --out results/E25_si_wide",
     "continual_disjoint": "E27",
     "continual_vision": "E28",
     "rotated_mnist": "rotated_mnist",
