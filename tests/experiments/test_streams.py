@@ -275,6 +275,64 @@ def test_single_task_networks_know_nothing_of_each_other(root):
     assert alone["test"][0][0] == found["test"][0][0]
 
 
+@pytest.mark.parametrize(
+    ("stream", "name"),
+    [
+        ("permuted", "Kronecker online, bounded"),
+        ("permuted", "Kronecker online, summed over T"),
+        ("permuted", "Synaptic Intelligence"),
+        ("vision", "joint training"),
+        ("vision", "single-task networks"),
+    ],
+)
+def test_a_sequence_goes_on_after_the_last_finished_task(root, tmp_path, monkeypatch, stream, name):
+    config = Config(stream=stream, tasks=3, max_terms=1, estimator="sampled", **SMALL)
+    tasks, method = streams.STREAMS[stream].tasks(config, 0).tasks, LEARNERS[name]
+    path, train, asked = tmp_path / "part.pt", continual._train, []
+
+    def stopped(*args):
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        train(*args)
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(continual, "_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        continual.sequence(config, method, 1.0, tasks, 0, path)
+    held = path.read_bytes()
+    found = continual.sequence(config, method, 1.0, tasks, 0, path)
+    assert len(asked) == 4 and not path.exists()  # the third task alone
+    wanted = continual.sequence(config, method, 1.0, tasks, 0)
+    assert len(asked) == 7
+    for split in ("val", "test"):
+        assert np.array_equal(found[split], wanted[split], equal_nan=True)
+    assert len(found["errors"]) == len(wanted["errors"])
+    path.write_bytes(held)
+    continual.sequence(config, method, 2.0, tasks, 0, path)  # another strength: from the start
+    assert len(asked) == 10
+
+
+def test_bounded_chains_and_synaptic_intelligence_are_what_they_are_called(root, monkeypatch):
+    config = Config(tasks=4, max_terms=2, **SMALL)
+    tasks, seen = streams.STREAMS["permuted"].tasks(config, 0).tasks, []
+    closing = streams.STREAMS["permuted"].closing
+    monkeypatch.setattr(
+        streams.STREAMS["permuted"],
+        "closing",
+        lambda c, m, learner, t: (seen.append(learner), closing(c, m, learner, t))[1],
+    )
+    found = continual.sequence(config, LEARNERS["Kronecker online, bounded"], 1.0, tasks, 0)
+    assert {len(matrix.terms) for _, matrix in seen[0].posterior.curvature.entries} == {2}
+    assert [max(step.values()) > 0 for step in found["errors"]] == [False, True, True]
+    for name in ("Synaptic Intelligence, as published", "Synaptic Intelligence"):
+        continual.sequence(config, LEARNERS[name], 0.5, tasks, 0)
+    assert [(x.c, x.epsilon, x.centres, len(x.anchors)) for x in seen[1:]] == [
+        (15, 0.1, "last", 1),
+        (15, 1e-3, "each", 4),
+    ]
+
+
 @pytest.fixture(scope="module")
 def vision(tmp_path_factory):
     """The folder of one small run over sets of which two are missing, and what it printed."""
