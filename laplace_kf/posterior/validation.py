@@ -435,7 +435,7 @@ class Scorer:
 
 
 def _lowest_point(middle: float, left: float, right: float) -> float:
-    """Where the parabola through values at 0, −1 and 1 has its minimum; 0 where the one at 0 is not below the others."""
+    """Where the parabola through values at 0, −1 and 1 has its minimum; 0 where the first is not the lowest."""
     bend = left - 2 * middle + right
     return (left - right) / (2 * bend) if middle <= min(left, right) and 0 < bend < math.inf else 0.0
 
