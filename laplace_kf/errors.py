@@ -23,6 +23,7 @@ __all__ = [
     "InvalidType",
     "LaplaceKFError",
     "MissingFile",
+    "MissingPackage",
     "NonFinite",
     "NotFitted",
     "NotPositiveDefinite",
@@ -158,6 +159,10 @@ class InvalidTarget(LaplaceKFError, ValueError):
 
 class DistributedFailure(LaplaceKFError, RuntimeError):
     """Another process of the group failed, died or did something else; says which one, at what, and what it said."""
+
+
+class MissingPackage(LaplaceKFError, ImportError):
+    """An optional package that is not installed; names it and the command that installs it."""
 
 
 class UnusableFile(LaplaceKFError, OSError):
