@@ -1,5 +1,8 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
+import sys
+from typing import NoReturn
+
 from laplace_kf import (
     acquisition,
     attacks,
@@ -48,3 +51,10 @@ __all__ = [
     "reports",
     "support_table",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    """What other libraries have under this name."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise errors.UnknownAttribute(sys.modules[__name__], name, "package")

@@ -304,6 +304,7 @@ class LaplacePosterior(Answers):
     def refit(
         self,
         data: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
         *,
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
@@ -315,7 +316,7 @@ class LaplacePosterior(Answers):
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
 
         Args:
-            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
+            data, y: as :meth:`fit` takes them: a loader, a pair ``(x (N, ...), y (N, ...))``, or the two of them.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
             generator, progress, checkpoint, every, process_group: as of :meth:`fit`.
 
@@ -331,9 +332,9 @@ class LaplacePosterior(Answers):
             raise IncompatiblePair("a chained posterior has no data of its own to refit; use update for another task")
         n = self.n_data
         if train is not None:
-            train(self.model, data)
+            train(self.model, data if y is None else (data, y))
         return self.fit(
-            data, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
+            data, y, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
             process_group=process_group,
         )  # fmt: skip
 
@@ -612,6 +613,7 @@ class LaplacePosterior(Answers):
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
+        one_argument("calibrate", method)
         chosen = self.method if method == AUTO else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self
