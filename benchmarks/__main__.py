@@ -22,6 +22,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "plans",
     "pruning",
     "tuning",
 )
