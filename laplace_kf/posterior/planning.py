@@ -9,8 +9,9 @@ One minibatch is fitted and predicted for real, on a copy; everything else follo
   once in a process (:mod:`laplace_kf.rates`). In their place the copy gets unit matrices as bases, which are as dear to
   multiply with;
 * a prediction takes what one of this minibatch takes, or of as many of its examples as are soon done;
-* ``tune`` counts multiply-adds against its budget (:mod:`laplace_kf.posterior.work`); seconds are those of the forward
-  pass for each of them. A search may end before it has spent its budget, so that this is mostly an upper bound.
+* ``tune`` counts multiply-adds against its budget (:mod:`laplace_kf.posterior.work`), or those of a search that looks
+  at all it wants to, whichever are fewer; seconds are those of the forward pass for each of them. For networks whose
+  search is a matter of seconds, where Python's own time rules, this is right to a factor of two at best.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ from laplace_kf.forecast import Progress, duration, size
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.models import preserved
 from laplace_kf.peaks import Peak
+from laplace_kf.posterior.candidates import SETTINGS
+from laplace_kf.posterior.jackknife import PREDICTED
 from laplace_kf.posterior.prior import positive
-from laplace_kf.posterior.work import DECOMPOSITION, EPOCH, FIXED, LEAST, multiply_adds
+from laplace_kf.posterior.work import DECOMPOSITION, ELEMENT, EPOCH, FIXED, LEAST, OVERHEAD, multiply_adds
 from laplace_kf.randomness import same_random_states
 from laplace_kf.rates import Clock, decomposition_seconds
 from laplace_kf.reading import paired
@@ -49,6 +52,7 @@ __all__ = ["Plan", "Stage", "planned"]
 PATIENCE = 2.0  # seconds that columns of one minibatch, or predictions of some examples, are tried for
 STEADY = 0.25  # seconds of minibatches after which their median is taken
 MOST = 24  # minibatches for that
+SEARCH = 3.0  # seconds that a search takes beside products
 SPENT = (
     0.66  # of the seconds of a budget: not all of it is used, and what is not a product is counted dearer than it is
 )
@@ -137,17 +141,17 @@ def planned(
         rows = _rows(batch)
         probe = _Probe(posterior, batch, rows, clock)
         fit, stages, fixed = probe.fit()
-        sides = probe.sides()
+        sides = probe.with_unit_bases()
         decomposing = decomposition_seconds(sides, probe.device, probe.dtype, clock)
         each, first = probe.predicted(method, samples)
-        epoch = probe.epoch()
+        probe.search()
     sums, bases = probe.sum_bytes, sum(side**2 for side in sides) * probe.dtype.itemsize
     share = (processes - 1) / processes
     sent = 2 * share * sums, share * bases  # all-reduce in rings; every basis goes from its owner to all others
     seconds = fixed + stages * count + reading * count * max(1, probe.passes)
     fitting = Stage(seconds + sent[0] / bandwidth, fit, sent[0])
     decomposed = Stage(decomposing / processes + sent[1] / bandwidth, probe.decomposed_bytes, sent[1])
-    searched = _search_seconds(budget, epoch * count, DECOMPOSITION * sum(side**3 for side in sides), probe.rate)
+    searched = _search_seconds(budget, count, probe)
     return Plan(
         fit=fitting,
         decompositions=decomposed,
@@ -160,12 +164,12 @@ def planned(
     )
 
 
-def _search_seconds(budget: float | None, epoch: float, decomposition: float, rate: float) -> float:
-    """Seconds of a search by counts: what the budget leaves beside the decompositions, which are timed apart."""
-    if budget is None:
-        return math.inf
-    limit = budget * max(epoch, LEAST, decomposition / FIXED)
-    return SPENT * max(0.0, limit - decomposition) * rate
+def _search_seconds(budget: float | None, count: float, probe: _Probe) -> float:
+    """Seconds of a search over so many minibatches, by counts; decompositions are timed apart."""
+    decomposition = DECOMPOSITION * float(sum(side**3 for side in probe.sides))
+    wanted = count * OVERHEAD * SETTINGS[0] * PREDICTED * (probe.forward + ELEMENT * probe.outputs)
+    limit = math.inf if budget is None else budget * max(EPOCH * count * probe.forward, LEAST, decomposition / FIXED)
+    return SEARCH + SPENT * max(0.0, min(limit - decomposition, wanted)) * probe.rate
 
 
 @contextmanager
@@ -334,6 +338,8 @@ class _Probe:
         self.peak = Peak()
         self.fitted: Any = None
         self.passes = 1
+        self.sides: list[int] = []
+        self.forward, self.outputs = 0.0, 0
         self.rate = 0.0
         self.predicted_bytes = self.decomposed_bytes = self.tuning_bytes = 0.0
 
@@ -365,7 +371,7 @@ class _Probe:
             total -= middle * (len(marks) - 1)
         return most, each, max(0.0, total)
 
-    def sides(self) -> list[int]:
+    def with_unit_bases(self) -> list[int]:
         """Sides of the matrices to be decomposed, which get unit matrices as bases."""
         found = []
         with self.peak:
@@ -377,13 +383,14 @@ class _Probe:
                     unit = torch.eye(side, dtype=factor.dtype, device=factor.device).expand_as(factor).contiguous()
                     matrix.take_eigenbasis(key, factor.diagonal(dim1=-2, dim2=-1).clamp_min(1e-6), unit)
             self.decomposed_bytes = float(self.peak.live - before)
+        self.sides = found
         return found
 
     @property
     def sum_bytes(self) -> float:
         """Bytes of the sums."""
         sums = self.fitted._state.statistics.sums
-        return float(sum(part.numel() * part.elementsize() for parts in sums.values() for part in parts))
+        return float(sum(part.numel() * part.element_size() for parts in sums.values() for part in parts))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -442,25 +449,27 @@ class _Probe:
 
     # -- tuning --------------------------------------------------------------------------------------------------------
 
-    def epoch(self) -> float:
-        """Multiply-adds that a training epoch counts for this minibatch; measures what one takes, and memory."""
+    def search(self) -> None:
+        """Measures what a multiply-add of the forward pass takes, and the memory of a search."""
         model, forward = self.posterior.model, self.posterior.forward
         read = weighting.reader(forward, self.posterior.weights)
         batch = to_device(self.batch, self.device)
         with preserved(model), torch.no_grad():
             with multiply_adds() as found:
-                run(model, batch, read)
+                outputs, _ = run(model, batch, read)
             times: list[float] = []
             while sum(times) < STEADY / 4 and len(times) < MOST:
                 start = self.clock()
                 run(model, batch, read)
                 times.append(self.clock() - start)
+        self.forward, self.outputs = found[0], outputs.numel()
         self.rate = sorted(times)[len(times) // 2] / max(found[0], 1.0)
+        counted = EPOCH * self.forward
+        least = max(counted, LEAST, DECOMPOSITION * sum(side**3 for side in self.sides) / FIXED)
         self.peak.begin()
-        try:
+        try:  # a search that looks at what the real one looks at, for some four passes over the minibatch
             with self.peak:
-                self.fitted.tune([self.batch], budget=0.5, generator=self._generator())
+                self.fitted.tune([self.batch], budget=4 * max(counted, 1.0) / least, generator=self._generator())
         except (LaplaceKFError, ValueError, RuntimeError):  # a target that it refuses, a budget that is too small
             pass
         self.tuning_bytes = max(self.predicted_bytes, float(self.peak.most))
-        return EPOCH * found[0]
