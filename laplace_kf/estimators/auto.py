@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.callers import warn_user
-from laplace_kf.errors import InvalidArgument
-from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
-from laplace_kf.estimators.columns import (
+from laplace_kf.columns import (
     at_closed_forms,
     counted_columns,
     error_probabilities,
@@ -26,6 +24,8 @@ from laplace_kf.estimators.columns import (
     send_chosen,
     systematic,
 )
+from laplace_kf.errors import InvalidArgument
+from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.roots import Root
 from laplace_kf.tape import Observation

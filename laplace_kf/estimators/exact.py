@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from laplace_kf.columns import at_closed_forms, send_all
 from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
-from laplace_kf.estimators.columns import at_closed_forms, send_all
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.tape import Observation
 

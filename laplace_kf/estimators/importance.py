@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from laplace_kf.columns import counted_columns, inclusion_probabilities, send_chosen, systematic
 from laplace_kf.errors import InvalidArgument
 from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
-from laplace_kf.estimators.columns import counted_columns, inclusion_probabilities, send_chosen, systematic
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.tape import Observation
 

@@ -8,19 +8,19 @@ least for ``π_i = min(1, c w_i)``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from laplace_kf.estimators.base import Sink
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.roots import Root
-from laplace_kf.tape import Observation
+from laplace_kf.tape import Observation, Signals
 
 __all__ = [
+    "Sink",
     "at_closed_forms",
     "counted_columns",
     "error_probabilities",
@@ -29,6 +29,25 @@ __all__ = [
     "send_chosen",
     "systematic",
 ]
+
+
+class Sink(Protocol):
+    """Where an estimator puts what it found in one minibatch."""
+
+    def add_columns(self, signals: Mapping[str, Signals]) -> None:
+        """Takes in the signals of some columns."""
+
+    def add_output_factor(self, name: str, factor: Tensor) -> None:
+        """Takes in an output factor ``(O, O)`` of a block."""
+
+    def takes_output_signals(self) -> bool:
+        """Whether :meth:`add_columns` takes the closed forms of ``observation.output_signals``."""
+
+    def expect_columns(self, count: int, observation: Observation) -> None:
+        """Is told how many columns of this minibatch will come; warns if they will take very long."""
+
+    def columns_at_once(self, observation: Observation) -> int:
+        """How many columns of this minibatch fit into the memory budget (at least 1)."""
 
 
 @dataclass(frozen=True)
