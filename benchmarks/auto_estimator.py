@@ -1,4 +1,4 @@
-"""``estimator="auto"`` beside sampling and exact factors on a trained and an untrained 784-1024-1024-10 network (MNIST).
+"""``estimator="auto"`` beside sampling and exact factors, 784-1024-1024-10, trained and untrained (MNIST).
 
 Errors are relative Frobenius distances of whole Kronecker blocks from the exact ones, in root mean square over draws;
 costs are processor seconds over those of a training epoch of the same minibatches, in turn in one process on one

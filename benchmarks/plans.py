@@ -77,7 +77,7 @@ def cases() -> dict[str, Callable[[], Case]]:
 
     def mlp(jobs: tuple[str, ...] = ALL, **settings: Any) -> Callable[[], Case]:
         def made() -> Case:
-            model, x, y, _ = relu_network((784, 1024, 1024, 10), 2500, 250)
+            model, x, y, _ = relu_network((784, 1024, 1024, 10), 1000, 250)
             return model, "categorical", x, y, 250, settings, jobs
 
         return made
@@ -99,12 +99,12 @@ def cases() -> dict[str, Callable[[], Case]]:
         return model, "categorical", x, y, 8, {"structure": "kron"}, ("fit",)
 
     def pixels() -> Case:
-        x = torch.rand(2000, 784, generator=rng)
+        x = torch.rand(1000, 784, generator=rng)
         return autoencoder(), "bernoulli", x, (x > 0.5).float(), 250, {"estimator": "sampled"}, ("fit",)
 
     def sequences() -> Case:
-        x = torch.randn(800, 32, 64, generator=rng)
-        return _Positions(), "categorical", x, _labels(800, 10), 100, {"structure": "kron"}, SOME
+        x = torch.randn(400, 32, 64, generator=rng)
+        return _Positions(), "categorical", x, _labels(400, 10), 50, {"structure": "kron"}, SOME
 
     def many() -> Case:
         model, x, y, _ = relu_network((256, 512, 1000), 1000, 100)
@@ -116,9 +116,9 @@ def cases() -> dict[str, Callable[[], Case]]:
         "784-1024-1024-10, diag, exact": mlp(SOME, structure="diag"),
         "784-1024-1024-10, ekfac, exact": mlp(SOME, structure="ekfac"),
         "784-1024-1024-10, full, last layer": mlp(SOME, structure="full", parameters="last_layer", method="mc"),
-        "LeNet, kron, exact": images(_lenet, 1000, 10, 100, SOME),
-        "LeNet, diag, exact": images(_lenet, 1000, 10, 100, SOME, structure="diag"),
-        "residual network, kron, sampled": images(_resnet, 512, 100, 32, ("fit",), estimator="sampled"),
+        "LeNet, kron, exact": images(_lenet, 500, 10, 100, SOME),
+        "LeNet, diag, exact": images(_lenet, 500, 10, 100, SOME, structure="diag"),
+        "residual network, kron, sampled": images(_resnet, 256, 100, 32, ("fit",), estimator="sampled"),
         "transformer, kron, exact": sequences,
         "autoencoder, kron, sampled": pixels,
         "256-512-1000, kron, exact": many,

@@ -68,7 +68,7 @@ class Curvature(Settings):
 
     estimator: str | Estimator = _field(
         "recursive",
-        '``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"`` or ``"importance"``.',
+        '``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"``, ``"importance"``, ``"auto"``.',
     )
     structure: str | Structure = _field("kron", '``"kron"``, ``"diag"`` or another structure of the engine.')
 
