@@ -1,13 +1,13 @@
-"""How time and memory grow with width, depth, outputs, examples and positions: a picture of plans, and their numbers.
+"""How the time and memory of a fit grow with width, depth, outputs, examples and positions: a picture of plans.
 
-Every point is a plan (``laplace_kf.plan``), which tries one minibatch: seconds of a fit and of predictions of as many
-inputs with their decompositions, processor time of one thread, and bytes at the peak. The picture is
-``docs/pictures/growth.png``.
+Every point is what a plan knows of a fit (:mod:`laplace_kf.posterior.planning`), which tries one minibatch: processor
+seconds of one thread and bytes at the peak. The picture is ``docs/pictures/growth.png``.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.posterior.planning import Probe
 from laplace_kf.reports.style import panels
 
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "growth.png"
@@ -60,19 +61,12 @@ def run(rounds: int = 5) -> dict[str, Any]:
                 torch.manual_seed(0)
                 model = network(size["width"], size["depth"], size["outputs"])
                 batch = _data(size["outputs"], size["positions"])
-                plan = lk.plan(
-                    model, "categorical", [batch], minibatches=size["examples"] / BATCH, clock=time.process_time,
-                    method="mc" if size["positions"] > 1 else "probit", samples=20, **settings,
-                )  # fmt: skip
-                rows.append(
-                    {
-                        axis: value,
-                        "fit_seconds": plan.fit.seconds,
-                        "fit_bytes": plan.fit.bytes,
-                        "predict_seconds": plan.predict.seconds,
-                        "predict_bytes": plan.predict.bytes,
-                    }
-                )
+                posterior = lk.LaplacePosterior(model, "categorical", **settings)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    memory, each, rest = Probe(posterior, batch, BATCH, time.process_time).fit()
+                seconds = rest + each * size["examples"] / BATCH
+                rows.append({axis: value, "fit_seconds": seconds, "fit_bytes": memory})
             found.setdefault(axis, {})[name] = rows
     _draw(found)
     return {"workload": f"{INPUTS} inputs, {BASE}, minibatches of {BATCH}, one thread, float32", "axes": found}

@@ -47,7 +47,7 @@ from laplace_kf.reading import paired
 from laplace_kf.resuming import length
 from laplace_kf.tape import Observation
 
-__all__ = ["Plan", "Stage", "planned"]
+__all__ = ["Plan", "Probe", "Stage", "planned"]
 
 PATIENCE = 2.0  # seconds that columns of one minibatch, or predictions of some examples, are tried for
 STEADY = 0.25  # seconds of minibatches after which their median is taken
@@ -139,7 +139,7 @@ def planned(
         warnings.simplefilter("ignore")  # what the real calls will say
         batch, reading, count = _first(posterior, paired(data, y), minibatches, clock)
         rows = _rows(batch)
-        probe = _Probe(posterior, batch, rows, clock)
+        probe = Probe(posterior, batch, rows, clock)
         fit, stages, fixed = probe.fit()
         sides = probe.with_unit_bases()
         decomposing = decomposition_seconds(sides, probe.device, probe.dtype, clock)
@@ -164,7 +164,7 @@ def planned(
     )
 
 
-def _search_seconds(budget: float | None, count: float, probe: _Probe) -> float:
+def _search_seconds(budget: float | None, count: float, probe: Probe) -> float:
     """Seconds of a search over so many minibatches, by counts; decompositions are timed apart."""
     decomposition = DECOMPOSITION * float(sum(side**3 for side in probe.sides))
     wanted = count * OVERHEAD * SETTINGS[0] * PREDICTED * (probe.forward + ELEMENT * probe.outputs)
@@ -322,7 +322,7 @@ class _Repeated:
             marks.append(self.now())
 
 
-class _Probe:
+class Probe:
     """A copy of a posterior that is fitted to one minibatch and predicts it.
 
     Args:
@@ -354,7 +354,7 @@ class _Probe:
     # -- fit -----------------------------------------------------------------------------------------------------------
 
     def fit(self) -> tuple[float, float, float]:
-        """Peak bytes; seconds of one more minibatch; seconds of the rest."""
+        """Peak bytes; seconds of one more minibatch; seconds of the rest, whatever the number of minibatches."""
         with self.peak:  # first: what is learnt about a network once is then known
             self.fitted = self._copy().fit(_Repeated(self.batch, 1, self.clock), generator=self._generator())
         most = float(self.peak.most)
