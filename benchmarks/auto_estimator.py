@@ -19,7 +19,7 @@ from benchmarks.timing import epoch, in_turn, ratios
 from experiments.common import data, training
 from laplace_kf.operators import KroneckerBlock
 
-IMAGES, BATCH, DRAWS, WANTED = 5000, 250, 2, 0.992
+IMAGES, BATCH, DRAWS, WANTED = 2000, 250, 2, 0.992
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
     "sampled, 1": {"estimator": "sampled", "samples": 1},
@@ -57,7 +57,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor) -> float:
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     accuracy = 0.0
     for number in range(30):
-        training.train(model, training.Batches(x, y, 125, training.generator(number)), optimizer, 1)
+        training.train(model, training.Batches(x, y, 50, training.generator(number)), optimizer, 1)
         accuracy = float((training.outputs(model, x).argmax(1) == y).double().mean())
         if accuracy >= WANTED:
             break
