@@ -94,9 +94,9 @@ def cases() -> dict[str, Callable[[], Case]]:
 
     def segments() -> Case:
         model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 3, 1))
-        y = torch.randint(0, 3, (64, 20, 20), generator=rng)
-        x = torch.rand(64, 3, 20, 20, generator=rng)
-        return model, "categorical", x, y, 8, {"structure": "kron"}, ("fit",)
+        y = torch.randint(0, 3, (24, 12, 12), generator=rng)
+        x = torch.rand(24, 3, 12, 12, generator=rng)
+        return model, "categorical", x, y, 4, {"structure": "kron"}, ("fit",)
 
     def pixels() -> Case:
         x = torch.rand(1000, 784, generator=rng)
@@ -107,8 +107,8 @@ def cases() -> dict[str, Callable[[], Case]]:
         return _Positions(), "categorical", x, _labels(400, 10), 50, {"structure": "kron"}, SOME
 
     def many() -> Case:
-        model, x, y, _ = relu_network((256, 512, 1000), 1000, 100)
-        return model, "categorical", x, y, 100, {"structure": "kron"}, SOME
+        model, x, y, _ = relu_network((256, 512, 300), 300, 50)
+        return model, "categorical", x, y, 50, {"structure": "kron"}, ("fit",)
 
     return {
         "784-1024-1024-10, kron, exact": mlp(),
@@ -121,7 +121,7 @@ def cases() -> dict[str, Callable[[], Case]]:
         "residual network, kron, sampled": images(_resnet, 256, 100, 32, ("fit",), estimator="sampled"),
         "transformer, kron, exact": sequences,
         "autoencoder, kron, sampled": pixels,
-        "256-512-1000, kron, exact": many,
+        "256-512-300, kron, exact": many,
         "1-7-7-1, full, exact": lambda: toy(structure="full"),
         "segmentation, kron, exact": segments,
     }
