@@ -11,8 +11,10 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "auto_estimator",
     "distributed",
     "fit_cost",
+    "growth",
     "importance",
     "linearized",
     "montecarlo",
@@ -22,6 +24,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "plans",
     "pruning",
     "tuning",
 )

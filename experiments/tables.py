@@ -217,6 +217,40 @@ def fit_cost() -> str:
     return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(["job", "epochs", "range"], rows)
 
 
+def plans() -> str:
+    """Plans beside what happened."""
+    result = _load("benchmarks/results/plans.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = []
+    for name, case in result["cases"].items():
+        for job in ("fit", "predict", "tune"):
+            for what, scale, unit in (("seconds", 1.0, "s"), ("bytes", 1e-6, "MB")):
+                if what in case.get(job, {}):
+                    planned, taken = case[job][f"planned_{what}"], case[job][what]
+                    rows.append([name, job, f"{planned * scale:.3g} {unit}", f"{taken * scale:.3g} {unit}",
+                                 f"{100 * (planned / taken - 1):+.0f} %"])  # fmt: skip
+    met = result["met"].values()
+    head = f"{result['workload']}; {_machine(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
+    return head + "measured are within 25 %.\n\n" + _markdown(["case", "job", "planned", "taken", ""], rows)
+
+
+def auto_estimator() -> str:
+    """``estimator="auto"`` beside sampling."""
+    result = _load("benchmarks/results/auto_estimator.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = [
+        [name, *(cell for state in ("trained", "untrained")
+                 for cell in (f"{result[state][name]['epochs']:.2f}", f"{max(result[state][name]['errors']):.2%}"))]
+        for name in result["trained"]
+    ]  # fmt: skip
+    head = ["estimator", "trained: training epochs", "largest error of a block", "untrained: training epochs",
+            "largest error of a block"]  # fmt: skip
+    text = f"{result['workload']}, {100 * result['training_accuracy']:.1f} % of them right; {_machine(result)}."
+    return text + "\n\n" + _markdown(head, rows)
+
+
 def importance() -> str:
     """Error against cost of the estimators."""
     result = _load("benchmarks/results/importance.json")
@@ -484,6 +518,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit_cost": fit_cost,
     "optimizers": optimizers,
     "importance": importance,
+    "auto_estimator": auto_estimator,
+    "plans": plans,
     "penalty": penalty,
     "support": lk.support_table,
     "calibration": calibration,

@@ -69,8 +69,9 @@ class LaplacePosterior(Answers):
         structure: ``"kron"``, ``"diag"``, ``"ekfac"``, ``"lowrank"`` (``rank=``), ``"layer"``, ``"full"``,
             ``"isotropic"``, ``"auto"`` (``memory=``; :attr:`structure` is the chosen one after ``fit``), or a structure
             object. ``"ekfac"`` and ``"lowrank"`` go over the data twice.
-        estimator: ``"exact"``, ``"importance"`` (``columns=``), ``"sampled"`` or ``"projection"`` (``samples=``),
-            ``"recursive"``, ``"empirical"`` (not the Gauss-Newton matrix), or an estimator object.
+        estimator: ``"exact"``, ``"auto"`` (as many columns as an error needs, ``tolerance=0.01``), ``"importance"``
+            (``columns=``), ``"sampled"`` or ``"projection"`` (``samples=``), ``"recursive"``, ``"empirical"`` (not the
+            Gauss-Newton matrix), or an estimator object.
         parameters: ``"all"`` trainable parameters, ``"last_layer"``, a list of ``fnmatch`` patterns over names, or a
             :class:`Subnetwork` of single weights, whose posterior is dense (structure ``"full"``).
         prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).

@@ -202,6 +202,15 @@ class Observation:
                 found[name] = signals
         return found
 
+    def output_weight(self, to_positions: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The weight ``(C, I)`` of the layer whose output is the network's, where it is known; arguments as above."""
+        names = set(self.output_inputs(to_positions))
+        for name, members in self._by_block().items():
+            weight = members[0].bound["weight"] if name in names and self.tracer.blocks[name].view is not None else None
+            if isinstance(weight, Tensor) and weight.shape[0] == self._width(to_positions):
+                return weight.detach().flatten(1)
+        return None
+
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
         if self.outputs.dim() == 2:  # (N, C) in every layout
             return int(self.outputs.shape[-1])
