@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss
@@ -115,8 +116,15 @@ class SecondOrder(torch.optim.Optimizer):
     # -- what a subclass adds ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _measure(self, batch: Batch, observation: Observation | None) -> None:
-        """Takes in the curvature of one minibatch; ``observation`` is its pass on the tape if one was made."""
+    def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
+        """Takes in the curvature of one minibatch; ``observation`` is its pass on the tape if one was made.
+
+        ``caught`` are the gradients of its mean loss with respect to what :meth:`_edges` asked for.
+        """
+
+    def _edges(self, observation: Observation | None) -> list[GradientEdge]:
+        """Inner results of a pass whose gradients are of use; the gradient's own backward pass gives them."""
+        return []
 
     @abstractmethod
     def _wants_tape(self, data: Any) -> bool:
@@ -241,9 +249,11 @@ class SecondOrder(torch.optim.Optimizer):
         if not bool(torch.isfinite(loss)):
             raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
         weights = [self.named[name] for name in self.names]
-        grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
+        wanted = [*weights, *self._edges(observation)]
+        found = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
+        grads, caught = found[: len(weights)], found[len(weights) :]
         try:
-            self._measure(batch, observation)
+            self._measure(batch, observation, caught)
             self.pending.add(batch, *self.peers.mean(grads, weights, float(loss.detach()), batch.count))
         except BaseException:
             self._clear()  # its part of the sums cannot be taken out again
@@ -408,7 +418,8 @@ class SecondOrder(torch.optim.Optimizer):
         """By how much an update ``(P,)`` changes ``l2/2 ‖θ‖²``."""
         if not self.l2:
             return 0.0
-        return self.l2 * float((delta * (self.flat(self.named) + delta / 2)).sum(dtype=torch.float64))
+        along = [(part.flatten() @ self.named[n].detach().to(part).flatten()) for n, part in self.split(delta).items()]
+        return self.l2 * float(torch.stack(along).double().sum() + (delta @ delta).double() / 2)
 
     def _rates(self) -> Tensor | float:
         """Learning rate of every flat entry ``(P,)``, or one number if they agree."""

@@ -197,7 +197,7 @@ class HessianFree(SecondOrder):
             return False
         return True
 
-    def _measure(self, batch: Batch, observation: Observation | None) -> None:
+    def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
         return
 
     def _forget(self) -> None:

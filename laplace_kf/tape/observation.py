@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
@@ -201,6 +201,36 @@ class Observation:
                 assert isinstance(signals, OuterSignals)
                 found[name] = signals
         return found
+
+    def plain_blocks(self) -> list[Block]:
+        """The matrix blocks whose weight is read once, with dense inputs, as it is, at one position an example."""
+        found = []
+        for name, members in self._by_block().items():
+            block = self.tracer.blocks[name]
+            plain = len(members) == 1 and block.factorises and not block.one_hot and block.turned is None
+            if plain and (self.chain is not None or self._block_inputs(block, members).shape[1] == 1):
+                found.append(block)
+        return found
+
+    def edge_of(self, block: Block) -> GradientEdge:
+        """What the only call of a block gave, as a place in the autograd graph."""
+        (call,) = self._by_block()[block.name]
+        return call.edge
+
+    def plain_signals(self, block: Block, grad: Tensor) -> OuterSignals:
+        """Signals ``a (N, T, R, I)`` and ``g (1, N, T, R, O)`` of one of :meth:`plain_blocks`.
+
+        Args:
+            block: the block.
+            grad: a gradient with respect to what its call gave, of that shape.
+        """
+        members = self._by_block()[block.name]
+        if self.chain is not None:
+            return OuterSignals(block, self._block_inputs(block, members), grad[None, :, None, None])
+        rows = {self._index(members[0]): grad[None]}
+        signals = self._matrix_signals(block, members, [rows.get(k, grad) for k in range(len(self.calls))])
+        assert isinstance(signals, OuterSignals)
+        return signals
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
         if self.outputs.dim() == 2:  # (N, C) in every layout
