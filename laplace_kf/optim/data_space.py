@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from laplace_kf.operators import Blockwise, KroneckerProduct, Matrix
 from laplace_kf.tape import Block, Observation
@@ -24,13 +25,16 @@ Factors = Mapping[str, tuple[Tensor, Tensor]]
 """By block name, ``g (N, R, O)`` and ``a (N, R, I)`` with ``Σ_n g ⊗ a`` the block's gradient."""
 
 
-def cheaper(observation: Observation) -> list[Block]:
-    """The blocks whose gradient costs less to solve for in factors; that it is known already counts."""
+def cheaper(observation: Observation) -> list[tuple[Block, GradientEdge]]:
+    """The blocks whose gradient costs less to solve for in factors, with the place of their layer's result.
+
+    That the gradient itself is known already counts.
+    """
     found = []
-    for block in observation.plain_blocks():
+    for block, edge in observation.plain_blocks().values():
         _, out, inp = block.shape
         if observation.count * (out**2 + inp**2 + out * inp) < out * inp * (out + inp):
-            found.append(block)
+            found.append((block, edge))
     return found
 
 
@@ -43,7 +47,7 @@ def gradient_factors(
     Args:
         observation: the pass that the gradient is of.
         blocks: some of :func:`cheaper`.
-        grads: gradients of the mean loss with respect to what their calls gave, of those shapes.
+        grads: gradients of the mean loss at their places, of those shapes.
     """
     found = {}
     for block, grad in zip(blocks, grads, strict=True):

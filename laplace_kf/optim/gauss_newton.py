@@ -193,9 +193,9 @@ class GaussNewton(SecondOrder):
         return self.factor_part == 1 or self.tracer.may_be_chain
 
     def _edges(self, observation: Observation | None) -> list[GradientEdge]:
-        wanted = observation is not None and self.low_rank and self._direct
-        self._shortcut = cheaper(observation) if observation is not None and wanted else []
-        return [observation.edge_of(block) for block in self._shortcut] if observation is not None else []
+        found = cheaper(observation) if observation is not None and self.low_rank and self._direct else []
+        self._shortcut = [block for block, _ in found]
+        return [edge for _, edge in found]
 
     def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
         part = batch.part(self.factor_part, LEAST, self.generator)

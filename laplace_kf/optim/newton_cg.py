@@ -343,6 +343,9 @@ class HessianFree(SecondOrder):
         default = 1e-2 if self.penalty != "identity" or self.radius is not None else 0.0
         return (default if self.kappa is None else self.kappa) * float(diagonal.mean())
 
+    def _weights(self, flat: Tensor) -> dict[str, Tensor]:
+        return {name: part.to(self.named[name]) for name, part in self.split(flat).items()}
+
     def _value(self, batches: Sequence[Batch], flat: Tensor) -> float:
         """The regularised loss at flat weights; parameters outside the layout add a constant that is left in."""
         weights = self._weights(flat)
