@@ -11,6 +11,7 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "cells",
     "distributed",
     "fit_cost",
     "importance",
