@@ -152,7 +152,7 @@ class DataSpace:
         return {"pulled_at": dict(self._at)}
 
     def load(self, state: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-        """The inverse of :meth:`export`; a state of an older version has none."""
+        """The inverse of :meth:`export`, for ``weights (*shape)`` by name; a state of an older version has none."""
         self.forget()
         self._at = {name: value.to(weights[name]) for name, value in state.get("pulled_at", {}).items()}
 

@@ -39,8 +39,11 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
     for k in range(len(edges)):
         parts = [row[k] for row in rows]
         like = next((part for part in parts if part is not None), None)
-        zero = None if like is None else torch.zeros_like(like)
-        stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
+        zero = None if like is None or len(parts) == 1 else torch.zeros_like(like)
+        if len(parts) == 1:
+            stacked.append(None if like is None else like[None])  # no copy of what nobody writes to
+        else:
+            stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
     return stacked
 
 
