@@ -78,13 +78,13 @@ def low_rank_solve(
     out: dict[str, Tensor] = {}
     for block, part in matrix.entries:
         if block.name in outer and isinstance(part, KroneckerProduct):
-            solved = part.solve_outer(*outer[block.name])
-            if pulls:
-                solved = solved.add_(pulls[block.name])
-            solved = solved[None]
+            like = part.inverses()[0]
+            g, a = (rows.to(like) for rows in outer[block.name])
+            solved = part.solve_outer(g, a)
+            solved = solved.add_(pulls[block.name]) if pulls else solved
         else:
-            solved = part.solve(block.pack(parts).reshape(-1)).reshape(1, *block.shape)
-        out.update(block.unpack(solved))
+            solved = part.solve(block.pack(parts).reshape(-1).to(part.device))
+        out.update(block.unpack(solved.reshape(1, *block.shape).to(gradient)))
     return matrix.layout.join(out)[0]
 
 
@@ -129,8 +129,8 @@ class DataSpace:
             self._pull(matrix, blocks, weights)
             return low_rank_solve(matrix, gradient, outer, self._pulls)
         solved = low_rank_solve(matrix, gradient, outer, self._pulls)
-        squares = [torch.dist(weights[name].detach(), at).double().square() for name, at in self._at.items()]
-        moved = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        squares = [torch.dist(weights[name].detach(), at).double().square().cpu() for name, at in self._at.items()]
+        moved = float(torch.stack(squares).sum().sqrt())
         if self.l2 * moved > LAG * damping * float(torch.linalg.vector_norm(solved)):
             self._pull(matrix, blocks, weights)
             return low_rank_solve(matrix, gradient, outer, self._pulls)

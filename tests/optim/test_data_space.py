@@ -141,6 +141,18 @@ def test_k_fac_takes_it_where_it_pays(used: list[list[str]]) -> None:
         used.clear()
 
 
+def test_half_precision_and_ignored_targets(used: list[list[str]]) -> None:
+    steps = []
+    for low_rank in (False, True):
+        model = network("chain").bfloat16()
+        opt = lk.optim.kflr(model, "categorical", l2=0.0, low_rank=low_rank, **SETTINGS)
+        x, y = ref.batch(5, 4, 3, 0)
+        opt.step(x.bfloat16(), y.index_fill(0, torch.tensor([1, 3]), -100))
+        steps.append(oracles.flat_parameters(model).float())
+    torch.testing.assert_close(*steps, rtol=0.02, atol=0.02)
+    assert len(used) == 1
+
+
 def test_gradients_that_may_have_been_changed_are_solved_as_they_are(used: list[list[str]]) -> None:
     model = network("chain")
     opt = lk.optim.kflr(model, "categorical", l2=0.0, low_rank=True, **SETTINGS)
