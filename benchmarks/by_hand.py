@@ -1,7 +1,7 @@
 """What the same fits and steps cost when they are written for one network: the bound that the package is held to.
 
 Chains of dense layers are sent back by hand, other networks by autograd with respect to the outputs of their layers;
-factors are half Grams, squares are summed before they are multiplied. Nothing is checked, and nothing is returned.
+factors are half Grams, squares are summed before they are multiplied. Nothing is checked.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _columns(outputs: Tensor, likelihood: str, sampled: bool) -> Tensor:
         return torch.randn(1, count, width) if sampled else torch.eye(width)[:, None].expand(width, count, width)
     if likelihood == "bernoulli":
         p = outputs.sigmoid()
-        return (p - p.bernoulli())[None]
+        return (p - p.bernoulli())[None] if sampled else torch.diag_embed((p * (1 - p)).sqrt()).transpose(0, 1)
     p = outputs.softmax(-1)
     if sampled:
         return (p - F.one_hot(p.multinomial(1)[:, 0], p.shape[1]))[None]
@@ -139,13 +139,17 @@ def _by_autograd(problem: Problem, sums: _Sums, sampled: bool) -> None:
 
 
 @torch.no_grad()
-def fit(problem: Problem, structure: str, sampled: bool) -> None:
-    """Factors (``"kron"``) or the diagonal (``"diag"``) over all minibatches, by the exact columns or one draw."""
+def fit(problem: Problem, structure: str, sampled: bool) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Factors (``"kron"``) or the diagonal (``"diag"``) over all minibatches, by the exact columns or one draw.
+
+    Returns:
+        By layer the lower triangles ``(I, I)`` and ``(O, O)``, or the diagonals ``(O, I)`` and ``(O,)``.
+    """
     sums = _Sums(problem.model, structure == "diag")
     dense = isinstance(problem.model, nn.Sequential) and not any(isinstance(m, nn.Conv2d) for m in problem.model)
     if not dense:
         _by_autograd(problem, sums, sampled)
-        return
+        return sums.of
     assert isinstance(problem.model, nn.Sequential)
     for x, _ in problem.batches:
         outputs, kept = _chain(problem.model, x)
@@ -153,6 +157,7 @@ def fit(problem: Problem, structure: str, sampled: bool) -> None:
             if module in sums.of:
                 sums.inputs(module, a)
         _back(kept, _columns(outputs, problem.likelihood, sampled), lambda m, a, g: sums.columns(m, g, a))
+    return sums.of
 
 
 def kfac(problem: Problem, refresh: int) -> Iterator[None]:
