@@ -63,7 +63,8 @@ class _Sums:
     def inputs(self, module: nn.Module, a: Tensor) -> Tensor:
         """Inputs as rows ``(N, T, I)``, their Gram taken."""
         if isinstance(module, nn.Conv2d):
-            unfolded = F.unfold(a, module.kernel_size, module.dilation, module.padding, module.stride)
+            padding: Any = module.padding
+            unfolded = F.unfold(a, module.kernel_size, module.dilation, padding, module.stride)
             a = unfolded.transpose(1, 2)
         if not self.diagonal:
             _gram(self.of[module][0], a.reshape(-1, a.shape[-1]))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["AT_ONCE", "SMALL", "backward", "significant"]
+__all__ = ["AT_ONCE", "SMALL", "backward", "large", "significant"]
 
 SMALL = 2**17  # entries of a gradient, on average, up to which columns go back together
 AT_ONCE = 4  # columns below which one after another is as fast
@@ -30,7 +30,7 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
     Returns:
         For every place the gradients ``(V, ...)``, or ``None`` where none arrived for any column.
     """
-    if len(columns) >= AT_ONCE and sum(sizes) <= SMALL * len(sizes):
+    if len(columns) >= AT_ONCE and not large(sizes):
         together = _together(outputs, edges, columns)
         if together is not None:
             return together
@@ -45,6 +45,11 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
         else:
             stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
     return stacked
+
+
+def large(sizes: Sequence[int]) -> bool:
+    """Whether gradients of these sizes are arithmetic, for which columns go back one after another."""
+    return sum(sizes) > SMALL * len(sizes)
 
 
 def _together(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Tensor | None] | None:

@@ -16,7 +16,7 @@ from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.ragged import Ragged
-from laplace_kf.tape.backward import backward, significant
+from laplace_kf.tape.backward import backward, large, significant
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.examples import ExampleGradients
@@ -113,6 +113,11 @@ class Observation:
             (self.batch, self.outputs, self.targets), self.count, lambda t: t[rows.to(t.device)]
         )
         return Observation(self.tracer, batch, outputs, targets, calls, chain, self.whole)
+
+    @property
+    def sends_singly(self) -> bool:
+        """Whether columns go back one after another, however many there are."""
+        return self.chain is None and large([call.shape.numel() for call in self.calls])
 
     def column_bytes(self) -> int:
         """Bytes that one back-propagated column of this minibatch takes over all blocks."""
