@@ -12,6 +12,7 @@ from benchmarks.timing import RESULTS, save
 NAMES = (
     "attribution",
     "auto_estimator",
+    "cells",
     "distributed",
     "fit_cost",
     "growth",

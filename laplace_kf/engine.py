@@ -274,6 +274,8 @@ class Accumulator:
         each = observation.column_bytes() + self.structure.column_bytes(self.tracer.blocks, observation.count, itemsize)
         what = f"one column of a minibatch with outputs {tuple(observation.outputs.shape)}"
         require_memory(each, observation.outputs.device, what, INSTEAD)
+        if self.structure.column_by_column and observation.sends_singly:  # holding them would cost memory and a copy
+            return 1
         return max(1, MEMORY_BYTES // max(1, each))
 
     def outlook(self) -> str:

@@ -73,6 +73,7 @@ class Structure(ABC):
     inputs_first: bool = False  # whether :meth:`add_columns` needs what :meth:`add_inputs` did with the same minibatch
     takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
     several_passes: bool = False  # whether the data have to be gone through more than once
+    column_by_column: ClassVar[bool] = False  # whether several columns at once save :meth:`add_columns` nothing
     reason: str = ""
 
     @classmethod
