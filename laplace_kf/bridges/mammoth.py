@@ -1,4 +1,4 @@
-"""Mammoth: the learners of :mod:`laplace_kf.continual` as a model of its benchmark, in a file of its ``models`` folder::
+"""Mammoth: the learners of :mod:`laplace_kf.continual` as a model of it, in a file of its ``models`` folder::
 
     # models/laplace_kf.py, in a checkout of https://github.com/aimagelab/mammoth
     from laplace_kf.bridges.mammoth import LaplaceModel

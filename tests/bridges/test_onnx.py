@@ -17,8 +17,7 @@ runtime = pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("parameters", ["last_layer", "all"])
-@pytest.mark.parametrize("likelihood", ["gaussian", "categorical"])
+@pytest.mark.parametrize(("likelihood", "parameters"), [("gaussian", "last_layer"), ("categorical", "all")])
 def test_means_and_variances_are_those_of_the_module(likelihood: str, parameters: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(30, 3)
