@@ -11,6 +11,8 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "attribution_peers",
+    "bayesian_optimisation",
     "distributed",
     "fit_cost",
     "importance",
