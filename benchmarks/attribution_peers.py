@@ -27,6 +27,7 @@ from experiments.attribution.scores import datamodelling_score
 
 PARTS = Path("results/attribution/parts")
 EPOCHS, PROJECTED = 5, 512
+AT_ONCE = 500  # examples of the peers' batches: dattri makes the gradients of all queries anew for each training batch
 Pair = tuple[Tensor, Tensor]
 
 
@@ -79,8 +80,8 @@ def dattri_trak(model: nn.Module, train: Pair, queries: Pair, prior: float) -> T
     attributor = TRAKAttributor(
         task=task, correct_probability_func=right, device="cpu", projector_kwargs={"proj_dim": PROJECTED}
     )
-    attributor.cache(_loader(train, 64))
-    found: Tensor = attributor.attribute(_loader(queries, 64)).T
+    attributor.cache(_loader(train, AT_ONCE))
+    found: Tensor = attributor.attribute(_loader(queries, AT_ONCE)).T
     return found
 
 
@@ -96,8 +97,8 @@ def dattri_ekfac(model: nn.Module, train: Pair, queries: Pair, prior: float) -> 
 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     attributor = IFAttributorEKFAC(task=task, device="cpu", damping=prior / len(train[0]))
-    attributor.cache(_loader(train, 64))
-    found: Tensor = attributor.attribute(_loader(train, 64), _loader(queries, 64)).T
+    attributor.cache(_loader(train, AT_ONCE))
+    found: Tensor = attributor.attribute(_loader(train, AT_ONCE), _loader(queries, AT_ONCE)).T
     return found
 
 

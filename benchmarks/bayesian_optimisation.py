@@ -111,7 +111,8 @@ def run(rounds: int = 5) -> dict[str, Any]:
         "workload": f"{FIRST} random points, then {BATCHES} batches of {BATCH} by qLogExpectedImprovement; {rounds} seeds",
         "functions": out,
         "met": {
-            f"{name}: smaller median regret than random": found["laplace_kf"]["median"][-1] < found["random"]["median"][-1]
+            f"{name}: smaller median regret than random": found["laplace_kf"]["median"][-1]
+            < found["random"]["median"][-1]
             for name, found in out.items()
         },
     }

@@ -2,8 +2,7 @@
 
 The protocol of Kirsch et al. 2019 (section 4.2): two labels of each class to begin with, then batches of ten, a network
 trained anew after every batch, no augmentation, no use of the unlabelled images. Their posterior is Monte Carlo dropout
-over a convolutional network; here it is that of a network of half their width, last layer or all weights, λ by the
-evidence. Scores are computed on a part of the pool that is drawn anew for every batch.
+over a convolutional network; here it is that of a network of half their width. Scores are computed on a part of the pool that is drawn anew for every batch.
 
 Runs of a method and a seed are kept in ``parts`` of the results folder, label count by label count.
 """
@@ -49,7 +48,7 @@ def _random(posterior: LaplacePosterior, x: Tensor, size: int, config: Config, r
     return torch.randperm(len(x), generator=rng)[:size]
 
 
-CHOICES: dict[str, Callable[..., Tensor]] = {"BatchBALD": _batch_bald, "BALD": _bald, "random": _random}
+CHOICES: dict[str, Callable[..., Tensor]] = {"BatchBALD": _batch_bald, "random": _random, "BALD": _bald}
 
 
 @dataclass
@@ -71,6 +70,7 @@ class Config:
         steps: of Adam for each training, minibatches of 32.
         lr: of Adam.
         parameters: which weights the posterior is over.
+        prior_precision: λ; 0 for that of the evidence.
         samples: functions of the scores.
         configurations: of BatchBALD.
         progress: whether to say what is going on.
@@ -84,12 +84,13 @@ class Config:
     batch: int = 10
     most: int = 190
     pool: int = 1000
-    test: int = 2000
+    test: int = 1000
     width: int = 16
     dropout: float = 0.5
-    steps: int = 250
+    steps: int = 150
     lr: float = 2e-3
     parameters: str = "last_layer"
+    prior_precision: float = 100.0
     samples: int = 100
     configurations: int = 500
     progress: bool = True
@@ -100,6 +101,7 @@ class Config:
         require("threads", self.threads, self.threads >= 0, "at least 0")
         require("samples", self.samples, self.samples >= 2, "at least 2")
         require("lr", self.lr, self.lr > 0, "above 0")
+        require("prior_precision", self.prior_precision, self.prior_precision >= 0, "at least 0")
         require("dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1")
         require("batch", self.batch, self.batch <= self.pool, f"at most pool={self.pool}")
         known = bool(self.methods) and set(self.methods) <= set(CHOICES)
@@ -155,10 +157,12 @@ def _one(config: Config, method: str, seed: int, path: Path) -> dict[str, Any]:
             left[known] = False
             rows = left.nonzero()[:, 0]
             rows = rows[torch.randperm(len(rows), generator=rng)[: config.pool]]
-            posterior = LaplacePosterior(model, "categorical", parameters=config.parameters).fit(
+            prior = config.prior_precision or 1.0
+            posterior = LaplacePosterior(model, "categorical", parameters=config.parameters, prior_precision=prior).fit(
                 x[known], y[known], generator=rng
             )
-            posterior.tune(objective="evidence")
+            if not config.prior_precision:
+                posterior.tune(objective="evidence")
             chosen = CHOICES[method](posterior, x[rows], config.batch, config, rng)
             found["known"] = [*found["known"], *rows[chosen].tolist()]
         found["seconds"] += time.process_time() - start
