@@ -1,8 +1,8 @@
 """dattri and kronfluence beside this package: scores of one network of the attribution experiment, and their quality.
 
 The network has seen its half of 5,000 digits five times, the queries' losses are those of the 50 networks of the
-experiment (``python -m experiments run attribution`` leaves them in ``results/attribution/parts``; what is missing there
-is trained). All scores are of 5,000 x 500 pairs in one thread, with what has to be fitted before. Damping is the
+experiment (``python -m experiments run attribution`` leaves them in ``results/attribution/parts``; what is missing is
+trained). Scores are of 5,000 x 500 pairs in one thread, with what has to be fitted before. Damping is the
 experiment's, 10 / 5,000 of the mean curvature, and for kronfluence also its own rule, a tenth of the mean eigenvalue.
 """
 

@@ -1,8 +1,8 @@
 """Bayesian optimisation of three test functions with a network as BoTorch's surrogate, against random points.
 
 The surrogate: two hidden layers of 32 tanh units, trained anew on all standardised values, a posterior over all weights
-whose λ the evidence chooses. ``qLogExpectedImprovement`` of two points together, maximised by ``optimize_acqf`` with the
-gradients of the joint covariance. Both begin with the same random points. ``rounds`` is the number of seeds.
+whose λ the evidence chooses. ``qLogExpectedImprovement`` of two points together, maximised by ``optimize_acqf`` with
+the gradients of the joint covariance. Both begin with the same random points. ``rounds`` is the number of seeds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def functions() -> dict[str, tuple[Any, float]]:
 
 
 def surrogate(x: Tensor, y: Tensor, seed: int) -> Any:
-    """A trained network and its posterior at points ``x (N, d)`` of the unit cube with standardised values ``y (N, 1)``."""
+    """A trained network and its posterior; points ``x (N, d)`` of the unit cube, standardised values ``y (N, 1)``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(x.shape[1], 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
@@ -108,7 +108,7 @@ def run(rounds: int = 5) -> dict[str, Any]:
         )
         out[name] = {**ways, "maximum": maximum, "wins": wins, "seconds": (time.process_time() - start) / rounds}
     return {
-        "workload": f"{FIRST} random points, then {BATCHES} batches of {BATCH} by qLogExpectedImprovement; {rounds} seeds",
+        "workload": f"{FIRST} random points, then {BATCHES} times {BATCH} by qLogExpectedImprovement; {rounds} seeds",
         "functions": out,
         "met": {
             f"{name}: smaller median regret than random": found["laplace_kf"]["median"][-1]

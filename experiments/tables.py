@@ -88,7 +88,7 @@ def _quoted(name: str) -> str:
     parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run {name}`"]
     for table in result["tables"]:
         parts += [_markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
-    missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
+    missing = [f"Not run: {', '.join(result['not_run'])}."] if result.get("not_run") else []
     return "\n\n".join([*parts, *missing])
 
 
@@ -118,6 +118,49 @@ def attribution_cost() -> str:
     met = [f"{claim}: {'met' if held else 'missed'}" for claim, held in result["met"].items()]
     head = f"{result['workload']}; {_machine(result)}. {'; '.join(met)}. `python -m benchmarks attribution`"
     return f"{head}\n\n" + _markdown(["job", "epochs", "s"], rows)
+
+
+def attribution_peers() -> str:
+    """Scores of one network by this package, dattri and kronfluence."""
+    result = _load("benchmarks/results/attribution_peers.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = [
+        [name, *((each["not_run"], "") if "not_run" in each else (f"{each['score']:.3f}", f"{each['seconds']:.1f}"))]
+        for name, each in result["methods"].items()
+    ]
+    peers = ", ".join(f"{name} {version}" for name, version in result["peers"].items() if version)
+    head = f"{result['workload']}; {peers}; {_machine(result)}. `python -m benchmarks attribution_peers`"
+    return f"{head}\n\n" + _markdown(["method", "datamodelling score", "processor s"], rows)
+
+
+def bayesian_optimisation() -> str:
+    """Regrets of the search with a network as the surrogate, and of random points."""
+    result = _load("benchmarks/results/bayesian_optimisation.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = []
+    for name, found in result["functions"].items():
+        mine, other = found["laplace_kf"], found["random"]
+        half = len(mine["median"]) // 2
+        medians = [f"{way['median'][k]:.3f}" for k in (half, -1) for way in (mine, other)]
+        rows.append(
+            [name, f"{mine['median'][0]:.3f}", *medians,
+             f"{found['wins']} of {len(mine['regret'])}", f"{found['seconds']:.0f}"]
+        )  # fmt: skip
+    head = ["function", "at the start", "half way", "random", "at the end", "random", "better than random", "s a run"]
+    text = f"{result['workload']}; {_machine(result)}. `python -m benchmarks bayesian_optimisation`"
+    return f"{text}\n\n" + _markdown(head, rows)
+
+
+def characters() -> str:
+    """When each optimiser reaches one validation loss of a character model."""
+    return _quoted("characters")
+
+
+def labels() -> str:
+    """Labels needed by the way they are chosen."""
+    return _quoted("labels")
 
 
 def pruning() -> str:
@@ -471,6 +514,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "ood_pairs": ood_pairs,
     "attribution": attribution,
     "attribution_cost": attribution_cost,
+    "attribution_peers": attribution_peers,
+    "bayesian_optimisation": bayesian_optimisation,
+    "characters": characters,
+    "labels": labels,
     "pruning": pruning,
     "uci": uci,
     "predictions": predictions,
