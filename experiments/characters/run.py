@@ -1,8 +1,8 @@
 """Iterations and seconds to a validation loss: a character model of the size that nanoGPT trains on a laptop.
 
 Tiny Shakespeare, 4 layers of width 128, windows of 64 characters, 12 of them a minibatch, no dropout: after 2,000
-iterations of AdamW its README has a validation loss of 1.88 (nats a character). AdamW runs by that recipe (rate 1e-3 with
-100 steps of warm-up and a cosine to a tenth, betas 0.9 and 0.99, weight decay 0.1 on matrices, gradients clipped at 1).
+iterations of AdamW its README has a validation loss of 1.88 (nats a character). AdamW runs by that recipe (rate 1e-3
+with 100 steps of warm-up and a cosine to a tenth, betas 0.9 and 0.99, weight decay 0.1 on matrices, gradients clipped at 1).
 Second-order methods see the same minibatches from the same weights, and get twice AdamW's processor seconds at most.
 
 Traces and states are kept in ``parts`` of the results folder, so that a run can be cut short and taken up again.
@@ -239,8 +239,8 @@ def run(config: Config, folder: Path) -> Report:
     return Report(
         title="A character model to one validation loss",
         summary=(
-            f"Tiny Shakespeare, {config.layers} layers of width {config.width}, minibatches of {config.batch} windows of "
-            f"{config.context} characters; validation loss over {config.validation} windows every {config.every} "
+            f"Tiny Shakespeare, {config.layers} layers of width {config.width}, minibatches of {config.batch} windows "
+            f"of {config.context} characters; validation loss over {config.validation} windows every {config.every} "
             "iterations; processor seconds of one thread, validation not counted."
         ),
         seed=config.seed,
