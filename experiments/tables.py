@@ -211,6 +211,8 @@ def calibration_short() -> str:
     rows = []
     for method in report.NAMES[1:]:
         found = [by_method[method] for by_method in result["comparisons"].values() if by_method.get(method)]
+        if not found:
+            continue  # not run on any set
         counts = [sum(each["verdict"] == kind for each in found) for kind in ("better", "not worse", "worse")]
         lower = sum(each["mean"] < 0 for each in found)
         rows.append([method, *map(str, counts), f"{lower} of {len(found)}"])
@@ -387,6 +389,9 @@ def recurrent() -> str:
 STREAMS = {
     "continual_permuted": "E25",
     "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
+    "continual_permuted_50_wide": "continual_permuted_50_wide --out results/E25_50_wide",
+    "continual_si": "continual_si --out results/E25_si",
+    "continual_si_wide": "continual_si_wide --out results/E25_si_wide",
     "continual_disjoint": "E27",
     "continual_vision": "E28",
     "rotated_mnist": "rotated_mnist",

@@ -1,4 +1,4 @@
-"""What tests cost: CPU seconds of the dearest files and tests, for ``--cpu N``; the clock on the wall counts others too."""
+"""CPU seconds of the dearest files and tests, for ``--cpu N``: the clock on the wall counts what others do."""
 
 from __future__ import annotations
 

@@ -482,13 +482,13 @@ class LaplacePosterior(Answers):
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
-        Without grids the predictives compete: the trained weights alone (MAP), those with a temperature on their
-        logits, the linearised network through the probit approximation or in full, and Monte Carlo, each at its own
-        best setting and within a ``budget`` (:mod:`laplace_kf.posterior.candidates`). The winner, which has to beat the
-        others beyond the noise of the validation data, becomes :attr:`method`. Settings are searched from coarse to
-        fine in coordinates that do not trade off (:mod:`laplace_kf.posterior.search`), and the result is never worse
-        than MAP on the validation data: if no posterior beats the trained weights by more than one standard error of
-        the paired difference, (N, λ) is set to a finite point that is MAP in effect, and the result says so
+        Without grids the predictives compete: the trained weights alone (MAP), those with a temperature on their logits
+        or predicted noise, the linearised network through the probit approximation or in full, and Monte Carlo, each at
+        its own best setting and within a ``budget`` (:mod:`laplace_kf.posterior.candidates`). The winner, which has to
+        beat the others beyond the noise of the validation data, becomes :attr:`method`. Settings are searched from
+        coarse to fine in coordinates that do not trade off (:mod:`laplace_kf.posterior.search`), and the result is
+        never worse than MAP on the validation data: if no posterior beats the trained weights by more than one standard
+        error of the paired difference, (N, λ) is set to a finite point that is MAP in effect, and the result says so
         (``map_wins``). With a grid for N or λ every pair is measured with one method and the smallest objective wins
         (methods 9.3).
 

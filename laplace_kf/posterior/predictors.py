@@ -91,8 +91,9 @@ class TuningPredictor(ABC):
         return
 
     def at_mean(self, temperature: float = 1.0) -> Predictions | None:
-        """Predictions at the mean weights, the outputs divided by a temperature."""
-        return self.from_samples([[z[None] / temperature for z in found] for found in self.part.means])
+        """Predictions at the mean weights, less certain by a temperature."""
+        tempered = self.fitted.likelihood.tempered
+        return self.from_samples([[tempered(z, temperature)[None] for z in found] for found in self.part.means])
 
     def from_samples(self, outputs: Sequence[Sequence[Tensor]]) -> Predictions | None:
         """Predictions from sampled outputs ``(S, N, ...)`` of every batch of every set of pools."""

@@ -49,7 +49,8 @@ STRUCTURES = [
 ]
 KINDS = [pytest.param(s, d, id=s if s != "kron" else f"kron-{d}") for s, d in STRUCTURES]
 over_kinds = pytest.mark.parametrize(("structure", "damping"), KINDS)
-few_of_each = pytest.mark.meets(case=tagged("core"), kind=STRUCTURES)  # the rest is what test_precision finds
+# of what takes the precision that `test_precision` has looked at
+few_of_each = pytest.mark.meets(case=tagged("core"), kind=STRUCTURES)
 over_core = pytest.mark.parametrize("case", tagged("core"), ids=lambda case: case.name)
 
 
