@@ -2,7 +2,8 @@
 
 Tiny Shakespeare, 4 layers of width 128, windows of 64 characters, 12 of them a minibatch, no dropout: after 2,000
 iterations of AdamW its README has a validation loss of 1.88 (nats a character). AdamW runs by that recipe (rate 1e-3
-with 100 steps of warm-up and a cosine to a tenth, betas 0.9 and 0.99, weight decay 0.1 on matrices, gradients clipped at 1).
+with 100 steps of warm-up and a cosine to a tenth, betas 0.9 and 0.99, weight decay 0.1 on matrices, gradients clipped
+at 1).
 Second-order methods see the same minibatches from the same weights, and get twice AdamW's processor seconds at most.
 
 Traces and states are kept in ``parts`` of the results folder, so that a run can be cut short and taken up again.

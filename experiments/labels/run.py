@@ -5,8 +5,8 @@ trained anew after every batch, no augmentation, no use of the unlabelled images
 over a convolutional network; here it is that of the last layer of one of half the width. Scores are computed on a part
 of the pool that is drawn anew for every batch.
 
-λ = 100 was picked on one network with 30 labels: under the evidence's (about 1) functions disagree about everything, and
-of the 30 images with the highest scores as few are misclassified as of any others.
+λ = 100 was picked on one network with 30 labels: under the evidence's (about 1) functions disagree about everything,
+and of the 30 images with the highest scores as few are misclassified as of any others.
 
 Runs of a method and a seed are kept in ``parts`` of the results folder, label count by label count.
 """
