@@ -14,6 +14,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_kf as lk
+from benchmarks.timing import kept
 from experiments.attribution.run import Config, _Bench
 from experiments.attribution.scores import datamodelling_score
 
+KEPT = Path("results/attribution_peers.jsonl")  # finished methods; to be deleted where the settings change
 PARTS = Path("results/attribution/parts")
 EPOCHS, PROJECTED = 5, 512
 AT_ONCE = 500  # examples of the peers' batches: dattri makes the gradients of all queries anew for each training batch
@@ -144,10 +147,10 @@ METHODS: dict[str, tuple[str, Callable[[nn.Module, Pair, Pair, float], Tensor]]]
     "laplace_kf, Kronecker, exact damping, margin": ("laplace_kf", ours("exact", "margin")),
     "laplace_kf, Kronecker, factored damping, loss": ("laplace_kf", ours("factored", "loss")),
     "laplace_kf, EK-FAC, margin": ("laplace_kf", ours_ekfac),
-    "dattri, EK-FAC, loss": ("dattri", dattri_ekfac),
-    f"dattri, TRAK, {PROJECTED} projections": ("dattri", dattri_trak),
     "kronfluence, EK-FAC, margin": ("kronfluence", kronfluence(False)),
     "kronfluence, EK-FAC, margin, its damping": ("kronfluence", kronfluence(True)),
+    f"dattri, TRAK, {PROJECTED} projections": ("dattri", dattri_trak),
+    "dattri, EK-FAC, loss": ("dattri", dattri_ekfac),
 }
 
 
@@ -157,11 +160,8 @@ def run(rounds: int = 1) -> dict[str, Any]:
     config = Config()
     bench = _Bench(config, PARTS)
     truth = bench.truth()
-    found: dict[str, Any] = {}
-    for name, (package, scores) in METHODS.items():
-        if importlib.util.find_spec(package) is None:
-            found[name] = {"not_run": f"{package} is not installed"}
-            continue
+
+    def one(scores: Callable[[nn.Module, Pair, Pair, float], Tensor]) -> dict[str, Any]:
         (model,) = bench.networks([0], EPOCHS)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -170,11 +170,16 @@ def run(rounds: int = 1) -> dict[str, Any]:
             try:
                 made = scores(model, bench.train, bench.queries, config.damping).detach()
             except Exception as error:
-                found[name] = {"not_run": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
-                continue
+                return {"not_run": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
             seconds = time.process_time() - start
-        each = datamodelling_score(made, *truth)
-        found[name] = {"score": float(each.mean()), "seconds": seconds}
+        return {"score": float(datamodelling_score(made, *truth).mean()), "seconds": seconds}
+
+    found: dict[str, Any] = {}
+    for name, (package, scores) in METHODS.items():
+        if importlib.util.find_spec(package) is None:
+            found[name] = {"not_run": f"{package} is not installed"}
+        else:
+            found[name] = kept(KEPT, name, partial(one, scores))
     from importlib.metadata import PackageNotFoundError, version
 
     versions: dict[str, str | None] = {}
