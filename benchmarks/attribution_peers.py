@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import laplace_kf as lk
 from benchmarks.timing import kept
-from experiments.attribution.run import Config, _Bench
+from experiments.attribution.run import Bench, Config
 from experiments.attribution.scores import datamodelling_score
 
 KEPT = Path("results/attribution_peers.jsonl")  # finished methods; to be deleted where the settings change
@@ -158,7 +158,7 @@ def run(rounds: int = 1) -> dict[str, Any]:
     """Datamodelling score and processor seconds of every method, once; ``rounds`` is not used."""
     torch.set_num_threads(1)
     config = Config()
-    bench = _Bench(config, PARTS)
+    bench = Bench(config, PARTS)
     truth = bench.truth()
 
     def one(scores: Callable[[nn.Module, Pair, Pair, float], Tensor]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments import overview
+from experiments.job_tables import JOB_TABLES
 from experiments.registry import EXPERIMENTS
 from experiments.site_tables import SITE_TABLES
 from experiments.tables import ROOT, STREAMS
@@ -16,7 +17,7 @@ from experiments.verdicts import FOLDED
 
 __all__ = ["COLLECTED", "PAGES", "ROOT", "TABLES", "render", "report", "write"]
 
-TABLES = RESULT_TABLES | SITE_TABLES
+TABLES = RESULT_TABLES | SITE_TABLES | JOB_TABLES
 """Functions that make the tables, by name."""
 
 PAGES = {
