@@ -11,7 +11,9 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "attribution_peers",
     "auto_estimator",
+    "bayesian_optimisation",
     "cells",
     "distributed",
     "fit_cost",

@@ -497,8 +497,9 @@ class LaplacePosterior(Answers):
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; ``objective="evidence"`` needs
                 none.
-            objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``
-                or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
+            objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``,
+                a ``WithinTolerance`` (the largest variance that costs no more than its tolerance; with or without a
+                grid for λ) or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
             method: ``"auto"`` for a competition; a name of :meth:`predict`'s methods to tune that one alone (beside
                 MAP and the temperature, as references) and to set :attr:`method` to it. With grids ``"auto"`` is the
                 method that the posterior has.
