@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from functools import partial
+from pathlib import Path
 
+from experiments import overview
+from experiments.job_tables import JOB_TABLES
 from experiments.registry import EXPERIMENTS
 from experiments.site_tables import SITE_TABLES
-from experiments.tables import FOLDED, ROOT, STREAMS
+from experiments.tables import ROOT, STREAMS
 from experiments.tables import TABLES as RESULT_TABLES
+from experiments.verdicts import FOLDED
 
-__all__ = ["PAGES", "ROOT", "TABLES", "render", "write"]
+__all__ = ["COLLECTED", "PAGES", "ROOT", "TABLES", "render", "report", "write"]
 
-TABLES = RESULT_TABLES | SITE_TABLES
+TABLES = RESULT_TABLES | SITE_TABLES | JOB_TABLES
 """Functions that make the tables, by name."""
 
 PAGES = {
@@ -27,10 +31,13 @@ PAGES = {
         "importance",
         "many_outputs",
         "support",
+        "papers_short",
     ),
     "docs/toy_regression.md": ("toy_regression",),
     "docs/ood_pairs.md": ("ood_pairs",),
-    "docs/attribution.md": ("attribution", "attribution_cost"),
+    "docs/acquisition.md": ("labels",),
+    "docs/attribution.md": ("attribution", "attribution_peers", "attribution_cost"),
+    "docs/bridges.md": ("bayesian_optimisation",),
     "docs/conditioning.md": ("pruning",),
     "docs/uci.md": ("uci",),
     "docs/calibration.md": ("calibration",),
@@ -39,10 +46,11 @@ PAGES = {
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
     "docs/experiments.md": ("papers",),
-    "docs/optimizers.md": ("autoencoders", "optimizers"),
+    "docs/optimizers.md": ("autoencoders", "first_order_grid", "characters", "optimizers"),
     "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
     "docs/benchmarks.md": (
         "aims",
+        "cells",
         "peers",
         "fit_cost",
         "predictions",
@@ -87,6 +95,8 @@ COLLECTED = {
     "results/demo/entropy.png": "docs/pictures/demo.png",
     "results/attribution/result.json": "docs/results/attribution.json",
     "results/attribution/influential.png": "docs/pictures/attribution.png",
+    "results/characters/result.json": "docs/results/characters.json",
+    "results/labels/result.json": "docs/results/labels.json",
     "results/ood_pairs/result.json": "docs/results/ood_pairs.json",
     "results/uci/result.json": "docs/results/uci.json",
     "results/calibration/result.json": "docs/results/calibration.json",
@@ -96,6 +106,7 @@ COLLECTED = {
     "results/E14/result.json": "docs/results/autoencoders.json",
     "results/E14/curves.png": "docs/pictures/autoencoders_curves.png",
     "results/E14/mnist.png": "docs/pictures/autoencoders_mnist.png",
+    "results/E14_grid/result.json": "docs/results/autoencoders_grid.json",
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
@@ -134,3 +145,14 @@ def write() -> None:
             shutil.copyfile(ROOT / source, ROOT / target)
     for page in PAGES:
         (ROOT / page).write_text(render((ROOT / page).read_text(), page))
+    report()
+
+
+def report() -> Path:
+    """Writes the page of all claims from the results that ``docs/`` holds."""
+    pages: dict[str, list[str]] = {name: [] for name in {*COLLECTED.values()} if name.endswith(".json")}
+    for source, target in COLLECTED.items():
+        folder = source.rpartition("/")[0]
+        if target.endswith(".png") and (result := COLLECTED.get(f"{folder}/result.json")) in pages:
+            pages[result].append(f"../{target.removeprefix('docs/')}")
+    return overview.write(ROOT / "docs" / "results", {Path(name).stem: drawn for name, drawn in pages.items()})

@@ -21,7 +21,7 @@ from laplace_kf import (
 from laplace_kf.evidence_training import EvidenceTraining, evidence_training
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.outputs.top import TopClasses
-from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
+from laplace_kf.posterior import LaplacePosterior, Mixture, Plan, TuningResult, plan
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
 from laplace_kf.version import __version__
@@ -30,6 +30,7 @@ __all__ = [
     "EvidenceTraining",
     "LaplacePosterior",
     "Mixture",
+    "Plan",
     "Prediction",
     "Subnetwork",
     "TopClasses",
@@ -47,6 +48,7 @@ __all__ = [
     "graphs",
     "likelihoods",
     "optim",
+    "plan",
     "pruning",
     "reports",
     "support_table",

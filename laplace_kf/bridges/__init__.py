@@ -1,6 +1,6 @@
 """Bridges to other libraries, each imported only when it is asked for.
 
-BoTorch, Lightning, Pyro, scikit-learn, transformers.
+Avalanche, BoTorch, Lightning, Mammoth, Optuna, Pyro, scikit-learn, torch-uncertainty, transformers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from types import ModuleType
 
 from laplace_kf.errors import UnknownAttribute
 
-__all__ = ["botorch", "lightning", "pyro", "sklearn", "transformers"]
+__all__ = [
+    "avalanche",
+    "botorch",
+    "lightning",
+    "mammoth",
+    "optuna",
+    "pyro",
+    "sklearn",
+    "torch_uncertainty",
+    "transformers",
+]
 
 
 def __getattr__(name: str) -> ModuleType:

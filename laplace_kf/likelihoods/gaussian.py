@@ -99,7 +99,7 @@ class Gaussian(ElementwiseLikelihood):
         for number in _numbers(value):
             if not (math.isfinite(number) and number > 0):
                 raise InvalidArgument(f"Gaussian: scale {number} is outside (0, inf); it is a standard deviation.")
-        self._scale: float | Tensor = value if isinstance(value, Tensor) else float(value)  # type: ignore[arg-type]
+        self._scale: float | Tensor = value if isinstance(value, Tensor) else float(value)
         self._moved: tuple[Tensor, Tensor] | None = None
 
     @property

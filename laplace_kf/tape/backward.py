@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laplace_kf.errors import LaplaceKFError, UnsupportedLayer
 
-__all__ = ["AT_ONCE", "SMALL", "backward"]
+__all__ = ["AT_ONCE", "SMALL", "backward", "large", "significant"]
 
 SMALL = 2**17  # entries of a gradient, on average, up to which columns go back together
 AT_ONCE = 4  # columns below which one after another is as fast
@@ -35,7 +35,7 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
     Raises:
         UnsupportedLayer: if torch itself cannot differentiate the network.
     """
-    if len(columns) >= AT_ONCE and sum(sizes) <= SMALL * len(sizes):
+    if len(columns) >= AT_ONCE and not large(sizes):
         together = _together(outputs, edges, columns)
         if together is not None:
             return together
@@ -44,8 +44,11 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
     for k in range(len(edges)):
         parts = [row[k] for row in rows]
         like = next((part for part in parts if part is not None), None)
-        zero = None if like is None else torch.zeros_like(like)
-        stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
+        zero = None if like is None or len(parts) == 1 else torch.zeros_like(like)
+        if len(parts) == 1:
+            stacked.append(None if like is None else like[None])  # no copy of what nobody writes to
+        else:
+            stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
     return stacked
 
 
@@ -64,6 +67,11 @@ def _alone(outputs: Tensor, edges: Sequence[Any], column: Tensor) -> Sequence[Te
         ) from error
 
 
+def large(sizes: Sequence[int]) -> bool:
+    """Whether gradients of these sizes are arithmetic, for which columns go back one after another."""
+    return sum(sizes) > SMALL * len(sizes)
+
+
 def _together(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Tensor | None] | None:
     """As :func:`backward`, for all columns ``(V, N, ...)`` at once; ``None`` where a function has no rule for that."""
     try:
@@ -73,3 +81,16 @@ def _together(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Te
     except (RuntimeError, NotImplementedError):  # an own autograd function, a hook that reads numbers
         return None
     return list(found)
+
+
+def significant(columns: Tensor) -> Tensor:
+    """Columns without the entries whose squares would be denormal numbers.
+
+    A confident classifier has class probabilities of 1e-30; their columns carry no curvature in any floating type,
+    but arithmetic on denormal numbers is many times slower.
+    """
+    if not columns.numel():
+        return columns
+    size = columns.abs()
+    limit = size.max() * torch.finfo(columns.dtype).tiny ** (1 / 3)
+    return torch.where(size < limit, torch.zeros((), dtype=columns.dtype, device=columns.device), columns)
