@@ -63,8 +63,8 @@ REASONS: dict[str, str] = {
         "in SGD steps, of 4.2 without refresh: 1.0 the gradient, 0.65 momentum's exact products of two directions with "
         "128 examples, 0.6 new factors and 0.2 their average (theirs are made every tenth step), 0.3 the loss after "
         "the step, before it is accepted; 1.1 by its count of products are the solves in the space of the data (2.05 "
-        "as measured outside of it); the rest are sums of vectors. A cycle of 20 adds 1.0: two refreshes, each with what "
-        "weight decay adds, and a search for ζ with three candidates"
+        "as measured outside of it); the rest are sums of vectors. A cycle of 20 adds 1.0: two refreshes, each with "
+        "what weight decay adds, and a search for ζ with three candidates"
     ),
     "tiny, small jobs": (
         "a fit is 2,500 Python calls and a prediction 3,100, none above 4 % of it: checks of arguments and batches, of "
