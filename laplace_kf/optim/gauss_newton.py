@@ -102,8 +102,8 @@ class GaussNewton(SecondOrder):
         Args:
             model: the module that is trained.
             likelihood: registered name or object; the loss is ``mean(−log p) + l2/2 ‖θ‖²``.
-            estimator: ``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"`` or
-                ``"importance"``.
+            estimator: ``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"``,
+                ``"importance"`` or ``"auto"`` (``tolerance=``).
             structure: ``"kron"``, ``"diag"`` or another structure of the engine.
 
         Raises:

@@ -68,7 +68,8 @@ class Curvature(Settings):
 
     estimator: str | Estimator = _field(
         "recursive",
-        '``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"`` or ``"importance"``.',
+        '``"recursive"`` (KFRA), ``"sampled"`` (KFAC), ``"exact"`` (KFLR), ``"projection"``, ``"importance"`` or '
+        '``"auto"``.',
     )
     structure: str | Structure = _field("kron", '``"kron"``, ``"diag"`` or another structure of the engine.')
 

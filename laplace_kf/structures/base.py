@@ -151,6 +151,10 @@ class Structure(ABC):
         """Bytes that the sums and their decompositions take, roughly, for numbers of ``itemsize`` bytes."""
         return 2 * layout.size * itemsize
 
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        """Sides of the symmetric matrices that are decomposed after the fit, or between its passes."""
+        return []
+
     def require_memory(self, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         """Refuses sums that do not fit into the memory of the device of ``like`` (any shape).
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.errors import LaplaceKFError, UnsupportedLayer
+
 __all__ = ["AT_ONCE", "SMALL", "backward", "large", "significant"]
 
 SMALL = 2**17  # entries of a gradient, on average, up to which columns go back together
@@ -29,12 +31,15 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
 
     Returns:
         For every place the gradients ``(V, ...)``, or ``None`` where none arrived for any column.
+
+    Raises:
+        UnsupportedLayer: if torch itself cannot differentiate the network.
     """
     if len(columns) >= AT_ONCE and not large(sizes):
         together = _together(outputs, edges, columns)
         if together is not None:
             return together
-    rows = [torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True) for column in columns]
+    rows = [_alone(outputs, edges, column) for column in columns]
     stacked: list[Tensor | None] = []
     for k in range(len(edges)):
         parts = [row[k] for row in rows]
@@ -45,6 +50,21 @@ def backward(outputs: Tensor, edges: Sequence[Any], sizes: Sequence[int], column
         else:
             stacked.append(None if zero is None else torch.stack([zero if part is None else part for part in parts]))
     return stacked
+
+
+def _alone(outputs: Tensor, edges: Sequence[Any], column: Tensor) -> Sequence[Tensor | None]:
+    """As :func:`backward`, for one column ``(N, ...)``."""
+    try:
+        return torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True)
+    except (torch.OutOfMemoryError, LaplaceKFError):
+        raise
+    except RuntimeError as error:  # a tensor that was changed after it was used, an own function that fails
+        said = str(error).partition(" Hint:")[0]
+        raise UnsupportedLayer(
+            f"torch cannot differentiate the network's outputs ({said}); model(x).sum().backward() fails in the same "
+            "way. Change what it names, for example h = h + f(h) in place of h.add_(f(h)), or leave parameters out "
+            "with parameters=[patterns]"
+        ) from error
 
 
 def large(sizes: Sequence[int]) -> bool:

@@ -208,6 +208,15 @@ class Observation:
                 found[name] = signals
         return found
 
+    def output_weight(self, to_positions: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """The weight ``(C, I)`` of the layer whose output is the network's, where it is known; arguments as above."""
+        names = set(self.output_inputs(to_positions))
+        for name, members in self._by_block().items():
+            weight = members[0].bound["weight"] if name in names and self.tracer.blocks[name].view is not None else None
+            if isinstance(weight, Tensor) and weight.shape[0] == self._width(to_positions):
+                return weight.detach().flatten(1)
+        return None
+
     def plain_blocks(self) -> dict[str, tuple[Block, GradientEdge]]:
         """The matrix blocks whose weight is read once, as it is, with dense inputs, at one position an example.
 
