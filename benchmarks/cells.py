@@ -51,6 +51,10 @@ REASONS: dict[str, str] = {
         "weights reach the outputs?) and the pass that asks which positions count take 11 % of two minibatches, and "
         "here there are three, with less arithmetic in each"
     ),
+    "lenet, kron exact": "not profiled; the passes of the first minibatch as below, and columns held together",
+    "autoencoder, kron sampled": (
+        "not profiled; two minibatches only, after each of which factors are completed and looked at once"
+    ),
     "transformer, kron sampled": (
         "7 % of a fit of four minibatches is the second forward pass of the first one (do trial weights reach the "
         "outputs?), 2 % plans the blocks; the rest of the difference is spread over the tape's calls"

@@ -85,7 +85,7 @@ def _together(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Te
 
 
 def significant(columns: Tensor) -> Tensor:
-    """Columns without the entries whose squares would be denormal numbers.
+    """Columns ``(V, N, ...)`` without the entries whose squares would be denormal numbers.
 
     A confident classifier has class probabilities of 1e-30; their columns carry no curvature in any floating type,
     but arithmetic on denormal numbers is many times slower.
