@@ -173,7 +173,7 @@ def fit_cost() -> str:
 
 def plans() -> str:
     """Plans beside what happened."""
-    result = _load("benchmarks/results/plans.json")
+    result = load("benchmarks/results/plans.json")
     if result is None:
         return "*Not run yet.*"
     rows = []
@@ -185,13 +185,13 @@ def plans() -> str:
                     rows.append([name, job, f"{planned * scale:.3g} {unit}", f"{taken * scale:.3g} {unit}",
                                  f"{100 * (planned / taken - 1):+.0f} %"])  # fmt: skip
     met = result["met"].values()
-    head = f"{result['workload']}; {_machine(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
-    return head + "measured are within 25 %.\n\n" + _markdown(["case", "job", "planned", "taken", ""], rows)
+    head = f"{result['workload']}; {machine_of(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
+    return head + "measured are within 25 %.\n\n" + markdown(["case", "job", "planned", "taken", ""], rows)
 
 
 def auto_estimator() -> str:
     """``estimator="auto"`` beside sampling."""
-    result = _load("benchmarks/results/auto_estimator.json")
+    result = load("benchmarks/results/auto_estimator.json")
     if result is None:
         return "*Not run yet.*"
     rows = [
@@ -201,8 +201,8 @@ def auto_estimator() -> str:
     ]  # fmt: skip
     head = ["estimator", "trained: training epochs", "largest error of a block", "untrained: training epochs",
             "largest error of a block"]  # fmt: skip
-    text = f"{result['workload']}, {100 * result['training_accuracy']:.1f} % of them right; {_machine(result)}."
-    return text + "\n\n" + _markdown(head, rows)
+    text = f"{result['workload']}, {100 * result['training_accuracy']:.1f} % of them right; {machine_of(result)}."
+    return text + "\n\n" + markdown(head, rows)
 
 
 def importance() -> str:
@@ -354,8 +354,8 @@ def stream(name: str) -> str:
     if result is None:
         return "*Not run yet.*"
     text = (
-        f"{result['summary']} {machine_of(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there yet. "
-        f"`python -m experiments run {STREAMS[name]}`"
+        f"{result['summary']} {machine_of(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there "
+        f"yet. `python -m experiments run {STREAMS[name]}`"
     )
     parts = [text]
     for table in result["tables"]:
