@@ -68,8 +68,7 @@ class Accumulator:
         ranks: Ranks | None = None,
     ) -> None:
         self.tracer, self.likelihood, self.estimator, self.structure = tracer, likelihood, estimator, structure
-        self.generator = generator
-        self.dtype = dtype
+        self.generator, self.dtype = generator, dtype
         self.sums: Sums = {}
         self.count: float = 0
         self.terms = 0.0
@@ -198,8 +197,7 @@ class Accumulator:
         """
         assert self.ranks is not None
         tracer, ranks = self.tracer, self.ranks
-        layout = getattr(tracer, "layout", None)
-        mine = None
+        mine, layout = None, getattr(tracer, "layout", None)
         if layout is not None:
             known = (float(self.count), self._met, float(self.log_likelihood), self.terms, self.moments.tolist())
             mine = Seen(dict(tracer.blocks), layout, tracer.unseen(), *known)
@@ -274,9 +272,8 @@ class Accumulator:
         each = observation.column_bytes() + self.structure.column_bytes(self.tracer.blocks, observation.count, itemsize)
         what = f"one column of a minibatch with outputs {tuple(observation.outputs.shape)}"
         require_memory(each, observation.outputs.device, what, INSTEAD)
-        if self.structure.column_by_column and observation.sends_singly:  # holding them would cost memory and a copy
-            return 1
-        return max(1, MEMORY_BYTES // max(1, each))
+        singly = self.structure.column_by_column and observation.sends_singly  # to hold them costs memory and a copy
+        return 1 if singly else max(1, MEMORY_BYTES // max(1, each))
 
     def outlook(self) -> str:
         """What else the fit takes, after a minibatch: shown beside the bar."""
