@@ -31,10 +31,9 @@ from tests.mutation.patched import inside, source_of
 FOUND, TABLE = Path(__file__).with_name("found.json"), ROOT / "docs" / "mutants.md"
 # What a mutant can be noticed by: the tests of these folders, of subjects below and just above the seven folders.
 POOL = (
-    "tests/test_operators.py", "tests/test_columns.py", "tests/test_owners.py", "tests/test_engine.py",
-    "tests/test_aliases.py", "tests/optim", "tests/likelihoods", "tests/structures", "tests/tape", "tests/layouts",
-    "tests/padding", "tests/contracts/test_curvature.py", "tests/contracts/test_toys.py",
-    "tests/architectures/test_shared_tensors.py", "tests/architectures/test_precision.py",
+    "tests/contracts/test_curvature.py", "tests/test_operators.py", "tests/likelihoods", "tests/tape", "tests/structures",
+    "tests/test_columns.py", "tests/test_owners.py", "tests/test_engine.py", "tests/test_aliases.py", "tests/optim",
+    "tests/layouts", "tests/padding", "tests/contracts/test_toys.py", "tests/architectures/test_shared_tensors.py", "tests/architectures/test_precision.py",
     "tests/continual/test_update.py", "tests/predictive/test_links.py",
 )  # fmt: skip
 # For what lies outside of functions: the tests next to each folder, fastest first, in a fresh process.
@@ -127,7 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
         reached = ROOT / "results" / f"reached-{fingerprint(in_functions)}.jsonl"
         reached.parent.mkdir(exist_ok=True)
         done = {m.key for m in in_functions if m.key in verdicts.rows}
-        plugin = Mutants(in_functions, done, reached, verdicts.add, (arguments.reaching, arguments.beside), end)
+        plugin = Mutants(
+            in_functions, done, reached, verdicts.add, (arguments.reaching, arguments.beside), arguments.thin, end
+        )
         options = ["-q", "-p", "no:cacheprovider", "--timeout=0"]
         pytest.main([*options, *(str(ROOT / path) for path in POOL)], plugins=[plugin])
     for mutant, tests in others if arguments.only != "inside" else ():
@@ -178,6 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("--limit", type=float, default=900.0, help="seconds for one mutant that is imported afresh")
     parser.add_argument("--reaching", type=float, default=20.0, help="seconds of tests that reach a mutant")
     parser.add_argument("--beside", type=float, default=5.0, help="seconds of other tests in their files")
+    parser.add_argument("--thin", type=int, default=1, help="try one in so many parameters of each test")
     parser.add_argument("--only", choices=["inside", "outside"], help="mutants in functions, or the others")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="write docs/mutants.md from what was run")

@@ -93,6 +93,7 @@ class Mutants:
         reached: file of what every test takes and reaches, added to.
         found: called with a mutant, its verdict, the test that noticed and the seconds it took.
         budget: seconds of tests for one mutant: those that reach it, and those beside them.
+        thin: of the tests of a file with parameters, one in so many is tried; all where it is 1.
         end: when to stop, as :func:`time.monotonic` counts.
     """
 
@@ -103,10 +104,11 @@ class Mutants:
         reached: Path,
         found: Callable[[Mutant, str, str, float], None],
         budget: tuple[float, float],
+        thin: int,
         end: float,
     ) -> None:
         self.sample, self.done, self.reached, self.found = sample, done, reached, found
-        self.budget, self.end = budget, end
+        self.budget, self.thin, self.end = budget, thin, end
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = session.items
@@ -126,7 +128,13 @@ class Mutants:
         """Seconds of every test, and the tests that reach each mutant."""
         lines = self.reached.read_text(encoding="utf-8").splitlines() if self.reached.exists() else []
         known = {row["test"]: row for row in map(json.loads, lines)}
-        left = [item for item in self.items if item.nodeid not in known]
+        often: dict[str, int] = {}
+        left = []
+        for item in self.items:  # each test function is there, with one in so many of its parameters
+            name = item.nodeid.partition("[")[0]
+            often[name] = often.get(name, -1) + 1
+            if often[name] % self.thin == 0 and item.nodeid not in known:
+                left.append(item)
         if left:
             print(f"{len(left)} of {len(self.items)} tests, to see what they reach", flush=True)
             for row in forked(lambda say: self.mark(left, say), wall=1e5):
