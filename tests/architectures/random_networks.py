@@ -3,7 +3,7 @@
 A :class:`Plan` is a few words and numbers, so that a failing one can be read, shrunk and pasted. There are four
 worlds: ``vectors (N, W)``, ``sequences (N, T, W)``, ``tokens (N, T)`` and ``images (N, C, H, W)``. A step is a
 module that keeps its world and its width, so that any order of steps is a network. In-place operations, weights used
-twice, weights of one layer in another, products of parameters, bare parameters, branches and masks are steps like any other.
+twice, weights of one layer in another, products of parameters, bare parameters, branches and masks are steps, too.
 """
 
 from __future__ import annotations

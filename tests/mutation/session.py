@@ -113,6 +113,7 @@ class Mutants:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.items = session.items
         self.alive = patched.functions()
+        assert self.alive, "no function of the package is to be found"
         seconds, reaching = self.coverage()
         for mutant in self.sample:
             if mutant.key in self.done:

@@ -1,8 +1,8 @@
 """The quick part of the tests under the oldest and the newest Python, torch and transformers: ``make test-matrix``.
 
 Every row gets a virtual environment under ``.venvs``, which is kept. A Python that is not on this machine is named and
-left out; anything else that fails fails the command. What came out is kept beside this file in ``versions.json``, row by
-row, and ``--table`` writes ``docs/versions.md`` from it.
+left out; anything else that fails fails the command. What came out is kept beside this file in ``versions.json``, row
+by row, and ``--table`` writes ``docs/versions.md`` from it.
 """
 
 from __future__ import annotations
