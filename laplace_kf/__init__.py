@@ -1,5 +1,7 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
+import logging
+
 from laplace_kf import (
     acquisition,
     attacks,
@@ -22,6 +24,9 @@ from laplace_kf.posterior import LaplacePosterior, Mixture, TuningResult
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
 from laplace_kf.version import __version__
+
+# What fits, searches and files report goes nowhere unless the program asks for it: logging.basicConfig(level="INFO").
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "EvidenceTraining",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -30,6 +32,8 @@ from laplace_kf.tape import Block, FlatLayout, Observation, Patterns, Signals, T
 from laplace_kf.tape.blocks import unused_blocks
 
 __all__ = ["Accumulator", "collect"]
+
+log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
 MANY_BLOCKS = 5  # named in one warning
@@ -422,6 +426,7 @@ def collect(
     model, kept = usable(model), journal if journal is not None else Journal()
     seed = _seed(estimator, generator, ranks)
     shard = Shard(None) if shard is None else shard
+    begun = time.monotonic()
     with preserved(model):
         tracer = Tracer(model, forward, parameters, unused=unused, shared=ranks is not None)
         following: Structure | None = structure
@@ -452,6 +457,8 @@ def collect(
             if structure.several_passes and first < passes:
                 kept.finished(accumulator, passes, index)
             statistics, likelihood = accumulator.freeze(), accumulator.likelihood
+            took = time.monotonic() - begun
+            log.info("%s, %s: %d minibatches, %.1f s", structure.name, estimator.name, index, took)
             kind = statistics.structure
             following = kind.refined(statistics) if ranks is None else refined(ranks, kind, statistics)
         return statistics

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,7 @@ from laplace_kf.version import __version__
 
 __all__ = ["ATTRIBUTION", "FIT", "MIXTURE", "POSTERIOR", "TUNING", "VERSION", "read", "require_folder", "write"]
 
+log = logging.getLogger(__name__)
 POSTERIOR = "laplace_kf posterior"
 MIXTURE = "laplace_kf mixture"
 ATTRIBUTION = "laplace_kf attribution scores"
@@ -84,6 +86,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
             os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
         os.replace(partial, target)
         _to_disk(target.parent)
+        log.info("wrote the %s %s", kind, target)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -126,6 +129,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         if _checksum(tensors, header) != metadata.get("sha256"):
             raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
         loaded: dict[str, Any] = json.loads(header)
+        log.info("read the %s %s", kind, path)
         return tensors, loaded
     except CorruptFile:
         raise

@@ -108,6 +108,12 @@ class Learner(ABC):
         by_parameter(self.prior_precision, flat_layout(dict(self.model.named_parameters()), names))  # refuses early
         LaplacePosterior(self.model, self.likelihood, structure, parameters=self.parameters, **options)  # as well
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}, structure={self.structure!r}, "
+            f"multiplier={self.multiplier!r}, prior_precision={self.prior_precision!r}; tasks={self.tasks})"
+        )
+
     # -- what a method says --------------------------------------------------------------------------------------------
 
     @abstractmethod

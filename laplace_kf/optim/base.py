@@ -441,6 +441,10 @@ class SecondOrder(torch.optim.Optimizer):
             raise NotFitted("there is no average: construct with averaging=0.95 (or another limit) and take a step")
         return {name: value.clone() for name, value in self._average.items()}
 
+    def __repr__(self) -> str:
+        size = sum(self.named[name].numel() for name in self.names)
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}, P={size}; {self.progress()})"
+
     def progress(self) -> str:
         """One line about the last step, as for ``tqdm``'s ``bar.set_postfix_str(opt.progress())``.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.models import LITTLE, memory_bytes
+from laplace_kf.notebooks import as_call
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
@@ -79,6 +80,9 @@ class Structure(ABC):
     def examples(cls) -> tuple[Structure, ...]:
         """Objects to try the structure on (the contract tests do)."""
         return (cls(),)
+
+    def __repr__(self) -> str:
+        return as_call(self, self.options())
 
     @property
     def fixed(self) -> Sums:
