@@ -16,6 +16,9 @@ MODELS := timm segmentation-models-pytorch
 # one subject share is computed once, and lets both end together.
 WORKERS ?= 2
 
+# What is compiled of the tests is kept: without it each process compiles all of them anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 # pip may replace anything but torch: the constraint pins the build that is installed.

@@ -2,6 +2,7 @@
 
 python -m experiments list
 python -m experiments run ID_OR_CONFIG [key=value ...] [--out DIR]
+python -m experiments report
 python -m experiments data fetch NAME
 """
 
@@ -39,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from experiments import readme  # all experiments' reports: seconds, of which the others need none
 
             readme.write()
+        elif chosen.command == "report":
+            from experiments import readme
+
+            print(f"see {readme.report()}")
         elif chosen.command == "data":
             for path in data.fetch(chosen.name):
                 print(f"ready: {path}")
@@ -63,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("settings", metavar="key=value", nargs="*", help="settings that differ from the file's")
     run.add_argument("--out", type=Path, help="where to write (default: results/<id>)")
     commands.add_parser("readme", help="collect results into docs/ and put their tables into README.md")
+    commands.add_parser("report", help="all claims of the papers on one page, docs/results/index.html")
     sets = commands.add_parser("data", help="data sets").add_subparsers(dest="action", required=True)
     fetch = sets.add_parser("fetch", help="download the public originals of a data set into the user cache")
     fetch.add_argument("name", metavar="NAME", help=", ".join(data.DATA_SETS))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 from functools import partial
+from pathlib import Path
 
+from experiments import overview
 from experiments.registry import EXPERIMENTS
 from experiments.site_tables import SITE_TABLES
-from experiments.tables import FOLDED, ROOT, STREAMS
+from experiments.tables import ROOT, STREAMS
 from experiments.tables import TABLES as RESULT_TABLES
+from experiments.verdicts import FOLDED
 
-__all__ = ["PAGES", "ROOT", "TABLES", "render", "write"]
+__all__ = ["COLLECTED", "PAGES", "ROOT", "TABLES", "render", "report", "write"]
 
 TABLES = RESULT_TABLES | SITE_TABLES
 """Functions that make the tables, by name."""
@@ -27,6 +30,7 @@ PAGES = {
         "importance",
         "many_outputs",
         "support",
+        "papers_short",
     ),
     "docs/toy_regression.md": ("toy_regression",),
     "docs/ood_pairs.md": ("ood_pairs",),
@@ -39,7 +43,7 @@ PAGES = {
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
     "docs/experiments.md": ("papers",),
-    "docs/optimizers.md": ("autoencoders", "optimizers"),
+    "docs/optimizers.md": ("autoencoders", "first_order_grid", "optimizers"),
     "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
     "docs/benchmarks.md": (
         "aims",
@@ -96,6 +100,7 @@ COLLECTED = {
     "results/E14/result.json": "docs/results/autoencoders.json",
     "results/E14/curves.png": "docs/pictures/autoencoders_curves.png",
     "results/E14/mnist.png": "docs/pictures/autoencoders_mnist.png",
+    "results/E14_grid/result.json": "docs/results/autoencoders_grid.json",
     "results/shakespeare/result.json": "docs/results/shakespeare.json",
     "results/shakespeare/characters.png": "docs/pictures/shakespeare.png",
     "results/shakespeare/histograms.png": "docs/pictures/shakespeare_histograms.png",
@@ -134,3 +139,14 @@ def write() -> None:
             shutil.copyfile(ROOT / source, ROOT / target)
     for page in PAGES:
         (ROOT / page).write_text(render((ROOT / page).read_text(), page))
+    report()
+
+
+def report() -> Path:
+    """Writes the page of all claims from the results that ``docs/`` holds."""
+    pages: dict[str, list[str]] = {name: [] for name in {*COLLECTED.values()} if name.endswith(".json")}
+    for source, target in COLLECTED.items():
+        folder = source.rpartition("/")[0]
+        if target.endswith(".png") and (result := COLLECTED.get(f"{folder}/result.json")) in pages:
+            pages[result].append(f"../{target.removeprefix('docs/')}")
+    return overview.write(ROOT / "docs" / "results", {Path(name).stem: drawn for name, drawn in pages.items()})

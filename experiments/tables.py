@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from experiments.attribution import report as attribution_report
 from experiments.autoencoders import report as autoencoders_report
 from experiments.calibration import report
 from experiments.recurrent import report as recurrent_report
-from experiments.registry import EXPERIMENTS
+from experiments.verdicts import VIEWS, counts, entries
 
 __all__ = ["ROOT", "STREAMS", "TABLES"]
 
@@ -169,6 +168,8 @@ def calibration_short() -> str:
     rows = []
     for method in report.NAMES[1:]:
         found = [by_method[method] for by_method in result["comparisons"].values() if by_method.get(method)]
+        if not found:
+            continue  # not run on any set
         counts = [sum(each["verdict"] == kind for each in found) for kind in ("better", "not worse", "worse")]
         lower = sum(each["mean"] < 0 for each in found)
         rows.append([method, *map(str, counts), f"{lower} of {len(found)}"])
@@ -345,6 +346,9 @@ def recurrent() -> str:
 STREAMS = {
     "continual_permuted": "E25",
     "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
+    "continual_permuted_50_wide": "continual_permuted_50_wide --out results/E25_50_wide",
+    "continual_si": "continual_si --out results/E25_si",
+    "continual_si_wide": "continual_si_wide --out results/E25_si_wide",
     "continual_disjoint": "E27",
     "continual_vision": "E28",
     "rotated_mnist": "rotated_mnist",
@@ -415,48 +419,54 @@ def autoencoders() -> str:
     return "\n\n".join([*parts, _markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
 
 
-FOLDED = {
-    "E1": "autoencoders", "E2": "autoencoders", "E4": "recurrent", "E12": "autoencoders", "E14": "autoencoders",
-    "E15": "autoencoders", "E19": "toy_regression", "E20": "ood_mnist", "E24": "multiplier_toy",
-    "E25": "continual_permuted_50", "E26": "continual_multiplier", "E27": "continual_disjoint",
-    "E28": "continual_vision", "E35": "continual_terms",
-}  # fmt: skip
-"""Experiments whose results have a name of their own under ``docs/results/``; the others have their id's."""
-
-
-def _counts(verdicts: Sequence[dict[str, Any]]) -> str:
-    words = ("confirmed", "refuted", "not comparable")
-    found = {word: sum(v["verdict"] == word for v in verdicts) for word in words}
-    return ", ".join(f"{count} {word}" for word, count in found.items() if count) or "none judged"
+def first_order_grid() -> str:
+    """What first-order methods reach over the published grid, and second-order ones without any, in the same time."""
+    result = _load("docs/results/autoencoders_grid.json")
+    if result is None:
+        return "*Not run yet.*"
+    config = result["config"]
+    parts = []
+    for name, found in result["metrics"].items():
+        widths = "-".join(str(width) for width in result["widths"][name])
+        parts += [
+            f"{name.upper()} with hidden widths divided by {config['shrink']} ({widths} and mirrored), "
+            f"{config['budgets'][name]:.0f} s of processor time for every one of the settings; one thread of "
+            f"{_machine(result)}. `python -m experiments run autoencoders_grid --out results/E14_grid`",
+            _markdown(*autoencoders_report.grids(result["pilots"][name])),
+            _markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)),
+            autoencoders_report.note(name, found),
+        ]
+    return "\n\n".join(parts)
 
 
 def papers() -> str:
     """One line for each of the 35 experiments, then the claims of those on single claims."""
     head = ["id", "experiment", "claims", "size of the run", "seeds", "minutes"]
     rows, parts = [], []
-    for entry in EXPERIMENTS.values():
-        if not re.fullmatch(r"E\d+", entry.id):
-            continue
-        result = _load(f"docs/results/{FOLDED.get(entry.id, entry.id)}.json")
+    for entry in entries():
+        result = entry.result
         if result is None:
-            state = "not run at a size worth keeping" if entry.module else "not written"
-            rows.append([entry.id, entry.title, state, "", "", ""])
+            rows.append([entry.id, entry.title, "not run at a size worth keeping", "", "", ""])
             continue
-        verdicts = [v for v in result.get("verdicts", []) if isinstance(v, dict)]
-        own = entry.id not in FOLDED
-        size = result["size"] if own else "see its page"
-        rows.append([entry.id, entry.title, _counts(verdicts), size,
-                     str(len(result.get("seeds", [result["seed"]]))), f"{result['wall_time_s'] / 60:.1f}"])  # fmt: skip
-        if own:
+        rows.append([entry.id, entry.title, counts(entry.verdicts), entry.size if entry.own else "see its page",
+                     str(entry.seeds), f"{result['wall_time_s'] / 60:.1f}"])  # fmt: skip
+        if entry.own:
             claims = [
-                [v["claim"], f"{v['value']['mean']:.4g} ± {v['value']['std']:.2g}", v["published"] or "-",
-                 v["verdict"] + (f": {v['why']}" if v["why"] else ""), v["seeds"]]
-                for v in verdicts
-            ]  # fmt: skip
+                [v.claim, v.here, v.published or "-", v.verdict + (f": {v.why}" if v.why else ""), v.seeds]
+                for v in entry.verdicts
+            ]
             columns = ["claim", "here", "published", "verdict", "seeds"]
-            parts.append(f"**{result['title']}.** {result['size']} {_machine(result)}. "
-                         f"`python -m experiments run {entry.id}`\n\n{_markdown(columns, claims)}")  # fmt: skip
+            parts.append(f"**{result['title']}.** {entry.size} {_machine(dict(result))}. "
+                         f"`{entry.command}`\n\n{_markdown(columns, claims)}")  # fmt: skip
     return "\n\n".join([_markdown(head, rows), *parts])
+
+
+def papers_short() -> str:
+    """All 35 experiments in one line each: how many claims held here."""
+    found = [entry for entry in entries() if entry.result is not None]
+    total = counts([verdict for entry in found for verdict in entry.verdicts if entry.id not in VIEWS])
+    rows = [[entry.id, entry.title, counts(entry.verdicts)] for entry in found]
+    return f"{total}.\n\n" + _markdown(["id", "experiment", "claims here"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -481,5 +491,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "shakespeare": shakespeare,
     **{name: partial(stream, name) for name in STREAMS},
     "autoencoders": autoencoders,
+    "first_order_grid": first_order_grid,
     "papers": papers,
+    "papers_short": papers_short,
 }

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import itertools
+from typing import Any
 
 import pytest
 import torch
 
 from tests.contracts.design import covering
+from tests.meter import Meter
 
 # The nets of the tests are tiny: threads cost more than they bring, and one thread makes sums reproducible.
 torch.set_num_threads(1)
@@ -28,16 +31,57 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--triples", action="store_true",
         help="all triples of registered rules in the contract tests, and every combination in tests marked `pairs`",
     )  # fmt: skip
+    parser.addoption("--cpu", type=int, default=0, metavar="N", help="CPU seconds of the N dearest files and tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--cpu"):
+        config.pluginmanager.register(Meter(config.getoption("--cpu")), "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none is begun when all others have ended."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``@pytest.mark.pairs(one=[...], two=[...], ...)``: few combinations, with every pair of values in one of them."""
+    """Tests of combinations, of which few are run unless ``--triples`` asks for all.
+
+    ``@pytest.mark.pairs(one=[...], two=[...], ...)``: with every pair of values in one of them.
+    ``@pytest.mark.meets(one=[...], two=[...], ...)``: the values of the longest list with two of each other one.
+    """
+    everything = metafunc.config.getoption("--triples")
     for mark in metafunc.definition.iter_markers("pairs"):
         factors = {name: list(values) for name, values in mark.kwargs.items()}
-        strength = len(factors) if metafunc.config.getoption("--triples") else 2
+        strength = len(factors) if everything else 2
         rows = covering({name: [str(k) for k in range(len(values))] for name, values in factors.items()}, strength)
-        chosen = [tuple(factors[name][int(k)] for name, k in row.items()) for row in rows]
-        metafunc.parametrize(list(factors), chosen)
+        _run(metafunc, list(factors), [tuple(factors[name][int(k)] for name, k in row.items()) for row in rows])
+    for mark in metafunc.definition.iter_markers("meets"):
+        columns = [list(values) for values in mark.kwargs.values()]
+        chosen = list(itertools.product(*columns)) if everything else _meetings(columns)
+        _run(metafunc, list(mark.kwargs), chosen)
+
+
+def _run(metafunc: pytest.Metafunc, names: list[str], rows: list[tuple[Any, ...]]) -> None:
+    metafunc.parametrize(names, rows, ids=["-".join(map(_word, row)) for row in rows])
+
+
+def _word(value: Any) -> str:
+    """What stands for a value in the name of a test."""
+    if isinstance(value, (tuple, list)):
+        return "-".join(map(_word, value))
+    return str(getattr(value, "__name__", value))
+
+
+def _meetings(columns: list[list[Any]]) -> list[tuple[Any, ...]]:
+    """Every value of the longest column twice, with others of every other column (where that has two)."""
+    longest = max(columns, key=len)
+    rows = {
+        tuple(k % len(each) if each is longest else (k + turn) % len(each) for each in columns): None
+        for turn in (0, 1)
+        for k in range(len(longest))
+    }
+    return [tuple(each[k] for each, k in zip(columns, row, strict=True)) for row in rows]
 
 
 # While modules are imported and tests collected nothing is garbage that is worth looking for ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,14 +15,16 @@ from laplace_kf import optim
 from laplace_kf.optim.base import SecondOrder
 from laplace_kf.registry import Registry
 
-__all__ = ["LIKELIHOOD", "OPTIMISERS", "Method", "Setting", "Trainer"]
+__all__ = ["LIKELIHOOD", "OPTIMISERS", "STANDARD", "Method", "Setting", "Trainer"]
 
 LIKELIHOOD = "bernoulli"
 EXTRA = 3  # values by which a grid may grow
 
 Setting = Mapping[str, Any]
-Trainer = Callable[[Tensor], float]
-"""``images (N, 784) -> loss`` before the update that it makes."""
+Trainer = Callable[[Tensor, float], float]
+"""``(images (N, 784), share of the run that is over) -> loss`` before the update that it makes."""
+PARTS = 10**6
+"""Parts of a run that a schedule tells apart: how many updates it will have is not known before its end."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Method:
         grid: settings of which the best is chosen; one empty setting for methods that need no tuning. Three or more
             values of one setting, in order, go on at an end where the best one is, by ``EXTRA`` values at most.
         growing: whether minibatches grow, to all images at update 500 (methods 6.3).
+        whole: whether every setting of the grid gets the whole budget, for learning rates that depend on its share.
     """
 
     make: Callable[[nn.Module, float, Setting, torch.Generator], Trainer]
@@ -43,6 +46,7 @@ class Method:
     batch: Mapping[str, int] = field(default_factory=lambda: {"curves": 1000, "mnist": 1000, "faces": 1000})
     grid: Sequence[Mapping[str, float]] = ({},)
     growing: bool = False
+    whole: bool = False
 
     def size(self, problem: str, number: int, n_data: int) -> int:
         """Images of update ``number`` (1, 2, ...), ``n_data`` of them at most."""
@@ -51,7 +55,7 @@ class Method:
 
     def beyond(self, tried: Sequence[Mapping[str, float]], scores: Sequence[float]) -> list[dict[str, float]]:
         """The next value after the end of the grid that has the lowest score; nothing if it lies inside."""
-        if len(self.grid) < 3 or len(tried) >= len(self.grid) + EXTRA:
+        if self.whole or len(self.grid) < 3 or len(tried) >= len(self.grid) + EXTRA:
             return []
         (key,) = self.grid[0]
         ordered = sorted((point[key], score) for point, score in zip(tried, scores, strict=True))
@@ -64,6 +68,8 @@ class Method:
         """What decides its runs, as text: a run that was made with something else is not used again."""
         text = re.sub(" at 0x[0-9a-f]+", "", str(dict(self.settings)))  # functions print their address
         grid = {"grid": [dict(point) for point in self.grid], **({"extra": EXTRA} if len(self.grid) > 2 else {})}
+        if self.whole:
+            grid["extra"] = 0
         out = {"settings": text, "batch": dict(self.batch), **grid}
         return {**out, "growing": True} if self.growing else out
 
@@ -74,21 +80,28 @@ OPTIMISERS: Registry[Method] = Registry("optimiser of the autoencoder experiment
 def _second_order(make: Callable[..., SecondOrder]) -> Callable[..., Trainer]:
     def trainer(model: nn.Module, l2: float, settings: Setting, rng: torch.Generator) -> Trainer:
         optimizer = make(model, LIKELIHOOD, l2=l2, generator=rng, **settings)
-        return lambda images: float(optimizer.step(images, images))
+        return lambda images, over: float(optimizer.step(images, images))
 
     return trainer
 
 
 def _first_order(make: Callable[..., torch.optim.Optimizer]) -> Callable[..., Trainer]:
-    """Steps of a torch optimiser; ``schedule`` is its momentum by the number of updates made."""
+    """Steps of a torch optimiser.
+
+    ``schedule`` is its momentum by the number of updates made, ``halved`` the share of the run after which its learning
+    rate is halved, again and again.
+    """
 
     def trainer(model: nn.Module, l2: float, settings: Setting, rng: torch.Generator) -> Trainer:
-        others = {key: value for key, value in settings.items() if key != "schedule"}
+        others = {key: value for key, value in settings.items() if key not in ("schedule", "halved")}
         optimizer = make(model.parameters(), weight_decay=l2, **others)
         made = 0
 
-        def update(images: Tensor) -> float:
+        def update(images: Tensor, over: float) -> float:
             nonlocal made
+            if "halved" in settings:
+                factor = optim.halving(int(over * PARTS), PARTS, settings["halved"])
+                optimizer.param_groups[0]["lr"] = settings["lr"] * factor
             if "schedule" in settings:
                 optimizer.param_groups[0]["momentum"] = settings["schedule"](made)
             optimizer.zero_grad()
@@ -148,3 +161,18 @@ OPTIMISERS.register("NAG")(
 )  # fmt: skip
 OPTIMISERS.register("heavy ball")(Method(SGD, {"momentum": 0.9}, grid=_rates(0.03, 0.01, 0.003)))
 OPTIMISERS.register("SGD")(Method(SGD, grid=_rates(0.1, 0.03, 0.01)))
+
+PUBLISHED_GRID = [{"lr": lr, "halved": share} for lr in optim.PUBLISHED_RATES for share in optim.PUBLISHED_SHARES]
+"""Learning rates and schedules that the published first-order baselines were searched over (methods 8.1)."""
+
+
+def _searched(name: str) -> None:
+    """A first-order method over the published grid, with the whole budget for each of its forty settings."""
+    OPTIMISERS.register(f"{name}, published grid")(replace(OPTIMISERS[name], grid=PUBLISHED_GRID, whole=True))
+
+
+for _name in ("Adam", "NAG", "heavy ball", "SGD"):
+    _searched(_name)
+
+STANDARD = [name for name, method in OPTIMISERS.items() if not method.whole]
+"""What a run takes that names no methods: forty runs in place of one are for those who ask for them."""

@@ -15,6 +15,7 @@ __all__ = [
     "claims",
     "claims_rows",
     "claims_table",
+    "grids",
     "metrics",
     "picture",
     "reached",
@@ -216,6 +217,32 @@ def rows(found: Mapping[str, Run]) -> list[list[str]]:
                     f"{final['cases'] / run['images'][0]:.1f}", f"{final['loss']:.3f}", f"{final['squared']:.3f}",
                     f"{final['test_squared']:.3f}", *average])  # fmt: skip
     return out
+
+
+GRID_HEAD = ["method", "settings", "best: learning rate", "halved after", "training loss: best", "mean of the best 10",
+             "mean of the best 20", "rate 2⁻¹⁰, never halved", "failed"]  # fmt: skip
+
+
+def grids(pilots: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a table of the searches over learning rates and schedules: the best, and what it owes to them.
+
+    Args:
+        pilots: by method, one entry for each setting: ``lr``, ``halved``, and ``loss``, None after a failure.
+    """
+    cells = []
+    for method, points in pilots.items():
+        if not any("halved" in point for point in points):
+            continue
+        done = sorted((p for p in points if p["loss"] is not None), key=lambda p: p["loss"])
+        losses = [point["loss"] for point in done]
+        best = ["", "", ""]
+        if done:
+            halved = "never" if done[0]["halved"] == 1 else f"{done[0]['halved']:.2%} of the run"
+            best = [f"2^{math.log2(done[0]['lr']):.0f}", halved, f"{losses[0]:.3f}"]
+        means = (f"{sum(losses[:count]) / count:.3f}" if len(losses) >= count else "" for count in (10, 20))
+        usual = [f"{p['loss']:.3f}" for p in done if p["lr"] == 2.0**-10 and p["halved"] == 1]
+        cells.append([method, str(len(points)), *best, *means, "".join(usual), str(len(points) - len(done))])
+    return GRID_HEAD, cells
 
 
 def note(name: str, found: Mapping[str, Run]) -> str:

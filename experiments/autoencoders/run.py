@@ -5,7 +5,8 @@ FACES (625-2000-1000-500-30, ``faces.py``), decoders mirrored, sigmoid hidden un
 loss is the binary cross-entropy summed over pixels, averaged over cases, plus ``l2/2 ‖θ‖²``. Every method gets the same
 seconds of processor time on one thread, so that other load on the machine does not matter; the clock stands still while
 training and test data are evaluated. A method with a grid first runs every setting for ``pilot`` of the budget; the one
-with the lowest training loss then starts again and gets all of it.
+with the lowest training loss then starts again and gets all of it. Where the learning rate is halved by shares of a run
+(the published grid of the first-order methods), every setting gets all of it.
 
 Finished runs are kept in ``parts`` of the results folder and used again by later runs with the same settings, so that
 the table can be made in pieces: ``python -m experiments run E14 problems=[curves] methods=[Adam]``. The report is on
@@ -35,7 +36,7 @@ from tqdm.auto import tqdm
 
 from experiments.autoencoders import faces, report
 from experiments.autoencoders.curves import REMARK, curves
-from experiments.autoencoders.methods import OPTIMISERS, Method, Setting
+from experiments.autoencoders.methods import OPTIMISERS, STANDARD, Method, Setting
 from experiments.common import data, training
 from experiments.common.checks import require
 from laplace_kf.errors import LaplaceKFError
@@ -43,7 +44,7 @@ from laplace_kf.optim import sparse_init_
 from laplace_kf.optim.schedules import averaging_weight
 from laplace_kf.registry import Registry
 from laplace_kf.reports import machine, versions
-from laplace_kf.reports.html import Report
+from laplace_kf.reports.html import Report, Table
 
 __all__ = ["PROBLEMS", "Config", "Problem", "network", "run"]
 
@@ -77,7 +78,7 @@ class Config:
     seed: int = 0
     threads: int = 1
     problems: list[str] = field(default_factory=lambda: [*USUAL])
-    methods: list[str] = field(default_factory=lambda: list(OPTIMISERS))
+    methods: list[str] = field(default_factory=lambda: list(STANDARD))
     budgets: dict[str, float] = field(default_factory=lambda: {"curves": 240.0, "mnist": 420.0, "faces": 900.0})
     pilot: float = 0.2
     updates: int = 0
@@ -216,19 +217,26 @@ class _Average:
                 weight.copy_(value)
 
 
+def _widths(config: Config, name: str) -> list[int]:
+    first, *hidden = PROBLEMS[name].widths
+    return [first, *(max(2, width // config.shrink) for width in hidden)]
+
+
 def _train(
     config: Config, name: str, method: Method, setting: Setting, images: tuple[Tensor, Tensor], share: float
 ) -> dict[str, Any]:
     """One run with ``share`` of the budget: losses and seconds by update, checkpoints, and why it ended early."""
     train, test = images
-    widths = [PROBLEMS[name].widths[0], *(max(2, width // config.shrink) for width in PROBLEMS[name].widths[1:])]
-    model = network(widths, config.seed)
+    model = network(_widths(config, name), config.seed)
     trainer = method.make(model, config.l2, {**method.settings, **setting}, training.generator(config.seed))
     batches = _stream(train, lambda number: method.size(name, number, len(train)), training.generator(config.seed))
     budget, clock, average = share * config.budgets[name], _Clock(), _Average(model, config.averaging)
     found: dict[str, Any] = {"setting": dict(setting), "share": share, "loss": [], "processor": [], "wall": [],
                              "checkpoints": [], "failure": ""}  # fmt: skip
-    cases, due = 0, 1.0
+    cases, due, most = 0, 1.0, config.updates or math.inf
+
+    def over() -> float:
+        return min(1.0, max(clock.processor / budget, len(found["loss"]) / most))
 
     def checkpoint(watched: Tensor, held_out: Tensor) -> None:
         row = {"updates": len(found["loss"]), "cases": cases, "processor": clock.processor, "wall": clock.wall}
@@ -243,10 +251,10 @@ def _train(
     few = (train[: config.watched], test[: config.watched])
     checkpoint(*few)
     try:
-        while clock.processor < budget and len(found["loss"]) < (config.updates or math.inf):
+        while clock.processor < budget and len(found["loss"]) < most:
             with clock.running():
                 batch = next(batches)
-                loss = trainer(batch)
+                loss = trainer(batch, over())
                 average.update()
             cases += len(batch)
             for key, value in (("loss", loss), ("processor", clock.processor), ("wall", clock.wall)):
@@ -279,16 +287,21 @@ def _tuned(config: Config, name: str, method: Method, images: tuple[Tensor, Tens
     tried = list(method.grid)
     scores: list[float] = []
     pilots: list[dict[str, Any]] = []
+    share, leader = 1.0 if method.whole else config.pilot, None
     while len(scores) < len(tried):
         setting = tried[len(scores)]
-        found = _train(config, name, method, setting, images, config.pilot)
+        found = _train(config, name, method, setting, images, share)
         score = _score(found)
+        if method.whole and (leader is None or score < min(scores)):
+            leader = found
         scores.append(score)
         pilots.append({**setting, "loss": score if math.isfinite(score) else None, "failure": found["failure"],
                        "updates": len(found["loss"])})  # fmt: skip
         _say(config, f"{name}, {dict(setting)}: {score:.3f} after {pilots[-1]['updates']} updates")
         if len(scores) == len(tried):
             tried += method.beyond(tried, scores)
+    if leader is not None:
+        return {**leader, "pilots": pilots}
     best = min(range(len(tried)), key=lambda i: scores[i])
     return {**_train(config, name, method, tried[best], images, 1.0), "pilots": pilots}
 
@@ -350,10 +363,17 @@ def _floor(images: Tensor) -> float:
     return float(entropy.sum(dtype=torch.float64)) / len(images)
 
 
+def _grids(runs: Mapping[str, Mapping[str, Any]]) -> Iterator[Table]:
+    for name, found in runs.items():
+        head, cells = report.grids({method: part["pilots"] for method, part in found.items()})
+        if cells:
+            yield Table(f"{name}, grids of first-order methods", head, cells, "Every setting had the whole budget.")
+
+
 def _report(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> Report:
     verdicts = report.claims(runs)
     missing = {
-        name: [method for method in OPTIMISERS if method not in runs.get(name, {})]
+        name: [method for method in STANDARD if method not in runs.get(name, {})]
         for name in dict.fromkeys([*USUAL, *runs])
     }
     return Report(
@@ -362,12 +382,17 @@ def _report(config: Config, runs: Mapping[str, Mapping[str, Any]]) -> Report:
         seed=config.seed,
         config=asdict(config),
         metrics=report.metrics(runs),
-        tables=[*(report.table(name, found) for name, found in runs.items()), report.claims_table(verdicts)],
+        tables=[
+            *(report.table(name, found) for name, found in runs.items()),
+            *_grids(runs),
+            report.claims_table(verdicts),
+        ],
         pictures=[report.picture(name, found) for name, found in runs.items()],
         details={
             "verdicts": verdicts,
             "pilots": {name: {m: part["pilots"] for m, part in found.items()} for name, found in runs.items()},
             "not_run": missing,
+            "widths": {name: _widths(config, name) for name in runs},
             "stand_ins": [REMARK] if "curves" in runs else [],
         },
     )

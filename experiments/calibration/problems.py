@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.common import data, training
 from laplace_kf.errors import UnknownName
-from laplace_kf.likelihoods import Categorical, Gaussian, Prediction
+from laplace_kf.likelihoods import Categorical, Gaussian, Likelihood, Prediction
 from laplace_kf.reports import metrics
 
 __all__ = ["SETS", "Forecast", "Problem", "Task", "problem"]
@@ -56,6 +56,10 @@ class Task(ABC):
             What makes a prediction of test outputs ``(N, C)``.
         """
 
+    @abstractmethod
+    def likelihoods(self, outputs: Tensor, targets: Tensor) -> list[Likelihood]:
+        """Those to choose from where several networks are mixed, placed by one's outputs ``(N, C)`` and targets."""
+
     def temperature(self, outputs: Tensor, targets: Tensor) -> float:
         """By what to divide ``(N, C)`` outputs: where that is a choice, what suits targets ``(N, ...)`` best."""
         return 1.0
@@ -82,6 +86,11 @@ class RegressionTask(Task):
         """The noise is the root mean squared error on validation data, which maximises their likelihood."""
         noise = Gaussian(float((outputs - val[1]).square().mean().sqrt()))
         return lambda found: noise.predict(found[None])
+
+    def likelihoods(self, outputs: Tensor, targets: Tensor) -> list[Likelihood]:
+        """Noise scales from a tenth to one and a half of the root mean squared error of ``(N, 1)`` outputs."""
+        rmse = float((outputs - targets).square().mean().sqrt())
+        return [Gaussian(rmse * 10 ** (k / 20)) for k in range(-20, 4)]
 
     def point(self, prediction: Prediction) -> Tensor:
         """Predictive means ``(N, 1)``."""
@@ -114,6 +123,10 @@ class ClassificationTask(Task):
             return float(nn.functional.cross_entropy(outputs.double() / math.exp(log), targets))
 
         return math.exp(minimize_scalar(value, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+
+    def likelihoods(self, outputs: Tensor, targets: Tensor) -> list[Likelihood]:
+        """The softmax: it has nothing to choose."""
+        return [Categorical()]
 
     def point(self, prediction: Prediction) -> Tensor:
         """Class probabilities ``(N, C)``."""

@@ -11,10 +11,15 @@ from laplace_kf.reports import metrics, plots
 from laplace_kf.reports.html import Picture, Table
 
 __all__ = [
+    "DROPOUT",
+    "ENSEMBLE",
+    "LINEARIZED",
     "MAP",
+    "MIXTURE",
     "NAMES",
     "OURS",
     "PEERS",
+    "PROBIT",
     "SCALED",
     "claims",
     "claims_table",
@@ -29,9 +34,11 @@ __all__ = [
 
 MAP, SCALED, OURS = "MAP", "MAP, temperature", "laplace_kf"
 PEERS = "laplace-torch, marglik", "laplace-torch, gridsearch"
-NAMES = (MAP, SCALED, OURS, "laplace_kf, linearized", *PEERS)
-"""The methods: the network itself, with one temperature on its logits, this package by default and linearised, and
-laplace-torch."""
+LINEARIZED, PROBIT, MIXTURE = "laplace_kf, linearized", "laplace_kf, probit", "laplace_kf, mixture"
+ENSEMBLE, DROPOUT = "deep ensemble", "MC dropout"
+NAMES = (MAP, SCALED, OURS, LINEARIZED, PROBIT, MIXTURE, ENSEMBLE, DROPOUT, *PEERS)
+"""The methods: the network itself, with one temperature on its logits, this package by default, linearised, by probit
+and as a mixture of several networks, these networks as an ensemble, MC dropout with its own network, laplace-torch."""
 
 NEGLIGIBLE = 1e-3
 """Nats below which a difference counts as none, whatever its standard error is."""
@@ -74,6 +81,7 @@ def claims(found: Found) -> list[dict[str, Any]]:
     """ "Nowhere worse": the defaults against the others, and every other method against MAP."""
     others = [method for method in NAMES[1:] if method != OURS]
     pairs = [(OURS, other) for other in (MAP, SCALED, *PEERS)] + [(method, MAP) for method in others]
+    pairs.append((MIXTURE, ENSEMBLE))
     judged = []
     for method, other in pairs:
         sets: dict[str, list[str]] = {}
@@ -98,7 +106,7 @@ def summarise(found: Found) -> dict[str, Any]:
 
 def _signed(difference: Mapping[str, Any] | None) -> str:
     if difference is None:
-        return "failed"
+        return "–"
     error = "" if difference["se"] is None else f" ± {difference['se']:.4f}"
     return f"{difference['mean']:+.4f}{error}"
 
@@ -111,7 +119,7 @@ def difference_rows(
     head = ["set", "MAP: NLL", *shown, f"{OURS} is"]
     rows = [
         [name, f"{means[name]:.3f}", *(_signed(found.get(method)) for method in shown),
-         (found[OURS] or {"verdict": "failed"})["verdict"]]
+         (found[OURS] or {"verdict": "–"})["verdict"]]
         for name, found in comparisons.items()
     ]  # fmt: skip
     return head, rows
@@ -124,7 +132,7 @@ def difference_table(found: Found, comparisons: Mapping[str, Mapping[str, dict[s
     note = (
         "Test NLL in nats, in original units; the columns after MAP's are differences to it: negative is better, ± "
         "standard error over splits. Better: below minus one standard error (0.001 at least); worse: above it; not "
-        "worse: in between."
+        "worse: in between. –: not run, or failed; the settings say which."
     )
     return Table("Test NLL", head, rows, note)
 
@@ -136,7 +144,7 @@ def metrics_table(found: Found) -> Table:
         for key, scale in (("rmse", 1), ("accuracy", 100), ("ece", 100)):
             if key in methods[MAP]:
                 label = key.upper() if scale == 1 else f"{'ECE' if key == 'ece' else key} %"
-                cells = [f"{scale * methods[m][key]['mean']:.4g}" if m in methods else "failed" for m in NAMES]
+                cells = [f"{scale * methods[m][key]['mean']:.4g}" if m in methods else "–" for m in NAMES]
                 rows.append([f"{name}: {label}", *cells])
     return Table("Other metrics", ["set", *NAMES], rows, "Means over splits.")
 
@@ -152,9 +160,9 @@ def picture(comparisons: Mapping[str, Mapping[str, dict[str, Any] | None]]) -> P
     """Differences to MAP with their standard errors, one row per set."""
     figure, (axis,) = plots.panels(1, 1, width=8.0, height=1.2 + 0.42 * len(comparisons))
     names = list(comparisons)
-    for number, (method, marker) in enumerate(zip(NAMES[1:], "xos^v", strict=True)):
+    for number, (method, marker) in enumerate(zip(NAMES[1:], "xos^vDP*<", strict=True)):
         points = [(row, comparisons[name][method]) for row, name in enumerate(names)]
-        drawn = [(row + 0.14 * (number - 2), d["mean"], d["se"] or 0.0) for row, d in points if d is not None]
+        drawn = [(row + 0.08 * (number - 4), d["mean"], d["se"] or 0.0) for row, d in points if d is not None]
         if drawn:
             heights, means, errors = (list(values) for values in zip(*drawn, strict=True))
             shade = plots.colour(method, NAMES)  # a package's methods share it and differ by marker

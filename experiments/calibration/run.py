@@ -8,10 +8,15 @@ images. A part of the training split is held out; every method may use it to cho
   noise is that already, and the two are one.
 * ``laplace_kf``: ``LaplacePosterior(model, likelihood).fit(train)``, ``tune(val)``, ``predict(test)``, nothing else.
 * ``laplace_kf, linearized``: the same with ``method="linearized"`` in both calls.
+* ``laplace_kf, probit``: likewise, for classes.
+* ``laplace_kf, mixture``: default posteriors of five networks that started from other weights, tuned together.
+* ``deep ensemble``: the equal mixture of these networks themselves; for regression the held-out part chooses the noise.
+* ``MC dropout``: networks of the same shape trained with dropout; the held-out part chooses rate and noise.
 * ``laplace-torch, marglik`` and ``laplace-torch, gridsearch``: Kronecker, all weights (``peers.py``).
 
-All of them share the network. What counts is the difference to MAP in test NLL, split by split: with its mean ``d`` and
-standard error ``e`` (0.001 nats at least) a method is *better* if ``d < -e``, *worse* if ``d > e``, else *not worse*.
+All but MC dropout share the network. What counts is the difference to MAP in test NLL, split by split: with its mean
+``d`` and standard error ``e`` (0.001 nats at least) a method is *better* if ``d < -e``, *worse* if ``d > e``, else *not
+worse*.
 
 Finished splits are kept in ``parts`` of the results folder, and used again by a later run with the same settings, so
 that the benchmark can be run set by set: ``python -m experiments run calibration sets=[yacht,energy]``; the report is
@@ -25,20 +30,27 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from experiments.calibration import peers
 from experiments.calibration.problems import SETS, Forecast, Problem, problem
 from experiments.calibration.report import (
-    NAMES,
+    DROPOUT,
+    ENSEMBLE,
+    LINEARIZED,
+    MAP,
+    MIXTURE,
+    OURS,
     PEERS,
+    PROBIT,
+    SCALED,
     claims,
     claims_table,
     compare,
@@ -50,7 +62,9 @@ from experiments.calibration.report import (
 from experiments.common import training
 from experiments.common.checks import require
 from laplace_kf.errors import IncompatiblePair, UnknownName
-from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.likelihoods import Likelihood, Prediction
+from laplace_kf.posterior import LaplacePosterior, Mixture
+from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import machine, versions
 from laplace_kf.reports.html import Report
 
@@ -75,6 +89,9 @@ class Config:
         val_most: held-out rows at most.
         train_most: images to train on at most, the held-out ones included.
         test_most: test images at most; tables are used whole.
+        members: networks of the deep ensemble and of the mixture, the network itself among them; 1 leaves both out.
+        dropout: rates that MC dropout's own network, of the same shape, is trained with; validation chooses. Without
+            any it is left out.
         peers: whether to run laplace-torch.
         peer_grid: points of its grid search (its default is 100, over the same range).
         peer_most: laplace-torch is left out of sets with more training rows.
@@ -94,18 +111,22 @@ class Config:
     val_most: int = 1000
     train_most: int = 2000
     test_most: int = 2000
+    members: int = 5
+    dropout: list[float] = field(default_factory=lambda: [0.05, 0.2])
     peers: bool = True
     peer_grid: int = 21
     peer_most: int = 50_000
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("splits", "hidden", "steps", "batch", "val_most", "train_most", "test_most", "peer_grid"):
+        counts = "splits", "hidden", "steps", "batch", "val_most", "train_most", "test_most", "members", "peer_grid"
+        for name in counts:
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         require("threads", self.threads, self.threads >= 0, "at least 0")
         for name in ("lr", "prior_precision"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         require("val_share", self.val_share, 0 < self.val_share < 1, "between 0 and 1")
+        require("dropout", self.dropout, all(0 < rate < 1 for rate in self.dropout), "rates between 0 and 1")
         require("sets", self.sets, bool(self.sets) and set(self.sets) <= set(SETS), f"some of {list(SETS)}")
 
 
@@ -154,15 +175,98 @@ def _peer(how: str) -> Method:
     return forecast
 
 
-COMPARED: dict[str, Method] = dict(
-    zip(NAMES, (_map, _scaled, _ours(), _ours(method="linearized"), _peer("marglik"), _peer("gridsearch")), strict=True)
-)
-OPTIONAL = NAMES[3:4]
-"""Methods that a version of this package may lack; failures of another package's are results."""
+def _ensemble(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    """The network and others that started elsewhere, mixed equally."""
+    models = _members(model, given, config, seed)
+
+    def outputs(x: Tensor) -> Tensor:
+        return torch.stack([training.outputs(one, x) for one in models])
+
+    return _best({"": lambda likelihood: lambda x: likelihood.predict(outputs(x))}, outputs(given.val[0])[0], given)
 
 
-def _network(config: Config, given: Problem, seed: int) -> nn.Module:
-    model = training.mlp([given.train[0].shape[1], config.hidden, given.outputs], seed=seed)
+def _mixture(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    """Default posteriors of the ensemble's networks, tuned together."""
+    rng = training.generator(seed)
+    posteriors = [
+        LaplacePosterior(one, given.task.likelihood).fit(given.train, generator=rng)
+        for one in _members(model, given, config, seed)
+    ]
+    mixture = Mixture(posteriors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        tuned = mixture.tune(given.val, generator=rng)
+    prediction = mixture.predict(given.test[0], generator=rng)
+    settings = {"method": mixture.method, "cost": tuned.cost}
+    return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
+
+
+def _dropout(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    """Networks trained with dropout, whose masks are drawn again at test time; validation chooses the rate."""
+    nets = {rate: _network(config, given, seed, dropout=rate) for rate in config.dropout}
+
+    def thinned(net: nn.Module) -> Callable[[Likelihood], Callable[[Tensor], Prediction]]:
+        return lambda likelihood: mc_dropout(net, likelihood, generator=training.generator(seed))
+
+    plain = training.outputs(nets[config.dropout[0]], given.val[0])
+    return _best({f"{rate:g}": thinned(net) for rate, net in nets.items()}, plain, given)
+
+
+def _best(
+    makes: Mapping[str, Callable[[Likelihood], Callable[[Tensor], Prediction]]], outputs: Tensor, given: Problem
+) -> tuple[Forecast, Settings]:
+    """Of several predictives, each with every likelihood that the task offers, the one that suits validation data best.
+
+    Args:
+        makes: from a likelihood to a predictive, by name.
+        outputs: of a network ``(N, C)`` at validation inputs, by which the likelihoods are placed.
+        given: the problem.
+    """
+    scores: dict[tuple[str, int], float] = {}
+    likelihoods = given.task.likelihoods(outputs, given.val[1])
+    for name, make in makes.items():
+        for number, likelihood in enumerate(likelihoods):
+            scores[name, number] = float(make(likelihood)(given.val[0]).log_prob(given.val[1]).mean())
+    name, number = max(scores, key=lambda key: scores[key] if math.isfinite(scores[key]) else -math.inf)
+    prediction = makes[name](likelihoods[number])(given.test[0])
+    settings = {"chosen": name, **likelihoods[number].parameters()}
+    return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
+
+
+COMPARED: dict[str, Method] = {
+    MAP: _map,
+    SCALED: _scaled,
+    OURS: _ours(),
+    LINEARIZED: _ours(method="linearized"),
+    PROBIT: _ours(method="probit"),
+    MIXTURE: _mixture,
+    ENSEMBLE: _ensemble,
+    DROPOUT: _dropout,
+    **dict(zip(PEERS, (_peer("marglik"), _peer("gridsearch")), strict=True)),
+}
+OPTIONAL = LINEARIZED, PROBIT
+"""Methods that a version of this package or a task may lack; failures of another package's are results."""
+
+
+def _left_out(title: str, config: Config, rows: int) -> str:
+    """Why a method is not run, given the number of training rows; empty if it is."""
+    if title in (MIXTURE, ENSEMBLE):
+        return "left out" if config.members == 1 else ""
+    if title == DROPOUT:
+        return "" if config.dropout else "left out"
+    if title in PEERS:
+        too_many = f"more than {config.peer_most} training rows" if rows > config.peer_most else ""
+        return too_many if config.peers else "left out"
+    return ""
+
+
+def _members(model: nn.Module, given: Problem, config: Config, seed: int) -> list[nn.Module]:
+    """The network and the others of the ensemble."""
+    return [model, *(_network(config, given, seed + 100_000 * k) for k in range(1, config.members))]
+
+
+def _network(config: Config, given: Problem, seed: int, dropout: float = 0.0) -> nn.Module:
+    model = training.mlp([given.train[0].shape[1], config.hidden, given.outputs], dropout=dropout, seed=seed)
     batches = training.Batches(*given.train, config.batch, training.generator(seed))
     epochs = max(1, round(config.steps / len(batches)))
     optimizer = torch.optim.Adam(
@@ -186,8 +290,8 @@ def _split(config: Config, name: str, split: int) -> dict[str, Any]:
         "metrics": {}, "settings": {}, "seconds": {}, "failures": {},
     }  # fmt: skip
     for title, method in COMPARED.items():
-        if title in PEERS and (not config.peers or len(given.train[0]) > config.peer_most):
-            found["failures"][title] = "left out" if not config.peers else f"more than {config.peer_most} training rows"
+        if why := _left_out(title, config, len(given.train[0])):
+            found["failures"][title] = why
             continue
         start = time.process_time()
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class Method:
         revisits: whether it trains on the data of all tasks so far.
         fresh: whether every task gets a new network.
         implicit: whether its penalty may be stepped implicitly (if the configuration says so).
+        settings: names of settings that the learner takes, by its argument.
     """
 
     make: Make
@@ -40,6 +41,7 @@ class Method:
     revisits: bool = False
     fresh: bool = False
     implicit: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def strengths(self, config: Config) -> list[float]:
         """The strengths to try; 1 for a method that has none."""
@@ -83,6 +85,11 @@ def _intelligence(strength: float, examples: int, **shared: Any) -> continual.Le
     return continual.SynapticIntelligence(c=strength * examples, **shared)
 
 
+def _first_intelligence(strength: float, examples: int, **shared: Any) -> continual.Learner:
+    """One centre and ε = 0.1, as Zenke et al. (2017) ran permuted MNIST; their c is half of this one (no ½ there)."""
+    return _intelligence(strength, examples, epsilon=0.1, centres="last", **shared)
+
+
 def _fine_tuning(strength: float, examples: int, **shared: Any) -> continual.Learner:
     return continual.FineTuning(**shared)
 
@@ -93,11 +100,13 @@ def _add(name: str, make: Make, **how: Any) -> None:
 
 _add("Kronecker online", _online("kron", "keep"))
 _add("Kronecker online, projected", _online("kron", "project"))
+_add("Kronecker online, bounded", _online("kron", "keep"), settings={"max_terms": "max_terms"})
 _add("Kronecker online, summed", _online("kron", "sum"))
 _add("diagonal online", _online("diag", "keep"), grid="multipliers_diag", decay="decay_diag")
 _add("Kronecker EWC", _ewc("kron"))
 _add("diagonal EWC", _ewc("diag"), grid="multipliers_diag", decay="decay_diag")
 _add("Synaptic Intelligence", _intelligence, grid="strengths", decay="", optimizer="si_optimizer")
+_add("Synaptic Intelligence, as published", _first_intelligence, grid="strengths", decay="", optimizer="si_optimizer")
 _add("fine-tuning", _fine_tuning, grid="", decay="")
 _add(
     "joint training",

@@ -67,8 +67,15 @@ def check_names(config: Config) -> None:
     _ = STREAMS[config.stream], RATES[config.rates], OPTIMIZERS[config.optimizer], OPTIMIZERS[config.si_optimizer]
 
 
-def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Task], seed: int) -> dict[str, Any]:
+def sequence(
+    config: Config, method: Method, strength: float, tasks: Sequence[Task], seed: int, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """All T tasks with one method.
+
+    Args:
+        config, method, strength, tasks, seed: what to do.
+        checkpoint: file that holds everything after each finished task, so that an interrupted sequence goes on there;
+            it is removed at the end, and left alone if it is one of other settings.
 
     Returns:
         Qualities ``[after task][on task]`` in ``val`` and ``test`` (T, T) and of the untrained network in ``untrained``
@@ -78,6 +85,7 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
     wall, processor = time.perf_counter(), time.process_time()
     stream = STREAMS[config.stream]
     options = {"estimator": config.estimator} if config.estimator else {}
+    options |= {argument: getattr(config, setting) for argument, setting in method.settings.items()}
 
     def start() -> tuple[nn.Module, continual.Learner]:
         model = stream.network(config, tasks, seed).to(config.device)
@@ -92,7 +100,22 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
         "val": [], "test": [], "untrained": [stream.quality(config, model, task, task.test) for task in tasks],
         "strength": strength, "diverged": False, "closing": {},
     }  # fmt: skip
+    key = {**_key(asdict(config)), "strength": strength, "seed": seed}
+    done = 0
+    if checkpoint is not None and checkpoint.is_file():
+        held = torch.load(checkpoint, weights_only=True)
+        if held["key"] == key:
+            found, done = held["found"], len(held["found"]["test"])
+            for number in range(done):
+                stream.begin(model, number, method.revisits)
+            model.load_state_dict(held["model"])
+            learner.load_state_dict(held["learner"])
+            if isinstance(learner, continual.JointTraining):
+                learner.revisit([task.train for task in tasks[:done]])
+            wall, processor = wall - found["seconds"], processor - found["processor_seconds"]
     for number, task in enumerate(tasks):
+        if number < done:
+            continue
         if method.fresh and number:
             model, learner = start()
         stream.begin(model, number, method.revisits)
@@ -108,17 +131,26 @@ def sequence(config: Config, method: Method, strength: float, tasks: Sequence[Ta
             found["diverged"] = True
             break
         parts = list(zip(*(part.split(config.curvature_batch) for part in task.train), strict=True))
-        learner.after_task(parts, forward=task.forward)
+        draws = training.generator(1000 * seed + number)  # of estimators that draw: the same in every run
+        learner.after_task(parts, forward=task.forward, generator=draws)
         for split in ("val", "test"):
             row = [stream.quality(config, model, other, getattr(other, split)) for other in tasks]
             # every task has its own network: the earlier ones are what they were
             found[split].append([*found[split][-1][:number], *row[number:]] if method.fresh and number else row)
+        if checkpoint is not None:
+            found |= {"seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
+            partial = checkpoint.with_suffix(".writing")
+            state = {"model": model.state_dict(), "learner": learner.state_dict()}
+            torch.save({"key": key, "found": found, **state}, partial)
+            partial.replace(checkpoint)
     else:
         found["closing"] = stream.closing(config, model, learner, tasks)
     posterior: LaplacePosterior | None = getattr(learner, "posterior", None)
     found["errors"] = [] if posterior is None else list(posterior.chain_errors)
     found["seconds"] = time.perf_counter() - wall
     found["processor_seconds"] = time.process_time() - processor
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     return found
 
 
@@ -161,7 +193,8 @@ def searched(config: Config, name: str, tasks: Sequence[Task], seed: int, folder
     for strength in method.strengths(config):
         part = folder / f"{seed}-{name.replace(' ', '_').replace(',', '')}-{strength:g}.json"
         if not part.is_file() or _key(json.loads(part.read_text())["config"]) != key:
-            part.write_text(json.dumps({"config": key, **sequence(config, method, strength, tasks, seed)}))
+            found = sequence(config, method, strength, tasks, seed, part.with_suffix(".pt"))
+            part.write_text(json.dumps({"config": key, **found}))
         tried.append(json.loads(part.read_text()))
     return tried
 

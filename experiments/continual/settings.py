@@ -52,6 +52,7 @@ class Config:
             (Kronecker structures).
         decay_diag: likewise for diagonal ones.
         prior_precision: ``λ``.
+        max_terms: of bounded chains: kept terms of a layer.
         multipliers: grid for ``λ_c``.
         multipliers_diag: that of diagonal structures; empty for the same.
         strengths: grid for ``c``.
@@ -90,6 +91,7 @@ class Config:
     decay_kron: float = 0.0
     decay_diag: float = 0.0
     prior_precision: float = 1.0
+    max_terms: int = 5
     multipliers: list[float] = field(default_factory=lambda: [1.0, 3.0, 10.0])
     multipliers_diag: list[float] = field(default_factory=list)
     strengths: list[float] = field(default_factory=lambda: [0.01, 0.1, 1.0])
@@ -105,7 +107,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("repeats", "tasks", "hidden", "epochs", "batch", "curvature_batch", "train_size", "val_size",
-                     "test_size"):  # fmt: skip
+                     "test_size", "max_terms"):  # fmt: skip
             require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "adam_lr", "prior_precision", "noise"):
             require(name, getattr(self, name), getattr(self, name) > 0, "above 0")

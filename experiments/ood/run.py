@@ -77,6 +77,7 @@ class Config:
         passes: binary draws of every training image that the curvature is averaged over.
         damping: how a Kronecker posterior adds the prior.
         samples: Monte Carlo samples of a prediction.
+        closed: further methods that the tuned posteriors predict by, ``linearized`` or ``probit``.
         n_data_factors: grid of tuning, as multiples of the real ``N``.
         prior_precisions: grid of tuning for ``λ``.
         tune_samples: Monte Carlo samples per grid point.
@@ -108,6 +109,7 @@ class Config:
     passes: int = 2
     damping: Literal["exact", "factored", "balanced"] = "exact"
     samples: int = 100
+    closed: list[str] = field(default_factory=list)
     n_data_factors: list[float] = field(default_factory=lambda: [10.0**k for k in range(-1, 5)])
     prior_precisions: list[float] = field(default_factory=lambda: [10.0**k for k in range(-4, 5)])
     tune_samples: int = 10
@@ -247,6 +249,10 @@ def _repetition(config: Config, seed: int) -> Outcome:
         with stage(f"{name}: prediction"):
             prediction = posterior.predict(inputs, method="mc", samples=config.samples, generator=rng)
             probs[f"{name}, tuned"] = prediction.probs
+        for method in config.closed:
+            with stage(f"{name}: {method} prediction"):
+                parts = [posterior.predict(part, method=method, generator=rng).probs for part in inputs.split(1000)]
+                probs[f"{name}, tuned, {method}"] = torch.cat(parts)
     if config.mean_field:
         sigma = config.mean_field_sigma
         bayes = variational.mean_field_mlp(widths(config), sigma=sigma, seed=seed, device=config.device)

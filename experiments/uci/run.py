@@ -8,8 +8,9 @@ the settings of every method; then networks are trained anew on all training row
 * ``deep ensemble``: the equal mixture of the normal variables of five networks.
 * ``mixture``: the same of five linearised posteriors with the dense Gauss-Newton matrix, tuned together.
 
-Conformal intervals are those of the network of the first stage: one half of the held-out rows tunes, the other
-calibrates; beside it absolute residuals of the same network (split-conformal on MAP).
+Conformal intervals are those of a network of the first stage. About half of the held-out rows calibrate them, and no
+choice sees these rows: head, weight decay and the posterior's settings come from the other half alone, the units from
+the rows that were trained on. Beside it absolute residuals of the same network (split-conformal on MAP).
 
 Finished tables are kept in ``parts`` of the results folder: ``python -m experiments run uci sets=[yacht]``.
 """
@@ -21,7 +22,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,11 @@ from laplace_kf.reports.html import Report
 __all__ = ["Config", "run"]
 
 Pair = tuple[Tensor, Tensor]
+Plan = tuple[str, float]
+"""Head and λ."""
 LEVEL = 0.9
+FORMAT = 2
+"""Of what is kept; 1 calibrated on rows that had chosen the network."""
 
 
 @dataclass
@@ -94,10 +99,51 @@ class Config:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of one split, int64 each; no row is in two of them.
+
+    Args:
+        choosing: held-out rows of which every choice may make use.
+        calibrating: held-out rows that calibrate conformal intervals, and that no choice for these makes use of.
+        train: the other training rows of the split.
+        test: its test rows.
+    """
+
+    choosing: Tensor
+    calibrating: Tensor
+    train: Tensor
+    test: Tensor
+
+
+def _rows(config: Config, table: data.Regression, number: int) -> Rows:
+    """A part of the training rows held out, by seed and number of the split; about half of it calibrates."""
+    rows, test = table.splits[number]
+    order = rows[torch.randperm(len(rows), generator=training.generator(1000 * config.seed + number))]
+    held = int(config.val_share * len(rows))
+    # conformal intervals cover ceil(0.9 (n + 1))/(n + 1) on average: 9, 19, 29, ... rows give 90 % and not more
+    calibrating = 10 * max(1, round((held / 2 + 1) / 10)) - 1
+    require("val_share", config.val_share, calibrating < held, f"enough for {calibrating + 1} held-out rows")
+    choosing = held - calibrating
+    return Rows(order[:choosing], order[choosing:held], order[held:], test)
+
+
+@dataclass(frozen=True)
 class Split:
-    """One split, standardised by its training rows: the part to train on first, held-out rows, all, and test rows."""
+    """One split, standardised by the part to train on first.
+
+    Args:
+        train: what is trained on first.
+        choosing: held-out rows by which the conformal network is chosen and tuned.
+        calibrating: held-out rows that calibrate its intervals.
+        val: both of them, by which everything else is chosen and tuned.
+        all: all training rows.
+        test: the test rows.
+        scale: unit of the targets.
+    """
 
     train: Pair
+    choosing: Pair
+    calibrating: Pair
     val: Pair
     all: Pair
     test: Pair
@@ -105,17 +151,21 @@ class Split:
 
 
 def _split(config: Config, table: data.Regression, number: int) -> Split:
-    rows, test = table.splits[number]
+    rows = _rows(config, table, number)
 
     def standardised(values: Tensor) -> Tensor:
-        spread = values[rows].std(0)
-        return ((values - values[rows].mean(0)) / torch.where(spread > 0, spread, torch.ones_like(spread))).float()
+        known = values[rows.train]
+        spread = known.std(0)
+        return ((values - known.mean(0)) / torch.where(spread > 0, spread, torch.ones_like(spread))).float()
 
     x, y = standardised(table.features), standardised(table.target)
-    order = rows[torch.randperm(len(rows), generator=training.generator(1000 * config.seed + number))]
-    held = int(config.val_share * len(rows))
-    train, val, everything, tested = ((x[part], y[part]) for part in (order[held:], order[:held], order, test))
-    return Split(train, val, everything, tested, float(table.target[rows].std()))
+    val = torch.cat([rows.choosing, rows.calibrating])
+    parts = {
+        "train": rows.train, "choosing": rows.choosing, "calibrating": rows.calibrating, "val": val,
+        "all": torch.cat([val, rows.train]), "test": rows.test,
+    }  # fmt: skip
+    pairs = {name: (x[part], y[part]) for name, part in parts.items()}
+    return Split(**pairs, scale=float(table.target[rows.train].std()))
 
 
 def _train(config: Config, sets: Sequence[Pair], head: str, priors: Sequence[float], members: int, seed: int) -> Any:
@@ -151,20 +201,20 @@ def _default(one: Split, head: str, trial: nn.Module, final: nn.Module, seed: in
     posterior = LaplacePosterior(final, likelihood(head, 1.0 if noise is None else float(noise))).fit(one.all)
     posterior.n_data = tuned.n_data * len(one.all[0]) / len(one.train[0])
     posterior.prior_precision, posterior.method = tuned.prior_precision, tuned.method
+    posterior.temperature = tuned.temperature
     found = posterior.predict(one.test[0], generator=training.generator(seed))
     return found.log_prob(one.test[1]), tuned.method
 
 
 def _conformal(one: Split, head: str, model: nn.Module, seed: int) -> dict[str, float]:
     """Coverage and mean width (standardised) of 90 % intervals, by the posterior and by residuals of the network."""
-    half = len(one.val[0]) // 2
-    first, second = ((one.val[0][part], one.val[1][part]) for part in (slice(half), slice(half, None)))
+    second = one.calibrating
     posterior = LaplacePosterior(model, likelihood(head)).fit(one.train)
-    _quiet_tune(posterior, first, seed)
+    _quiet_tune(posterior, one.choosing, seed)
     posterior.calibrate(second, generator=training.generator(seed))
     low, high = posterior.predict_interval(one.test[0], LEVEL, generator=training.generator(seed))
     residuals = (training.outputs(model, second[0])[:, 0] - second[1][:, 0]).abs().sort().values
-    bound = residuals[min(len(residuals) - 1, math.ceil((len(residuals) + 1) * LEVEL) - 1)]
+    bound = residuals[math.ceil(round((len(residuals) + 1) * LEVEL, 9)) - 1]
     errors = (training.outputs(model, one.test[0])[:, 0] - one.test[1][:, 0]).abs()
     inside = (low <= one.test[1]) & (one.test[1] <= high)
     return {
@@ -182,35 +232,53 @@ class Networks:
         prior: λ.
         trial: networks of the first stage, trained without those rows.
         final: networks trained on all training rows.
+        conformal_head: chosen without the rows that calibrate.
+        conformal_prior: λ, likewise.
+        conformal: one network of the first stage of that head and λ.
     """
 
     head: str
     prior: float
     trial: list[nn.Module]
     final: list[nn.Module]
+    conformal_head: str
+    conformal_prior: float
+    conformal: list[nn.Module]
 
 
 def _networks(config: Config, splits: Sequence[Split]) -> list[Networks]:
     """Head and weight decay chosen, and networks trained anew on all rows, for several splits of a table."""
-    trials: dict[tuple[int, str, float], list[nn.Module]] = {}
+    trials: list[dict[Plan, list[nn.Module]]] = [{} for _ in splits]
     for head in HEADS:
         nets = _train(config, [one.train for one in splits], head, config.priors, config.trial_members, config.seed)
-        trials |= {(s, head, p): nets[s][k] for s in range(len(splits)) for k, p in enumerate(config.priors)}
-    plans: list[tuple[str, float]] = []
-    for s, one in enumerate(splits):
-        scores = {}
-        for (owner, head, prior), nets in trials.items():
-            if owner == s:
-                found = [member(net, head, None, one.val[0]) for net in nets]
-                best = choose(found, one.val[1], len(one.train[0]))
-                scores[head, prior] = float(log_density(found, best, one.val[1]).mean())
-        plans.append(max(scores, key=lambda plan: scores[plan] if math.isfinite(scores[plan]) else -math.inf))
+        for found, mine in zip(trials, nets, strict=True):
+            found.update({(head, p): mine[k] for k, p in enumerate(config.priors)})
+    plans = [_plan(trials[s], one.val, len(one.train[0])) for s, one in enumerate(splits)]
+    conformal = [_plan(trials[s], one.choosing, len(one.train[0])) for s, one in enumerate(splits)]
     finals: dict[int, list[nn.Module]] = {}
     for plan in sorted(set(plans)):
         own = [s for s, chosen in enumerate(plans) if chosen == plan]
         nets = _train(config, [splits[s].all for s in own], plan[0], [plan[1]], config.members, config.seed + 7)
         finals |= {s: nets[k][0] for k, s in enumerate(own)}
-    return [Networks(*plan, trials[s, plan[0], plan[1]], finals[s]) for s, plan in enumerate(plans)]
+    return [
+        Networks(*plan, trials[s][plan], finals[s], *conformal[s], trials[s][conformal[s]][:1])
+        for s, plan in enumerate(plans)
+    ]
+
+
+def _plan(trials: Mapping[Plan, list[nn.Module]], data: Pair, count: int) -> Plan:
+    """Head and λ of the networks whose mixture, with the noise that suits it best, makes ``data`` likeliest.
+
+    Args:
+        trials: networks by head and λ.
+        data: what decides.
+        count: training rows.
+    """
+    scores: dict[Plan, float] = {}
+    for plan, nets in trials.items():
+        found = [member(net, plan[0], None, data[0]) for net in nets]
+        scores[plan] = float(log_density(found, choose(found, data[1], count), data[1]).mean())
+    return max(scores, key=lambda plan: scores[plan] if math.isfinite(scores[plan]) else -math.inf)
 
 
 def _table(config: Config, name: str, numbers: Sequence[int], folder: Path) -> dict[str, Any]:
@@ -233,8 +301,9 @@ def _table(config: Config, name: str, numbers: Sequence[int], folder: Path) -> d
 
 def _save(config: Config, networks: Networks, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = {name: [net.state_dict() for net in getattr(networks, name)] for name in ("trial", "final")}
-    torch.save({"settings": _decisive(config), "head": networks.head, "prior": networks.prior, **parts}, path)
+    nets = {name: [net.state_dict() for net in getattr(networks, name)] for name in ("trial", "final", "conformal")}
+    plans = {name: getattr(networks, name) for name in ("head", "prior", "conformal_head", "conformal_prior")}
+    torch.save({"settings": _decisive(config), "format": FORMAT, **plans, **nets}, path)
 
 
 def _loaded(config: Config, path: Path, one: Split) -> Networks | None:
@@ -242,19 +311,21 @@ def _loaded(config: Config, path: Path, one: Split) -> Networks | None:
     if not path.is_file():
         return None
     kept = torch.load(path, weights_only=True)
-    if kept["settings"] != _decisive(config):
+    if kept["settings"] != _decisive(config) or kept.get("format") != FORMAT:
         return None
 
-    def nets(states: list[dict[str, Tensor]]) -> list[nn.Module]:
+    def nets(states: list[dict[str, Tensor]], head: str) -> list[nn.Module]:
         found: list[nn.Module] = []
         for state in states:
             hidden = len(next(iter(state.values())))
-            net = training.mlp([one.train[0].shape[1], hidden, HEADS[kept["head"]]])
+            net = training.mlp([one.train[0].shape[1], hidden, HEADS[head]])
             net.load_state_dict(state)
             found.append(net.eval())
         return found
 
-    return Networks(kept["head"], kept["prior"], nets(kept["trial"]), nets(kept["final"]))
+    head, other = kept["head"], kept["conformal_head"]
+    trial, final, conformal = nets(kept["trial"], head), nets(kept["final"], head), nets(kept["conformal"], other)
+    return Networks(head, kept["prior"], trial, final, other, kept["conformal_prior"], conformal)
 
 
 def _measured(config: Config, one: Split, networks: Networks, seed: int) -> dict[str, Any]:
@@ -282,7 +353,8 @@ def _measured(config: Config, one: Split, networks: Networks, seed: int) -> dict
         "rmse": {"one network": one.scale * float(errors[0].square().mean().sqrt()),
                  "five networks": one.scale * float(errors.mean(0).square().mean().sqrt())},
         "settings": {name: asdict(c) for name, (c, _) in settings.items()},
-        "conformal": _conformal(one, head, trial[0], seed),
+        "conformal": _conformal(one, networks.conformal_head, networks.conformal[0], seed),
+        "conformal network": {"head": networks.conformal_head, "prior": networks.conformal_prior},
         "scale": one.scale,
     }  # fmt: skip
 
@@ -296,7 +368,13 @@ def _part(config: Config, name: str, folder: Path) -> None:
         splits = {**kept, **_table(config, name, missing[: config.at_a_time], folder)}
         folder.mkdir(parents=True, exist_ok=True)
         spent = (_seconds(name, folder) if kept else 0.0) + time.perf_counter() - start
-        part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "seconds": spent}
+        part = {
+            "settings": _decisive(config),
+            "format": FORMAT,
+            "versions": versions(),
+            "machine": machine(),
+            "seconds": spent,
+        }
         part["splits"] = splits
         (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
         if config.progress:
@@ -315,7 +393,8 @@ def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
         part: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # cut short: run it again
         return {}
-    return dict(part["splits"]) if part.get("settings") == _decisive(config) else {}
+    same = part.get("settings") == _decisive(config) and part.get("format") == FORMAT
+    return dict(part["splits"]) if same else {}
 
 
 def _decisive(config: Config) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.implicit import ImplicitPenalty
 from laplace_kf.posterior.prior import PriorPrecision
-from laplace_kf.posterior.task_chain import TERMS
+from laplace_kf.posterior.task_chain import require_terms
 from laplace_kf.reading import Part
 from laplace_kf.structures import Structure
 
@@ -53,22 +53,35 @@ class OnlineLaplace(_Chained):
 
     Args:
         terms: ``"keep"``, ``"sum"``, ``"project"`` or ``"project_kl"``, and
-        forgetting: as of :meth:`laplace_kf.LaplacePosterior.update`.
+        forgetting, max_terms: as of :meth:`laplace_kf.LaplacePosterior.update`.
         *args: as of :class:`Learner`.
         **kwargs: as of :class:`Learner`.
     """
 
-    def __init__(self, *args: Any, terms: str = "keep", forgetting: float = 1.0, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        terms: str = "keep",
+        forgetting: float = 1.0,
+        max_terms: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        _ = TERMS[terms]
-        self.terms, self.forgetting = terms, forgetting
+        require_terms(terms, max_terms)
+        self.terms, self.forgetting, self.max_terms = terms, forgetting, max_terms
 
     def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
         if self.posterior is None:
             self.posterior = self._posterior(loader, self.prior_precision, forward, fitting)
         else:
             self.posterior = self.posterior.update(
-                loader, self.multiplier, self.terms, forgetting=self.forgetting, forward=forward, **fitting
+                loader,
+                self.multiplier,
+                self.terms,
+                forgetting=self.forgetting,
+                max_terms=self.max_terms,
+                forward=forward,
+                **fitting,
             )
 
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +65,6 @@ class Likelihood(Predicting, Noise):
     """
 
     natural: bool = False
-    has_logits: ClassVar[bool] = False
 
     @classmethod
     def examples(cls) -> tuple[tuple[Likelihood, int], ...]:

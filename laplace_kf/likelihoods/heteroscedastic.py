@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
@@ -78,6 +79,27 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
         refuse_nonfinite_parameters("HeteroscedasticGaussian", mean + scale)
         noise = normal(mean.shape, generator, z.dtype)
         return from_positions(mean + scale * noise, shape)
+
+    @property
+    def has_temperature(self) -> bool:
+        """True: what is less certain here is the noise."""
+        return True
+
+    def tempered(self, outputs: Tensor, temperature: float) -> Tensor:
+        """The predicted standard deviations times the temperature (> 0); the means stay.
+
+        A network that fits its training targets closely predicts too little noise; one factor on it is what a
+        temperature is for classes, and what the noise scale is for :class:`~laplace_kf.likelihoods.Gaussian`.
+
+        Args:
+            outputs: ``(N, 2)``, ``(N, T, 2)`` or ``(N, 2, H, W)``.
+            temperature: of the standard deviation.
+
+        Returns:
+            Outputs of the same shape, ``2 log T`` added to the log-variances.
+        """
+        z = self.to_positions(outputs)
+        return self.from_positions(torch.cat([z[..., :1], z[..., 1:] + 2.0 * math.log(temperature)], -1), outputs)
 
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:
         mean, log_variance = z[..., :1], z[..., 1:]

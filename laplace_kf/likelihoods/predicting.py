@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,27 @@ DRAWN = 2**23  # numbers of drawn outputs that exist at a time, unless one examp
 
 class Predicting(Reading):
     """The part of a likelihood that makes predictions."""
+
+    has_logits: ClassVar[bool] = False
+
+    @property
+    def has_temperature(self) -> bool:
+        """Whether :meth:`tempered` makes predictions less certain that stay the same otherwise."""
+        return self.has_logits
+
+    def tempered(self, outputs: Tensor, temperature: float) -> Tensor:
+        """Outputs of predictions that are less certain the higher the temperature is; 1 changes nothing.
+
+        Logits are divided by it. Of use where :attr:`has_temperature`.
+
+        Args:
+            outputs: ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.
+            temperature: above 0.
+
+        Returns:
+            Outputs of the same shape.
+        """
+        return outputs / temperature
 
     @abc.abstractmethod
     def _predict(self, z: Tensor, shape: Sequence[int]) -> Prediction:

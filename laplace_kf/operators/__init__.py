@@ -8,6 +8,7 @@ from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kept_terms import KeptTerms, TermSum, in_common_bases
 from laplace_kf.operators.kronecker import DAMPINGS, Damping, KroneckerBlock
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
+from laplace_kf.operators.merging import merged_to, overlap
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
 from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.products import (
@@ -54,9 +55,11 @@ __all__ = [
     "kron_logdet",
     "kron_matvec",
     "kron_rank",
+    "merged_to",
     "mixed_product",
     "nearest_in_divergence",
     "nearest_product",
+    "overlap",
     "relative_error",
     "row_block",
     "standard_normal",

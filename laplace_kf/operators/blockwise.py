@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import ShapeMismatch
-from laplace_kf.operators.base import Isotropic, Matrix, fresh_generator
+from laplace_kf.operators.base import Isotropic, Matrix, fresh_generator, standard_normal
 from laplace_kf.operators.curvature import CurvatureBlock
 from laplace_kf.operators.spectral import Spectral
 from laplace_kf.tape.blocks import Block, FlatLayout, merged
@@ -89,6 +89,19 @@ class Blockwise(Matrix):
         return self.layout.hold(
             merged(block.unpack(matrix.sample(n, generator).reshape(n, *block.shape)) for block, matrix in self.entries)
         )
+
+    def draws(self, seeds: Sequence[int]) -> dict[str, Tensor]:
+        """One draw for every seed, as parameter-shaped tensors ``(K, *shape)`` by name.
+
+        A draw is that of :meth:`draw` with a generator of its seed (up to rounding), whatever others are made with it.
+        """
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        parts = []
+        for block, matrix in self.entries:
+            like = matrix.diag()
+            noise = torch.cat([standard_normal((1, matrix.noise_size), like, one) for one in generators])
+            parts.append(block.unpack(matrix.colour(noise).reshape(-1, *block.shape)))
+        return self.layout.hold(merged(parts))
 
     def scaled(self, factor: float | Tensor) -> Blockwise:
         return Blockwise(self.layout, [(block, matrix.scaled(factor)) for block, matrix in self.entries])

@@ -22,7 +22,7 @@ from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
 from laplace_kf.operators.spectral import Basis, Spectral
 
-__all__ = ["DRAW_TOLERANCE", "TOLERANCE", "KeptTerms", "TermSum", "in_common_bases"]
+__all__ = ["DRAW_TOLERANCE", "TOLERANCE", "KeptTerms", "TermSum", "diagonalised", "in_common_bases"]
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}  # of a solve: norm of the residual over that of v
 # Of a draw: error over size, both in the norm of Λ, in which all directions count alike. Its square is the share of the
@@ -228,7 +228,7 @@ class TermSum(Matrix):
         first, *others = (part.reshape(-1, *self.terms[0].shape) for part in noise.split(self.size, 1))
         total = self.prior.sqrt() * first
         for term, part in zip(self.terms, others, strict=True):
-            spectral = _diagonalised(term)
+            spectral = diagonalised(term)
             part = spectral.grid.sqrt() * part
             if spectral.outputs.matrix is not None:
                 part = torch.matmul(spectral.outputs.matrix, part)
@@ -255,7 +255,7 @@ def in_common_bases(terms: Sequence[CurvatureBlock], label: str) -> SpectralBloc
     The nearest matrix of this form in Frobenius norm for these bases; the trace stays, and it is exact for terms that
     commute. ``label`` names the block in messages.
     """
-    parts = [_diagonalised(term) for term in terms]
+    parts = [diagonalised(term) for term in terms]
     inputs = _eigenbasis([_marginal(p.inputs, p.grid.sum(1)) for p in parts], label)
     outputs = _eigenbasis([_marginal(p.outputs, p.grid.sum(2)) for p in parts], label)
     grid = torch.stack([_diagonal_in(part, inputs, outputs) for part in parts]).sum(0)
@@ -272,7 +272,8 @@ def _zero(like: Tensor) -> Tensor:
     return torch.zeros((), dtype=like.dtype, device=like.device)
 
 
-def _diagonalised(term: CurvatureBlock) -> Spectral:
+def diagonalised(term: CurvatureBlock) -> Spectral:
+    """A block ``(R, O, I)`` that is Kronecker, diagonal or known in an eigenbasis, in its own eigenbases."""
     found = term.precision(1.0, _zero(term.diag()), "exact")
     assert isinstance(found, Spectral)
     return found

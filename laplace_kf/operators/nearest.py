@@ -14,7 +14,7 @@ from torch import Tensor
 
 from laplace_kf.operators.kronecker import KroneckerBlock
 
-__all__ = ["factor_sum", "nearest_in_divergence", "nearest_product", "relative_error"]
+__all__ = ["factor_sum", "nearest_in_divergence", "nearest_product", "pair_errors", "relative_error"]
 
 STEPS = 200
 RIDGE = 1e-6
@@ -97,13 +97,32 @@ def factor_sum(terms: Sequence[KroneckerBlock]) -> KroneckerBlock:
     )
 
 
-def relative_error(terms: Sequence[KroneckerBlock], found: KroneckerBlock) -> float:
-    """``‖Σ_k C_k − found‖ / ‖Σ_k C_k‖`` in Frobenius norm; 0 where the sum is 0."""
-    r_g = torch.linalg.qr(_columns(_outputs([*terms, found])))[1]
-    r_a = torch.linalg.qr(_columns(_alike([t.inputs for t in (*terms, found)])))[1]
-    signs = r_g.new_tensor([1.0] * len(terms) + [0.0])
+def pair_errors(terms: Sequence[KroneckerBlock]) -> Tensor:
+    """``‖C_i + C_j − nearest_product([C_i, C_j])‖`` in Frobenius norm for every pair: ``(K, K)``, 0 on the diagonal.
+
+    The second singular value of the rearranged sum, over all groups; one decomposition of the ``K`` vectorised factors
+    serves all pairs.
+    """
+    r_g = torch.linalg.qr(_columns(_outputs(terms)))[1]
+    r_a = torch.linalg.qr(_columns(_alike([term.inputs for term in terms])))[1]
+    first, second = torch.triu_indices(len(terms), len(terms), 1, device=r_g.device)
+    found = r_g.new_zeros(len(terms), len(terms))
+    left, right = (torch.stack([r[..., first], r[..., second]], -1).movedim(-2, 0) for r in (r_g, r_a))
+    core = torch.linalg.qr(left)[1] @ torch.linalg.qr(right)[1].mT  # (pairs, R, 2, 2)
+    values = torch.linalg.svdvals(core)
+    lost = values[..., 1].square().sum(-1).sqrt() if values.shape[-1] > 1 else values.new_zeros(len(first))
+    found[first, second] = found[second, first] = lost
+    return found
+
+
+def relative_error(terms: Sequence[KroneckerBlock], found: KroneckerBlock | Sequence[KroneckerBlock]) -> float:
+    """``‖Σ_k C_k − Σ_j found_j‖ / ‖Σ_k C_k‖`` in Frobenius norm; 0 where the first sum is 0."""
+    others = [found] if isinstance(found, KroneckerBlock) else list(found)
+    r_g = torch.linalg.qr(_columns(_outputs([*terms, *others])))[1]
+    r_a = torch.linalg.qr(_columns(_alike([t.inputs for t in (*terms, *others)])))[1]
+    signs = r_g.new_tensor([1.0] * len(terms) + [0.0] * len(others))
     norm = (r_g * signs @ r_a.mT).norm()
-    signs[-1] = -1.0
+    signs[len(terms) :] = -1.0
     return float((r_g * signs @ r_a.mT).norm() / norm) if float(norm) > 0 else 0.0
 
 

@@ -134,7 +134,10 @@ class Answers(Jobs, Shorthands):
 
     @property
     def temperature(self) -> float | None:
-        """What ``method="temperature"`` divides the logits of the mean weights by; ``None`` until :meth:`tune`."""
+        """What ``method="temperature"`` divides the logits at the mean weights by; ``None`` until :meth:`tune`.
+
+        Where the network predicts its noise (heteroscedastic), the noise's standard deviation is multiplied by it.
+        """
         return self._temperature
 
     @temperature.setter
@@ -318,11 +321,11 @@ class Answers(Jobs, Shorthands):
             x: what the model takes: a tensor ``(N, ...)``, a tuple of tensors, or a mapping of keyword arguments; or a
                 loader of batches as in :meth:`fit` (or of inputs alone), for one prediction over all its examples.
             method: ``"mc"`` averages over ``samples`` draws (methods 10.1); ``"map"`` uses the mean weights, and
-                ``"temperature"`` with logits divided by :attr:`temperature`; ``"linearized"`` takes the network as
-                linear in its weights around their mean, so that its outputs are normal, ``N(f, J Λ⁻¹ Jᵀ)``;
-                ``"probit"`` is that with the probit approximation of the link. ``"auto"`` is :attr:`method`, what
-                :meth:`tune` chose; but ``"linearized"`` where a ``link`` is given, and ``"mc"`` where ``space`` or
-                ``draws`` are.
+                ``"temperature"`` with logits divided by :attr:`temperature` (predicted noise: multiplied by it);
+                ``"linearized"`` takes the network as linear in its weights around their mean, so that its outputs are
+                normal, ``N(f, J Λ⁻¹ Jᵀ)``; ``"probit"`` is that with the probit approximation of the link. ``"auto"``
+                is :attr:`method`, what :meth:`tune` chose; but ``"linearized"`` where a ``link`` is given, and ``"mc"``
+                where ``space`` or ``draws`` are.
             samples: number of draws S (of weights, or of outputs).
             space: of ``"mc"``. ``"weights"``: one set of weight draws for the whole batch; ``"activations"``: exact
                 draws of every example's pre-activations, independent between examples, with no weight drawn;

@@ -136,7 +136,8 @@ class Contest:
     def offered(self) -> list[str]:
         """The candidates that this likelihood has."""
         likelihood = self.fitted.likelihood
-        has = {"temperature": likelihood.has_logits, "probit": likelihood.has_logits and "probit" in likelihood.links()}
+        probit = likelihood.has_logits and "probit" in likelihood.links()
+        has = {"temperature": likelihood.has_temperature, "probit": probit}
         return [method for method in CANDIDATES if has.get(method, True)]
 
     def run(self, methods: Sequence[str]) -> None:
@@ -173,7 +174,7 @@ class Contest:
     # -- without a posterior -------------------------------------------------------------------------------------------
 
     def _temperature(self) -> Candidate:
-        """The logits divided by the temperature with the best objective."""
+        """The temperature with the best objective, on logits or on predicted noise."""
         from scipy.optimize import minimize_scalar  # its import changes the filters of warnings
 
         known: dict[float, Score] = {}

@@ -224,12 +224,14 @@ class Fitted:
         curvature, reference, errors = self.chain.extended(self.curvature, newest)
         return replace(self, curvature=curvature, newest=newest, reference=reference, errors=errors, _kept={})
 
-    def left(self, n: float, damping: str, multiplier: float, terms: str, forgetting: float) -> TaskChain:
+    def left(
+        self, n: float, damping: str, multiplier: float, terms: str, forgetting: float, max_terms: int | None
+    ) -> TaskChain:
         """What this posterior at N leaves to the one of the next task, which has that damping.
 
         Raises:
-            IncompatiblePair: for a damping other than the exact one.
-            ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
+            IncompatiblePair: for a damping other than the exact one, or ``max_terms`` where one term is held anyway.
+            ValueError: for a multiplier that is not positive, ``max_terms`` below 1, or ``forgetting`` outside (0, 1].
         """
         if DAMPINGS[self.damping].is_product or damping != self.damping:
             raise IncompatiblePair(
@@ -240,7 +242,8 @@ class Fitted:
         if kept > 1:
             raise InvalidArgument(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
         total = self.curvature.scaled(kept * n * self.factor)
-        return TaskChain(terms, positive("multiplier", multiplier), total, self.mean, kept * n, self.errors)
+        scale = positive("multiplier", multiplier)
+        return TaskChain(terms, scale, total, self.mean, kept * n, self.errors, max_terms)
 
 
 def flat_weights(model: nn.Module, layout: FlatLayout) -> tuple[Tensor, dict[str, Tensor]]:

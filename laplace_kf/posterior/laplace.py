@@ -92,7 +92,7 @@ class LaplacePosterior(Answers):
             example reached): ``"error"`` refuses and names them, ``"prior"`` keeps their prior: their curvature is 0.
         prior: a fitted posterior over the same parameters instead of the isotropic Gaussian at 0: ``fit`` then gives
             what :meth:`update` of it would. λ is the prior's and stays settable; ``prior_precision`` must be left out.
-        multiplier, terms, forgetting: with ``prior``, as in :meth:`update`.
+        multiplier, terms, forgetting, max_terms: with ``prior``, as in :meth:`update`.
         **options: options of the estimator and of the structure (``samples``, ``columns``, ``noise``,
             ``vector_blocks``).
 
@@ -122,6 +122,7 @@ class LaplacePosterior(Answers):
         multiplier: float = 1.0,
         terms: str = "keep",
         forgetting: float = 1.0,
+        max_terms: int | None = None,
         **options: Any,
     ) -> None:
         self.model = model = usable(model)
@@ -160,15 +161,15 @@ class LaplacePosterior(Answers):
         self._chain: TaskChain | None = None
         if prior is not None:
             left = prior._fitted("a chained posterior").left
-            self._chain = left(prior.n_data, self.damping, multiplier, terms, forgetting)
+            self._chain = left(prior.n_data, self.damping, multiplier, terms, forgetting, max_terms)
             if not (self._prior == 1.0 or self._prior == prior._prior):
                 raise IncompatiblePair(
                     "prior= brings its own prior_precision; leave prior_precision out, and set it afterwards to "
                     "change it"
                 )
             self._prior = prior._prior
-        elif (multiplier, terms, forgetting) != (1.0, "keep", 1.0):
-            raise InvalidType("multiplier, terms and forgetting go with prior=, a fitted posterior")
+        elif (multiplier, terms, forgetting, max_terms) != (1.0, "keep", 1.0, None):
+            raise InvalidType("multiplier, terms, forgetting and max_terms go with prior=, a fitted posterior")
 
     def __repr__(self) -> str:
         state = "not fitted" if self._state is None else f"n_data={self.n_data:g}, P={self._state.mean.shape[0]}"
@@ -386,6 +387,7 @@ class LaplacePosterior(Answers):
         terms: str = "keep",
         *,
         forgetting: float = 1.0,
+        max_terms: int | None = None,
         forward: Forward | None = None,
         inputs: Part | None = None,
         targets: Part | None = None,
@@ -415,6 +417,9 @@ class LaplacePosterior(Answers):
                 all but ``"keep"``.
                 :attr:`chain_errors` reports the error by block.
             forgetting: factor in (0, 1] on the previous curvature.
+            max_terms: with ``terms="keep"``: at most so many terms of a block, so that memory and cost stay as they are
+                from then on. Where there would be more, the two that lose least in Frobenius norm become their nearest
+                single term; 1 is ``"project"``. Low-rank blocks keep the vectors of so many tasks.
             forward, inputs, targets: as in the constructor, if the task needs others (its own head, for instance).
             n_data, passes, generator, progress, checkpoint, every, process_group: as for :meth:`fit`; ``n_data`` is the
                 N of the new task.
@@ -422,9 +427,10 @@ class LaplacePosterior(Answers):
         Raises:
             NotFitted: before ``fit``.
             UnknownName: for any other ``terms``.
-            IncompatiblePair: if the task covers other parameters, for a damping other than ``"exact"``, or for a
-                structure whose blocks cannot be chained in that way.
-            ValueError: for a multiplier that is not positive, or ``forgetting`` outside (0, 1].
+            IncompatiblePair: if the task covers other parameters, for a damping other than ``"exact"``, for a
+                structure whose blocks cannot be chained in that way, or for ``max_terms`` with terms that are one.
+            TypeError: for ``max_terms`` that is no integer.
+            ValueError: for a multiplier that is not positive, ``forgetting`` outside (0, 1], or ``max_terms`` below 1.
         """
         self._in_model("update")
         one_argument("update", multiplier)
@@ -444,6 +450,7 @@ class LaplacePosterior(Answers):
             multiplier=multiplier,
             terms=terms,
             forgetting=forgetting,
+            max_terms=max_terms,
         )
         return following.fit(
             task_loader, n_data=n_data, passes=passes, generator=generator, progress=progress, checkpoint=checkpoint,
@@ -475,13 +482,13 @@ class LaplacePosterior(Answers):
     ) -> TuningResult:
         """Finds how to predict, (N, λ), and the noise scale of a regression, on validation data; sets them.
 
-        Without grids the predictives compete: the trained weights alone (MAP), those with a temperature on their
-        logits, the linearised network through the probit approximation or in full, and Monte Carlo, each at its own
-        best setting and within a ``budget`` (:mod:`laplace_kf.posterior.candidates`). The winner, which has to beat the
-        others beyond the noise of the validation data, becomes :attr:`method`. Settings are searched from coarse to
-        fine in coordinates that do not trade off (:mod:`laplace_kf.posterior.search`), and the result is never worse
-        than MAP on the validation data: if no posterior beats the trained weights by more than one standard error of
-        the paired difference, (N, λ) is set to a finite point that is MAP in effect, and the result says so
+        Without grids the predictives compete: the trained weights alone (MAP), those with a temperature on their logits
+        or predicted noise, the linearised network through the probit approximation or in full, and Monte Carlo, each at
+        its own best setting and within a ``budget`` (:mod:`laplace_kf.posterior.candidates`). The winner, which has to
+        beat the others beyond the noise of the validation data, becomes :attr:`method`. Settings are searched from
+        coarse to fine in coordinates that do not trade off (:mod:`laplace_kf.posterior.search`), and the result is
+        never worse than MAP on the validation data: if no posterior beats the trained weights by more than one standard
+        error of the paired difference, (N, λ) is set to a finite point that is MAP in effect, and the result says so
         (``map_wins``). With a grid for N or λ every pair is measured with one method and the smallest objective wins
         (methods 9.3).
 

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,7 +25,9 @@ from laplace_kf.posterior.examples import OUTPUT_DRAWS, Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jackknife import Drawn, groups
 from laplace_kf.posterior.kept_scores import KeptScores
-from laplace_kf.predictive import Linearization, outputs_at, shifted, weight_noise
+from laplace_kf.predictive import Linearization, at_once, outputs_at, over_draws
+from laplace_kf.predictive.activations import examples
+from laplace_kf.predictive.suffix import Site
 from laplace_kf.registry import Registry
 
 __all__ = ["MAP", "TUNING_METHODS", "Linearized", "Point", "Predictions", "Shared", "TuningPredictor", "rounded"]
@@ -32,6 +35,9 @@ __all__ = ["MAP", "TUNING_METHODS", "Linearized", "Point", "Predictions", "Share
 Point = tuple[float, float]
 MAP: Point = (math.inf, math.inf)
 """The point ``(N, λ) = (∞, ∞)``: no spread at all."""
+
+Noise = dict[str, Tensor]
+"""Several draws, by parameter name: ``(K, *shape)`` without the mean."""
 
 Predictions = Callable[[Likelihood], list[Prediction]]
 """Predictions of every pool of validation data under a likelihood (which carries the noise scale)."""
@@ -85,8 +91,9 @@ class TuningPredictor(ABC):
         return
 
     def at_mean(self, temperature: float = 1.0) -> Predictions | None:
-        """Predictions at the mean weights, the outputs divided by a temperature."""
-        return self.from_samples([[z[None] / temperature for z in found] for found in self.part.means])
+        """Predictions at the mean weights, less certain by a temperature."""
+        tempered = self.fitted.likelihood.tempered
+        return self.from_samples([[tempered(z, temperature)[None] for z in found] for found in self.part.means])
 
     def from_samples(self, outputs: Sequence[Sequence[Tensor]]) -> Predictions | None:
         """Predictions from sampled outputs ``(S, N, ...)`` of every batch of every set of pools."""
@@ -126,7 +133,8 @@ class Sampled(TuningPredictor):
 
     def __init__(self, shared: Shared, part: Part) -> None:
         super().__init__(shared, part)
-        self._drawn: tuple[float, Point, list[dict[str, Tensor]] | None] | None = None  # None: when they are needed
+        self._drawn: tuple[float, Point, list[Noise] | None] | None = None  # None: when they are needed
+        self._inputs = max((examples(inputs) for pool in self.pools for _, _, inputs in pool.sites), default=1)
 
     def __call__(self, points: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         groups: dict[float, list[Point]] = {}
@@ -138,15 +146,15 @@ class Sampled(TuningPredictor):
     def _with_one_ratio(self, ratio: float, members: Sequence[Point]) -> Iterator[tuple[Point, Predictions | None]]:
         mean = self.common.mean
         drawn = {point: [[[] for _ in pool.sites] for pool in self.pools] for point in members}  # type: ignore[var-annotated]
-        for sign, count, noise in self._noises(ratio, members[0]):
+        for count, noise in self._noises(ratio, members[0]):
             for n, p in members:
-                weights = shifted(mean, noise, sign * math.sqrt(count / n))
+                weights = {name: mean[name] + math.sqrt(count / n) * value for name, value in noise.items()}
                 for pool, lists in zip(self.pools, drawn[n, p], strict=True):
-                    for (model, forward, inputs), found in zip(pool.sites, lists, strict=True):
+                    for site, found in zip(pool.sites, lists, strict=True):
                         with torch.no_grad():
-                            found.append(outputs_at(model, forward, weights, inputs))
+                            found.append(over_draws(site[0], partial(_outputs, site, mean), weights, "tune"))
         for point in members:
-            stacked = [[torch.stack(parts) for parts in lists] for lists in drawn.pop(point)]
+            stacked = [[torch.cat(parts) for parts in lists] for lists in drawn.pop(point)]
             yield point, self.from_samples(stacked)
 
     def passed(self, points: Sequence[Point]) -> None:
@@ -157,26 +165,42 @@ class Sampled(TuningPredictor):
         elif self._drawn is None or self._drawn[0] != ratio:
             self._drawn = ratio, (n, p), None
 
-    def _noises(self, ratio: float, point: Point) -> Iterator[tuple[float, float, dict[str, Tensor]]]:
-        """Sign, the N it was drawn at, and the draw, for every sample; those of the last ratio are kept if small."""
-        seeds, pairs = self.common.seeds, self.common.pairs
+    def _noises(self, ratio: float, point: Point) -> Iterator[tuple[float, Noise]]:
+        """The N they were drawn at, and draws that are run together, until there is one for every seed.
+
+        Those of the last ratio are kept if they are small.
+        """
         self.passed([point])
         at = point if self._drawn is None else self._drawn[1]
         kept = None if self._drawn is None else self._drawn[2]
         if kept is None:
-            precision = self.fitted.precision(*at)
-            fresh = (weight_noise(precision, seed) for seed in (seeds[::2] if pairs else seeds))
+            fresh = self._fresh(self.fitted.precision(*at))
             if self._drawn is None:
-                for number, noise in enumerate(fresh):
-                    yield 1.0, point[0], noise
-                    if pairs and 2 * number + 1 < len(seeds):
-                        yield -1.0, point[0], noise
+                yield from ((at[0], noise) for noise in fresh)
                 return
             kept = list(fresh)
             self._drawn = ratio, at, kept
-        count = at[0]
-        for number in range(len(seeds)):
-            yield (-1.0 if pairs and number % 2 else 1.0), count, kept[number // 2 if pairs else number]
+        yield from ((at[0], noise) for noise in kept)
+
+    def _fresh(self, precision: Blockwise) -> Iterator[Noise]:
+        """One draw for every seed; in pairs, both signs of one for every second seed."""
+        seeds, mean, signs = self.common.seeds, self.common.mean, 2 if self.common.pairs else 1
+        blocks = [block for block, _ in precision.entries]
+        size = at_once(blocks, len(seeds), self._inputs, max(value.element_size() for value in mean.values()))
+        step = max(size // signs, 1) * signs
+        for start in range(0, len(seeds), step):
+            some = seeds[start : start + step]
+            noise = {name: value.to(mean[name]) for name, value in precision.draws(some[::signs]).items()}
+            if signs == 2:
+                noise = {n: torch.stack([v, -v], 1).flatten(0, 1)[: len(some)] for n, v in noise.items()}
+            for first in range(0, len(some), size):
+                yield {name: value[first : first + size] for name, value in noise.items()}
+
+
+def _outputs(site: Site, mean: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> Tensor:
+    """Outputs ``(N, ...)`` at one draw of weights; parameters that are not drawn keep their mean."""
+    model, forward, inputs = site
+    return outputs_at(model, forward, {**mean, **drawn}, inputs)
 
 
 @TUNING_METHODS.register("linearized")

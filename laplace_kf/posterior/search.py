@@ -107,11 +107,12 @@ def champion(scores: Mapping[K, Score], first: K, over_first: float, over_others
         over_others: and those after it.
     """
     best_yet = first
+    above_first = {name: compared(scores[first], score) for name, score in scores.items()}
     while True:
         bounds = {}
         for name, score in scores.items():
             caution = over_first + _doubt(scores[first], score)
-            gain, error = compared(scores[first], score)
+            gain, error = above_first[name]
             beats_first = gain - caution * (error or 0.0) > 0
             if best_yet != first and name != first and not beats_first:
                 continue

@@ -33,7 +33,8 @@ class BlockRow:
         condition: largest over smallest positive eigenvalue: of ``A`` and ``G`` for Kronecker blocks, else of all.
         effective: effective number of parameters ``tr(N C̄ (N C̄ + λ)⁻¹)``, between 0 and ``size``.
         size: number of parameters, without entries that are held constant (the padding row of an embedding).
-        note: why it is kept as less than the structure promises, or not by a layer rule; mostly empty.
+        note: why it is kept as less than the structure promises, or not by a layer rule, and what a chain of tasks
+            left out of it (``posterior.chain_errors``); mostly empty.
     """
 
     name: str
@@ -104,6 +105,8 @@ def summary_of(fitted: Fitted, n: float, prior: PriorPrecision, structure: Struc
     title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
     notes = {name: block.note for name, block in blocks.items() if block.note}
     notes |= fitted.statistics.structure.poorer(blocks)
+    for name, said in _lost(fitted.errors).items():
+        notes[name] = f"{notes[name]}; {said}" if notes.get(name) else said
     factor, _ = fitted.rescaled()  # a noise scale that was set since the fit counts here as in the precision
     given = prior_tensors(prior, fitted.layout, fitted.like)
     return summarise(fitted.curvature.scaled(factor), n, given, title, notes)
@@ -132,6 +135,20 @@ def summarise(
         row = _row(block, matrix, n, prior, constants)  # type: ignore[arg-type]
         rows.append(replace(row, note=(notes or {}).get(row.name, "")))
     return Summary(rows, title)
+
+
+def _lost(errors: Sequence[Mapping[str, float]]) -> dict[str, str]:
+    """What a chain's updates approximated, by block name; nothing of blocks whose terms are all there."""
+    found: dict[str, str] = {}
+    for name in errors[-1] if errors else ():
+        each = [step[name] for step in errors if name in step]
+        lossy = [error for error in each if error > 0]
+        if lossy:
+            found[name] = (
+                f"{len(lossy)} of {len(each)} updates approximated the sum of the terms; relative Frobenius error "
+                f"at most {max(lossy):.2g}, of the last one {each[-1]:.2g}"
+            )
+    return found
 
 
 def _row(block: Block, matrix: CurvatureBlock, n: float, prior: Tensor | dict[str, Tensor], constants: int) -> BlockRow:

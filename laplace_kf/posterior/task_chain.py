@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.callers import users_line
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, InvalidType
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.operators import (
     Basis,
@@ -32,8 +32,10 @@ from laplace_kf.operators import (
     SpectralBlock,
     factor_sum,
     in_common_bases,
+    merged_to,
     nearest_in_divergence,
     nearest_product,
+    overlap,
     relative_error,
 )
 from laplace_kf.operators.base import DENSE_WARNING
@@ -42,16 +44,25 @@ from laplace_kf.posterior.evidence import Evidence, EvidenceModel, squares_by_bl
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, FlatLayout
 
-__all__ = ["TERMS", "ChainedEvidence", "TaskChain", "TermsRule", "in_one_form"]
+__all__ = ["TERMS", "ChainedEvidence", "TaskChain", "TermsRule", "in_one_form", "require_terms"]
 
 Joined = tuple[CurvatureBlock, float]  # and its relative Frobenius error against the exact sum
 
 
 class TermsRule(ABC):
-    """How the curvature of another task is added to a block."""
+    """How the curvature of another task is added to a block.
 
-    def joined(self, previous: CurvatureBlock, newest: CurvatureBlock) -> Joined:
-        """The block of both together, and its relative error; exact for diagonal and dense blocks."""
+    Attributes:
+        grows: whether several terms are held, so that there may be too many of them.
+    """
+
+    grows = False
+
+    def joined(self, previous: CurvatureBlock, newest: CurvatureBlock, most: int | None = None) -> Joined:
+        """The block of both together, of ``most`` terms if that is given, and its relative error.
+
+        Exact for diagonal and dense blocks.
+        """
         terms: list[CurvatureBlock] = []
         for term in map(_known, (*previous.terms, *newest.terms)):
             if terms and _is_zero(term):
@@ -65,10 +76,10 @@ class TermsRule(ABC):
                     break
             else:
                 terms.append(term)
-        return self.of_terms(terms, newest)
+        return self.of_terms(terms, newest, most)
 
     @abstractmethod
-    def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock) -> Joined:
+    def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock, most: int | None) -> Joined:
         """One block from terms that have no sum of their kind (or from one that has grown)."""
 
 
@@ -105,10 +116,20 @@ TERMS: Registry[TermsRule] = Registry("way to chain curvature terms")
 
 
 class _Keep(TermsRule):
-    """All terms are kept: exact, and memory and the cost of a product grow with the number of tasks."""
+    """All terms are kept: exact, and memory and the cost of a product grow with the number of tasks.
 
-    def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock) -> Joined:
-        return (terms[0] if len(terms) == 1 else KeptTerms(terms, newest.label)), 0.0
+    With a bound the two that lose least become one, as often as needed; low-rank blocks hold the vectors of so many.
+    """
+
+    grows = True
+
+    def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock, most: int | None) -> Joined:
+        error = 0.0
+        if most is not None:
+            if len(terms) == 1 and isinstance(terms[0], LowRankBlock) and isinstance(newest, LowRankBlock):
+                return terms[0].truncated(most * len(newest.values))
+            terms, error = merged_to(terms, most, newest.label)
+        return (terms[0] if len(terms) == 1 else KeptTerms(terms, newest.label)), error
 
 
 class _Collapse(TermsRule):
@@ -117,14 +138,44 @@ class _Collapse(TermsRule):
     def __init__(self, rule: Callable[[Sequence[KroneckerBlock]], KroneckerBlock], spectral: bool) -> None:
         self.rule, self.spectral = rule, spectral
 
-    def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock) -> Joined:
+    def of_terms(self, terms: Sequence[CurvatureBlock], newest: CurvatureBlock, most: int | None) -> Joined:
         return _collapsed(terms[0], terms, newest, self)
 
 
+BOUNDED = ", at most "  # in files, between the name of a rule and the number of its terms
 TERMS.register("keep")(_Keep())
 TERMS.register("sum")(_Collapse(factor_sum, spectral=False))
 TERMS.register("project")(_Collapse(nearest_product, spectral=True))
 TERMS.register("project_kl")(_Collapse(nearest_in_divergence, spectral=False))
+
+
+def require_terms(terms: str, max_terms: int | None) -> None:
+    """Refuses what no chain can be made by.
+
+    Args:
+        terms: name of the rule.
+        max_terms: bound on the terms of a block, None for none.
+
+    Raises:
+        UnknownName: for another rule.
+        InvalidType: for a bound that is no integer; InvalidArgument: for one below 1.
+        IncompatiblePair: for a bound where one term is held anyway.
+    """
+    rule = TERMS[terms]
+    if max_terms is None:
+        return
+    if isinstance(max_terms, bool) or not isinstance(max_terms, int):
+        raise InvalidType(
+            f"max_terms must be an integer, the most terms that a block keeps, or None; got {max_terms!r}"
+        )
+    if max_terms < 1:
+        raise InvalidArgument(f"max_terms must be at least 1, got {max_terms}")
+    if not rule.grows:
+        growing = ", ".join(f"terms={name!r}" for name in TERMS if TERMS[name].grows)
+        raise IncompatiblePair(
+            f"terms={terms!r} holds a single term of every block, so max_terms={max_terms} has no effect; leave it "
+            f"out, or bound {growing}"
+        )
 
 
 @singledispatch
@@ -161,7 +212,7 @@ def _(first: SpectralBlock, terms: Sequence[Any], newest: Any, how: _Collapse) -
             'terms="project" (its diagonal in the eigenbases of both tasks together) or terms="keep"'
         )
     found = in_common_bases(terms, newest.label)
-    norm = sum(_overlap(one, other) for one in terms for other in terms)
+    norm = sum(overlap(one, other) for one in terms for other in terms)
     left = max(norm - float(found.grid.double().square().sum()), 0.0)  # an orthogonal projection
     return found, (left / norm) ** 0.5 if norm > 0 else 0.0
 
@@ -169,23 +220,6 @@ def _(first: SpectralBlock, terms: Sequence[Any], newest: Any, how: _Collapse) -
 @_collapsed.register
 def _(first: LowRankBlock, terms: Sequence[Any], newest: LowRankBlock, how: _Collapse) -> Joined:
     return first.truncated(len(newest.values))
-
-
-def _overlap(one: SpectralBlock, other: SpectralBlock) -> float:
-    """``tr(one · other)``."""
-
-    def rotation(mine: Basis, theirs: Basis) -> Tensor | None:
-        if mine.matrix is None:
-            return theirs.matrix
-        return mine.matrix.mT if theirs.matrix is None else torch.matmul(mine.matrix.mT, theirs.matrix)
-
-    grid = other.grid.double()
-    out, inp = rotation(one.outputs, other.outputs), rotation(one.inputs, other.inputs)
-    if out is not None:
-        grid = torch.matmul(out.double().square(), grid)
-    if inp is not None:
-        grid = torch.matmul(grid, inp.double().square().mT)
-    return float((one.grid.double() * grid).sum())
 
 
 @dataclass(frozen=True)
@@ -199,6 +233,7 @@ class TaskChain:
         centre: the previous mean ``(P,)``.
         n_data: N behind the curvature.
         errors: the relative error by block of every update so far.
+        max_terms: of a rule that keeps terms, at most how many of a block; None for all.
     """
 
     terms: str
@@ -207,9 +242,10 @@ class TaskChain:
     centre: Tensor
     n_data: float
     errors: tuple[dict[str, float], ...]
+    max_terms: int | None = None
 
     def __post_init__(self) -> None:
-        _ = TERMS[self.terms]
+        require_terms(self.terms, self.max_terms)
 
     def extended(self, newest: Blockwise, n: float) -> tuple[Blockwise, float, tuple[dict[str, float], ...]]:
         """With a task of mean curvature ``newest`` over ``n`` examples: mean curvature, its N, and all errors.
@@ -236,7 +272,7 @@ class TaskChain:
         for name, (block, previous) in mine.items():
             old, new = previous, theirs[name][1].scaled(weight)
             assert isinstance(old, CurvatureBlock) and isinstance(new, CurvatureBlock)
-            both, errors[name] = TERMS[self.terms].joined(old, new)
+            both, errors[name] = TERMS[self.terms].joined(old, new, self.max_terms)
             entries.append((block, both.scaled(1 / total)))
         return Blockwise(layout, entries), total, (*self.errors, errors)
 
@@ -251,7 +287,8 @@ class TaskChain:
                 for j, part in enumerate(STORED[kinds[block.name][k]].parts(term)):
                     tensors[f"chain/{block.name}/{k}/{j}"] = part
         described = {
-            "terms": self.terms,
+            # a release that knows no bound has to refuse the file: it would keep all terms
+            "terms": self.terms if self.max_terms is None else f"{self.terms}{BOUNDED}{self.max_terms}",
             "multiplier": self.multiplier,
             "n_data": self.n_data,
             "errors": list(self.errors),
@@ -274,13 +311,15 @@ class TaskChain:
                 parts = [tensors[f"chain/{block.name}/{k}/{j}"].to(device) for j in range(form.count)]
                 terms.append(form.build(parts, block.name))
             entries.append((block, terms[0] if len(terms) == 1 else KeptTerms(terms, block.name)))
+        terms, bounded, most = described["terms"].partition(BOUNDED)
         return cls(
-            described["terms"],
+            terms,
             float(described["multiplier"]),
             Blockwise(layout, entries),
             tensors["chain/centre"].to(device),
             float(described["n_data"]),
             tuple(dict(step) for step in described["errors"]),
+            int(most) if bounded else None,
         )
 
 

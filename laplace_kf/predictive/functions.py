@@ -19,7 +19,6 @@ from laplace_kf.outputs.spread import covariance_root
 from laplace_kf.predictive.calls import over_draws
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.linearized import Linearization, Stand
-from laplace_kf.predictive.montecarlo import weight_noise
 
 __all__ = ["function_draws"]
 
@@ -52,8 +51,8 @@ def function_draws(
             with preserved(network.model), torch.no_grad():
                 parts = []
                 for start in range(0, samples, size):
-                    drawn = [weight_noise(precision, seed) for seed in seeds[start : start + size]]
-                    stacked = {n: torch.stack([one[n] for one in drawn]).to(value) for n, value in mean.items()}
+                    drawn = precision.draws(seeds[start : start + size])
+                    stacked = {n: drawn[n].to(value) for n, value in mean.items()}
                     parts.append(over_draws(network.model, rule(network, mean), stacked, rule.__name__))
             return network.outputs + torch.cat(parts)
         except LaplaceKFError:

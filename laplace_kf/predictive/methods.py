@@ -42,7 +42,8 @@ class Request:
         draws: kind of Monte Carlo draws, a name of :data:`laplace_kf.predictive.DRAWS`.
         link: name of a link of the likelihood, or ``None``.
         keep_samples: whether the prediction keeps the drawn outputs ``(S, N, ...)``.
-        temperature: what ``"temperature"`` divides the logits by, or ``None`` if none was chosen.
+        temperature: what ``"temperature"`` divides the logits by (predicted noise: multiplies); ``None`` if none was
+            chosen.
     """
 
     model: nn.Module
@@ -92,17 +93,19 @@ def _mean_weights(request: Request) -> Prediction:
 
 @PREDICTION_METHODS.register("temperature")
 def _tempered(request: Request) -> Prediction:
-    """The network at the mean weights with its logits divided by a temperature."""
+    """The network at the mean weights, its logits divided by a temperature or its predicted noise multiplied by it."""
     request.without_link("temperature")
-    if not request.likelihood.has_logits:
+    if not request.likelihood.has_temperature:
         raise IncompatiblePair(
-            f'{request.likelihood!r} has no logits that a temperature could divide; use method="map" or "linearized"'
+            f"{request.likelihood!r} has no logits that a temperature could divide, and predicts no noise that it "
+            'could multiply; use method="map" or "linearized"'
         )
     if request.temperature is None:
         raise NotFitted(
             'method="temperature" needs a temperature: call posterior.tune(val) first, or set posterior.temperature'
         )
-    return request.likelihood.predict(_outputs(request) / request.temperature, keep_samples=request.keep_samples)
+    outputs = request.likelihood.tempered(_outputs(request)[0], request.temperature)[None]
+    return request.likelihood.predict(outputs, keep_samples=request.keep_samples)
 
 
 def _outputs(request: Request) -> Tensor:

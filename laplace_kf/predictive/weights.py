@@ -32,7 +32,7 @@ from laplace_kf.predictive.suffix import Site, cut
 from laplace_kf.tape import Block
 from laplace_kf.tape.blocks import merged
 
-__all__ = ["WeightDraws", "chain_is_cheaper"]
+__all__ = ["WeightDraws", "at_once", "chain_is_cheaper"]
 
 MEMORY_BYTES = 128 * 2**20  # noise and activations of the draws that are made at once
 # Draws times inputs that are run together through layers whose weights differ from draw to draw: a batched convolution
@@ -54,6 +54,23 @@ def chain_is_cheaper(rows: int, matrix: Spectral, shared: int = 1) -> bool:
     left = out * out if matrix.outputs.dual is not None else 0
     form = out * inp * ((inp if right else 0) + (out if left else 0))
     return rows * (right / shared + left) < form
+
+
+def at_once(blocks: Sequence[Block], samples: int, inputs: int, itemsize: int) -> int:
+    """How many of S draws are run together.
+
+    Args:
+        blocks: of all parameters that are drawn.
+        samples: S.
+        inputs: number of inputs N.
+        itemsize: bytes of a number.
+    """
+    widths = sum(sum(block.shape[1:]) for block in blocks if is_linear(block))
+    numbers = sum(block.size for block in blocks) + inputs * widths
+    size = min(samples, MEMORY_BYTES // max(1, 2 * numbers * itemsize))
+    if any(block.factorises and block.view is not None and not is_linear(block) for block in blocks):
+        size = min(size, TOGETHER // max(1, inputs))
+    return max(1, size)
 
 
 @dataclass
@@ -172,11 +189,7 @@ class WeightDraws:
 
     def _outputs(self, site: Site, factored: Mapping[str, _Factored]) -> Tensor:
         samples, count = self.draws.samples, examples(site[2])
-        widths = sum(sum(block.shape[1:]) for block, _ in self.entries if is_linear(block))
-        size = min(samples, MEMORY_BYTES // max(1, 2 * self.bytes_of_one + 2 * count * widths * self.like.itemsize))
-        if any(block.factorises and block.view is not None and not is_linear(block) for block, _ in self.entries):
-            size = min(size, TOGETHER // max(1, count))
-        size = max(1, size)
+        size = at_once([block for block, _ in self.entries], samples, count, self.like.itemsize)
         parts = []
         for made in self._chunks(size, factored):
             held = next(iter(made.values())).shape[0]

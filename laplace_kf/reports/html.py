@@ -22,7 +22,7 @@ from laplace_kf.reports import machine, versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "Report", "Table"]
+__all__ = ["STYLE", "Picture", "Report", "Table"]
 
 DPI = 150
 
@@ -111,7 +111,7 @@ class Report:
     def _with_pictures(self, drawn: Sequence[bytes]) -> str:
         inlined = [base64.b64encode(png).decode("ascii") for png in drawn]
         pictures = [(picture.caption, png) for picture, png in zip(self.pictures, inlined, strict=True)]
-        return _page().render(report=self, pictures=pictures, result=self.result())
+        return _page().render(report=self, pictures=pictures, result=self.result(), style=STYLE)
 
     def save(self, out: Path) -> None:
         """Write the PNG files, ``report.html`` and, last, ``result.json`` into the folder ``out`` (made if needed)."""
@@ -137,14 +137,7 @@ def _page() -> jinja2.Template:
     return environment.from_string(_TEMPLATE)
 
 
-_TEMPLATE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ report.title }}</title>
-<style>
-  :root { --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --back: #fff; --band: #f5f7fa; --mark: #0b62a3; }
+STYLE = """  :root { --ink: #1c2430; --soft: #5b6675; --line: #d9dee5; --back: #fff; --band: #f5f7fa; --mark: #0b62a3; }
   * { box-sizing: border-box; }
   body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 62rem; color: var(--ink); background: var(--back);
          font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -170,7 +163,17 @@ _TEMPLATE = """<!DOCTYPE html>
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; font-size: .9rem; margin: .5rem 0; }
   dt { color: var(--soft); } dd { margin: 0; }
   footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; }
-</style>
+"""
+"""The look of every page, as CSS."""
+
+_TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ report.title }}</title>
+<style>
+{{ style|safe }}</style>
 </head>
 <body>
 <h1>{{ report.title }}</h1>

@@ -18,7 +18,6 @@ from tests.cases import binary, build, counts, labels, mlp, normal, rng
 from tests.checks import Largest, close
 
 STRUCTURES = ["diag", "kron", "full", "isotropic", "ekfac", "layer", "lowrank"]
-over_structures = pytest.mark.parametrize("structure", STRUCTURES)
 
 
 # ------------------------------------------------------------------------------------------------ lazy roots
@@ -115,9 +114,7 @@ CLOSED: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Tensor], Call
 }
 
 
-@pytest.mark.parametrize("parameters", ["all", "last_layer"])
-@pytest.mark.parametrize("name", CLOSED)
-@over_structures
+@pytest.mark.pairs(name=CLOSED, structure=STRUCTURES, parameters=["all", "last_layer"])
 def test_closed_forms_equal_the_columns(
     structure: str, name: str, parameters: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

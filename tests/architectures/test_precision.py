@@ -53,9 +53,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
-@over_structures
-@pytest.mark.parametrize("name", PROBLEMS)
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.pairs(dtype=TOLERANCE, name=PROBLEMS, structure=STRUCTURES)
 def test_end_to_end(dtype: torch.dtype, name: str, structure: str, tmp_path: Path) -> None:
     model, exact, x, y = problem(name, dtype)
     posterior = lk.LaplacePosterior(model, "categorical", structure, prior_precision=30.0).fit([(x, y)])

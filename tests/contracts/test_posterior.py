@@ -49,6 +49,8 @@ STRUCTURES = [
 ]
 KINDS = [pytest.param(s, d, id=s if s != "kron" else f"kron-{d}") for s, d in STRUCTURES]
 over_kinds = pytest.mark.parametrize(("structure", "damping"), KINDS)
+# of what takes the precision that `test_precision` has looked at
+few_of_each = pytest.mark.meets(case=tagged("core"), kind=STRUCTURES)
 over_core = pytest.mark.parametrize("case", tagged("core"), ids=lambda case: case.name)
 
 
@@ -87,9 +89,9 @@ def test_precision(case: Case, structure: str, damping: str) -> None:
     assert float(posterior.n_data) == problem.n
 
 
-@over_kinds
-@over_core
-def test_setting_hyperparameters_needs_no_refit(case: Case, structure: str, damping: str) -> None:
+@few_of_each
+def test_setting_hyperparameters_needs_no_refit(case: Case, kind: tuple[str, str]) -> None:
+    structure, damping = kind
     t = truth(case)
     problem, posterior = fitted_once(case, structure, split=True, damping=damping)
     for n, lam in ((37.5, 0.3), (0.5, 40.0), (1e4, 1e-2)):
@@ -219,9 +221,9 @@ def test_sample_covariance(name: str, structure: str, damping: str) -> None:
     assert covariance_z(draws, covariance) < 5.5
 
 
-@over_kinds
-@over_core
-def test_sample_shapes(case: Case, structure: str, damping: str) -> None:
+@few_of_each
+def test_sample_shapes(case: Case, kind: tuple[str, str]) -> None:
+    structure, damping = kind
     problem, posterior = fitted_once(case, structure, split=True, damping=damping)
     before = torch.get_rng_state()
     for n in (1, 5):
@@ -261,9 +263,9 @@ def test_mean_does_not_follow_the_model() -> None:
 # ------------------------------------------------------------------------------------------------ evidence, penalty
 
 
-@over_kinds
-@over_core
-def test_log_evidence(case: Case, structure: str, damping: str) -> None:
+@few_of_each
+def test_log_evidence(case: Case, kind: tuple[str, str]) -> None:
+    structure, damping = kind
     t = truth(case)
     problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=1.7)
     prior = constant(problem, 1.7)
@@ -313,9 +315,9 @@ def test_log_evidence_is_differentiable_in_the_noise_scale(structure: str, dampi
     assert float(gradient) == pytest.approx((reference(0.7001) - reference(0.6999)) / 2e-4, rel=1e-5)
 
 
-@over_kinds
-@over_core
-def test_penalty(case: Case, structure: str, damping: str) -> None:
+@few_of_each
+def test_penalty(case: Case, kind: tuple[str, str]) -> None:
+    structure, damping = kind
     t = truth(case)
     problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=1.7)
     dense = t.precision(structure, problem.n, constant(problem, 1.7), damping)
@@ -556,9 +558,9 @@ def test_predict_runs_on_every_input_form(case: Case) -> None:
 # ------------------------------------------------------------------------------------------------ files, summary
 
 
-@over_kinds
-@over_core
-def test_save_and_load(case: Case, structure: str, damping: str, tmp_path: Path) -> None:
+@few_of_each
+def test_save_and_load(case: Case, kind: tuple[str, str], tmp_path: Path) -> None:
+    structure, damping = kind
     problem, posterior = fitted_once(case, structure, split=True, damping=damping, prior_precision=1.7)
     posterior.n_data = 12.5
     posterior.prior_precision = 0.6

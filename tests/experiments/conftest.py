@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from laplace_kf.reports.html import Picture
@@ -9,15 +11,16 @@ from laplace_kf.reports.html import Picture
 ARRANGED = ("test_demo", "test_plots", "test_report")  # the tests of pictures, and one run as a user sees it
 
 
-@pytest.fixture(autouse=True)
-def _unarranged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _unarranged(request: pytest.FixtureRequest) -> Iterator[None]:
     """Pictures of small runs are drawn, but not arranged: fitting their parts to each other costs most of a run."""
-    if request.module.__name__.split(".")[-1] in ARRANGED:
-        return
     drawn = Picture.png
 
     def png(self: Picture) -> bytes:
         self.figure.set_layout_engine("none")
         return drawn(self)
 
-    monkeypatch.setattr(Picture, "png", png)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.module.__name__.split(".")[-1] not in ARRANGED:
+            monkeypatch.setattr(Picture, "png", png)
+        yield

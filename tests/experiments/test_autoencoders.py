@@ -11,6 +11,7 @@ from torch import nn
 from experiments import runner
 from experiments.autoencoders import report as autoencoders_report
 from experiments.autoencoders import run as autoencoders
+from experiments.autoencoders.methods import PUBLISHED_GRID, STANDARD
 from experiments.autoencoders.run import Config, Problem
 from experiments.registry import EXPERIMENTS
 from laplace_kf.errors import UnknownName
@@ -64,7 +65,7 @@ def test_the_floor_is_the_loss_of_perfect_outputs():
 
 @pytest.mark.parametrize("name", autoencoders.OPTIMISERS)
 def test_every_method_trains_from_the_same_weights(small, name):
-    config = settings(updates=12)
+    config = settings(updates=6)
     images = SMALL.load(0)
     method = autoencoders.OPTIMISERS[name]
     found = autoencoders._train(config, "curves", method, method.grid[0], images, 1.0)
@@ -72,8 +73,8 @@ def test_every_method_trains_from_the_same_weights(small, name):
     assert found["failure"] == ""
     assert found["checkpoints"][0]["loss"] == pytest.approx(start[0])
     assert found["final"]["loss"] < start[0]
-    assert len(found["loss"]) == len(found["processor"]) == len(found["wall"]) == found["final"]["updates"] == 12
-    assert found["final"]["cases"] == 240
+    assert len(found["loss"]) == len(found["processor"]) == len(found["wall"]) == found["final"]["updates"] == 6
+    assert found["final"]["cases"] == 120
     assert found["processor"] == sorted(found["processor"])
     assert {"averaged_loss", "averaged_squared", "averaged_test_squared"} <= set(found["final"])
 
@@ -111,7 +112,7 @@ def test_the_average_is_the_mean_at_first_and_leaves_the_weights():
 def test_a_finished_run_is_used_again_and_another_setting_is_not(small, tmp_path, monkeypatch):
     report = autoencoders.run(settings(methods=["Adam", "K-FAC"]), tmp_path)
     assert set(report.metrics["curves"]) == {"Adam", "K-FAC"}
-    assert report.details["not_run"]["mnist"] == list(autoencoders.OPTIMISERS)
+    assert report.details["not_run"]["mnist"] == STANDARD
     assert len(report.details["pilots"]["curves"]["Adam"]) == 2
     made = []
     monkeypatch.setattr(autoencoders, "_tuned", lambda *_: made.append(1))
@@ -131,6 +132,49 @@ def test_the_best_setting_of_a_grid_gets_the_whole_budget(small, tmp_path, monke
     assert [pilot["loss"] is None for pilot in part["pilots"]] == [False, False, True]
     assert "FloatingPointError" in part["pilots"][2]["failure"]
     assert part["share"] == 1.0 and part["settings"]["budget"] == 1e6
+
+
+def test_every_setting_of_the_published_grid_gets_the_whole_budget_and_is_halved_by_its_share(
+    small, tmp_path, monkeypatch
+):
+    """8 rates times 5 schedules (methods 8.1); the run that is shown is the best of them."""
+    method = autoencoders.OPTIMISERS["SGD, published grid"]
+    assert {(point["lr"], point["halved"]) for point in PUBLISHED_GRID} == {
+        (2.0**-k, share) for k in range(6, 14) for share in (1.0, 0.5, 0.25, 0.125, 0.0625)
+    }
+    assert method.whole and "SGD, published grid" not in STANDARD
+    grid = [{"lr": 0.02, "halved": share} for share in (1.0, 0.25)]
+    monkeypatch.setitem(autoencoders.OPTIMISERS._entries, "SGD, published grid", replace(method, grid=grid))
+    rates, step = [], torch.optim.SGD.step
+
+    def seen(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", seen)
+    report = autoencoders.run(settings(methods=["SGD, published grid"], updates=8), tmp_path)
+    assert rates == [0.02] * 8 + [0.02, 0.02, 0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025]
+    part = json.loads((tmp_path / "curves-sgd-published-grid.json").read_text())
+    pilots = part["pilots"]
+    assert [pilot["updates"] for pilot in pilots] == [8, 8] and part["share"] == 1.0
+    best = min(pilots, key=lambda pilot: pilot["loss"])
+    assert part["setting"] == {"lr": 0.02, "halved": best["halved"]}
+    assert part["final"]["loss"] == pytest.approx(best["loss"]) or part["final"]["averaged_loss"] == best["loss"]
+    (grids,) = [table for table in report.tables if "grids" in table.title]
+    assert grids.rows[0][0] == "SGD, published grid" and grids.rows[0][1] == "2"
+
+
+def test_the_table_of_a_grid_has_the_best_the_means_and_the_usual_setting():
+    pilots = [{"lr": 2.0**-k, "halved": share, "loss": float(10 * k + i)} for k in range(6, 14)
+              for i, share in enumerate((1.0, 0.5, 0.25, 0.125, 0.0625))]  # fmt: skip
+    pilots[0]["loss"] = None
+    head, ((name, count, lr, halved, best, ten, twenty, usual, failed),) = autoencoders_report.grids(
+        {"Adam": pilots, "K-FAC": []}
+    )
+    assert len(head) == 9 and (name, count, lr, halved, failed) == ("Adam", "40", "2^-6", "50.00% of the run", "1")
+    losses = sorted(p["loss"] for p in pilots[1:])
+    assert (float(best), float(ten), float(twenty)) == pytest.approx((61, sum(losses[:10]) / 10, sum(losses[:20]) / 20))
+    assert float(usual) == 100
 
 
 def test_a_failure_is_reported(small, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ from experiments.calibration.problems import ClassificationTask, Forecast, Probl
 from experiments.common import data
 from laplace_kf.errors import UnknownName
 
-MAP, SCALED, OURS, LINEAR, MARGLIK, GRID = calibration_report.NAMES
-TINY = "steps=150 hidden=8 train_most=200 test_most=60 peer_grid=3 progress=false"
+MAP, SCALED, OURS, LINEAR, PROBIT, MIXTURE, ENSEMBLE, DROPOUT, MARGLIK, GRID = calibration_report.NAMES
+TINY = "members=1 dropout=[] steps=150 hidden=8 train_most=200 test_most=60 peer_grid=3 progress=false"
 NEEDS_FILES = pytest.mark.skipif(
     "LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA does not name a folder of data files"
 )
@@ -130,7 +130,7 @@ def test_digits_for_testing_are_not_trained_on():
 
 
 def test_a_run_keeps_its_splits_and_uses_them_again(tmp_path, monkeypatch):
-    for name in (OURS, LINEAR):  # the posteriors play no part here, and take time
+    for name in (OURS, LINEAR, PROBIT):  # the posteriors play no part here, and take time
         monkeypatch.setitem(calibration.COMPARED, name, calibration.COMPARED[MAP])
     words = ["run", "calibration", *TINY.split(), "sets=[digits]", "peers=false", "--out", str(tmp_path)]
     assert main([*words, "splits=1"]) == 0
@@ -170,6 +170,45 @@ def test_a_failing_peer_is_recorded_and_a_failing_method_of_ours_is_not_hidden(t
     monkeypatch.setitem(calibration.COMPARED, OURS, fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         main([*words, "seed=1"])
+
+
+@pytest.mark.parametrize("name", ["yacht", "digits"])
+def test_ensemble_and_dropout_are_mixtures_of_their_networks(name):
+    """The ensemble's density is the mean of its networks' densities; no other noise suits validation data better."""
+    torch.manual_seed(6)
+    x = torch.randn(90, 4)
+    regression = name == "yacht"
+    y = x[:, :1] + 0.2 * torch.randn(90, 1) if regression else (x[:, 0] > 0).long()
+    task = RegressionTask() if regression else ClassificationTask()
+    given = Problem(task, (x[:50], y[:50]), (x[50:70], y[50:70]), (x[70:], y[70:]), 1 if regression else 2)
+    config = calibration.Config(hidden=6, steps=60, members=3, dropout=[0.2, 0.5][regression:])
+    model = calibration._network(config, given, 0)
+    forecast, settings = calibration.COMPARED[ENSEMBLE](model, given, config, 0)
+    nets = calibration._members(model, given, config, 0)
+    assert nets[0] is model and len(nets) == 3
+
+    def density(part, noise):
+        found = [net(part[0]).detach() for net in nets]
+        if regression:
+            each = [torch.distributions.Normal(mean, noise).log_prob(part[1])[:, 0].exp() for mean in found]
+        else:
+            each = [one.softmax(1).gather(1, part[1][:, None])[:, 0] for one in found]
+        return torch.stack(each).mean(0).log()
+
+    noise = settings.get("scale")
+    torch.testing.assert_close(forecast.log_prob, density(given.test, noise), atol=1e-5, rtol=1e-4)
+    for factor in (0.7, 0.9, 1.1, 1.3) if regression else ():
+        assert density(given.val, noise).mean() >= density(given.val, factor * noise).mean() - 1e-3
+    forecast, settings = calibration.COMPARED[DROPOUT](model, given, config, 0)
+    assert settings["chosen"] in {f"{rate:g}" for rate in config.dropout}
+    assert forecast.log_prob.isfinite().all()
+
+
+def test_a_mixture_of_one_network_is_left_out():
+    config = calibration.Config(members=1, dropout=[], peers=False)
+    why = {title: calibration._left_out(title, config, 10) for title in calibration_report.NAMES}
+    assert [title for title, said in why.items() if said] == [MIXTURE, ENSEMBLE, DROPOUT, MARGLIK, GRID]
+    assert not any(calibration._left_out(title, calibration.Config(), 10) for title in calibration_report.NAMES)
 
 
 @pytest.mark.parametrize("how", ["marglik", "gridsearch"])

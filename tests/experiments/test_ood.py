@@ -37,8 +37,9 @@ def test_a_small_run_on_the_real_files(tmp_path):
     )
     assert main(["run", "E20", *words.split(), "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
-    methods = ["MAP", "MC dropout", "diagonal, untuned", "diagonal, tuned", "Kronecker, untuned", "Kronecker, tuned"]
-    assert list(result["metrics"]) == [*methods, "mean field"]
+    closed = ["", ", linearized", ", probit"]
+    laplace = [[f"{name}, untuned", *(f"{name}, tuned{how}" for how in closed)] for name in ("diagonal", "Kronecker")]
+    assert list(result["metrics"]) == ["MAP", "MC dropout", *laplace[0], *laplace[1], "mean field"]
     assert result["seeds"] == [0, 1]
     assert all(len(found["accuracy"]["values"]) == 2 for found in result["metrics"].values())
     assert result["metrics"]["MAP"]["accuracy"]["mean"] > 0.8

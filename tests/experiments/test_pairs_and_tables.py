@@ -11,6 +11,7 @@ from experiments.common import data, training
 from experiments.common.stacked import train_stacked
 from experiments.ood_pairs import report as pairs
 from experiments.uci import report as tables
+from experiments.uci import run as uci
 from experiments.uci.methods import SIZES, Chosen, Member, choose, log_density
 
 
@@ -108,6 +109,60 @@ def test_a_small_run_over_pairs(tmp_path, monkeypatch):
     }  # fmt: skip
     assert all(0 <= each["auroc"] <= 1 for each in result["metrics"]["mnist"]["cifar10"].values())
     assert result["not_run"] == ["fashion-mnist", "digits 0-4", "fashion 0-4"]
+
+
+def noisy_table(count=300):
+    rng = torch.Generator().manual_seed(4)
+    x = torch.randn(count, 3, dtype=torch.float64, generator=rng)
+    noise = torch.randn(count, 1, dtype=torch.float64, generator=rng)
+    rows = torch.arange(count)
+    return data.Regression(x, x[:, :1] + 0.3 * noise, ((rows[:-30], rows[-30:]), (rows[30:], rows[:30])))
+
+
+@pytest.mark.parametrize("name", [*data.tables(), None])
+def test_the_rows_of_a_split_are_disjoint(name):
+    """Of every table: rows that choose, that calibrate, that are trained on, and test rows share out all rows."""
+    try:
+        table = data.regression(name) if name else noisy_table()
+    except data.MissingData:
+        pytest.skip(f"{name} is not there")
+    for number in {0, len(table.splits) - 1}:
+        rows = uci._rows(uci.Config(), table, number)
+        parts = [rows.choosing, rows.calibrating, rows.train, rows.test]
+        assert all(len(part) for part in parts)
+        assert len(torch.cat(parts).unique()) == sum(map(len, parts)) == len(table.target)
+        assert len(rows.calibrating) % 10 == 9  # (n + 1) · 0.9 is whole: 90 % is what they cover, not more
+        assert abs(len(rows.calibrating) - len(rows.choosing)) <= 12
+        assert set(rows.test.tolist()) == set(table.splits[number][1].tolist())
+
+
+def test_rows_that_calibrate_take_part_in_no_choice(monkeypatch):
+    """With targets gone wild there, the conformal network, its units and the tuned posterior stay what they were."""
+    table = noisy_table()
+    settings = {"steps": 30, "members": 1, "trial_members": 1, "priors": [0.1, 30.0], "splits": 1}
+    config = uci.Config(**settings)
+    rows = uci._rows(config, table, 0).calibrating
+    wild = table.target.clone()
+    wild[rows] = 50 * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(5)).double()
+    splits = [uci._split(config, data.Regression(table.features, t, table.splits), 0) for t in (table.target, wild)]
+    assert splits[0].scale == splits[1].scale
+    assert not torch.equal(splits[0].calibrating[1], splits[1].calibrating[1])
+    for part in ("train", "choosing", "test"):
+        assert all(map(torch.equal, *(getattr(split, part) for split in splits)))
+    plain, other = (uci._networks(config, [split])[0] for split in splits)
+    assert (plain.conformal_head, plain.conformal_prior) == (other.conformal_head, other.conformal_prior)
+    assert (plain.head, plain.prior) != (other.head, other.prior)  # those rows do choose the other columns' network
+    for one, two in zip(plain.conformal[0].parameters(), other.conformal[0].parameters(), strict=True):
+        assert torch.equal(one, two)
+    seen, tune = [], uci._quiet_tune
+    monkeypatch.setattr(uci, "_quiet_tune", lambda p, val, seed: (tune(p, val, seed), seen.append((p, val))))
+    for split in splits:
+        found = uci._conformal(split, plain.conformal_head, plain.conformal[0], 0)
+        assert seen[-1][1] is split.choosing
+    one, two = (posterior for posterior, _ in seen)
+    assert (one.n_data, one.prior_precision, one.method) == (two.n_data, two.prior_precision, two.method)
+    assert one.likelihood.parameters() == two.likelihood.parameters()
+    assert found["coverage"] == 1.0  # and they do decide how wide the intervals are
 
 
 def test_a_small_run_over_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Task streams against plain loops, sets that are not there, heads, and very small runs of every stream."""
 
+import contextlib
 import gzip
+import io
 import json
 import math
 import os
@@ -42,18 +44,22 @@ def write_pictures(folder, rng, count, labels=None):
     return found
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
+def stored(folder, monkeypatch):
     """A data folder with 40 random pictures of digits and of clothes, and of letters in one file; nothing else."""
-    root = tmp_path / "data"
+    root = folder / "data"
     monkeypatch.setenv("LAPLACE_KF_DATA", str(root))
-    monkeypatch.setattr(files, "_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(files, "_cache", lambda: folder / "cache")
     rng = np.random.default_rng(0)
     for name in ("mnist", "fashion-mnist", "notmnist"):
         write_pictures(root / name, rng, 40)
     for path in (root / "notmnist").glob("train-*"):
         path.unlink()
     return root
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    return stored(tmp_path, monkeypatch)
 
 
 SMALL = {"train_size": 30, "val_size": 10, "test_size": 20, "hidden": 5, "epochs": 1, "batch": 10}
@@ -269,17 +275,84 @@ def test_single_task_networks_know_nothing_of_each_other(root):
     assert alone["test"][0][0] == found["test"][0][0]
 
 
-def test_a_run_says_what_was_left_out(root, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("stream", "name"),
+    [
+        ("permuted", "Kronecker online, bounded"),
+        ("permuted", "Kronecker online, summed over T"),
+        ("permuted", "Synaptic Intelligence"),
+        ("vision", "joint training"),
+        ("vision", "single-task networks"),
+    ],
+)
+def test_a_sequence_goes_on_after_the_last_finished_task(root, tmp_path, monkeypatch, stream, name):
+    config = Config(stream=stream, tasks=3, max_terms=1, estimator="sampled", **SMALL)
+    tasks, method = streams.STREAMS[stream].tasks(config, 0).tasks, LEARNERS[name]
+    path, train, asked = tmp_path / "part.pt", continual._train, []
+
+    def stopped(*args):
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        train(*args)
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(continual, "_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        continual.sequence(config, method, 1.0, tasks, 0, path)
+    held = path.read_bytes()
+    found = continual.sequence(config, method, 1.0, tasks, 0, path)
+    assert len(asked) == 4 and not path.exists()  # the third task alone
+    wanted = continual.sequence(config, method, 1.0, tasks, 0)
+    assert len(asked) == 7
+    for split in ("val", "test"):
+        assert np.array_equal(found[split], wanted[split], equal_nan=True)
+    assert len(found["errors"]) == len(wanted["errors"])
+    path.write_bytes(held)
+    continual.sequence(config, method, 2.0, tasks, 0, path)  # another strength: from the start
+    assert len(asked) == 10
+
+
+def test_bounded_chains_and_synaptic_intelligence_are_what_they_are_called(root, monkeypatch):
+    config = Config(tasks=4, max_terms=2, **SMALL)
+    tasks, seen = streams.STREAMS["permuted"].tasks(config, 0).tasks, []
+    closing = streams.STREAMS["permuted"].closing
+    monkeypatch.setattr(
+        streams.STREAMS["permuted"],
+        "closing",
+        lambda c, m, learner, t: (seen.append(learner), closing(c, m, learner, t))[1],
+    )
+    found = continual.sequence(config, LEARNERS["Kronecker online, bounded"], 1.0, tasks, 0)
+    assert {len(matrix.terms) for _, matrix in seen[0].posterior.curvature.entries} == {2}
+    assert [max(step.values()) > 0 for step in found["errors"]] == [False, True, True]
+    for name in ("Synaptic Intelligence, as published", "Synaptic Intelligence"):
+        continual.sequence(config, LEARNERS[name], 0.5, tasks, 0)
+    assert [(x.c, x.epsilon, x.centres, len(x.anchors)) for x in seen[1:]] == [
+        (15, 0.1, "last", 1),
+        (15, 1e-3, "each", 4),
+    ]
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """The folder of one small run over sets of which two are missing, and what it printed."""
+    folder, said = tmp_path_factory.mktemp("vision"), io.StringIO()
     words = [f"{key}={value}" for key, value in SMALL.items()]
-    methods = "methods=[Kronecker online,Synaptic Intelligence,joint training,single-task networks]"
-    out = tmp_path / "out"
-    assert main(["run", "E28", *words, methods, "progress=false", "--out", str(out)]) == 0
+    words += ["methods=[Kronecker online,fine-tuning,Synaptic Intelligence,joint training,single-task networks]"]
+    with pytest.MonkeyPatch.context() as monkeypatch, contextlib.redirect_stdout(said):
+        stored(folder, monkeypatch)
+        assert main(["run", "E28", *words, "progress=false", "--out", str(folder / "run")]) == 0
+    return folder / "run", said.getvalue()
+
+
+def test_a_run_says_what_was_left_out(vision):
+    out, said = vision
     result = json.loads((out / "result.json").read_text())
     assert sorted(result["absent"]) == ["cifar10", "svhn"]
     assert "Left out: svhn" in (out / "report.html").read_text()
     assert result["tasks"] == ["mnist", "notmnist", "fashion-mnist"]
     assert (out / "accuracy.png").is_file() and (out / "matrix.png").is_file()
-    assert "(97.17)" in capsys.readouterr().out
+    assert "(97.17)" in said
 
 
 def test_published_numbers_stand_beside_the_tasks_that_there_are(root):
@@ -351,13 +424,10 @@ def test_the_average_over_tasks_divides_the_curvature_and_not_the_prior():
     assert found[True] < 0.5 * found[False]
 
 
-def test_pages_quote_the_tables_of_a_result(root, tmp_path, monkeypatch):
-    words = [f"{key}={value}" for key, value in SMALL.items()]
+def test_pages_quote_the_tables_of_a_result(vision, tmp_path, monkeypatch):
     out = tmp_path / "docs"
-    methods = "methods=[Kronecker online,fine-tuning,Synaptic Intelligence]"
-    assert main(["run", "E28", *words, methods, "progress=false", "--out", str(out / "run")]) == 0
-    (out / "results").mkdir()
-    (out / "run/result.json").rename(out / "results/continual_vision.json")
+    (out / "results").mkdir(parents=True)
+    (out / "results/continual_vision.json").write_text((vision[0] / "result.json").read_text())
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     text = tables.stream("continual_vision")
     result = json.loads((out / "results/continual_vision.json").read_text())

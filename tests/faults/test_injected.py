@@ -21,6 +21,7 @@ from torch import Tensor
 
 import laplace_kf as lk
 from laplace_kf import files
+from laplace_kf.posterior import candidates
 from tests.cases import rng
 from tests.test_unchanged import X, assert_same, data, make, snapshot
 
@@ -88,6 +89,7 @@ def fuses(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fuse]:
     guard("draw", torch, "randn")
     guard("file", files, "save_file", "safe_open")
     guard("file", os, "replace")
+    monkeypatch.setattr(candidates, "PREDICTED", 6)  # draws of a search that looks once more at its best point
     return found
 
 
@@ -213,8 +215,8 @@ def test_a_failure_anywhere_leaves_no_trace(name: str, structure: str, fuses: di
         few = name in SEARCHES or (structure != "kron" and place not in ("factorisation", "draw"))
         places = {middle} if few else {0, middle, uses[place] - 1}
         for at in sorted(places) if uses[place] else ():
-            # every use with the first kind of error; every kind in the middle
-            for error in errors if structure == "kron" and at == middle else errors[:1]:
+            # every use with the first kind of error; every kind in the middle, unless there are hundreds of passes
+            for error in errors if structure == "kron" and at == middle and name not in SEARCHES else errors[:1]:
                 where = f"{error!r} of {place} at use {at} of {uses[place]}"
                 posterior = revived()
                 fuses[place].arm(at, error)

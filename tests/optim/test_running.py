@@ -142,8 +142,7 @@ ROWS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.meets(name=LAYERS, row=ROWS)
 def test_every_row_of_settings_trains_every_kind_of_layer(row: str, name: str) -> None:
     problem = next(case for case in CASES if str(case) == name).make()
     model: nn.Module = problem.model

@@ -63,14 +63,12 @@ def test_no_structure_sees_padding(name: str, structure: str, estimator: str) ->
     unchanged(SMALL[name](), structure, estimator)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.meets(name=SMALL, estimator=ESTIMATORS)
 def test_reduce_does_not_see_padding(name: str, estimator: str) -> None:
     unchanged(SMALL[name](), "kron", estimator, sharing="reduce")
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.meets(name=LARGE, estimator=ESTIMATORS)
 def test_transformers_do_not_see_padding(name: str, estimator: str) -> None:
     case = LARGE[name]()
     plain, padded = (estimated(case, extra, "kron", estimator) for extra in (0, 3))
@@ -268,8 +266,7 @@ OPTIMISERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-@pytest.mark.parametrize("name", ["rows", "attention", "pixels"])
+@pytest.mark.meets(optimiser=OPTIMISERS, name=["rows", "attention", "pixels"])
 def test_steps_do_not_see_padding(name: str, optimiser: str) -> None:
     found = []
     for extra in (0, 3):

@@ -186,14 +186,14 @@ def others(kind: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     return normal(count, *x.shape[1:], seed=seed), labels(2, count, seed=seed + 1)
 
 
-@pytest.mark.parametrize(
-    ("structure", "terms"),
-    [("diag", "keep"), ("kron", "keep"), ("kron", "project"), ("full", "keep"), ("layer", "keep")],
+@pytest.mark.pairs(
+    kind=NETS,
+    chained=[("diag", "keep"), ("kron", "keep"), ("kron", "project"), ("full", "keep"), ("layer", "keep")],
+    own=[False, True],
 )
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize("kind", NETS)
-def test_the_evidence_of_a_chain(kind: str, structure: str, terms: str, own: bool) -> None:
+def test_the_evidence_of_a_chain(kind: str, chained: tuple[str, str], own: bool) -> None:
     """``log p(D_t|θ_t) + ½ log|Λ_prev| − ½ log|Λ_t| − ½ (μ_t − μ_prev)ᵀ Λ_prev (μ_t − μ_prev)`` of dense matrices."""
+    structure, terms = chained
     model = NETS[kind]()
     prior = {name: 0.5 + k for k, (name, _) in enumerate(model.named_parameters())} if own else 1.5
     posterior = lk.LaplacePosterior(model, "categorical", structure=structure, prior_precision=prior)  # type: ignore[arg-type]

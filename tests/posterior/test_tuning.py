@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 
 import laplace_kf as lk
 from laplace_kf.posterior.candidates import Contest
@@ -376,7 +377,9 @@ class Counted(nn.Module):
         self.body = nn.Sequential(nn.Linear(60, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh(), nn.Linear(200, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        SEEN.append(len(x))
+        weight = self.body[0].weight
+        draws = get_unwrapped(weight).shape[0] if is_batchedtensor(weight) else 1  # that are run together
+        SEEN.append(len(x) * draws)
         return self.body(x)
 
 

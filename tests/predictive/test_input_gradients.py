@@ -30,8 +30,7 @@ def problem(structure: str, parameters: Any = "all", norm: bool = True) -> tuple
     return posterior.fit((normal(20, 2, seed=1), labels(3, 20))), normal(2, 2, seed=2)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("structure", ["diag", "kron", "full", "ekfac", "lowrank"])
+@pytest.mark.meets(way=WAYS, structure=["diag", "kron", "full", "ekfac", "lowrank"])
 def test_finite_differences(way: str, structure: str) -> None:
     posterior, x = problem(structure)
     z = x.clone().requires_grad_()

@@ -55,7 +55,7 @@ def every_score(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Meter:
-    """Counts runs of the network at other weights, and ends the process at one of them."""
+    """Counts runs of the network at other weights (many at once), and ends the process at one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count, self.last, self.run = 0, -1, predictors.outputs_at
@@ -125,7 +125,7 @@ def test_stopped_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_another_search_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, meter = tmp_path / "tune", Meter(monkeypatch)
     monkeypatch.setattr(kept_scores, "SECONDS", 0.0)  # on a fast machine nothing would be there yet
-    meter.again(20)
+    meter.again(7)
     with pytest.raises(Killed):
         tuned("grid", path)
     meter.again()
@@ -161,7 +161,7 @@ def test_another_search_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_a_failed_search_leaves_the_generator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, meter, generator, posterior = tmp_path / "tune", Meter(monkeypatch), rng(3), classifier()
-    meter.again(8)
+    meter.again(4)
     with pytest.raises(Killed):
         posterior.tune((VAL, WANTED), generator=generator, checkpoint=path, method="mc", **GRID)
     assert torch.equal(generator.get_state(), rng(3).get_state())
