@@ -148,7 +148,7 @@ class TuningResult:
         return html_table(lines[0], (self.objective, "at"), rows, [line.strip() for line in lines[1:]])
 
     def warn(self) -> None:
-        """Logs what was found; warns of candidates that are nowhere finite, a best point on the edge, and a win of MAP."""
+        """Logs what was found; warns of candidates that are nowhere finite, a best point on the edge, a win of MAP."""
         log.info("%r", self)
         if ruined := [each for each in self.candidates if each.get("not_finite")]:
             warnings.warn(

@@ -32,8 +32,8 @@ FOUND, TABLE = Path(__file__).with_name("found.json"), ROOT / "docs" / "mutants.
 # What a mutant can be noticed by: the tests of these folders, of subjects below and just above the seven folders.
 POOL = (
     "tests/contracts/test_curvature.py", "tests/test_operators.py", "tests/likelihoods", "tests/tape",
-    "tests/structures", "tests/test_columns.py", "tests/test_owners.py", "tests/test_engine.py", "tests/test_aliases.py",
-    "tests/optim", "tests/layouts", "tests/architectures/test_shared_tensors.py",
+    "tests/structures", "tests/test_columns.py", "tests/test_owners.py", "tests/test_engine.py",
+    "tests/test_aliases.py", "tests/optim", "tests/layouts", "tests/architectures/test_shared_tensors.py",
     "tests/padding", "tests/contracts/test_toys.py", "tests/architectures/test_precision.py",
     "tests/continual/test_update.py", "tests/predictive/test_links.py",
 )  # fmt: skip
