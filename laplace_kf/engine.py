@@ -99,7 +99,10 @@ class Accumulator:
     def take(self, observation: Observation, index: int = 0) -> None:
         """Takes in a forward pass made already (by the same tracer); errors as :meth:`add`."""
         if observation.count == 0:
-            raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
+            raise ShapeMismatch(
+                f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)}); leave empty "
+                "minibatches out"
+            )
         seen = (self.tracer.model, observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
         with read_once():

@@ -56,7 +56,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         ShapeMismatch: if it has no ``x``, or ``x`` and ``y`` are not equally long.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise FileNotFoundError(f"there is no file {path}; give the path of a saved posterior or of data")
     if path.suffix not in READERS:
         raise UnknownName("file ending", path.suffix, READERS)
     try:
@@ -67,7 +67,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if "x" not in kept:
         raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")
     if len({value.shape[:1] for value in kept.values()}) > 1 or not kept["x"].dim():
-        raise ShapeMismatch(f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length")
+        raise ShapeMismatch(
+            f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length; they must have a row for every example"
+        )
     return kept
 
 
@@ -114,7 +116,7 @@ def network(name: str) -> nn.Module:
         raise UnknownName(f"function of {module}", function, names)
     made = getattr(found, function)()
     if not isinstance(made, nn.Module):
-        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}, not a torch.nn.Module")
+        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}; it must be a torch.nn.Module")
     return made
 
 

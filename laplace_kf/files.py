@@ -110,7 +110,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         OSError: if it cannot be read at all.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no {kind.removeprefix('laplace_kf ')} file at {path}")
+        raise FileNotFoundError(
+            f"no {kind.removeprefix('laplace_kf ')} file at {path}; check the path, which is relative to {Path.cwd()}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -166,7 +166,10 @@ class Checkpoint(Journal):
         self.generator.set_state(states["estimator"])
         for k, source in enumerate(self._sources if sources else ()):
             if f"source {k}" not in states:
-                raise ShapeMismatch(f"{self.path} was made for data with fewer generators of their own")
+                raise ShapeMismatch(
+                    f"{self.path} was made for data with fewer generators of their own; give the same data, or "
+                    "another path to start anew"
+                )
             source.set_state(states[f"source {k}"])
 
     def begin(self, gathering: Gathering) -> tuple[int, int]:

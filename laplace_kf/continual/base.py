@@ -244,7 +244,9 @@ class Learner(ABC):
             IncompatiblePair: if the state is that of another method.
         """
         if state.get("method") != type(self).__name__:
-            raise IncompatiblePair(f"this is a state of {state.get('method')!r}, not of {type(self).__name__!r}")
+            raise IncompatiblePair(
+                f"this is a state of {state.get('method')!r}, not of {type(self).__name__!r}: load it into one"
+            )
         self._load(state)
         self._heads = {name: value.clone() for name, value in state.get("heads", {}).items()}
         self.tasks = int(state["tasks"])

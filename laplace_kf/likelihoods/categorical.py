@@ -141,7 +141,10 @@ class Categorical(Likelihood):
         super().__init__(ignore_index)
         self.class_weights = None if class_weights is None else checked_class_weights("Categorical", class_weights)
         if isinstance(label_smoothing, bool) or not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"Categorical: label_smoothing {label_smoothing!r} is outside [0, 1).")
+            raise ValueError(
+                f"Categorical: label_smoothing {label_smoothing!r} is outside [0, 1): take a small number like 0.1, "
+                "or 0 for none."
+            )
         self.label_smoothing = float(label_smoothing)
 
     @classmethod

@@ -209,7 +209,9 @@ PARAMETERS = {
 def _made(like: Distribution, change: Callable[[str], Tensor]) -> Distribution:
     names = PARAMETERS.get(type(like))
     if names is None:
-        raise AttributeError(f"a mixture of several posteriors has no common {type(like).__name__}")
+        raise AttributeError(
+            f"a mixture of several posteriors has no common {type(like).__name__}; ask its members, mixture.posteriors"
+        )
     kind: Any = type(like)
     made: Distribution = kind(**{name: change(name) for name in names})
     return made

@@ -239,7 +239,7 @@ class SecondOrder(torch.optim.Optimizer):
             self.tau = self.default_damping if self.tau is None else self.tau
         loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
-            raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
+            raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed: check it")
         weights = [self.named[name] for name in self.names]
         grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
         try:
@@ -442,8 +442,8 @@ class SecondOrder(torch.optim.Optimizer):
         return {name: value.clone() for name, value in self._average.items()}
 
     def __repr__(self) -> str:
-        size = sum(self.named[name].numel() for name in self.names)
-        return f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}, P={size}; {self.progress()})"
+        made = f"{type(self.model).__name__}, {self.likelihood!r}, P={sum(self.named[n].numel() for n in self.names)}"
+        return f"{type(self).__name__}({made}; {self.progress()})"
 
     def progress(self) -> str:
         """One line about the last step, as for ``tqdm``'s ``bar.set_postfix_str(opt.progress())``.

@@ -376,7 +376,8 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
         offered = [*offered, asked]
     if asked != AUTO and asked not in offered:
         raise IncompatiblePair(
-            f"{likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"
+            f"{likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}; pass one of "
+            "these, or 'auto'"
         )
     contest.run(offered if asked == AUTO else [each for each in ("map", "temperature", asked) if each in offered])
     before = likelihood.noise_scale if validation.noise else None
@@ -389,7 +390,10 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
     if asked != AUTO and (reason := found[asked].left_out):
         if found[asked].not_finite:
             raise NonFinite(f'{reason}; tune(method="auto") falls back on the trained weights and a temperature')
-        raise IncompatiblePair(f"method={asked!r} cannot be tuned within budget={options.budget:g}: {reason}")
+        raise IncompatiblePair(
+            f"method={asked!r} cannot be tuned within budget={options.budget:g}: {reason}. Raise budget=, or leave "
+            "method= out"
+        )
     winner = contest.winner() if asked == AUTO else found[asked]
     of = {method: candidate for method, candidate in found.items() if candidate.search is not None}
     # a winner without a posterior leaves (N, λ) to the best of those that have one, for all else that needs them

@@ -274,7 +274,10 @@ class Statistics:
         blocks = {**mine.blocks, **theirs.blocks}
         for name in set(mine.blocks) & set(theirs.blocks):
             if mine.blocks[name] != theirs.blocks[name]:
-                raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
+                raise IncompatiblePair(
+                    f"block {name!r} has a different form in the two statistics; fit both with the same structure "
+                    "and model"
+                )
         covered = [name for block in blocks.values() for name in block.parameters]
         if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
             _require_one_form(mine.blocks, theirs.blocks, covered)
