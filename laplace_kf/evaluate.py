@@ -68,7 +68,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")
     if len({value.shape[:1] for value in kept.values()}) > 1 or not kept["x"].dim():
         raise ShapeMismatch(
-            f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length; they must have a row for every example"
+            f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length; they must have a "
+            "row for every example"
         )
     return kept
 

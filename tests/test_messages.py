@@ -21,7 +21,7 @@ HOLE = "…"
 WAY = re.compile(
     r"\b(add|allowed|ask|at least|belongs?|between|call|cast|check|choose|construct|convert|cut|divide|drop|either|"
     r"expected|fit|fitted|free|gives?|go(es)? with|has to|have to|install|instead|keep|larger|leave|load|lower|make|"
-    r"makes|mask|move|must|name|needs?|once|one of|only|or|pass|passes|positive|put|raise|reads?|remove|reshape|return|"
+    r"makes|mask|transpose|must|name|needs?|once|one of|only|or|pass|passes|positive|put|raise|reads?|remove|reshape|return|"
     r"run|say|set|Set|smaller|split|start|take|takes|try|turn|update|use|using|wrap|write|build|prune|are for|is for|"
     r"same|of one shape|between|too|its methods are|the others|select|\w+=|"
     r"support|found|have|there is|there are|it has|known for|is outside|falls back|clean|look at|observations are)\b",
@@ -108,7 +108,7 @@ def test_every_message_says_what_and_a_way_out(file: str) -> None:
 
 def test_messages_are_one_sentence_of_clean_text() -> None:
     for one in READ:
-        assert "  " not in one.text, str(one)
+        assert "  " not in one.text.split("\n")[0], str(one)  # code to paste may follow
         assert not re.search(r"\b(TODO|FIXME|XXX|please|sorry|oops)\b", one.text), str(one)
 
 

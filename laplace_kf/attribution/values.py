@@ -107,7 +107,8 @@ def columns_of(of: str | Value, likelihood: Likelihood, outputs: Tensor, targets
     found = -_gradient(lambda z: _valued(of, z, plain), outputs)
     if not torch.isfinite(found).all():
         raise NonFinite(
-            "the gradient of the function given as of= is not finite at the outputs of the queries; check the function there"
+            "the gradient of the function given as of= is not finite at the outputs of the queries; check the "
+            "function there"
         )
     return found
 

@@ -117,7 +117,8 @@ class Gaussian(ElementwiseLikelihood):
             return super()._read(z, shape, targets)
         if len(targets) != 2 or not all(isinstance(t, Tensor) for t in targets):
             raise ShapeMismatch(
-                f"Gaussian: targets with known noise must be a pair (y, scale) of tensors, got {type(targets).__name__} of "
+                "Gaussian: targets with known noise must be a pair (y, scale) of tensors, got "
+                f"{type(targets).__name__} of "
                 f"{[type(t).__name__ for t in targets]}."
             )
         y, keep = super()._read(z, shape, targets[0])

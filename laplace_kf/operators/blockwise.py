@@ -141,7 +141,8 @@ class Blockwise(Matrix):
         for block, matrix in self.entries:
             if not isinstance(matrix, CurvatureBlock):
                 raise ShapeMismatch(
-                    f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block; only those can be taken apart"
+                    f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block; only those can be "
+                    "taken apart"
                 )
             entries.append((block, make(matrix, prior_of(block, prior).to(matrix.device))))
         return Blockwise(self.layout, entries)

@@ -239,7 +239,7 @@ class SecondOrder(torch.optim.Optimizer):
             self.tau = self.default_damping if self.tau is None else self.tau
         loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
-            raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed: check it")
+            raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step: check it; nothing changed")
         weights = [self.named[name] for name in self.names]
         grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
         try:
@@ -442,8 +442,7 @@ class SecondOrder(torch.optim.Optimizer):
         return {name: value.clone() for name, value in self._average.items()}
 
     def __repr__(self) -> str:
-        made = f"{type(self.model).__name__}, {self.likelihood!r}, P={sum(self.named[n].numel() for n in self.names)}"
-        return f"{type(self).__name__}({made}; {self.progress()})"
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}; {self.progress()})"
 
     def progress(self) -> str:
         """One line about the last step, as for ``tqdm``'s ``bar.set_postfix_str(opt.progress())``.
