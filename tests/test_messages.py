@@ -21,9 +21,9 @@ HOLE = "…"
 WAY = re.compile(
     r"\b(add|allowed|ask|at least|belongs?|between|call|cast|check|choose|construct|convert|cut|divide|drop|either|"
     r"expected|fit|fitted|free|gives?|go(es)? with|has to|have to|install|instead|keep|larger|leave|load|lower|make|"
-    r"makes|mask|transpose|must|name|needs?|once|one of|only|or|pass|passes|positive|put|raise|reads?|remove|reshape|return|"
-    r"run|say|set|Set|smaller|split|start|take|takes|try|turn|update|use|using|wrap|write|build|prune|are for|is for|"
-    r"same|of one shape|between|too|its methods are|the others|select|\w+=|"
+    r"makes|mask|transpose|must|name|needs?|once|one of|only|or|pass|passes|positive|put|raise|reads?|remove|reshape|"
+    r"return|run|say|set|Set|smaller|split|start|take|takes|try|turn|update|use|using|wrap|write|build|prune|"
+    r"are for|is for|same|of one shape|between|too|its methods are|the others|select|\w+=|"
     r"support|found|have|there is|there are|it has|known for|is outside|falls back|clean|look at|observations are)\b",
     re.IGNORECASE,
 )

@@ -47,10 +47,16 @@ def fresh(folder: Path, source: str = sys.executable, seeing: Path | None = None
     return made
 
 
+LIMIT = 3000  # seconds that pip may take: builds of torch with CUDA are gigabytes
+
+
 def install(mine: Path, packages: Sequence[str], *options: str) -> bool:
-    """Whether pip installed these packages."""
+    """Whether pip installed these packages in time."""
     command = [str(mine), "-m", "pip", "install", "--quiet", *options, *packages]
-    return subprocess.run(command, check=False).returncode == 0
+    try:
+        return subprocess.run(command, check=False, timeout=LIMIT).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def kept(name: str, source: str, packages: Sequence[str]) -> Path | None:
