@@ -11,8 +11,13 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "attribution_peers",
+    "auto_estimator",
+    "bayesian_optimisation",
+    "cells",
     "distributed",
     "fit_cost",
+    "growth",
     "importance",
     "linearized",
     "montecarlo",
@@ -22,6 +27,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "plans",
     "pruning",
     "tuning",
 )

@@ -20,9 +20,9 @@ from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, desc
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jackknife import PREDICTED
 from laplace_kf.posterior.kept_scores import KeptScores
-from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
+from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast, WithinTolerance
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
-from laplace_kf.posterior.search import Search, compared, grid, on_all
+from laplace_kf.posterior.search import Search, compared, grid, on_all, widest
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
 from laplace_kf.registry import AUTO
 
@@ -239,7 +239,14 @@ def tune(
     of several batches, the mean over all its examples. ``validate`` reads them.
     """
     gridded = n_data is not None or prior_precision is not None
+    if rule := isinstance(options.objective, WithinTolerance):
+        n_data, gridded = [now.n_data] if n_data is None else n_data, True
     counts = _axis("n_data", default_n_data(fitted.count) if n_data is None else n_data)
+    if rule and len(counts) > 1:
+        raise IncompatiblePair(
+            f"WithinTolerance looks for the smallest prior precision at one N, got {len(counts)} values of n_data; "
+            "leave n_data out"
+        )
     priors = _axis("prior_precision", default_prior_precision() if prior_precision is None else prior_precision)
     noise = _tunes_noise(fitted, options.noise, gridded)
     by_evidence = options.objective == "evidence"
@@ -353,7 +360,10 @@ def _over_grid(
     search.look([MAP])
     if validation.noise:
         scorer.hold_noise(search.scores[MAP].noise)
-    best, at_edge = grid(search, counts, priors, options.extend)
+    if isinstance(rule := options.objective, WithinTolerance):
+        best, at_edge = widest(search, counts[0], priors, rule.tolerance, options.extend)
+    else:
+        best, at_edge = grid(search, counts, priors, options.extend)
     found, settings = _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
     chosen = None if options.method == AUTO else method
     return replace(found, method=chosen), replace(settings, method=chosen)
