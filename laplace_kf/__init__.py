@@ -1,5 +1,6 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
+import logging
 import sys
 from typing import NoReturn
 

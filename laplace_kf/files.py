@@ -167,6 +167,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
                 os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
             os.replace(partial, target)
             _to_disk(target.parent)
+            log.info("wrote the %s %s", kind, target)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         finally:

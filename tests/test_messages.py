@@ -23,10 +23,12 @@ WAY = re.compile(
     r"expected|fit|fitted|free|gives?|go(es)? with|has to|have to|install|instead|keep|larger|leave|load|lower|make|"
     r"makes|mask|transpose|must|name|needs?|once|one of|only|or|pass|passes|positive|put|raise|reads?|remove|reshape|"
     r"return|run|say|set|Set|smaller|split|start|take|takes|try|turn|update|use|using|wrap|write|build|prune|"
-    r"are for|is for|same|of one shape|between|too|its methods are|the others|select|\w+=|"
+    r"are for|is for|same|of one shape|between|too|its methods are|the others|scaled for|select|\w+=|"
     r"support|found|have|there is|there are|it has|known for|is outside|falls back|clean|look at|observations are)\b",
     re.IGNORECASE,
 )
+# Built by constructors of their own, which are read in laplace_kf/errors.py and have their own tests.
+BY_CLASS = {"UnknownOption", "UnknownAttribute", "MissingFile"}
 # What stays as it is, by file and first words: outside code may see it, but cannot do anything else about it.
 SAID = {
     "laplace_kf/reports/__init__.py": "module",  # of Python's own protocol for attributes of modules
@@ -93,7 +95,7 @@ def kept(one: Message) -> bool:
 
 
 def test_messages_are_found() -> None:
-    assert len(READ) > 500 and {one.kind for one in READ} >= OWN - {"DistributedFailure", "UnknownOption"}
+    assert len(READ) > 500 and {one.kind for one in READ} >= OWN - {"DistributedFailure"} - BY_CLASS
 
 
 @pytest.mark.parametrize("file", sorted({one.file for one in READ}))

@@ -40,6 +40,9 @@ def standard_normal(shape: Sequence[int], like: Tensor, generator: torch.Generat
     return noise.to(device=like.device, dtype=like.dtype)
 
 
+SHOWN = 60  # letters of a label in a representation
+
+
 class Matrix(Members, ABC):
     """A symmetric operator of size ``P``; vectors are ``(P,)`` or ``(P, K)``."""
 

@@ -246,7 +246,9 @@ class SecondOrder(torch.optim.Optimizer):
             self.tau = self.default_damping if self.tau is None else self.tau
         loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
-            raise NonFinite(f"the loss of the minibatch is {float(loss.detach())} before the step; nothing was changed")
+            raise NonFinite(
+                f"the loss of the minibatch is {float(loss.detach())} before the step: check it; nothing changed"
+            )
         weights = [self.named[name] for name in self.names]
         wanted: list[Any] = [*weights, *self._edges(observation)]
         grads = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
