@@ -220,7 +220,8 @@ def _value(name: str, value: Any, held: Tensor, like: Tensor) -> Tensor:
     found = torch.as_tensor(value)
     if found.dim() and found.shape != like.shape:
         raise ShapeMismatch(
-            f"the values of {name!r} have shape {tuple(found.shape)}, its parameter has {tuple(like.shape)}"
+            f"the values of {name!r} have shape {tuple(found.shape)}, its parameter has {tuple(like.shape)}; give "
+            "them in the parameter's shape"
         )
     found = found.detach().to(like).expand_as(like)
     on = held.to(like.device)
