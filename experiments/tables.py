@@ -320,8 +320,8 @@ def stream(name: str) -> str:
     if result is None:
         return "*Not run yet.*"
     text = (
-        f"{result['summary']} {machine_of(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there yet. "
-        f"`python -m experiments run {STREAMS[name]}`"
+        f"{result['summary']} {machine_of(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there "
+        f"yet. `python -m experiments run {STREAMS[name]}`"
     )
     parts = [text]
     for table in result["tables"]:
