@@ -12,9 +12,12 @@ from benchmarks.timing import RESULTS, save
 NAMES = (
     "attribution",
     "attribution_peers",
+    "auto_estimator",
     "bayesian_optimisation",
+    "cells",
     "distributed",
     "fit_cost",
+    "growth",
     "importance",
     "linearized",
     "montecarlo",
@@ -24,6 +27,7 @@ NAMES = (
     "optimizers",
     "penalty",
     "per_example",
+    "plans",
     "pruning",
     "tuning",
 )

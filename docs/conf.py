@@ -44,6 +44,7 @@ NAVIGATION: dict[str, list[str]] = {
         "likelihoods",
         "many_outputs",
         "distributed",
+        "plans",
         "mixtures",
         "evidence_training",
         "chaining",

@@ -50,6 +50,7 @@ PAGES = {
     "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
     "docs/benchmarks.md": (
         "aims",
+        "cells",
         "peers",
         "fit_cost",
         "predictions",

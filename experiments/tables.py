@@ -171,6 +171,40 @@ def fit_cost() -> str:
     return f"{result['workload']}; {machine_of(result)}.\n\n" + markdown(["job", "epochs", "range"], rows)
 
 
+def plans() -> str:
+    """Plans beside what happened."""
+    result = load("benchmarks/results/plans.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = []
+    for name, case in result["cases"].items():
+        for job in ("fit", "predict", "tune"):
+            for what, scale, unit in (("seconds", 1.0, "s"), ("bytes", 1e-6, "MB")):
+                if what in case.get(job, {}):
+                    planned, taken = case[job][f"planned_{what}"], case[job][what]
+                    rows.append([name, job, f"{planned * scale:.3g} {unit}", f"{taken * scale:.3g} {unit}",
+                                 f"{100 * (planned / taken - 1):+.0f} %"])  # fmt: skip
+    met = result["met"].values()
+    head = f"{result['workload']}; {machine_of(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
+    return head + "measured are within 25 %.\n\n" + markdown(["case", "job", "planned", "taken", ""], rows)
+
+
+def auto_estimator() -> str:
+    """``estimator="auto"`` beside sampling."""
+    result = load("benchmarks/results/auto_estimator.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = [
+        [name, *(cell for state in ("trained", "untrained")
+                 for cell in (f"{result[state][name]['epochs']:.2f}", f"{max(result[state][name]['errors']):.2%}"))]
+        for name in result["trained"]
+    ]  # fmt: skip
+    head = ["estimator", "trained: training epochs", "largest error of a block", "untrained: training epochs",
+            "largest error of a block"]  # fmt: skip
+    text = f"{result['workload']}, {100 * result['training_accuracy']:.1f} % of them right; {machine_of(result)}."
+    return text + "\n\n" + markdown(head, rows)
+
+
 def importance() -> str:
     """Error against cost of the estimators."""
     result = load("benchmarks/results/importance.json")
@@ -435,6 +469,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit_cost": fit_cost,
     "optimizers": optimizers,
     "importance": importance,
+    "auto_estimator": auto_estimator,
+    "plans": plans,
     "penalty": penalty,
     "support": lk.support_table,
     "calibration": calibration,

@@ -67,8 +67,8 @@ def estimate(
         data: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``.
         structure: ``"diag"``, ``"kron"``, ``"ekfac"``, ``"lowrank"`` (``rank=``), ``"layer"``, ``"full"``,
             ``"isotropic"`` or ``"auto"``; ``"ekfac"`` and ``"lowrank"`` go over the data twice.
-        estimator: ``"exact"``, ``"sampled"`` (``samples=``), ``"projection"`` (``samples=``, ``noise=``),
-            ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
+        estimator: ``"exact"``, ``"auto"`` (``tolerance=``, ``most=``), ``"sampled"`` (``samples=``), ``"projection"``
+            (``samples=``, ``noise=``), ``"importance"`` (``columns=``), ``"recursive"``, ``"empirical"``.
         parameters: ``"all"``, ``"last_layer"``, a list of name patterns, or a :class:`Subnetwork` of single weights.
         inputs, targets: functions of a batch of another form, with ``outputs = model(*inputs(batch))``.
         forward: instead of them, ``(model, batch) -> (outputs, targets)``.

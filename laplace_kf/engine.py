@@ -18,11 +18,13 @@ from laplace_kf.distributed import First, Ranks, Seen, added_up, merged, refined
 from laplace_kf.draws import ExampleDraws
 from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
 from laplace_kf.estimators.base import Estimator
+from laplace_kf.forecast import Progress, duration, size
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.likelihoods.reading import read_once
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, require_memory, usable
+from laplace_kf.rates import decomposition_seconds
 from laplace_kf.resuming import Journal, length
 from laplace_kf.shards import Shard
 from laplace_kf.structures.base import STRUCTURES, Statistics, Structure, Sums
@@ -77,6 +79,7 @@ class Accumulator:
         self.seed = 0, 0  # of the draws, and which pass over the data it is
         self.place = 0  # of the next example in the data, where it was restored
         self._announced = False
+        self._many: tuple[Progress, tuple[int, ...], int] | None = None  # columns that are to be announced
         self._met = False  # whether a minibatch came
         self._agreed = ranks is None  # whether the processes spoke about the first one
         self._patterns: Patterns = {}  # kept no longer than the weights
@@ -232,18 +235,26 @@ class Accumulator:
         return self.structure.takes_output_signals(self.tracer.blocks, self.tracer.layout)
 
     def expect_columns(self, count: int, observation: Observation) -> None:
-        """Warns, once, before very many columns are sent back (called by the estimator)."""
+        """Is told before columns are sent back, so that very many of them are announced (called by the estimator)."""
         if count > MANY_COLUMNS and not self._announced:
-            self._announced = True
-            warn_user(
-                f"estimator {self.estimator.name!r} sends {count} columns back through the network for every minibatch "
-                f"(outputs {tuple(observation.outputs.shape)}), which takes about {count} backward passes each. "
-                'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.'
-            )
+            self._many = Progress(count), tuple(observation.outputs.shape), self.columns_at_once(observation)
 
     def add_columns(self, signals: Mapping[str, Signals]) -> None:
         """Takes in the signals of some columns (called by the estimator)."""
         self.structure.add_columns(self.sums, signals, self.tracer.blocks)
+        if self._many is not None:
+            self._announce(*self._many)
+
+    def _announce(self, progress: Progress, outputs: tuple[int, ...], taken: int) -> None:
+        """Warns, once, of very many columns, as soon as the first are done: what all will take is known then."""
+        self._many, self._announced = None, True
+        progress.done(taken)
+        warn_user(
+            f"estimator {self.estimator.name!r} sends {progress.pieces} columns back through the network for every "
+            f"minibatch (outputs {outputs}), which takes about {progress.pieces} backward passes each, here about "
+            f"{progress.elapsed + progress.left:.2g} s a minibatch. "
+            'estimator="sampled", "projection" or "importance" take a few; parameters="last_layer" needs none.'
+        )
 
     def add_output_factor(self, name: str, factor: Tensor) -> None:
         """Takes in an output factor ``(O, O)`` (called by the estimator)."""
@@ -263,7 +274,18 @@ class Accumulator:
         each = observation.column_bytes() + self.structure.column_bytes(self.tracer.blocks, observation.count, itemsize)
         what = f"one column of a minibatch with outputs {tuple(observation.outputs.shape)}"
         require_memory(each, observation.outputs.device, what, INSTEAD)
+        if self.structure.column_by_column and observation.sends_singly:  # holding them would cost memory and a copy
+            return 1
         return max(1, MEMORY_BYTES // max(1, each))
+
+    def outlook(self) -> str:
+        """What else the fit takes, after a minibatch: shown beside the bar."""
+        assert self.dtype is not None
+        blocks, layout = self.tracer.blocks, self.tracer.layout
+        held = self.structure.memory(blocks, layout, self.dtype.itemsize)
+        sides = self.structure.sides(blocks, layout)
+        then = decomposition_seconds(sides, self.tracer.device, self.dtype)
+        return f"{size(held)} held" + (f", then {duration(then)} of decompositions" if sides else "")
 
     def _warn_of_poorer(self, blocks: Mapping[str, Block]) -> None:
         """Warns, once a block, where less is kept than the structure promises."""
@@ -439,8 +461,11 @@ def collect(
                     label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                     shown = progress and (ranks is None or ranks.rank == 0)
                     taken = kept.batches(batches)
-                    for batch in tqdm(taken, label, length(batches)) if shown else taken:
+                    bar = tqdm(taken, label, length(batches), disable=not shown)
+                    for batch in bar:
                         accumulator.add(batch, index)
+                        if shown and number == first and bar.n == 0:
+                            bar.set_postfix_str(accumulator.outlook())
                         if index == 0 and stage == 1:
                             require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)
                         index += 1

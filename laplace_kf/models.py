@@ -11,7 +11,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from laplace_kf.errors import IncompatiblePair, InvalidType, ShapeMismatch, UnsupportedLayer
+from laplace_kf.occupied import alone
 from laplace_kf.randomness import same_random_states
-from laplace_kf.replica import Shared
+from laplace_kf.replica import Shared, original
 from laplace_kf.sequences import read
 
 __all__ = [
@@ -337,7 +338,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with preserved(model):
             yield
         return
-    with undisturbed(), torch.inference_mode(False), _modes(model):
+    apart = nullcontext() if original(model) is not model else alone(model)
+    with apart, undisturbed(), torch.inference_mode(False), _modes(model):
         yield
 
 
@@ -361,10 +363,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Inside, compiled modules run as plain Python, and the caller's autocast is on for the model only
     (:func:`as_called`).
 
+    Other threads that want the same modules wait (:mod:`laplace_kf.occupied`).
+
     Of the model: every module's mode and attributes, its buffers, and the weights of embeddings that renormalise
     themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
     loaders shuffle and augment from them.
     """
+    apart = nullcontext() if original(model) is not model else alone(model)  # a double belongs to its call
+    with apart, _preserved(model):
+        yield
+
+
+@contextmanager
+def _preserved(model: nn.Module) -> Iterator[None]:
     if read(model) is not None:
         with same_random_states(), undisturbed(), torch.inference_mode(False), _modes(model):
             yield

@@ -102,7 +102,7 @@ class Checkpoint(Journal):
         devices: accelerators whose random states belong to it.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        MissingFile: if there is no such folder.
         CorruptFile: if what is there is damaged, or no checkpoint of a fit.
         ShapeMismatch: if it was made for something else; says for what.
         ValueError: if ``every`` is no positive integer.

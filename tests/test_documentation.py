@@ -150,6 +150,7 @@ def test_all_lists_what_is_there(name: str):
                 "distributed.md",
                 "attribution.md",
                 "many_outputs.md",
+                "plans.md",
                 "mixtures.md",
                 "evidence_training.md",
                 "diagnostics.md",

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf import engine
+from laplace_kf.columns import inclusion_probabilities, systematic
 from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
-from laplace_kf.estimators.importance import inclusion_probabilities, systematic
 from laplace_kf.tape import signals
 from laplace_kf.tape.tracer import Tracer
 from tests.cases import CASES, Experts

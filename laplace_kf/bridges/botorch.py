@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, MissingPackage, ShapeMismatch
 from laplace_kf.likelihoods import Gaussian
 from laplace_kf.models import lasting
 from laplace_kf.operators import fresh_generator
@@ -35,7 +35,7 @@ try:
     from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
     from linear_operator import to_linear_operator
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to BoTorch needs the package 'botorch', which is not installed: pip install botorch",
         name=error.name,
     ) from error

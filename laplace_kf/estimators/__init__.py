@@ -1,6 +1,6 @@
-"""Factor estimators: exact, sampled, projection, importance, recursive, empirical. One file each."""
+"""Factor estimators: auto, exact, sampled, projection, importance, recursive, empirical. One file each."""
 
-from laplace_kf.estimators import empirical, exact, importance, projection, recursive, sampled
+from laplace_kf.estimators import auto, empirical, exact, importance, projection, recursive, sampled
 from laplace_kf.estimators.base import ESTIMATORS, ColumnEstimator, Estimator, Sink
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "ColumnEstimator",
     "Estimator",
     "Sink",
+    "auto",
     "empirical",
     "exact",
     "importance",

@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from laplace_kf.columns import Sink
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.registry import Registry
-from laplace_kf.tape import Observation, Signals
+from laplace_kf.tape import Observation
 
 __all__ = ["ESTIMATORS", "ColumnEstimator", "Estimator", "Sink"]
-
-
-class Sink(Protocol):
-    """Where an estimator puts what it found in one minibatch."""
-
-    def add_columns(self, signals: Mapping[str, Signals]) -> None:
-        """Takes in the signals of some columns."""
-
-    def add_output_factor(self, name: str, factor: Tensor) -> None:
-        """Takes in an output factor ``(O, O)`` of a block."""
-
-    def takes_output_signals(self) -> bool:
-        """Whether :meth:`add_columns` takes the closed forms of ``observation.output_signals``."""
-
-    def expect_columns(self, count: int, observation: Observation) -> None:
-        """Is told how many columns of this minibatch will come; warns if they will take very long."""
-
-    def columns_at_once(self, observation: Observation) -> int:
-        """How many columns of this minibatch fit into the memory budget (at least 1)."""
 
 
 class Estimator(ABC):

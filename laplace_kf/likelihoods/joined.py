@@ -20,7 +20,7 @@ from torch.distributions import (
     Poisson,
 )
 
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import ShapeMismatch, UnknownAttribute
 from laplace_kf.likelihoods.prediction import Prediction
 
 __all__ = ["joined"]
@@ -113,8 +113,10 @@ def _together(found: Sequence[Distribution]) -> Distribution:
         return MixtureSameFamily(together, _together(components))
     names = PARAMETERS.get(type(first))
     if names is None:
-        raise AttributeError(
-            f"predictions of several batches have no common {type(first).__name__}; call predict for each batch"
+        raise UnknownAttribute(
+            Prediction,
+            "distribution",
+            why=f"predictions of several batches have no common {type(first).__name__}; call predict for each batch",
         )
     values = {name: torch.cat([getattr(each, name) for each in found]) for name in names}
     kind: Any = type(first)

@@ -26,8 +26,8 @@ from torch.distributions import (
     Poisson,
 )
 
-from laplace_kf.errors import ShapeMismatch
-from laplace_kf.likelihoods.prediction import Prediction, gaussian_entropy
+from laplace_kf.errors import ShapeMismatch, UnknownAttribute
+from laplace_kf.likelihoods.prediction import NO_INFORMATION, Prediction, gaussian_entropy
 
 __all__ = ["mixed"]
 
@@ -154,7 +154,9 @@ def _total(likelihood: Mixing, parts: Sequence[Prediction], weights: Tensor, val
         return found.reshape(shape)
     name = "probs" if "probs" in values else "variance"
     if name not in values:
-        raise AttributeError("The entropy of this mixture is not known: its components have no variance.")
+        raise UnknownAttribute(
+            Prediction, "entropy", why="The entropy of this mixture is not known: its components have no variance."
+        )
     value = values[name]
     rows = (value if value.shape == shape else parts[0].channel_last(value)).reshape(*shape, -1)
     if name == "variance":
@@ -178,7 +180,7 @@ def _information(total: Callable[[], Tensor], parts: Sequence[Prediction], weigh
     for part in parts:
         entropy, conditional = part.entropies()
         if conditional is None and part.information is None:
-            raise AttributeError("This prediction has no samples to take a mutual information over.")
+            raise UnknownAttribute(Prediction, "mutual_information", why=NO_INFORMATION)
         own.append(part.information() if conditional is None else entropy - conditional)  # type: ignore[misc]
     return total() - _weighted([part.position_entropy for part in parts], weights) + _weighted(own, weights)
 
@@ -209,7 +211,9 @@ PARAMETERS = {
 def _made(like: Distribution, change: Callable[[str], Tensor]) -> Distribution:
     names = PARAMETERS.get(type(like))
     if names is None:
-        raise AttributeError(f"a mixture of several posteriors has no common {type(like).__name__}")
+        raise UnknownAttribute(
+            Prediction, "distribution", why=f"a mixture of several posteriors has no common {type(like).__name__}"
+        )
     kind: Any = type(like)
     made: Distribution = kind(**{name: change(name) for name in names})
     return made
@@ -236,8 +240,13 @@ def _distribution(parts: Sequence[Prediction], log_weights: Tensor) -> Distribut
     opened = [_components(part) for part in parts]
     kinds = {type(each.base_dist if isinstance(each, Independent) else each) for _, each in opened}
     if len(kinds) > 1:
-        raise AttributeError(f"components of several kinds ({', '.join(sorted(k.__name__ for k in kinds))}) have no "
-                             "common torch distribution; log_prob, mean and variance are exact")  # fmt: skip
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise UnknownAttribute(
+            Prediction,
+            "distribution",
+            why=f"components of several kinds ({names}) have no common torch distribution; log_prob, mean and variance "
+            "are exact",
+        )
     axis = opened[0][0].dim() - 1
     logits = torch.cat([log + weight.to(log) for (log, _), weight in zip(opened, log_weights, strict=True)], axis)
     return MixtureSameFamily(Categorical(logits=logits), _joined([each for _, each in opened], axis))

@@ -33,6 +33,20 @@ class Root(ABC):
     def norms(self) -> Tensor:
         """Squared norms of all columns, ``(N, T, K)`` in float64."""
 
+    def norms_through(self, gram: Tensor) -> Tensor:
+        """``r_kᵀ M r_k`` of all columns for a symmetric ``M (C, C)``, ``(N, T, K)`` in float64.
+
+        With ``M = W Wᵀ`` these are the squared norms ``‖Wᵀ r_k‖²`` after a last layer of weights ``W (C, I)``.
+        """
+        gram, (count, positions, _) = gram.double(), self.shape
+        example = torch.arange(count, device=self.device)[:, None].expand(count, positions)
+        position = torch.arange(positions, device=self.device).expand(count, positions)
+        found = []
+        for kind in range(self.count):
+            column = self.entries(torch.full_like(example, kind), example, position).double()
+            found.append(((column @ gram) * column).sum(-1))
+        return torch.stack(found, -1) if found else gram.new_zeros(count, positions, 0)
+
     def places(self) -> Tensor:
         """The positions of every example that have curvature, ``(N, L)``; L of the example that has most of them.
 
@@ -125,6 +139,9 @@ class DiagonalRoot(Root):
     def norms(self) -> Tensor:
         return self.diagonal.double().square()
 
+    def norms_through(self, gram: Tensor) -> Tensor:
+        return self.diagonal.double().square() * gram.double().diagonal()
+
 
 class SoftmaxRoot(Root):
     """Columns of the Cholesky factor of ``diag(p) - p pᵀ`` without the zero last one.
@@ -175,6 +192,16 @@ class SoftmaxRoot(Root):
         shares = squares / torch.where(tails > 0, tails, torch.ones_like(tails)).square()
         return self.diagonal.double().square() * (1 + torch.nan_to_num(shares, 0.0, 0.0, 0.0))
 
+    def norms_through(self, gram: Tensor) -> Tensor:
+        p, tails, gram = self.p.double(), self.tails.double(), gram.double()
+        beyond = p @ gram.triu(1).T  # Σ_{j>k} M_kj p_j
+        own = gram.diagonal()
+        pairs = p.square() * own + 2 * p * beyond  # what k adds to Σ_{i,j≥k} p_i p_j M_ij
+        both = torch.cumsum(pairs.flip(-1), -1).flip(-1)[..., 1:]
+        inverse = torch.where(tails > 0, tails, torch.ones_like(tails)).reciprocal()
+        found = own[:-1] - 2 * beyond[..., :-1] * inverse + both * inverse.square()
+        return self.diagonal.double().square() * torch.nan_to_num(found, 0.0, 0.0, 0.0).clamp_min(0)
+
 
 class ScaledRoot(Root):
     """Columns of another root times a number ``scale (N, T, 1)``, or ``(N, 1, 1)``, for every position."""
@@ -195,3 +222,6 @@ class ScaledRoot(Root):
 
     def norms(self) -> Tensor:
         return self.root.norms() * self.scale.double().square()[..., None]
+
+    def norms_through(self, gram: Tensor) -> Tensor:
+        return self.root.norms_through(gram) * self.scale.double().square()[..., None]

@@ -99,8 +99,9 @@ class Blockwise(Matrix):
         parts = []
         for block, matrix in self.entries:
             like = matrix.diag()
-            noise = torch.cat([standard_normal((1, matrix.noise_size), like, one) for one in generators])
-            parts.append(block.unpack(matrix.colour(noise).reshape(-1, *block.shape)))
+            here = like.new_empty(0, device="cpu")  # numbers of a seed are the same on every device; they move together
+            noise = torch.cat([standard_normal((1, matrix.noise_size), here, one) for one in generators])
+            parts.append(block.unpack(matrix.colour(noise.to(like.device)).reshape(-1, *block.shape)))
         return self.layout.hold(merged(parts))
 
     def scaled(self, factor: float | Tensor) -> Blockwise:

@@ -58,7 +58,8 @@ def exported(
     def both(*given: Tensor) -> tuple[Tensor, Tensor]:
         def single(*one: Tensor) -> dict[str, Tensor]:
             """The derivatives of every output ``(C, *shape)``: ``jacrev`` writes into a diagonal, which no ONNX has."""
-            found, pulled = torch.func.vjp(lambda weights: outputs(weights, *(part[None] for part in one))[0], leaves)
+            run = torch.func.vjp(lambda weights: outputs(weights, *(part[None] for part in one))[0], leaves)
+            found, pulled = run[0], run[1]
             count = found.numel()
             each = torch.eye(count, dtype=found.dtype, device=found.device).reshape(count, *found.shape)
             rows: dict[str, Tensor] = torch.func.vmap(lambda one: pulled(one)[0])(each)

@@ -69,8 +69,9 @@ class LaplacePosterior(Answers):
         structure: ``"kron"``, ``"diag"``, ``"ekfac"``, ``"lowrank"`` (``rank=``), ``"layer"``, ``"full"``,
             ``"isotropic"``, ``"auto"`` (``memory=``; :attr:`structure` is the chosen one after ``fit``), or a structure
             object. ``"ekfac"`` and ``"lowrank"`` go over the data twice.
-        estimator: ``"exact"``, ``"importance"`` (``columns=``), ``"sampled"`` or ``"projection"`` (``samples=``),
-            ``"recursive"``, ``"empirical"`` (not the Gauss-Newton matrix), or an estimator object.
+        estimator: ``"exact"``, ``"auto"`` (as many columns as an error needs, ``tolerance=0.01``), ``"importance"``
+            (``columns=``), ``"sampled"`` or ``"projection"`` (``samples=``), ``"recursive"``, ``"empirical"`` (not the
+            Gauss-Newton matrix), or an estimator object.
         parameters: ``"all"`` trainable parameters, ``"last_layer"``, a list of ``fnmatch`` patterns over names, or a
             :class:`Subnetwork` of single weights, whose posterior is dense (structure ``"full"``).
         prior_precision: λ ≥ 0: a number, a 0-dim tensor, or ``{name pattern: number}`` (the first match counts).
@@ -304,6 +305,7 @@ class LaplacePosterior(Answers):
     def refit(
         self,
         data: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
         *,
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
@@ -315,7 +317,7 @@ class LaplacePosterior(Answers):
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
 
         Args:
-            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
+            data, y: as :meth:`fit` takes them: a loader, a pair ``(x (N, ...), y (N, ...))``, or the two of them.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
             generator, progress, checkpoint, every, process_group: as of :meth:`fit`.
 
@@ -331,9 +333,9 @@ class LaplacePosterior(Answers):
             raise IncompatiblePair("a chained posterior has no data of its own to refit; use update for another task")
         n = self.n_data
         if train is not None:
-            train(self.model, data)
+            train(self.model, data if y is None else (data, y))
         return self.fit(
-            data, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
+            data, y, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
             process_group=process_group,
         )  # fmt: skip
 
@@ -613,6 +615,7 @@ class LaplacePosterior(Answers):
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
+        one_argument("calibrate", method)
         chosen = self.method if method == AUTO else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, called, map_examples, run, tensors_of, to_device
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
+from laplace_kf.forecast import Forecast
 from laplace_kf.likelihoods import Likelihood, to_positions
 from laplace_kf.models import evaluating, parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
@@ -25,7 +26,6 @@ from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
-from laplace_kf.predictive.forecast import Forecast
 from laplace_kf.predictive.heads import MANY, head_spreads, linear_head
 from laplace_kf.predictive.suffix import Suffix, cut
 from laplace_kf.substitution import substituted
@@ -86,7 +86,7 @@ class Linearization:
         x: inputs as the model takes them, ``N`` examples.
         keep: keep the signals and their rotated forms, so that further precisions cost a fraction of the first. For
             10 outputs of 784-1024-1024-10 that is 0.2 MB an input.
-        announce: warn where variances are going to take long (:mod:`laplace_kf.predictive.forecast`).
+        announce: warn where variances are going to take long (:mod:`laplace_kf.forecast`).
 
     Attributes:
         outputs: outputs at the mean, ``(N, C)``, ``(N, T, C)`` or ``(N, C, H, W)``.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from laplace_kf.batches import as_batches, inputs_of, run, to_device
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
+from laplace_kf.files import require_room
 from laplace_kf.graphs import of_role
 from laplace_kf.models import preserved
 from laplace_kf.ood import KINDS
@@ -75,7 +76,10 @@ def evaluate(
         UnknownName: for another kind.
         IncompatiblePair: for a kind among ``kinds`` that the posterior does not have.
         ShapeMismatch: for empty data.
+        UnusableFile: if ``out`` cannot be written into.
     """
+    if out is not None:
+        require_room(out)
     for kind in kinds or ():
         _ = KINDS[kind]
     with preserved(posterior.model):  # loaders draw random numbers

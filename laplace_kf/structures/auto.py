@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from laplace_kf.errors import InvalidArgument
+from laplace_kf.forecast import duration
 from laplace_kf.operators import Blockwise
+from laplace_kf.rates import decomposition_seconds
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, memory_limit
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, Signals
 
 DENSE_SIZE = 2048  # parameters up to which the decomposition of a dense matrix is a matter of seconds
 DENSE_WORK = 2e8  # multiply-adds per example up to which a dense sum is as cheap as a forward pass of a small network
+TIMED = 512  # parameters from which on the reason says what the decomposition takes; the choice is by counts alone
 PREFERENCE = ("kron", "diag", "isotropic")  # where the dense matrix is too much: the first one that fits
 
 
@@ -53,6 +56,9 @@ class Automatic(Structure):
         needed = dense.memory(blocks, layout, like.element_size())
         if size <= DENSE_SIZE and work <= DENSE_WORK and needed <= budget:
             dense.reason = f"{size} parameters and {columns} outputs: the dense matrix is affordable"
+            if size > TIMED:
+                taken = decomposition_seconds(dense.sides(blocks, layout), like.device, like.dtype)
+                dense.reason += f", about {duration(taken)} to decompose"
             return dense
         why = f"{size} parameters and {columns} outputs are too many for a dense matrix"
         for name in PREFERENCE:

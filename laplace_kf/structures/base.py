@@ -73,6 +73,7 @@ class Structure(ABC):
     inputs_first: bool = False  # whether :meth:`add_columns` needs what :meth:`add_inputs` did with the same minibatch
     takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
     several_passes: bool = False  # whether the data have to be gone through more than once
+    column_by_column: ClassVar[bool] = False  # whether several columns at once save :meth:`add_columns` nothing
     reason: str = ""
 
     @classmethod
@@ -149,6 +150,10 @@ class Structure(ABC):
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         """Bytes that the sums and their decompositions take, roughly, for numbers of ``itemsize`` bytes."""
         return 2 * layout.size * itemsize
+
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        """Sides of the symmetric matrices that are decomposed after the fit, or between its passes."""
+        return []
 
     def require_memory(self, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         """Refuses sums that do not fit into the memory of the device of ``like`` (any shape).

@@ -52,6 +52,9 @@ class EigenvalueCorrected(Structure):
         grids = sum(block.size for block in blocks.values() if block.factorises)
         return self.kron.memory(blocks, layout, itemsize) + grids * itemsize
 
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        return self.kron.sides(blocks, layout)
+
     def poorer(self, blocks: Mapping[str, Block]) -> dict[str, str]:
         return self.kron.poorer(blocks)
 

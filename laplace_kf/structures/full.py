@@ -29,6 +29,9 @@ class Full(Structure):
     def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
         return [block.size for block in blocks.values()] == [layout.size]  # entries between blocks need columns
 
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        return [layout.size]
+
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(block.size for block in blocks.values()) * count * itemsize
 
@@ -85,6 +88,9 @@ class DenseEntries(Structure):
 
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         return 3 * self.entries.size**2 * itemsize
+
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        return [self.entries.size]
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return 2 * self.entries.size * count * itemsize

@@ -137,6 +137,7 @@ class Kronecker(Structure):
     """
 
     name = "kron"
+    column_by_column = True
     takes_damping = True
     counts_positions = True
 
@@ -172,6 +173,19 @@ class Kronecker(Structure):
                 factors += side(inp) + side(out, block.turned)
             total += 2 * factors + block.size  # factors, their eigenvectors, and the grid of a precision
         return total * itemsize
+
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        found: list[int] = []
+        for block in blocks.values():
+            groups, out, inp = block.shape
+            if block.factorises:
+                pairs = [*[inp] * (not block.one_hot), out]
+                if block.turned is not None:
+                    pairs = [inp, out]  # one basis of each marginal
+                found += groups * [side for side in pairs if side <= self.max_side]
+            elif self._form(block).dense:
+                found.append(block.size)
+        return found
 
     def column_bytes(self, blocks: Mapping[str, Block], count: int, itemsize: int) -> int:
         return sum(b.size for b in blocks.values() if not b.factorises) * count * itemsize

@@ -21,6 +21,9 @@ class Layerwise(Structure):
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         return 3 * sum(block.size**2 for block in blocks.values()) * itemsize
 
+    def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
+        return [block.size for block in blocks.values() if not block.unused]
+
     def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
         return True
 

@@ -42,7 +42,7 @@ def four() -> Iterator[World]:
 
 def case(structure: str, estimator: str, turn: int, kind: str = "net") -> Case:
     # those that take means, or choose, inside a minibatch need the same minibatches as one process
-    by_minibatch = estimator in ("recursive", "importance")
+    by_minibatch = estimator in ("recursive", "importance", "auto")
     share = "batches" if by_minibatch else [*ORDERED, "batches"][turn % 4]
     return kind, share, structure, estimator, OPTIONS.get(structure, {})
 

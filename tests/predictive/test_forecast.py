@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import laplace_kf as lk
-from laplace_kf.predictive import forecast, linearized
+from laplace_kf import forecast
+from laplace_kf.predictive import linearized
 
 X, Y = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(0)), torch.arange(100).reshape(4, 5, 5) % 3
 
