@@ -285,9 +285,8 @@ class Accumulator:
     def outlook(self) -> str:
         """What else the fit takes, after a minibatch: shown beside the bar."""
         assert self.dtype is not None
-        blocks, layout = self.tracer.blocks, self.tracer.layout
-        held = self.structure.memory(blocks, layout, self.dtype.itemsize)
-        sides = self.structure.sides(blocks, layout)
+        made = self.tracer.blocks, self.tracer.layout
+        held, sides = self.structure.memory(*made, self.dtype.itemsize), self.structure.sides(*made)
         then = decomposition_seconds(sides, self.tracer.device, self.dtype)
         return f"{size(held)} held" + (f", then {duration(then)} of decompositions" if sides else "")
 
