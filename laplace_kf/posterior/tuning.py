@@ -140,9 +140,9 @@ class TuningResult:
         lines = str(self).splitlines()
         if self.candidates:
             columns = ("", "candidate", self.objective, "gain over MAP", "setting")
-            rows = [_cells(each, each["method"] == self.method) for each in self.candidates]
-            notes = [line.strip() for line in lines[1:2] + lines[3 + len(rows) :]]
-            return html_table(lines[0], columns, rows, notes)
+            cells = [_cells(each, each["method"] == self.method) for each in self.candidates]
+            notes = [line.strip() for line in lines[1:2] + lines[3 + len(cells) :]]
+            return html_table(lines[0], columns, cells, notes)
         points = sorted(self.table, key=lambda row: row["objective"])[:SHOWN]
         rows = [(f"{row['objective']:.4f}", _shown(row)) for row in points]
         return html_table(lines[0], (self.objective, "at"), rows, [line.strip() for line in lines[1:]])
