@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from laplace_kf.batches import Forward
 from laplace_kf.continual import Learner
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, MissingPackage
 
 try:
     from avalanche.models import MultiTaskModule
     from avalanche.training.plugins import SupervisedPlugin
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to Avalanche needs the package 'avalanche', which is not installed or lacks one of its own "
         "requirements: pip install avalanche-lib",
         name=error.name,

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from laplace_kf.errors import NonFinite
+from laplace_kf.errors import MissingPackage, NonFinite
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
 
 try:
     import optuna
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to Optuna needs the package 'optuna', which is not installed: pip install optuna", name=error.name
     ) from error
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.bridges.after_training import AfterTraining
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, MissingPackage
 from laplace_kf.likelihoods import Bernoulli, Categorical, Likelihood
 from laplace_kf.posterior import LaplacePosterior
 
 try:
     from torch_uncertainty.post_processing import PostProcessing
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to torch-uncertainty needs the package 'torch_uncertainty', which is not installed or lacks one of "
         "its own requirements: pip install torch-uncertainty",
         name=error.name,
