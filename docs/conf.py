@@ -86,7 +86,7 @@ NAVIGATION: dict[str, list[str]] = {
         "reference/operators",
         "reference/extending",
     ],
-    "Project": ["architecture", "contributing", "releasing", "mutants", "changelog"],
+    "Project": ["architecture", "contributing", "releasing", "suites", "versions", "mutants", "changelog"],
 }
 """Captions and pages of the side bar, in order; tests/test_site.py checks that every page is in it."""
 

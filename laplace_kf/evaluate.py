@@ -72,7 +72,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if "x" not in kept:
         raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")
     if len({value.shape[:1] for value in kept.values()}) > 1 or not kept["x"].dim():
-        raise ShapeMismatch(f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length")
+        raise ShapeMismatch(
+            f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length; they must have a "
+            "row for every example"
+        )
     return kept
 
 
@@ -119,7 +122,7 @@ def network(name: str) -> nn.Module:
         raise UnknownName(f"function of {module}", function, names)
     made = getattr(found, function)()
     if not isinstance(made, nn.Module):
-        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}, not a torch.nn.Module")
+        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}; it must be a torch.nn.Module")
     return made
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ __all__ = [
     "require_room", "usable_path", "write",
 ]  # fmt: skip
 
+log = logging.getLogger(__name__)
 POSTERIOR = "laplace_kf posterior"
 MIXTURE = "laplace_kf mixture"
 ATTRIBUTION = "laplace_kf attribution scores"
@@ -165,6 +167,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
                 os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
             os.replace(partial, target)
             _to_disk(target.parent)
+            log.info("wrote the %s %s", kind, target)
         except SafetensorError as error:
             raise OSError(str(error)) from error
         finally:
@@ -215,6 +218,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if _checksum(tensors, header) != metadata.get("sha256"):
             raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
         loaded: dict[str, Any] = json.loads(header)
+        log.info("read the %s %s", kind, path)
         return tensors, loaded
     except CorruptFile:
         raise

@@ -7,6 +7,7 @@ no tape can see into.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
@@ -31,6 +32,7 @@ __all__ = [
     "as_called",
     "autocasting",
     "coarsest",
+    "copied",
     "evaluating",
     "lasting",
     "memory_bytes",
@@ -129,6 +131,7 @@ def parameters_of(
 
     Raises:
         ShapeMismatch: if it does not have one, or in another shape (a layer was replaced); names it.
+        UnsupportedLayer: if one holds no numbers any more.
     """
     named = named_parameters(model)
     wrong = [
@@ -144,7 +147,11 @@ def parameters_of(
             "another architecture. Put the layer back, or fit a new posterior (make a new optimiser) for the model as "
             "it is now"
         )
-    return {name: named[name] for name in names}
+    found = {name: named[name] for name in names}
+    for name, parameter in found.items():
+        if parameter.is_meta:  # its numbers went away since
+            _refuse_parameter(name, parameter)
+    return found
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -201,6 +208,22 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
             f"{where} has type {parameter.dtype}, which is for storage only; convert the model "
             "(model.to(torch.bfloat16)), or freeze it"
         )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a module and its parameters.
+
+    Raises:
+        UnsupportedLayer: if it cannot be copied; names what is known to stand in the way.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError, copy.Error) as error:
+        raise UnsupportedLayer(
+            f"{type(model).__name__} cannot be copied ({error}); after torch's pruning or its old weight_norm make the "
+            "weights parameters again first: torch.nn.utils.prune.remove(module, 'weight'), "
+            "torch.nn.utils.remove_weight_norm(module)"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------- settings

@@ -66,7 +66,7 @@ class LaplaceModel:
         how = getattr(self.loss, "reduction", "mean")
         if how != "mean":
             raise IncompatiblePair(
-                f"the loss has reduction={how!r}, and the penalty is scaled for a mean over examples"
+                f"the loss has reduction={how!r}, and the penalty is scaled for a mean over examples: set it to 'mean'"
             )
         if self.learner is None:
             self.learner = METHODS[self.args.method](

@@ -209,7 +209,8 @@ class LiftedModel:
             zero = [name for name, value in self._precisions.items() if not float(value) > 0]
             if zero:
                 raise InvalidArgument(
-                    f"prior_precision of {', '.join(zero)} is 0: an improper prior cannot be drawn from"
+                    f"prior_precision of {', '.join(zero)} is 0: an improper prior cannot be drawn from, "
+                    "give a positive one"
                 )
         self._names, self._layout = list(names), layout
         self._named = {name: named[name] for name in names}

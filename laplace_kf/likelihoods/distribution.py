@@ -252,7 +252,8 @@ class FromDistribution(Likelihood):
             return (*scalar_shape(shape), *rest)
         if len(rest) > 1:
             raise ShapeMismatch(
-                f"FromDistribution: a target of shape {tuple(rest)} per pixel has no place in outputs {tuple(shape)}."
+                f"FromDistribution: a target of shape {tuple(rest)} per pixel has no place in outputs "
+                f"{tuple(shape)}; give one target for every position."
             )
         return (shape[0], *rest, *shape[2:])
 
@@ -320,7 +321,7 @@ class FromDistribution(Likelihood):
         if known_true((hits.any(1) & ~hits.all(1)).any()):
             raise InvalidTarget(
                 f"FromDistribution: some, but not all, target entries of a position equal ignore_index="
-                f"{self.ignore_index}; a position is left out as a whole."
+                f"{self.ignore_index}; a position must be left out as a whole."
             )
         keep = ~hits.any(1)
         with _private_seed(0, rows.device), torch.no_grad():

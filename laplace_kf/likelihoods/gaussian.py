@@ -112,8 +112,8 @@ class Gaussian(ElementwiseLikelihood):
         channels = shape[1] if len(shape) > 3 else shape[-1]
         if self.differs_by_output and len(_numbers(self.scale)) != channels:
             raise ShapeMismatch(
-                f"Gaussian: scale has one number for each of {len(_numbers(self.scale))} outputs, got outputs of shape "
-                f"{tuple(shape)} with {channels}."
+                f"Gaussian: scale must have one number for each output; it has "
+                f"{len(_numbers(self.scale))}, got outputs of shape {tuple(shape)} with {channels}."
             )
 
     def _sigma(self, z: Tensor, y: Tensor | None = None) -> Tensor:
@@ -127,7 +127,8 @@ class Gaussian(ElementwiseLikelihood):
             return super()._read(z, shape, targets)
         if len(targets) != 2 or not all(isinstance(t, Tensor) for t in targets):
             raise ShapeMismatch(
-                f"Gaussian: targets with known noise are a pair (y, scale) of tensors, got {type(targets).__name__} of "
+                "Gaussian: targets with known noise must be a pair (y, scale) of tensors, got "
+                f"{type(targets).__name__} of "
                 f"{[type(t).__name__ for t in targets]}."
             )
         y, keep = super()._read(z, shape, targets[0])

@@ -69,8 +69,9 @@ def mixed(
     same_outputs(parts)
     if len(parts) == 1:
         return parts[0]
-    like = next(value for name, value in parts[0].values.items() if name != "samples")
-    share = torch.tensor(weights, dtype=torch.float64, device=like.device)
+    own = parts[0].values  # empty for distributions without moments, whose density is all there is
+    like = next((value for name, value in own.items() if name != "samples"), None)
+    share = torch.tensor(weights, dtype=torch.float64, device=None if like is None else like.device)
     log_weights = (share / share.sum()).log()
     values = _moments(parts, log_weights.exp())
     if all("samples" in part.values for part in parts):
@@ -195,7 +196,7 @@ def _components(prediction: Prediction) -> tuple[Tensor, Distribution]:
         logits: Tensor = found.mixture_distribution.logits
         return logits - torch.logsumexp(logits, -1, keepdim=True), found.component_distribution
     batch = found.batch_shape
-    like = next(iter(prediction.values.values()))
+    like = next(iter(prediction.values.values()), torch.empty(()))
     return torch.zeros(*batch, 1, dtype=like.dtype, device=like.device), _widened(found, len(batch))
 
 

@@ -40,11 +40,18 @@ def standard_normal(shape: Sequence[int], like: Tensor, generator: torch.Generat
     return noise.to(device=like.device, dtype=like.dtype)
 
 
+SHOWN = 60  # letters of a label in a representation
+
+
 class Matrix(Members, ABC):
     """A symmetric operator of size ``P``; vectors are ``(P,)`` or ``(P, K)``."""
 
     called = "matrix"
     label: str = ""
+
+    def __repr__(self) -> str:
+        label = self.label if len(self.label) <= SHOWN else f"{self.label[:SHOWN]}..."
+        return f"{type(self).__name__}({self.size} x {self.size}{', ' if label else ''}{label})"
 
     @property
     @abstractmethod

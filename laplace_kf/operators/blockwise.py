@@ -141,7 +141,10 @@ class Blockwise(Matrix):
         entries: list[tuple[Block, Matrix]] = []
         for block, matrix in self.entries:
             if not isinstance(matrix, CurvatureBlock):
-                raise ShapeMismatch(f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block")
+                raise ShapeMismatch(
+                    f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block; only those can be "
+                    "taken apart"
+                )
             entries.append((block, make(matrix, prior_of(block, prior).to(matrix.device))))
         return Blockwise(self.layout, entries)
 

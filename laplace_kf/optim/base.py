@@ -246,7 +246,9 @@ class SecondOrder(torch.optim.Optimizer):
             self.tau = self.default_damping if self.tau is None else self.tau
         loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
-            raise NonFinite(f"the loss of the minibatch is {float(loss.detach())} before the step; nothing was changed")
+            raise NonFinite(
+                f"the loss of the minibatch is {float(loss.detach())} before the step: check it; nothing changed"
+            )
         weights = [self.named[name] for name in self.names]
         wanted: list[Any] = [*weights, *self._edges(observation)]
         grads = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
@@ -443,6 +445,9 @@ class SecondOrder(torch.optim.Optimizer):
         if not self._average:
             raise NotFitted("there is no average: construct with averaging=0.95 (or another limit) and take a step")
         return {name: value.clone() for name, value in self._average.items()}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}; {self.progress()})"
 
     def progress(self) -> str:
         """One line about the last step, as for ``tqdm``'s ``bar.set_postfix_str(opt.progress())``.

@@ -115,7 +115,9 @@ def _damped(statistics: Statistics, k: float, damping: Damping) -> Blockwise:
     entries: list[tuple[Block, Matrix]] = []
     for block, matrix in mean.entries:
         if not isinstance(matrix, CurvatureBlock):
-            raise IncompatiblePair(f"block {block.name!r} is a {type(matrix).__name__}, which cannot be damped")
+            raise IncompatiblePair(
+                f"block {block.name!r} is a {type(matrix).__name__}, which cannot be damped; keep it as a matrix"
+            )
         entries.append((block, damped_block(matrix, like.new_tensor(k), damping)))
     return Blockwise(mean.layout, entries)
 

@@ -154,7 +154,9 @@ class HessianFree(SecondOrder):
                 f"a trust region takes the place of the damping: leave out trust_radius or penalty={self.penalty!r}"
             )
         if self.recipe.held_out and given.curvature_fraction == 1:
-            raise IncompatiblePair("this recipe chooses on data outside the curvature part: curvature_fraction < 1")
+            raise IncompatiblePair(
+                "this recipe chooses on data outside the curvature part: take curvature_fraction < 1"
+            )
         self.structural, self.distance = given.structural_damping or 0.0, DISTANCES[given.distance]
         if self.structural:
             self.objective.hidden = _hidden_modules(self.model, given.hidden)

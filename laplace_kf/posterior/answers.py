@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +24,6 @@ from laplace_kf.posterior.calibration import Calibration
 from laplace_kf.posterior.evidence import Evidence, EvidenceModel
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jobs import Jobs
-from laplace_kf.posterior.planning import Plan, planned
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.summary import Summary, summary_of
@@ -419,7 +417,7 @@ class Answers(Jobs, Shorthands):
         """
         self._fitted("functional_covariance")
         if diagonal_only and joint:
-            raise InvalidArgument("diagonal_only and joint exclude each other")
+            raise InvalidArgument("diagonal_only and joint exclude each other; pass one of them")
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")
@@ -427,52 +425,6 @@ class Answers(Jobs, Shorthands):
             if diagonal_only:
                 return network.variance(self.precision)
             return network.covariance(self.precision, joint=joint)
-
-    # -- before it starts ----------------------------------------------------------------------------------------------
-
-    @typed
-    def plan(
-        self,
-        data: Iterable[Any] | tuple[Any, Tensor],
-        y: Any = None,
-        *,
-        budget: float | None = 10.0,
-        method: str = "auto",
-        samples: int = 100,
-        minibatches: float | None = None,
-        processes: int = 1,
-        bandwidth: float = 1e9,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> Plan:
-        """What a fit, a tuning run and a prediction of these data will take: seconds, memory and traffic of each.
-
-        One minibatch is tried for real, on a copy (:mod:`laplace_kf.posterior.planning`); eigendecompositions are not.
-
-        Args:
-            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``. Their first minibatch is
-                read; random states, and those of the loader, are afterwards what they were.
-            y: targets ``(N, ...)``, where the first argument is the inputs alone.
-            budget: of :meth:`tune`, in training epochs.
-            method, samples: of :meth:`predict`.
-            minibatches: how many there are, of data that do not know it.
-            processes: of a ``process_group`` that share the data; ``data`` is the share of one of them.
-            bandwidth: bytes a second between them.
-            clock: what seconds are read from; ``time.process_time`` counts those of all threads.
-
-        Returns:
-            A plan with ``fit``, ``tune``, ``predict`` and ``decompositions``, each with ``seconds``, ``bytes`` and
-            ``traffic``; prints as a few lines.
-
-        Raises:
-            ShapeMismatch: for empty data, a generator (whose first minibatch would be gone), or targets that do not
-                fit the outputs.
-            ValueError: if the number of minibatches is not known, or an argument is not positive.
-            IncompatiblePair: as :meth:`fit` does, for what cannot fit into the memory.
-        """
-        return planned(
-            self, data, y, budget=budget, method=method, samples=samples, minibatches=minibatches,
-            processes=processes, bandwidth=bandwidth, clock=clock,
-        )  # fmt: skip
 
     # -- how strange an input is ---------------------------------------------------------------------------------------
 

@@ -1,9 +1,10 @@
-"""What a fitted posterior is asked for by other jobs than predicting: conditioning, derivatives, export."""
+"""What a posterior is asked for by other jobs than predicting: plans, conditioning, derivatives, export."""
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from laplace_kf.posterior.conditioning import Conditional, Constraints, conditio
 from laplace_kf.posterior.derivatives import Derivatives, Operator, derivatives
 from laplace_kf.posterior.exporting import exported
 from laplace_kf.posterior.fitted import Fitted
+from laplace_kf.posterior.planning import Plan, planned
 from laplace_kf.predictive.asked import asked
 from laplace_kf.replica import stage
 
@@ -122,3 +124,47 @@ class Jobs(ABC):
         with stage(fitted.model, fitted.forward) as (model, forward):
             x = asked(model, forward, x)
             return exported(model, forward, fitted.mean_by_name(), self.precision, x, dynamic)
+
+    @typed
+    def plan(
+        self,
+        data: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
+        *,
+        budget: float | None = 10.0,
+        method: str = "auto",
+        samples: int = 100,
+        minibatches: float | None = None,
+        processes: int = 1,
+        bandwidth: float = 1e9,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> Plan:
+        """What a fit, a tuning run and a prediction of these data will take: seconds, memory and traffic of each.
+
+        One minibatch is tried for real, on a copy (:mod:`laplace_kf.posterior.planning`); eigendecompositions are not.
+
+        Args:
+            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``. Their first minibatch is
+                read; random states, and those of the loader, are afterwards what they were.
+            y: targets ``(N, ...)``, where the first argument is the inputs alone.
+            budget: of :meth:`tune`, in training epochs.
+            method, samples: of :meth:`predict`.
+            minibatches: how many there are, of data that do not know it.
+            processes: of a ``process_group`` that share the data; ``data`` is the share of one of them.
+            bandwidth: bytes a second between them.
+            clock: what seconds are read from; ``time.process_time`` counts those of all threads.
+
+        Returns:
+            A plan with ``fit``, ``tune``, ``predict`` and ``decompositions``, each with ``seconds``, ``bytes`` and
+            ``traffic``; prints as a few lines.
+
+        Raises:
+            ShapeMismatch: for empty data, a generator (whose first minibatch would be gone), or targets that do not
+                fit the outputs.
+            ValueError: if the number of minibatches is not known, or an argument is not positive.
+            IncompatiblePair: as :meth:`fit` does, for what cannot fit into the memory.
+        """
+        return planned(
+            self, data, y, budget=budget, method=method, samples=samples, minibatches=minibatches,
+            processes=processes, bandwidth=bandwidth, clock=clock,
+        )  # fmt: skip

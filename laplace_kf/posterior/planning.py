@@ -4,7 +4,8 @@ One minibatch is fitted and predicted for real, on a copy; everything else follo
 
 * a fit takes what the first minibatch takes beyond the others (reading how the network is built), and the time of one
   for each; of very many columns (an exact fit of thousands of outputs) only the first are sent back, and the rest is
-  extrapolated. Memory does not grow with the number of minibatches;
+  extrapolated. Memory is that of the tensors (on a CPU some 30 % more is resident) and does not grow with the number of
+  minibatches;
 * eigendecompositions are not made for a plan. Their sides are known from the factors, and what a side takes is measured
   once in a process (:mod:`laplace_kf.rates`). In their place the copy gets unit matrices as bases, which are as dear to
   multiply with;
@@ -53,6 +54,7 @@ PATIENCE = 2.0  # seconds that columns of one minibatch, or predictions of some 
 STEADY = 0.25  # seconds of minibatches after which their median is taken
 MOST = 24  # minibatches for that
 SEARCH = 3.0  # seconds that a search takes beside products
+RESIDENT = 1.3  # resident bytes over those of tensors on a CPU: workspaces of products, what the allocator keeps
 SPENT = (
     0.66  # of the seconds of a budget: not all of it is used, and what is not a product is counted dearer than it is
 )
@@ -149,14 +151,15 @@ def planned(
     share = (processes - 1) / processes
     sent = 2 * share * sums, share * bases  # all-reduce in rings; every basis goes from its owner to all others
     seconds = fixed + stages * count + reading * count * max(1, probe.passes)
-    fitting = Stage(seconds + sent[0] / bandwidth, fit, sent[0])
+    resident = RESIDENT if probe.device.type == "cpu" else 1.0
+    fitting = Stage(seconds + sent[0] / bandwidth, resident * fit, sent[0])
     decomposed = Stage(decomposing / processes + sent[1] / bandwidth, probe.decomposed_bytes, sent[1])
     searched = _search_seconds(budget, count, probe)
     return Plan(
         fit=fitting,
         decompositions=decomposed,
-        tune=Stage(decomposed.seconds + searched + reading * count, probe.tuning_bytes),
-        predict=Stage(decomposed.seconds + first + (each + reading) * count, probe.predicted_bytes),
+        tune=Stage(decomposed.seconds + searched + reading * count, resident * probe.tuning_bytes),
+        predict=Stage(decomposed.seconds + first + (each + reading) * count, resident * probe.predicted_bytes),
         examples=rows * count,
         minibatches=count,
         columns=probe.estimator.columns,

@@ -66,7 +66,10 @@ class Search:
         """
         points = [point for point in self.scores if point != MAP]
         if all(math.isinf(self.value(point)) for point in points):
-            raise NonFinite(f"objective {self.name!r} is not finite at any of the {len(points)} points tried")
+            raise NonFinite(
+                f"objective {self.name!r} is not finite at any of the {len(points)} points tried; check the "
+                "validation data and the trained weights"
+            )
         return min(points, key=self.value)
 
     def champion(self, over_map: float, over_others: float) -> Point:

@@ -215,7 +215,10 @@ class Validation:
                 if limit is not None and seen >= limit:
                     break
         if not seen:
-            raise ShapeMismatch("the validation data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the validation data are empty: no batch was yielded; a generator that was read before is empty: "
+                "give a list or a DataLoader"
+            )
         return batches
 
     def _count_passes(self, whole: float, site: Site, outputs: Tensor) -> None:
@@ -263,7 +266,10 @@ class Validation:
                 model, forward, taken = inputs[-1]
                 outputs.append(outputs_at(model, forward, self.mean, taken))
         if not sum(len(found) for found in outputs):
-            raise ShapeMismatch("the out-of-distribution data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the out-of-distribution data are empty: no batch was yielded; a generator that was read before is "
+                "empty: give a list or a DataLoader"
+            )
         return inputs, outputs
 
     def scorer(self, method: str, examples: float = math.inf) -> Scorer:

@@ -85,7 +85,10 @@ def evaluate(
     with preserved(posterior.model):  # loaders draw random numbers
         batches = list(_batches(inside))
         if not batches:
-            raise ShapeMismatch("the in-distribution data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the in-distribution data are empty: no batch was yielded; a generator that was read before is "
+                "empty: give a list or a DataLoader"
+            )
         chosen, left_out = _usable(posterior, batches[0], kinds, layers, samples)
         near = _inside(posterior, batches, chosen, layers, samples, seed, labelled=not isinstance(inside, Tensor))
         far = {name: _scores(posterior, data, chosen, layers, samples, seed) for name, data in outside.items()}
@@ -163,7 +166,10 @@ def _scores(
             score = posterior.ood_score(inputs, kind, layers=layers, samples=samples, generator=generator)
             parts[kind].append(score.double().cpu())
     if not any(parts.values()):
-        raise ShapeMismatch("out-of-distribution data are empty: no batch was yielded")
+        raise ShapeMismatch(
+            "out-of-distribution data are empty: no batch was yielded; a generator that was read before is empty: "
+            "give a list or a DataLoader"
+        )
     return {kind: torch.cat(found) for kind, found in parts.items()}
 
 

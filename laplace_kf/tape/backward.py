@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from laplace_kf.errors import LaplaceKFError, UnsupportedLayer
 
-__all__ = ["AT_ONCE", "SMALL", "backward", "large", "significant"]
+__all__ = ["AT_ONCE", "SMALL", "backward", "large", "origin", "significant"]
 
 SMALL = 2**17  # entries of a gradient, on average, up to which columns go back together
 AT_ONCE = 4  # columns below which one after another is as fast
@@ -84,7 +85,7 @@ def _together(outputs: Tensor, edges: Sequence[Any], columns: Tensor) -> list[Te
 
 
 def significant(columns: Tensor) -> Tensor:
-    """Columns without the entries whose squares would be denormal numbers.
+    """Columns ``(V, N, ...)`` without the entries whose squares would be denormal numbers.
 
     A confident classifier has class probabilities of 1e-30; their columns carry no curvature in any floating type,
     but arithmetic on denormal numbers is many times slower.
@@ -94,3 +95,19 @@ def significant(columns: Tensor) -> Tensor:
     size = columns.abs()
     limit = size.max() * torch.finfo(columns.dtype).tiny ** (1 / 3)
     return torch.where(size < limit, torch.zeros((), dtype=columns.dtype, device=columns.device), columns)
+
+
+_CASTS = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0", "ViewBackward0")  # the identity, up to rounding
+
+
+def origin(outputs: Tensor) -> tuple[Any, int]:
+    """The autograd node and output number that made the outputs ``(N, ...)``; casts, copies and views left out.
+
+    A view keeps the order of the entries; :meth:`Observation._has_layout` looks at the shapes.
+    """
+    edge = get_gradient_edge(outputs)
+    node: Any = edge.node
+    number = edge.output_nr
+    while node.name() in _CASTS:
+        node, number = node.next_functions[0]
+    return node, number

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.ragged import Ragged
-from laplace_kf.tape.backward import backward, large, significant
+from laplace_kf.tape.backward import backward, large, origin, significant
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.examples import ExampleGradients
@@ -195,7 +195,7 @@ class Observation:
         """Inputs ``(N, T, R, I)``, without columns, of the blocks whose layer's output is the network's output."""
         if not self.outputs.requires_grad:
             return {}
-        node, number = _origin(self.whole)
+        node, number = origin(self.whole)
         found: dict[str, OuterSignals] = {}
         for name, members in self._by_block().items():
             block, call = self.tracer.blocks[name], members[0]
@@ -482,22 +482,6 @@ def _marked(signal: MatrixSignals, reach: Sequence[Tensor | None] | None, exampl
     if isinstance(signal, LookupSignals):
         return dataclasses.replace(signal, tokens=torch.where(counted.to(signal.tokens.device), signal.tokens, -1))
     return dataclasses.replace(signal, counted=counted.to(signal.a.device))
-
-
-_CASTS = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0", "ViewBackward0")  # the identity, up to rounding
-
-
-def _origin(outputs: Tensor) -> tuple[Any, int]:
-    """The autograd node and output number that made the outputs ``(N, ...)``; casts, copies and views left out.
-
-    A view keeps the order of the entries; :meth:`Observation._has_layout` looks at the shapes.
-    """
-    edge = get_gradient_edge(outputs)
-    node: Any = edge.node
-    number = edge.output_nr
-    while node.name() in _CASTS:
-        node, number = node.next_functions[0]
-    return node, number
 
 
 def _flatten_output(grads: Tensor, leading: int) -> Tensor:

@@ -39,7 +39,10 @@ def select(
     named = named_parameters(model) if named is None else named
     trainable = [name for name, p in named.items() if p.requires_grad]
     if not named:
-        raise UnsupportedLayer(f"{type(model).__name__} has no parameters")
+        raise UnsupportedLayer(
+            f"{type(model).__name__} has no parameters; there is nothing that a posterior could be over, give a "
+            "network that has some"
+        )
     if not trainable:
         raise UnsupportedLayer(
             f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True) or set "

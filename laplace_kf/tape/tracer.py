@@ -414,7 +414,9 @@ def _check_outputs(outputs: Tensor, index: int) -> None:
             "with DataLoader(dataset, batch_size=64)"
         )
     if not len(outputs):
-        raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(outputs.shape)})")
+        raise ShapeMismatch(
+            f"batch {index} has no examples (outputs {tuple(outputs.shape)}); leave empty minibatches out"
+        )
     if not all_finite(outputs.detach()):
         raise NonFinite(
             f"batch {index}: the model's outputs {tuple(outputs.shape)} have NaN or infinite entries; check the "

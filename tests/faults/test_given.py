@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import laplace_kf as lk
 from tests.cases import labels, normal, rng
@@ -110,3 +111,33 @@ def test_a_network_that_torch_cannot_differentiate_is_named() -> None:
     for structure in ("kron", "diag"):
         with pytest.raises(lk.errors.UnsupportedLayer, match=r"inplace operation.*h = h \+ f\(h\)"):
             lk.LaplacePosterior(Overwrites().double(), "categorical", structure).fit(X, Y)
+
+
+def test_densities_without_moments_are_mixed_and_joined() -> None:
+    """A Cauchy prediction has neither mean nor variance; its density is all there is."""
+    likelihood = lk.likelihoods.FromDistribution(lambda f: torch.distributions.Cauchy(f, 1.0))
+    x, y = normal(5, 4), normal(5, 1)
+    members = [lk.LaplacePosterior(make(1), likelihood, prior_precision=p).fit((x, y)) for p in (1.0, 4.0)]
+    found = lk.Mixture(members).predict(x, method="mc", samples=7, generator=rng(0))
+    close(lk.Mixture(members).predict(x, method="map").log_prob(y), members[0].predict(x, method="map").log_prob(y))
+    assert found.log_prob(y).shape == (5,) and bool(found.log_prob(y).isfinite().all())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 2)
+    whole = members[0].predict(x, method="map").log_prob(y)
+    close(members[0].predict(loader, method="map").log_prob(y), whole)
+
+
+def test_weights_that_went_away_after_the_fit_are_named() -> None:
+    posterior = lk.LaplacePosterior(make(), "categorical").fit(X, Y)
+    posterior.model.to("meta")
+    for call in (lambda: posterior.predict(X), lambda: posterior.functional_covariance(X), lambda: posterior.mean):
+        with pytest.raises(lk.errors.UnsupportedLayer, match=r"'0.weight'.*meta device"):
+            call()
+
+
+def test_a_model_that_cannot_be_copied_is_named() -> None:
+    posterior = lk.LaplacePosterior(make(), "categorical", parameters=["2.*"]).fit(X, Y)
+    prune.l1_unstructured(posterior.model[0], "weight", 0.5)  # type: ignore[index]
+    posterior.predict(X)
+    posterior.model(X)
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"cannot be copied.*prune.remove"):
+        lk.pruning.prune(posterior, sparsity=0.5)

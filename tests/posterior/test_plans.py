@@ -129,7 +129,8 @@ def test_traffic_of_several_processes(quick: None) -> None:
     assert four.decompositions.traffic == pytest.approx(3 / 4 * 4 * (5 * 5 + 6 * 6 + 7 * 7 + 3 * 3))
 
 
-def test_memory_is_that_of_the_tensors(quick: None) -> None:
+def test_memory_is_that_of_the_tensors(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "RESIDENT", 1.0)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
     x, y = data()
