@@ -150,7 +150,8 @@ def table() -> str:
         "operator, a number, a condition, a call left out), against the tests that reach the changed line. The sample",
         "is drawn once, from all mutants of these folders in turn. In this run a mutant met one in ten of the",
         "parameters of each test that reaches it, for eight seconds of processor time (`--thin 10 --reaching 8",
-        "--beside 0`), and those outside of functions were left out (`--only inside`): the whole suite notices more.", "",
+        "--beside 0`), and those outside of functions were left out (`--only inside`): the whole suite notices more.",
+        "",
         "| folder | mutants there are | run | noticed | of these, hanging | survived | reached by no test |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
