@@ -60,15 +60,9 @@ mutate: $(VENV)/.installed-test ## One-line mutants against the tests next to th
 test-matrix: ## A quick part of the tests under the oldest and newest Python and torch (ARGS="3.10" to choose)
 	$(PYTHON) tests/packaging/matrix.py $(ARGS)
 
-# The wheel is installed with the torch of .venv into a fresh environment, and run from outside of the checkout.
-dist: $(VENV)/.installed-experiments ## Build sdist and wheel, install the wheel afresh, run the example and the demo
-	rm -rf dist build .venvs/dist
-	$(BIN)/python -m pip install --quiet build
-	$(BIN)/python -m build --outdir dist .
-	$(BIN)/python -m venv .venvs/dist
-	.venvs/dist/bin/python -m pip install --quiet --constraint $(VENV)/constraints.txt "$$(ls dist/*.whl)[experiments]"
-	cp tests/packaging/installed.py .venvs/dist/installed.py
-	cd .venvs/dist && bin/python -I installed.py
+# Apart from .venv: the wheel goes into a new environment that has torch alone, and is run from an empty folder.
+dist: ## Build sdist and wheel, install the wheel next to torch alone, run the example and the demo
+	$(PYTHON) tests/packaging/dist.py $(TORCH)
 
 bench: $(VENV)/.installed-bench ## Side-by-side benchmarks against peers
 	$(BIN)/python -m benchmarks $(ARGS)

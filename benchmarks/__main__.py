@@ -11,7 +11,10 @@ from benchmarks.timing import RESULTS, save
 
 NAMES = (
     "attribution",
+    "attribution_peers",
     "auto_estimator",
+    "bayesian_optimisation",
+    "cells",
     "distributed",
     "fit_cost",
     "growth",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from laplace_kf.reports import machine, versions
 
-__all__ = ["RESULTS", "epoch", "in_turn", "save"]
+__all__ = ["RESULTS", "epoch", "in_turn", "kept", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -53,6 +53,19 @@ def ratios(seconds: Mapping[str, list[float]], unit: str) -> dict[str, dict[str,
             "seconds": statistics.median(values),
         }
     return out
+
+
+def kept(path: Path, key: str, make: Callable[[], Any]) -> Any:
+    """What ``make`` gives, made once: a line of ``path`` with this key has it from then on (JSON values)."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    found = [value for name, value in lines if name == key]
+    if found:
+        return found[-1]
+    value = json.loads(json.dumps(make()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps([key, value]) + "\n")
+    return value
 
 
 def save(name: str, result: Mapping[str, Any], out: Path) -> Path:

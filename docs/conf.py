@@ -29,6 +29,16 @@ NAVIGATION: dict[str, list[str]] = {
         "tutorials/bayesian_optimisation",
         "tutorials/large_models",
     ],
+    "With other libraries": [
+        "bridges",
+        "tutorials/adapters/avalanche",
+        "tutorials/adapters/botorch",
+        "tutorials/adapters/lightning",
+        "tutorials/adapters/optuna",
+        "tutorials/adapters/scikit_learn",
+        "tutorials/adapters/torch_uncertainty",
+        "tutorials/adapters/transformers",
+    ],
     "In depth": [
         "batches",
         "likelihoods",
@@ -41,7 +51,6 @@ NAVIGATION: dict[str, list[str]] = {
         "conditioning",
         "export",
         "graphs",
-        "bridges",
         "diagnostics",
         "models",
         "migrating",
@@ -77,7 +86,7 @@ NAVIGATION: dict[str, list[str]] = {
         "reference/operators",
         "reference/extending",
     ],
-    "Project": ["architecture", "contributing", "releasing", "mutants", "changelog"],
+    "Project": ["architecture", "contributing", "releasing", "suites", "versions", "mutants", "changelog"],
 }
 """Captions and pages of the side bar, in order; tests/test_site.py checks that every page is in it."""
 

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments import overview
+from experiments.job_tables import JOB_TABLES
 from experiments.registry import EXPERIMENTS
 from experiments.site_tables import SITE_TABLES
 from experiments.tables import ROOT, STREAMS
@@ -16,7 +17,7 @@ from experiments.verdicts import FOLDED
 
 __all__ = ["COLLECTED", "PAGES", "ROOT", "TABLES", "render", "report", "write"]
 
-TABLES = RESULT_TABLES | SITE_TABLES
+TABLES = RESULT_TABLES | SITE_TABLES | JOB_TABLES
 """Functions that make the tables, by name."""
 
 PAGES = {
@@ -34,7 +35,9 @@ PAGES = {
     ),
     "docs/toy_regression.md": ("toy_regression",),
     "docs/ood_pairs.md": ("ood_pairs",),
-    "docs/attribution.md": ("attribution", "attribution_cost"),
+    "docs/acquisition.md": ("labels",),
+    "docs/attribution.md": ("attribution", "attribution_peers", "attribution_cost"),
+    "docs/bridges.md": ("bayesian_optimisation",),
     "docs/conditioning.md": ("pruning",),
     "docs/uci.md": ("uci",),
     "docs/calibration.md": ("calibration",),
@@ -43,10 +46,11 @@ PAGES = {
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
     "docs/experiments.md": ("papers",),
-    "docs/optimizers.md": ("autoencoders", "first_order_grid", "optimizers"),
+    "docs/optimizers.md": ("autoencoders", "first_order_grid", "characters", "optimizers"),
     "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
     "docs/benchmarks.md": (
         "aims",
+        "cells",
         "peers",
         "fit_cost",
         "predictions",
@@ -91,6 +95,8 @@ COLLECTED = {
     "results/demo/entropy.png": "docs/pictures/demo.png",
     "results/attribution/result.json": "docs/results/attribution.json",
     "results/attribution/influential.png": "docs/pictures/attribution.png",
+    "results/characters/result.json": "docs/results/characters.json",
+    "results/labels/result.json": "docs/results/labels.json",
     "results/ood_pairs/result.json": "docs/results/ood_pairs.json",
     "results/uci/result.json": "docs/results/uci.json",
     "results/calibration/result.json": "docs/results/calibration.json",

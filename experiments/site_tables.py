@@ -146,7 +146,14 @@ def tuning() -> str:
     rows = [[f"`{name}`", f"{cost['epochs']:.1f}", f"{cost['counted']:.1f}", f"{cost['seconds']:.1f}"]
             for name, cost in result["costs"].items()]  # fmt: skip
     head = ["`method=`", "training epochs, measured", "by its own count (budget: 10)", "s"]
-    return f"{result['workload']}. {_on(result)}. `python -m benchmarks tuning`\n\n" + _table(head, rows)
+    text = f"{result['workload']}. {_on(result)}. `python -m benchmarks tuning`"
+    if found := result.get("transformer"):
+        whole, last = found["all"], found["last_layer"]
+        text += (
+            f". A ViT-tiny of four blocks, 100 images: {whole['epochs']:.1f} training epochs; its last layer alone: "
+            f"{last['passes_counted']:.0f} forward passes of the network, {last['passes']:.1f} by processor time"
+        )
+    return f"{text}\n\n" + _table(head, rows)
 
 
 # -- benchmarks --------------------------------------------------------------------------------------------------------
@@ -205,6 +212,44 @@ def peers() -> str:
     return f"{text}\n\n" + _table(["job", "beside", "laplace_kf", "the other", "laplace_kf is"], rows)
 
 
+LIMIT = 1.15  # times the hand-written cost
+
+
+def cells() -> str:
+    """Fits and steps beside hand-written code and other libraries, cell by cell; whatever is behind is marked."""
+    result = _benchmark("cells")
+    others = ("curvlinops", "BackPACK", "nngeometry", "asdl")
+    rows, notes = [], []
+    for name, cell in result["cells"].items():
+        if "costs" not in cell:
+            continue
+        costs, ours = cell["costs"], cell["costs"]["laplace_kf"]
+        marks = [peer for peer in others if costs.get(peer, float("inf")) < ours]
+        behind = ours > LIMIT * costs["by hand"]
+        verdict = ", ".join([f"**behind {peer}**" for peer in marks] + (["**beyond the bound**"] if behind else []))
+        rows.append([name, f"{ours:.2f}", f"{costs['by hand']:.2f}",
+                     *(f"{costs[peer]:.2f}" if peer in costs else "" for peer in others), verdict])  # fmt: skip
+        alike = costs.get("laplace_kf, as the others")
+        if alike is not None:
+            rows.append([f"{name}, without momentum, step length and adaptation", f"{alike:.2f}",
+                         f"{costs['by hand']:.2f}", "", "", "",
+                         f"{costs['asdl']:.2f}" if "asdl" in costs else "", ""])  # fmt: skip
+        if verdict:
+            notes.append(f"* *{name}*: {result['reasons'].get(name, 'no reason is known')}.")
+        notes += [f"* *{name}*, {peer} is not measured: {why}" for peer, why in cell.get("missing", {}).items()]
+    small = result["cells"].get("tiny, small jobs", {}).get("milliseconds", {})
+    text = (
+        f"{result['workload']}. {_on(result)}. Unit: {result['unit']}. Beyond the bound: more than "
+        f"{LIMIT} times the hand-written cost. `python -m benchmarks cells`"
+    )
+    parts = [text, _table(["cell", "laplace_kf", "by hand", *others, ""], rows), "\n".join(notes)]
+    if small:
+        parts.append("1-7-7-1 on 20 points, milliseconds:")
+        parts.append(_table(["job", "ms"], [[name, f"{value:.1f}"] for name, value in small.items()]))
+        parts.append(f"* *small jobs*: {result['reasons']['tiny, small jobs']}.")
+    return "\n\n".join(part for part in parts if part)
+
+
 def per_example() -> str:
     """Diagonal curvature of weights that no rule covers."""
     result = _benchmark("per_example")
@@ -258,6 +303,7 @@ SITE_TABLES: dict[str, Callable[[], str]] = {
     "tuning": tuning,
     "aims": aims,
     "peers": peers,
+    "cells": cells,
     "per_example": per_example,
     "quality": quality,
     "migrating": migrating,

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import laplace_kf as lk
-from experiments.attribution import report as attribution_report
 from experiments.autoencoders import report as autoencoders_report
 from experiments.calibration import report
 from experiments.recurrent import report as recurrent_report
 from experiments.verdicts import VIEWS, counts, entries
 
-__all__ = ["ROOT", "STREAMS", "TABLES"]
+__all__ = ["ROOT", "STREAMS", "TABLES", "load", "machine_of", "markdown", "quoted"]
 
 ROOT = Path(__file__).parent.parent
 
 
-def _load(path: str) -> dict[str, Any] | None:
+def load(path: str) -> dict[str, Any] | None:
     file = ROOT / path
     if not file.is_file():
         return None
@@ -29,19 +28,19 @@ def _load(path: str) -> dict[str, Any] | None:
     return loaded
 
 
-def _markdown(head: list[str], rows: list[list[str]]) -> str:
+def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
-def _machine(result: dict[str, Any]) -> str:
+def machine_of(result: dict[str, Any]) -> str:
     machine, versions = result["machine"], result["versions"]
     return f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
 
 
 def ood_mnist() -> str:
     """Methods and verdicts of E20."""
-    result = _load("docs/results/ood_mnist.json")
+    result = load("docs/results/ood_mnist.json")
     if result is None:
         return "*Not run yet.*"
     config = result["config"]
@@ -56,10 +55,10 @@ def ood_mnist() -> str:
         rows.append(cells)
     head = (
         f"784-{config['hidden']}-{config['hidden']}-10, {config['epochs']} epochs on binarised MNIST, mean ± standard "
-        f"deviation over {config['repeats']} seeds (first {result['seed']}); {_machine(result)}, "
+        f"deviation over {config['repeats']} seeds (first {result['seed']}); {machine_of(result)}, "
         f"{result['wall_time_s'] / 60:.0f} minutes. `python -m experiments run ood_mnist`"
     )
-    return "\n\n".join([head, _markdown(["method", *columns], rows), _verdicts(result)])
+    return "\n\n".join([head, markdown(["method", *columns], rows), _verdicts(result)])
 
 
 def _verdicts(result: dict[str, Any]) -> str:
@@ -72,74 +71,29 @@ def _verdicts(result: dict[str, Any]) -> str:
 
 def ood_pairs() -> str:
     """AUROC of every score on pairs of image sets, and the verdicts."""
-    return _quoted("ood_pairs")
+    return quoted("ood_pairs")
 
 
 def uci() -> str:
     """Test log likelihoods and conformal intervals on regression tables, and the verdicts."""
-    return _quoted("uci")
+    return quoted("uci")
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     """The tables that an experiment left in its result."""
-    result = _load(f"docs/results/{name}.json")
+    result = load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
-    parts = [f"{result['summary']} {_machine(result)}. `python -m experiments run {name}`"]
+    parts = [f"{result['summary']} {machine_of(result)}. `python -m experiments run {name}`"]
     for table in result["tables"]:
-        parts += [_markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
-    missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
+        parts += [markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
+    missing = [f"Not run: {', '.join(result['not_run'])}."] if result.get("not_run") else []
     return "\n\n".join([*parts, *missing])
-
-
-def attribution() -> str:
-    """Datamodelling scores, wrong labels found, and aims."""
-    result = _load("docs/results/attribution.json")
-    if result is None:
-        return "*Not run yet.*"
-    config = result["config"]
-    parts = [
-        f"784-128-64-10 on halves of {config['train']} digits; {config['subsets']} networks of the truth, trained for "
-        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g}; {_machine(result)}. "
-        "`python -m experiments run attribution`"
-    ]
-    for head, rows in (attribution_report.score_rows(result), attribution_report.wrong_rows(result)):
-        parts.append(_markdown(head, rows))
-    table = attribution_report.targets_table(result["verdicts"])
-    return "\n\n".join([*parts, _markdown(list(table.columns), [list(row) for row in table.rows])])
-
-
-def attribution_cost() -> str:
-    """Scores of 5,000 x 500 pairs in training epochs."""
-    result = _load("benchmarks/results/attribution.json")
-    if result is None:
-        return "*Not run yet.*"
-    rows = [[name, f"{cost['ratio']:.1f}", f"{cost['seconds']:.2f}"] for name, cost in result["costs"].items()]
-    met = [f"{claim}: {'met' if held else 'missed'}" for claim, held in result["met"].items()]
-    head = f"{result['workload']}; {_machine(result)}. {'; '.join(met)}. `python -m benchmarks attribution`"
-    return f"{head}\n\n" + _markdown(["job", "epochs", "s"], rows)
-
-
-def pruning() -> str:
-    """Accuracies after pruning by conditioning and by magnitude, averaged over the networks of a kind."""
-    result = _load("benchmarks/results/pruning.json")
-    if result is None:
-        return "*Not run yet.*"
-    rows = []
-    for kind, found in result["networks"].items():
-        for share in found[0]["pruned"]:
-            cut = [[one["pruned"][share][way] for one in found] for way in ("posterior", "magnitude")]
-            dense = statistics.fmean(one["dense"] for one in found)
-            means = [f"{statistics.fmean(one):.1f} (lowest {min(one):.1f})" for one in cut]
-            rows.append([kind, str(len(found)), f"{dense:.1f}", f"{float(share):.0%}", *means])
-    met = [f"{claim}: {'met' if held else 'missed'}" for claim, held in result["met"].items()]
-    head = f"{result['workload']}; {_machine(result)}. {'; '.join(met)}. `python -m benchmarks pruning`"
-    return f"{head}\n\n" + _markdown(["network", "seeds", "dense", "pruned", "by conditioning", "by magnitude"], rows)
 
 
 def calibration() -> str:
     """Differences in test NLL to MAP, set by set, and how many sets each verdict holds on."""
-    result = _load("docs/results/calibration.json")
+    result = load("docs/results/calibration.json")
     if result is None:
         return "*Not run yet.*"
     config, metrics = result["config"], result["metrics"]
@@ -147,7 +101,7 @@ def calibration() -> str:
     head, rows = report.difference_rows(means, result["comparisons"])
     text = (
         f"One hidden layer of {config['hidden']} units, {config['splits']} splits, {config['val_share']:.0%} of the "
-        f"training rows (at most {config['val_most']}) held out for every method's settings; {_machine(result)}. "
+        f"training rows (at most {config['val_most']}) held out for every method's settings; {machine_of(result)}. "
         "`python -m experiments run calibration`"
     )
     verdicts = [
@@ -157,12 +111,12 @@ def calibration() -> str:
         for v in result["verdicts"]
     ]
     missing = [f"Not run: {', '.join(result['not_run'])}."] if result["not_run"] else []
-    return "\n\n".join([text, _markdown(head, rows), "\n".join(verdicts), *missing])
+    return "\n\n".join([text, markdown(head, rows), "\n".join(verdicts), *missing])
 
 
 def calibration_short() -> str:
     """On how many sets every method is better, not worse or worse than MAP."""
-    result = _load("docs/results/calibration.json")
+    result = load("docs/results/calibration.json")
     if result is None:
         return "*Not run yet.*"
     rows = []
@@ -173,12 +127,12 @@ def calibration_short() -> str:
         counts = [sum(each["verdict"] == kind for each in found) for kind in ("better", "not worse", "worse")]
         lower = sum(each["mean"] < 0 for each in found)
         rows.append([method, *map(str, counts), f"{lower} of {len(found)}"])
-    return _markdown(["test NLL against MAP's", "sets: better", "not worse", "worse", "mean is lower"], rows)
+    return markdown(["test NLL against MAP's", "sets: better", "not worse", "worse", "mean is lower"], rows)
 
 
 def shakespeare() -> str:
     """Quality on held-out text, uncertainty by text, and the verdicts of the tutorial."""
-    result = _load("docs/results/shakespeare.json")
+    result = load("docs/results/shakespeare.json")
     if result is None:
         return "*Not run yet.*"
     config = result["config"]
@@ -197,15 +151,15 @@ def shakespeare() -> str:
         rows.append([method, *cells])
     head = (
         f"{result['parameters']} parameters, {config['epochs']} epochs, {config['repeats']} seed(s) from "
-        f"{result['seed']}; MI is the mutual information in nats per character; {_machine(result)}, "
+        f"{result['seed']}; MI is the mutual information in nats per character; {machine_of(result)}, "
         f"{result['wall_time_s'] / 60:.0f} minutes. `python -m experiments run shakespeare`"
     )
-    return "\n\n".join([head, _markdown(["method", *columns], rows), _verdicts(result)])
+    return "\n\n".join([head, markdown(["method", *columns], rows), _verdicts(result)])
 
 
 def fit_cost() -> str:
     """Costs of fits."""
-    result = _load("benchmarks/results/fit_cost.json")
+    result = load("benchmarks/results/fit_cost.json")
     if result is None:
         return "*Not run yet.*"
     rows = [[name, f"{cost['ratio']:.2f}", f"{cost['ratio_min']:.2f} to {cost['ratio_max']:.2f}"]
@@ -214,12 +168,12 @@ def fit_cost() -> str:
     if "ratio" in peer:
         rows.append(["laplace-torch, Kronecker (decomposition included)", f"{peer['ratio']:.2f}",
                      f"{peer['ratio_min']:.2f} to {peer['ratio_max']:.2f}"])  # fmt: skip
-    return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(["job", "epochs", "range"], rows)
+    return f"{result['workload']}; {machine_of(result)}.\n\n" + markdown(["job", "epochs", "range"], rows)
 
 
 def plans() -> str:
     """Plans beside what happened."""
-    result = _load("benchmarks/results/plans.json")
+    result = load("benchmarks/results/plans.json")
     if result is None:
         return "*Not run yet.*"
     rows = []
@@ -231,13 +185,13 @@ def plans() -> str:
                     rows.append([name, job, f"{planned * scale:.3g} {unit}", f"{taken * scale:.3g} {unit}",
                                  f"{100 * (planned / taken - 1):+.0f} %"])  # fmt: skip
     met = result["met"].values()
-    head = f"{result['workload']}; {_machine(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
-    return head + "measured are within 25 %.\n\n" + _markdown(["case", "job", "planned", "taken", ""], rows)
+    head = f"{result['workload']}; {machine_of(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
+    return head + "measured are within 25 %.\n\n" + markdown(["case", "job", "planned", "taken", ""], rows)
 
 
 def auto_estimator() -> str:
     """``estimator="auto"`` beside sampling."""
-    result = _load("benchmarks/results/auto_estimator.json")
+    result = load("benchmarks/results/auto_estimator.json")
     if result is None:
         return "*Not run yet.*"
     rows = [
@@ -247,13 +201,13 @@ def auto_estimator() -> str:
     ]  # fmt: skip
     head = ["estimator", "trained: training epochs", "largest error of a block", "untrained: training epochs",
             "largest error of a block"]  # fmt: skip
-    text = f"{result['workload']}, {100 * result['training_accuracy']:.1f} % of them right; {_machine(result)}."
-    return text + "\n\n" + _markdown(head, rows)
+    text = f"{result['workload']}, {100 * result['training_accuracy']:.1f} % of them right; {machine_of(result)}."
+    return text + "\n\n" + markdown(head, rows)
 
 
 def importance() -> str:
     """Error against cost of the estimators."""
-    result = _load("benchmarks/results/importance.json")
+    result = load("benchmarks/results/importance.json")
     if result is None:
         return "*Not run yet.*"
     rows = []
@@ -265,13 +219,13 @@ def importance() -> str:
         rows.append(cells)
     head = ["estimator", "trained: cost / exact", "error G₁", "error G₂",
             "untrained: cost / exact", "error G₁", "error G₂"]  # fmt: skip
-    text = f"{result['workload']}, {100 * result['training_accuracy']:.2f} % training accuracy; {_machine(result)}."
-    return text + "\n\n" + _markdown(head, rows)
+    text = f"{result['workload']}, {100 * result['training_accuracy']:.2f} % training accuracy; {machine_of(result)}."
+    return text + "\n\n" + markdown(head, rows)
 
 
 def predictions() -> str:
     """Costs of predictions beside laplace-torch."""
-    linearized, sampled = (_load(f"benchmarks/results/{name}.json") for name in ("linearized", "montecarlo"))
+    linearized, sampled = (load(f"benchmarks/results/{name}.json") for name in ("linearized", "montecarlo"))
     if linearized is None or sampled is None:
         return "*Not run yet.*"
     costs, peer = linearized["costs"], linearized["laplace-torch"]
@@ -293,13 +247,13 @@ def predictions() -> str:
             continue
         rows.append([f"30 draws, {space}, {count}", f"{1000 * cost['seconds']:.1f} ms",
                      f"{1000 * other['seconds']:.0f} ms ({1 / cost['ratio']:.1f} times)"])  # fmt: skip
-    text = f"{sampled['workload']}; {_machine(sampled)}."
-    return text + "\n\n" + _markdown(["prediction", "laplace_kf", "laplace-torch"], rows)
+    text = f"{sampled['workload']}; {machine_of(sampled)}."
+    return text + "\n\n" + markdown(["prediction", "laplace_kf", "laplace-torch"], rows)
 
 
 def penalty() -> str:
     """Cost and memory of the penalty by the number of tasks."""
-    result = _load("benchmarks/results/penalty.json")
+    result = load("benchmarks/results/penalty.json")
     if result is None:
         return "*Not run yet.*"
     tasks = list(next(iter(result["extra"].values())))
@@ -313,16 +267,16 @@ def penalty() -> str:
     text = (
         f"{result['workload']}; a step takes {1000 * result['step_seconds']:.2f} ms, the two products of one term "
         f"alone {result['two_products']:.2f} steps; an update goes over {result['update_examples']} examples with the "
-        f"exact estimator; {_machine(result)}. `python -m benchmarks penalty`"
+        f"exact estimator; {machine_of(result)}. `python -m benchmarks penalty`"
     )
     span = " / ".join(ends)
     head = ["terms", *(f"{n} task{'s' * (n != '1')}" for n in tasks), f"MB, {span}", f"update in epochs, {span}"]
-    return text + "\n\n" + _markdown(head, rows)
+    return text + "\n\n" + markdown(head, rows)
 
 
 def many_outputs() -> str:
     """Fits and predictions with thousands of classes."""
-    result = _load("benchmarks/results/many_outputs.json")
+    result = load("benchmarks/results/many_outputs.json")
     if result is None:
         return "*Not run yet.*"
     rows = [
@@ -331,12 +285,12 @@ def many_outputs() -> str:
         for name, cost in result["costs"].items()
     ]  # fmt: skip
     head = ["classes, structure, estimator", "fit, s", "decomposition, s", "one input, ms", "one input, MB", "all, MB"]
-    return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(head, rows)
+    return f"{result['workload']}; {machine_of(result)}.\n\n" + markdown(head, rows)
 
 
 def optimizers() -> str:
     """Costs of the optimisers' steps."""
-    result = _load("benchmarks/results/optimizers.json")
+    result = load("benchmarks/results/optimizers.json")
     if result is None:
         return "*Not run yet.*"
     held = result["memory_bytes"]
@@ -346,20 +300,20 @@ def optimizers() -> str:
         memory = "" if bytes_ is None else f"{bytes_ / 1e6:.0f}"
         rows.append([name, f"{cost['mean']:.2f}", f"{cost['median']:.2f}", f"{cost['largest']:.1f}", memory])
     head = ["optimiser", "SGD steps, mean", "median", "largest", "MB more than SGD"]
-    return f"{result['workload']}; {_machine(result)}.\n\n" + _markdown(head, rows)
+    return f"{result['workload']}; {machine_of(result)}.\n\n" + markdown(head, rows)
 
 
 def toy_regression() -> str:
     """Methods and verdicts of E19."""
-    result = _load("docs/results/toy_regression.json")
+    result = load("docs/results/toy_regression.json")
     if result is None:
         return "*Not run yet.*"
-    return f"{_machine(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
+    return f"{machine_of(result)}. `python -m experiments run E19`\n\n" + _verdicts(result)
 
 
 def recurrent() -> str:
     """Outcomes and verdicts of E4."""
-    result = _load("docs/results/recurrent.json")
+    result = load("docs/results/recurrent.json")
     if result is None:
         return "*Not run yet.*"
     config, runs = result["config"], result["runs"]
@@ -372,9 +326,9 @@ def recurrent() -> str:
         f"(processor seconds) until less than {config['target']:.0%} of {config['test_size']} test sequences are "
         f"answered wrongly; a run fails after {config['seconds_per_step']:g} processor seconds per step of T, or "
         f"{config['iterations']} iterations. {len(runs)} runs, {minutes:.0f} minutes of one thread; "
-        f"{_machine(result)}. `python -m experiments run E4`"
+        f"{machine_of(result)}. `python -m experiments run E4`"
     )
-    return "\n\n".join([head, _markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
+    return "\n\n".join([head, markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
 
 
 STREAMS = {
@@ -396,16 +350,16 @@ STREAMS = {
 
 def stream(name: str) -> str:
     """The tables and verdicts that an experiment on a stream of tasks has left in its result file."""
-    result = _load(f"docs/results/{name}.json")
+    result = load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
     text = (
-        f"{result['summary']} {_machine(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there yet. "
-        f"`python -m experiments run {STREAMS[name]}`"
+        f"{result['summary']} {machine_of(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there "
+        f"yet. `python -m experiments run {STREAMS[name]}`"
     )
     parts = [text]
     for table in result["tables"]:
-        parts += [f"{table['title']}:", _markdown(table["columns"], table["rows"])]
+        parts += [f"{table['title']}:", markdown(table["columns"], table["rows"])]
         parts += [table["note"]] if table["note"] else []
     return "\n\n".join([*parts, _verdicts(result)])
 
@@ -414,7 +368,7 @@ def continual_short() -> str:
     """Average accuracy after the last task, on three streams."""
     streams = {"continual_permuted": "permuted MNIST", "continual_disjoint": "disjoint MNIST",
                "continual_vision": "vision data sets"}  # fmt: skip
-    found = {name: result for name in streams if (result := _load(f"docs/results/{name}.json")) is not None}
+    found = {name: result for name in streams if (result := load(f"docs/results/{name}.json")) is not None}
     if not found:
         return "*Not run yet.*"
     methods = list(dict.fromkeys(method for result in found.values() for method in result["metrics"]))
@@ -423,7 +377,7 @@ def continual_short() -> str:
         for method in methods
     ]
     heads = [f"{streams[name]}, {len(result['tasks'])} tasks" for name, result in found.items()]
-    return _markdown(["accuracy % after the last task, all tasks", *heads], rows)
+    return markdown(["accuracy % after the last task, all tasks", *heads], rows)
 
 
 def _spread(values: Sequence[float] | None) -> str:
@@ -436,26 +390,26 @@ def _spread(values: Sequence[float] | None) -> str:
 
 def autoencoders() -> str:
     """Methods and verdicts of E14, data set by data set."""
-    result = _load("docs/results/autoencoders.json")
+    result = load("docs/results/autoencoders.json")
     if result is None:
         return "*Not run yet.*"
     parts = [
-        f"One thread of {_machine(result)}; every method in a group had the same processor time. "
+        f"One thread of {machine_of(result)}; every method in a group had the same processor time. "
         "`python -m experiments run E14`"
     ]
     for name, found in result["metrics"].items():
         parts.append(f"**{name.upper()}**, {result['config']['budgets'][name]:.0f} s of processor time a method")
-        parts.append(_markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)))
+        parts.append(markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)))
         parts.append(autoencoders_report.note(name, found))
         missing = result["not_run"][name]
         parts += [f"Not run: {', '.join(missing)}."] if missing else []
     parts += [f"Stand-in: {remark}." for remark in result["stand_ins"]]
-    return "\n\n".join([*parts, _markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
+    return "\n\n".join([*parts, markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
 
 
 def first_order_grid() -> str:
     """What first-order methods reach over the published grid, and second-order ones without any, in the same time."""
-    result = _load("docs/results/autoencoders_grid.json")
+    result = load("docs/results/autoencoders_grid.json")
     if result is None:
         return "*Not run yet.*"
     config = result["config"]
@@ -465,9 +419,9 @@ def first_order_grid() -> str:
         parts += [
             f"{name.upper()} with hidden widths divided by {config['shrink']} ({widths} and mirrored), "
             f"{config['budgets'][name]:.0f} s of processor time for every one of the settings; one thread of "
-            f"{_machine(result)}. `python -m experiments run autoencoders_grid --out results/E14_grid`",
-            _markdown(*autoencoders_report.grids(result["pilots"][name])),
-            _markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)),
+            f"{machine_of(result)}. `python -m experiments run autoencoders_grid --out results/E14_grid`",
+            markdown(*autoencoders_report.grids(result["pilots"][name])),
+            markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)),
             autoencoders_report.note(name, found),
         ]
     return "\n\n".join(parts)
@@ -490,9 +444,9 @@ def papers() -> str:
                 for v in entry.verdicts
             ]
             columns = ["claim", "here", "published", "verdict", "seeds"]
-            parts.append(f"**{result['title']}.** {entry.size} {_machine(dict(result))}. "
-                         f"`{entry.command}`\n\n{_markdown(columns, claims)}")  # fmt: skip
-    return "\n\n".join([_markdown(head, rows), *parts])
+            parts.append(f"**{result['title']}.** {entry.size} {machine_of(dict(result))}. "
+                         f"`{entry.command}`\n\n{markdown(columns, claims)}")  # fmt: skip
+    return "\n\n".join([markdown(head, rows), *parts])
 
 
 def papers_short() -> str:
@@ -500,7 +454,7 @@ def papers_short() -> str:
     found = [entry for entry in entries() if entry.result is not None]
     total = counts([verdict for entry in found for verdict in entry.verdicts if entry.id not in VIEWS])
     rows = [[entry.id, entry.title, counts(entry.verdicts)] for entry in found]
-    return f"{total}.\n\n" + _markdown(["id", "experiment", "claims here"], rows)
+    return f"{total}.\n\n" + markdown(["id", "experiment", "claims here"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -508,9 +462,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "recurrent": recurrent,
     "ood_mnist": ood_mnist,
     "ood_pairs": ood_pairs,
-    "attribution": attribution,
-    "attribution_cost": attribution_cost,
-    "pruning": pruning,
     "uci": uci,
     "predictions": predictions,
     "many_outputs": many_outputs,

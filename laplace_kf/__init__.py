@@ -1,5 +1,9 @@
 """Bayesian deep learning for PyTorch: a trained network goes in, calibrated uncertainty comes out."""
 
+import logging
+import sys
+from typing import NoReturn
+
 from laplace_kf import (
     acquisition,
     attacks,
@@ -22,6 +26,9 @@ from laplace_kf.posterior import LaplacePosterior, Mixture, Plan, TuningResult, 
 from laplace_kf.subnetwork import Subnetwork
 from laplace_kf.support import support_table
 from laplace_kf.version import __version__
+
+# What fits, searches and files report goes nowhere unless the program asks for it: logging.basicConfig(level="INFO").
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__ = [
     "EvidenceTraining",
@@ -50,3 +57,10 @@ __all__ = [
     "reports",
     "support_table",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    """What other libraries have under this name."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    raise errors.UnknownAttribute(sys.modules[__name__], name, "package")

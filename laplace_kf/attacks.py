@@ -118,7 +118,10 @@ def _gradient(predict: Predict, x: Tensor, pick: Callable[[Tensor], Tensor]) -> 
         prediction = predict(leaf)
         probs = prediction.channel_last(_probabilities(prediction))
         if probs.shape[0] != x.shape[0]:
-            raise ShapeMismatch(f"predict gave {probs.shape[0]} predictions for {x.shape[0]} inputs")
+            raise ShapeMismatch(
+                f"predict gave {probs.shape[0]} predictions for {x.shape[0]} inputs; it has to return one for every "
+                "row of x"
+            )
         if not probs.requires_grad:
             raise IncompatiblePair(
                 "the prediction carries no gradient to its input: predict must be differentiable in x (no no_grad, "
@@ -182,7 +185,10 @@ def _fitting(name: str, x: Tensor, value: float | Tensor) -> Tensor:
     except RuntimeError:
         fits = False
     if not fits:
-        raise ShapeMismatch(f"{name} of shape {tuple(found.shape)} cannot be broadcast to x of shape {tuple(x.shape)}")
+        raise ShapeMismatch(
+            f"{name} of shape {tuple(found.shape)} cannot be broadcast to x of shape {tuple(x.shape)}; give a "
+            "number, or one per example or entry"
+        )
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from laplace_kf.attribution import OF, Attribution
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.evaluate import batches, network, read_file
+from laplace_kf.files import require_folder, usable_path
 from laplace_kf.posterior import LaplacePosterior
 
 __all__ = ["arguments", "main"]
@@ -46,6 +47,8 @@ def main(chosen: argparse.Namespace) -> Tensor:
         raise ShapeMismatch("--top and --batch-size must be at least 1")
     if chosen.picture is not None and read_file(chosen.queries)["x"].dim() not in (3, 4):
         raise ShapeMismatch(f"--picture needs images x (N, H, W) or (N, C, H, W), and {chosen.queries} has none")
+    for written in filter(None, (chosen.out, chosen.picture)):
+        require_folder(written)  # before the work, not after it
     posteriors = [LaplacePosterior.load(path, network(chosen.model)) for path in chosen.posterior]
     like = next(iter(posteriors[0].mean.values()))
 
@@ -79,4 +82,6 @@ def _drawn(scores: Tensor, chosen: argparse.Namespace) -> None:
     from laplace_kf.reports.influence_plots import influential  # needs the experiments extra
 
     train, queries = (read_file(path)["x"] for path in (chosen.train, chosen.queries))
-    influential(scores[:DRAWN], train, queries[:DRAWN], chosen.top).savefig(chosen.picture, dpi=150)
+    figure = influential(scores[:DRAWN], train, queries[:DRAWN], chosen.top)
+    with usable_path(chosen.picture, "written"):
+        figure.savefig(chosen.picture, dpi=150)

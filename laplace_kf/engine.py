@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -32,6 +34,8 @@ from laplace_kf.tape import Block, FlatLayout, Observation, Patterns, Signals, T
 from laplace_kf.tape.blocks import unused_blocks
 
 __all__ = ["Accumulator", "collect"]
+
+log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 128 * 2**20  # back-propagated columns of one minibatch that may exist at once
 MANY_BLOCKS = 5  # named in one warning
@@ -68,8 +72,7 @@ class Accumulator:
         ranks: Ranks | None = None,
     ) -> None:
         self.tracer, self.likelihood, self.estimator, self.structure = tracer, likelihood, estimator, structure
-        self.generator = generator
-        self.dtype = dtype
+        self.generator, self.dtype = generator, dtype
         self.sums: Sums = {}
         self.count: float = 0
         self.terms = 0.0
@@ -98,7 +101,10 @@ class Accumulator:
     def take(self, observation: Observation, index: int = 0) -> None:
         """Takes in a forward pass made already (by the same tracer); errors as :meth:`add`."""
         if observation.count == 0:
-            raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)})")
+            raise ShapeMismatch(
+                f"batch {index} has no examples (outputs {tuple(observation.outputs.shape)}); leave empty "
+                "minibatches out"
+            )
         seen = (self.tracer.model, observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
         with read_once():
@@ -198,8 +204,7 @@ class Accumulator:
         """
         assert self.ranks is not None
         tracer, ranks = self.tracer, self.ranks
-        layout = getattr(tracer, "layout", None)
-        mine = None
+        mine, layout = None, getattr(tracer, "layout", None)
         if layout is not None:
             known = (float(self.count), self._met, float(self.log_likelihood), self.terms, self.moments.tolist())
             mine = Seen(dict(tracer.blocks), layout, tracer.unseen(), *known)
@@ -274,7 +279,8 @@ class Accumulator:
         each = observation.column_bytes() + self.structure.column_bytes(self.tracer.blocks, observation.count, itemsize)
         what = f"one column of a minibatch with outputs {tuple(observation.outputs.shape)}"
         require_memory(each, observation.outputs.device, what, INSTEAD)
-        return max(1, MEMORY_BYTES // max(1, each))
+        singly = self.structure.column_by_column and observation.sends_singly  # to hold them costs memory and a copy
+        return 1 if singly else max(1, MEMORY_BYTES // max(1, each))
 
     def outlook(self) -> str:
         """What else the fit takes, after a minibatch: shown beside the bar."""
@@ -441,6 +447,7 @@ def collect(
     model, kept = usable(model), journal if journal is not None else Journal()
     seed = _seed(estimator, generator, ranks)
     shard = Shard(None) if shard is None else shard
+    begun = time.monotonic()
     with preserved(model):
         tracer = Tracer(model, forward, parameters, unused=unused, shared=ranks is not None)
         following: Structure | None = structure
@@ -474,6 +481,8 @@ def collect(
             if structure.several_passes and first < passes:
                 kept.finished(accumulator, passes, index)
             statistics, likelihood = accumulator.freeze(), accumulator.likelihood
+            took = time.monotonic() - begun
+            log.info("%s, %s: %d minibatches, %.1f s", structure.name, estimator.name, index, took)
             kind = statistics.structure
             following = kind.refined(statistics) if ranks is None else refined(ranks, kind, statistics)
         return statistics

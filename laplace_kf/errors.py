@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
 
+from laplace_kf.neighbour_members import member
 from laplace_kf.neighbours import ELSEWHERE, instead, meanings, number_instead
 
 __all__ = [
@@ -19,13 +22,17 @@ __all__ = [
     "InvalidTarget",
     "InvalidType",
     "LaplaceKFError",
+    "MissingFile",
+    "MissingPackage",
     "NonFinite",
     "NotFitted",
     "NotPositiveDefinite",
     "ShapeMismatch",
+    "UnknownAttribute",
     "UnknownName",
     "UnknownOption",
     "UnsupportedLayer",
+    "UnusableFile",
 ]
 
 
@@ -42,6 +49,17 @@ def nearest(name: object, allowed: Iterable[str]) -> str | None:
 
 class LaplaceKFError(Exception):
     """Base class of every error that this package raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are of the finished message, so that errors come back from worker processes whole."""
+        kept = {name: value for name, value in vars(self).items() if isinstance(value, (str, int, float, tuple))}
+        return _again, (type(self), self.args), kept
+
+
+def _again(kind: type[LaplaceKFError], args: tuple[Any, ...]) -> LaplaceKFError:
+    made = kind.__new__(kind, *args)
+    made.args = args
+    return made
 
 
 class UnsupportedLayer(LaplaceKFError):
@@ -60,6 +78,24 @@ class UnknownName(LaplaceKFError, ValueError):
         line = number_instead(kind, name)
         hint = f" Use {line}." if line else hint
         super().__init__(f"Unknown {kind} {name!r}; registered: {', '.join(map(repr, self.allowed))}.{hint}")
+
+
+class UnknownAttribute(LaplaceKFError, AttributeError):
+    """An attribute that an object does not have; says what to write instead, if that is known, else the nearest one.
+
+    Args:
+        owner: the object's class, or a module.
+        name: the attribute's.
+        kind: which table of :mod:`laplace_kf.neighbour_members` knows what it is called elsewhere.
+        why: all that there is to say, where that is known better.
+    """
+
+    def __init__(self, owner: type | ModuleType, name: str, kind: str = "", why: str | None = None) -> None:
+        self.owner, self.attribute = owner.__name__, name
+        line = member(kind, name)
+        near = None if line else nearest(name, (other for other in dir(owner) if not other.startswith("_")))
+        hint = f". Use {line}" if line else f". Did you mean .{near}?" if near else ""
+        super().__init__(why or f"{owner.__name__} has no attribute {name!r}{hint}")
 
 
 class UnknownOption(LaplaceKFError, TypeError):
@@ -123,6 +159,18 @@ class InvalidTarget(LaplaceKFError, ValueError):
 
 class DistributedFailure(LaplaceKFError, RuntimeError):
     """Another process of the group failed, died or did something else; says which one, at what, and what it said."""
+
+
+class MissingPackage(LaplaceKFError, ImportError):
+    """An optional package that is not installed; names it and the command that installs it."""
+
+
+class UnusableFile(LaplaceKFError, OSError):
+    """A path that cannot be read or written: a folder, no permission, a full disk; names it, and what to do."""
+
+
+class MissingFile(UnusableFile, FileNotFoundError):
+    """No such file, or no folder to write into; names the path, and the line that makes it."""
 
 
 class CorruptFile(LaplaceKFError, OSError):

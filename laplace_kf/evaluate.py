@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from laplace_kf.errors import CorruptFile, ShapeMismatch, UnknownName
+from laplace_kf.errors import CorruptFile, ShapeMismatch, UnknownName, UnusableFile
+from laplace_kf.files import require_file, require_room, usable_path
 from laplace_kf.posterior import LaplacePosterior
 
 if TYPE_CHECKING:
@@ -50,24 +51,31 @@ def read_file(path: Path) -> dict[str, Tensor]:
     """The tensors ``x (N, ...)`` and, if there are any, ``y (N, ...)`` of a file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        MissingFile: if there is no such file.
+        UnusableFile: if it is a folder, or may not be read.
         CorruptFile: if it cannot be read.
         UnknownName: for another ending.
         ShapeMismatch: if it has no ``x``, or ``x`` and ``y`` are not equally long.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    require_file(path)
     if path.suffix not in READERS:
         raise UnknownName("file ending", path.suffix, READERS)
     try:
+        with usable_path(path, "read"):
+            path.open("rb").close()  # what the system refuses is not the file's fault
         found = READERS[path.suffix](path)
+    except UnusableFile:
+        raise
     except (ValueError, OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     kept = {name: found[name] for name in ("x", "y") if isinstance(found.get(name), Tensor)}
     if "x" not in kept:
         raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")
     if len({value.shape[:1] for value in kept.values()}) > 1 or not kept["x"].dim():
-        raise ShapeMismatch(f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length")
+        raise ShapeMismatch(
+            f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length; they must have a "
+            "row for every example"
+        )
     return kept
 
 
@@ -114,7 +122,7 @@ def network(name: str) -> nn.Module:
         raise UnknownName(f"function of {module}", function, names)
     made = getattr(found, function)()
     if not isinstance(made, nn.Module):
-        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}, not a torch.nn.Module")
+        raise ShapeMismatch(f"--model {name} made a {type(made).__name__}; it must be a torch.nn.Module")
     return made
 
 
@@ -136,6 +144,7 @@ def main(chosen: argparse.Namespace) -> Report:
 
     if chosen.samples < 1 or chosen.batch_size < 1:
         raise ShapeMismatch("--samples and --batch-size must be at least 1")
+    require_room(chosen.out)
     outside = {}
     for item in chosen.outside:
         name, _, path = item.partition("=")

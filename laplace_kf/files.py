@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from laplace_kf.errors import CorruptFile
+from laplace_kf.errors import CorruptFile, InvalidType, LaplaceKFError, MissingFile, UnusableFile
 from laplace_kf.version import __version__
 
-__all__ = ["ATTRIBUTION", "FIT", "MIXTURE", "POSTERIOR", "TUNING", "VERSION", "read", "require_folder", "write"]
+__all__ = [
+    "ATTRIBUTION", "FIT", "MIXTURE", "POSTERIOR", "TUNING", "VERSION", "read", "require_file", "require_folder",
+    "require_room", "usable_path", "write",
+]  # fmt: skip
 
+log = logging.getLogger(__name__)
 POSTERIOR = "laplace_kf posterior"
 MIXTURE = "laplace_kf mixture"
 ATTRIBUTION = "laplace_kf attribution scores"
@@ -44,16 +49,92 @@ def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
     return digest.hexdigest()
 
 
+def _path(path: Any) -> Path:
+    """What names a file, as a path."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(named := os.fspath(path), bytes):
+        raise InvalidType(
+            f"a file is named by a str or a pathlib.Path, such as 'posterior.safetensors', got {type(path).__name__}"
+        )
+    return Path(named)
+
+
 def require_folder(path: str | os.PathLike[str]) -> Path:
-    """The path, whose folder is there.
+    """The path of a file to write, whose folder is there.
 
     Raises:
-        FileNotFoundError: if it is not.
+        MissingFile: if it is not.
+        UnusableFile: if the path is one of a folder, or its folder is a file.
+        InvalidType: if it is no path.
     """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"no folder {target.parent} to write {target.name} into")
+    target = _path(path)
+    if target.is_dir():
+        raise UnusableFile(f"{target} is a folder, and a file is to be written; name one: {target / 'FILE'}")
+    folder = target.parent
+    if folder.exists() and not folder.is_dir():
+        raise UnusableFile(f"{folder} is a file, so that {target.name} cannot be written into it; give another path")
+    if not folder.is_dir():
+        raise MissingFile(
+            f"no folder {folder} to write {target.name} into; make it first: "
+            f"os.makedirs({str(folder)!r}, exist_ok=True)"
+        )
     return target
+
+
+def require_room(path: str | os.PathLike[str]) -> Path:
+    """The path of a folder to write files into, which may have to be made.
+
+    Raises:
+        UnusableFile: if it, or what it would stand in, is a file.
+        InvalidType: if it is no path.
+    """
+    folder = _path(path)
+    there = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    if there.exists() and not there.is_dir():
+        raise UnusableFile(f"{there} is a file, so that the folder {folder} cannot be written into; give another path")
+    return folder
+
+
+def require_file(path: str | os.PathLike[str], what: str = "") -> Path:
+    """The path of a file to read.
+
+    Args:
+        path: file name.
+        what: it holds, in words.
+
+    Raises:
+        MissingFile: if there is no such file.
+        UnusableFile: if it is a folder.
+        InvalidType: if it is no path.
+    """
+    source = _path(path)
+    if source.is_dir():
+        raise UnusableFile(f"{source} is a folder, and a file is to be read; name one in it: {source / 'FILE'}")
+    if not source.exists():
+        here = "" if source.is_absolute() else f" (looked for in {Path.cwd()})"
+        raise MissingFile(f"no {what} file at {source}{here}".replace("  ", " "))
+    return source
+
+
+@contextmanager
+def usable_path(path: Path, doing: str) -> Iterator[None]:
+    """Around what reads or writes at a path; what the system refuses there is said of it.
+
+    Args:
+        path: of the file or folder.
+        doing: what is done with it, in words: "read", "written".
+
+    Raises:
+        UnusableFile: in place of the system's own errors.
+    """
+    try:
+        yield
+    except LaplaceKFError:
+        raise
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise UnusableFile(
+            f"{path} cannot be {doing}: {why}; check its permissions and the space left, or give another path"
+        ) from error
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str) -> None:
@@ -66,26 +147,31 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
         kind: what the file says that it holds.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        OSError: if it cannot be written; what stood there before still does.
+        MissingFile: if there is no such folder.
+        UnusableFile: if it cannot be written; what stood there before still does.
+        InvalidType: if ``path`` is no path.
     """
-    target = Path(path)
+    target = require_folder(path)
     kept = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(header)  # in the order given: of a prior's patterns the first match counts
     metadata = {
         "format": kind, "version": str(VERSION), "package": __version__, "header": text,
         "sha256": _checksum(kept, text),
     }  # fmt: skip
-    require_folder(target)
     partial = target.with_name(target.name + f".{os.getpid()}.part")
-    try:
-        save_file(kept, partial, metadata=metadata)
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
-        os.replace(partial, target)
-        _to_disk(target.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with usable_path(target, "written"):
+        try:
+            partial.touch()  # refused by the system in its own words; the writer below would say it in others
+            save_file(kept, partial, metadata=metadata)
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())  # before the old file goes: a machine that stops keeps one of the two
+            os.replace(partial, target)
+            _to_disk(target.parent)
+            log.info("wrote the %s %s", kind, target)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _to_disk(folder: Path) -> None:
@@ -102,12 +188,18 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     """Tensors (any shapes, by name) and header of a file written by :func:`write` with this ``kind``.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        MissingFile: if there is no such file.
         CorruptFile: if it is truncated, altered, of a newer version, or not one of ours.
-        OSError: if it cannot be read at all.
+        UnusableFile: if it is a folder, or cannot be read at all.
+        InvalidType: if ``path`` is no path.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no {kind.removeprefix('laplace_kf ')} file at {path}")
+    path = require_file(path, kind.removeprefix("laplace_kf "))
+    with usable_path(path, "read"):
+        path.open("rb").close()  # as above: in the system's words
+        return _read(path, kind)
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -126,6 +218,7 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         if _checksum(tensors, header) != metadata.get("sha256"):
             raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
         loaded: dict[str, Any] = json.loads(header)
+        log.info("read the %s %s", kind, path)
         return tensors, loaded
     except CorruptFile:
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -40,8 +40,7 @@ def eigh(matrix: Tensor, block: str) -> tuple[Tensor, Tensor]:
         NotPositiveDefinite: if an eigenvalue is negative beyond rounding, or no decomposition converges.
     """
     _require_finite(matrix, block)
-    attempts = [matrix, matrix.double(), matrix.double() + _jitter(matrix.double())]
-    for attempt, candidate in enumerate(attempts):
+    for attempt, candidate in enumerate(_attempts(matrix)):
         try:
             values, vectors = torch.linalg.eigh(candidate)
         except RuntimeError:  # torch.linalg.LinAlgError is one
@@ -65,7 +64,7 @@ def cholesky(matrix: Tensor, block: str) -> Tensor:
         NotPositiveDefinite: if it is not positive definite even with a jitter of 1e-8 of its mean diagonal.
     """
     _require_finite(matrix, block)
-    for attempt, candidate in enumerate((matrix, matrix.double(), matrix.double() + _jitter(matrix.double()))):
+    for attempt, candidate in enumerate(_attempts(matrix)):
         factor, info = torch.linalg.cholesky_ex(candidate)
         if not bool(info.any()):
             if attempt == 2:
@@ -97,6 +96,13 @@ def typed(call: Callable[P, T]) -> Callable[P, T]:
             raise NotPositiveDefinite("of this call", float("nan"), what) from error
 
     return typed_call
+
+
+def _attempts(matrix: Tensor) -> Iterator[Tensor]:
+    """Matrices ``(..., d, d)`` as they are, in float64, and with a jitter; each made when the one before has failed."""
+    yield matrix
+    yield matrix.double()
+    yield matrix.double() + _jitter(matrix.double())
 
 
 def _jitter(matrix: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ no tape can see into.
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from laplace_kf.errors import IncompatiblePair, InvalidType, ShapeMismatch, UnsupportedLayer
+from laplace_kf.occupied import alone
 from laplace_kf.randomness import same_random_states
-from laplace_kf.replica import Shared
+from laplace_kf.replica import Shared, original
 from laplace_kf.sequences import read
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "as_called",
     "autocasting",
     "coarsest",
+    "copied",
     "evaluating",
     "lasting",
     "memory_bytes",
@@ -128,6 +131,7 @@ def parameters_of(
 
     Raises:
         ShapeMismatch: if it does not have one, or in another shape (a layer was replaced); names it.
+        UnsupportedLayer: if one holds no numbers any more.
     """
     named = named_parameters(model)
     wrong = [
@@ -143,7 +147,11 @@ def parameters_of(
             "another architecture. Put the layer back, or fit a new posterior (make a new optimiser) for the model as "
             "it is now"
         )
-    return {name: named[name] for name in names}
+    found = {name: named[name] for name in names}
+    for name, parameter in found.items():
+        if parameter.is_meta:  # its numbers went away since
+            _refuse_parameter(name, parameter)
+    return found
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -200,6 +208,22 @@ def _refuse_parameter(name: str, parameter: Tensor) -> None:
             f"{where} has type {parameter.dtype}, which is for storage only; convert the model "
             "(model.to(torch.bfloat16)), or freeze it"
         )
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a module and its parameters.
+
+    Raises:
+        UnsupportedLayer: if it cannot be copied; names what is known to stand in the way.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError, copy.Error) as error:
+        raise UnsupportedLayer(
+            f"{type(model).__name__} cannot be copied ({error}); after torch's pruning or its old weight_norm make the "
+            "weights parameters again first: torch.nn.utils.prune.remove(module, 'weight'), "
+            "torch.nn.utils.remove_weight_norm(module)"
+        ) from error
 
 
 # ------------------------------------------------------------------------------------------------- settings
@@ -337,7 +361,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         with preserved(model):
             yield
         return
-    with undisturbed(), torch.inference_mode(False), _modes(model):
+    apart = nullcontext() if original(model) is not model else alone(model)
+    with apart, undisturbed(), torch.inference_mode(False), _modes(model):
         yield
 
 
@@ -361,10 +386,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Inside, compiled modules run as plain Python, and the caller's autocast is on for the model only
     (:func:`as_called`).
 
+    Other threads that want the same modules wait (:mod:`laplace_kf.occupied`).
+
     Of the model: every module's mode and attributes, its buffers, and the weights of embeddings that renormalise
     themselves (``max_norm``). Random states are those of torch (CPU and the model's accelerators), numpy and Python:
     loaders shuffle and augment from them.
     """
+    apart = nullcontext() if original(model) is not model else alone(model)  # a double belongs to its call
+    with apart, _preserved(model):
+        yield
+
+
+@contextmanager
+def _preserved(model: nn.Module) -> Iterator[None]:
     if read(model) is not None:
         with same_random_states(), undisturbed(), torch.inference_mode(False), _modes(model):
             yield

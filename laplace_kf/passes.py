@@ -157,10 +157,10 @@ def walk(
         NonFinite: for NaN or infinity in a batch or the outputs.
     """
     model = usable(model)
-    named: dict[str, Tensor] = dict(model.named_parameters())
     total = 0
     # fused attention kernels have no second derivative
     with preserved(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        named: dict[str, Tensor] = dict(model.named_parameters())  # not before: another thread may hold others there
         tracer = Tracer(model, forward, parameters)
         for index, batch in enumerate(weighting.batches(data, weights, model)):
             check_batch(batch, index, "the batch", forward, likelihood.nan_is_missing)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_kf.arrays import is_array
+from laplace_kf.arrays import is_array, require_numbers
 from laplace_kf.batches import Forward, model_outputs, to_tensors
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 
@@ -149,7 +149,11 @@ def paired(data: Any, y: Any) -> Any:
 
     Raises:
         ShapeMismatch: if the data are a loader, which brings the targets by itself.
+        InvalidType: for arrays of text, of dates or of Python objects.
     """
+    pair = data if y is None and isinstance(data, tuple) and len(data) == 2 else (data, y)
+    for what, part in zip(("inputs", "targets"), pair, strict=True):
+        require_numbers(what, part)
     if y is None:
         return data
     whole = isinstance(data, (Tensor, Mapping, tuple, list)) or is_array(data)

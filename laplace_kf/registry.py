@@ -34,7 +34,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
         def store(entry: T) -> T:
             if name in self._entries:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
+                raise ValueError(f"{self.kind} {name!r} is registered twice; give the second one another name")
             self._entries[name] = entry
             return entry
 

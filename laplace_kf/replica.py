@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.memory import storage_of
+from laplace_kf.occupied import alone
 from laplace_kf.randomness import same_foreign_states
 from laplace_kf.sequences import read
 
@@ -103,7 +104,7 @@ def stage(model: nn.Module, forward: Any) -> Iterator[tuple[nn.Module, Any]]:
         with in_place(model):  # nobody is in the middle of using it as it is
             pair = replica(model, forward)
     except _Unfaithful:
-        with in_place(model), same_foreign_states():
+        with alone(model), in_place(model), same_foreign_states():  # in this order: a fit has the first of them
             yield model, forward
         return
     with same_foreign_states():
@@ -124,7 +125,7 @@ def current(model: nn.Module) -> Iterator[None]:
     """Inside, a module from :func:`standing` has the buffers that the user's has now; one caller at a time."""
     user = original(model)
     if user is model:
-        with in_place(model):
+        with alone(model), in_place(model):
             yield
         return
     with in_place(user), torch.no_grad():

@@ -15,6 +15,7 @@ that differ from those of before are noticed and refused.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -31,6 +32,8 @@ from laplace_kf.errors import CorruptFile, IncompatiblePair, InvalidArgument, La
 from laplace_kf.randomness import random_states, same_random_states, set_random_states
 
 __all__ = ["Checkpoint", "Gathering", "Journal", "described", "digest", "journal", "length", "require_same"]
+
+log = logging.getLogger(__name__)
 
 SAMPLED = 1024  # numbers of every tensor of a minibatch by which it is recognised
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -102,7 +105,7 @@ class Checkpoint(Journal):
         devices: accelerators whose random states belong to it.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        MissingFile: if there is no such folder.
         CorruptFile: if what is there is damaged, or no checkpoint of a fit.
         ShapeMismatch: if it was made for something else; says for what.
         ValueError: if ``every`` is no positive integer.
@@ -163,7 +166,10 @@ class Checkpoint(Journal):
         self.generator.set_state(states["estimator"])
         for k, source in enumerate(self._sources if sources else ()):
             if f"source {k}" not in states:
-                raise ShapeMismatch(f"{self.path} was made for data with fewer generators of their own")
+                raise ShapeMismatch(
+                    f"{self.path} was made for data with fewer generators of their own; give the same data, or "
+                    "another path to start anew"
+                )
             source.set_state(states[f"source {k}"])
 
     def begin(self, gathering: Gathering) -> tuple[int, int]:
@@ -180,6 +186,7 @@ class Checkpoint(Journal):
             self._ended.append(stage)
         else:
             self._stopped = self._header
+            log.info("%s: goes on after %d minibatches", self.path, stage.index)
         return stage.number, stage.index
 
     def batches(self, data: Iterable[Any]) -> Iterator[Any]:

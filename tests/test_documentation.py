@@ -176,12 +176,16 @@ def test_all_lists_what_is_there(name: str):
     ids=lambda page: page.name,
 )
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    run_examples(page)
+
+
+def run_examples(page: Path) -> None:
     """All python blocks, in order and in one namespace, as a reader would paste them."""
     text = page.read_text(encoding="utf-8")
     blocks = list(PYTHON_BLOCK.finditer(text))
     assert blocks, f"{page.name} shows no example"
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MPLBACKEND", "Agg")
     namespace: dict[str, object] = {"__name__": "readme"}
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import sys
 import types
@@ -153,3 +154,29 @@ def test_benchmarks_that_pages_name_exist_and_every_benchmark_runs_by_its_name()
     named = set(re.findall(r"python -m benchmarks (\w+)", text))
     assert named and named <= written
     assert {path.stem for path in (folder / "results").glob("*.json")} <= written
+
+
+def test_what_is_raised_is_typed() -> None:
+    """Users catch ``lk.errors.LaplaceKFError``; what stays a plain error is for whoever extends the package."""
+    plain = re.compile(r"raise ([A-Z]\w*(?:Error|Exception))\b")
+    found = {}
+    for path in sorted((ROOT / "laplace_kf").rglob("*.py")):
+        names = set(plain.findall(path.read_text(encoding="utf-8"))) & set(dir(builtins))
+        if names:
+            found[path.relative_to(ROOT / "laplace_kf").as_posix()] = names
+    assert found == {
+        "__init__.py": {"AttributeError"},  # dunders
+        "members.py": {"AttributeError"},  # likewise
+        "distributed/assignment.py": {"ValueError"},  # internal: costs of blocks
+        "engine.py": {"ValueError"},  # of a checkpoint: becomes CorruptFile
+        "files.py": {"OSError"},  # becomes UnusableFile
+        "layers/base.py": {"ValueError"},  # registering a rule twice
+        "likelihoods/base.py": {"ValueError"},  # of a file: becomes CorruptFile
+        "likelihoods/distribution.py": {"NotImplementedError"},  # abstract, not reached
+        "likelihoods/loss.py": {"NotImplementedError"},  # likewise
+        "operators/curvature.py": {"KeyError"},  # a mapping's own
+        "posterior/store.py": {"ValueError"},  # of a file: becomes CorruptFile
+        "registry.py": {"ValueError"},  # registering a name twice
+        "structures/auto.py": {"AssertionError"},  # not reached
+        "tape/examples.py": {"RuntimeError"},  # caught beside: falls back to loops
+    }

@@ -33,7 +33,7 @@ from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports.html import Picture, Report
 from laplace_kf.reports.influence_plots import influential
 
-__all__ = ["METHODS", "Config", "run"]
+__all__ = ["METHODS", "Bench", "Config", "run"]
 
 METHODS: dict[str, dict[str, Any]] = {
     "Kronecker, margin": {"structure": "kron", "damping": "factored", "of": "margin"},
@@ -97,7 +97,7 @@ class Config:
             require(name, value := getattr(self, name), bool(value) and min(value) >= 1, "some numbers from 1 on")
 
 
-class _Bench:
+class Bench:
     """The data and the networks of one configuration."""
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -140,7 +140,7 @@ class _Bench:
         return torch.stack([self.inside(n) for n in numbers]), torch.stack(losses)
 
 
-def _scored(bench: _Bench, name: str, epochs: int, number: int, model: nn.Module) -> tuple[Tensor, float]:
+def _scored(bench: Bench, name: str, epochs: int, number: int, model: nn.Module) -> tuple[Tensor, float]:
     """Scores ``(Q, N)`` by one network, and the processor seconds of fit and scores."""
     config, options = bench.config, dict(METHODS[name])
     start = time.process_time()
@@ -150,7 +150,7 @@ def _scored(bench: _Bench, name: str, epochs: int, number: int, model: nn.Module
     return scores, time.process_time() - start
 
 
-def _method(bench: _Bench, name: str, epochs: int, counts: Sequence[int], truth: tuple[Tensor, Tensor]) -> Any:
+def _method(bench: Bench, name: str, epochs: int, counts: Sequence[int], truth: tuple[Tensor, Tensor]) -> Any:
     """Datamodelling scores of one method by number of networks; kept in a file."""
     config = bench.config
     decisive = [config.seed, config.train, config.queries, config.subsets, config.epochs, config.damping,
@@ -173,7 +173,7 @@ def _method(bench: _Bench, name: str, epochs: int, counts: Sequence[int], truth:
     return result
 
 
-def _wrong(bench: _Bench, epochs: int) -> dict[str, dict[str, float]]:
+def _wrong(bench: Bench, epochs: int) -> dict[str, dict[str, float]]:
     """How well each score finds labels that were replaced."""
     config = bench.config
     rng = training.generator(config.seed)
@@ -197,7 +197,7 @@ def _wrong(bench: _Bench, epochs: int) -> dict[str, dict[str, float]]:
 
 def run(config: Config, folder: Path) -> Report:
     """Train what is missing, score, and report; networks and scores are kept in ``folder``."""
-    bench = _Bench(config, folder)
+    bench = Bench(config, folder)
     truth = bench.truth()
     few = [count for count in config.counts if count <= config.few]
     first, *others = config.score_epochs
@@ -235,7 +235,7 @@ def run(config: Config, folder: Path) -> Report:
     )
 
 
-def _picture(bench: _Bench) -> Picture:
+def _picture(bench: Bench) -> Picture:
     """Queries with the largest losses under the first network, and what helped and harmed them."""
     x, y = bench.queries
     first = bench.config.score_epochs[0]

@@ -36,11 +36,17 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
+def _shown(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard error; one value has none."""
+    middle, error = _mean(values)
+    return f"{middle:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{middle:.{digits}f}"
+
+
 def rows(found: Found) -> tuple[list[str], list[list[str]]]:
     """Head and rows: mean test log likelihood by table and method, beside published figures."""
     body = []
     for name, splits in found.items():
-        cells = ["{:.3f} ± {:.3f}".format(*mean(splits, method)) for method in METHODS]
+        cells = [_shown([split["log likelihood"][method] for split in splits], 3) for method in METHODS]
         heads = ", ".join(f"{kind} {count}" for kind, count in Counter(s["head"] for s in splits).most_common())
         body.append([name, str(len(splits)), *cells, f"{DROPOUT[name]:.2f}", f"{ENSEMBLES[name]:.2f}", heads])
     return ["table", "splits", *METHODS, "MC dropout, published", "deep ensemble, published", "heads chosen"], body
@@ -72,8 +78,7 @@ def conformal_rows(found: Found) -> tuple[list[str], list[list[str]]]:
     for name, splits in found.items():
         c = conformal(splits)
         covered = [
-            "{:.2f} ± {:.2f}".format(*(100 * value for value in _mean([split["conformal"][key] for split in splits])))
-            for key in ("coverage", "MAP coverage")
+            _shown([100 * split["conformal"][key] for split in splits], 2) for key in ("coverage", "MAP coverage")
         ]
         widths = [f"{c['width']:.4f}", f"{c['MAP width']:.4f}", f"{c['width'] / c['MAP width']:.3f}"]
         body.append([name, str(len(splits)), *covered, *widths])

@@ -115,7 +115,7 @@ class Attribution:
         """Scores written by :meth:`save`, without the posteriors.
 
         Raises:
-            FileNotFoundError: if there is no such file.
+            MissingFile: if there is no such file.
             CorruptFile: if it is truncated, altered or not one of ours.
         """
         tensors, header = files.read(path, files.ATTRIBUTION)

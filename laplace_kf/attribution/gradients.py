@@ -118,7 +118,10 @@ class Gradients:
                 own = observation if examples >= count else self._cut(observation, part, index, what)
                 yield self.piece(own, columns[:, part])
         if empty:
-            raise ShapeMismatch(f"the {what.removeprefix('the ').removesuffix(' batch')} data are empty: no batch came")
+            raise ShapeMismatch(
+                f"the {what.removeprefix('the ').removesuffix(' batch')} data are empty: no batch came; a generator "
+                "that was read before is empty: give a list or a DataLoader"
+            )
 
     def _cut(self, observation: Observation, part: slice, index: int, what: str) -> Observation:
         whole = observation.outputs.detach()

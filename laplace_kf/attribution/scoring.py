@@ -136,12 +136,17 @@ def group_influence(
                 mine = of_example[start : start + piece.count]
                 start += piece.count
                 if len(mine) < piece.count:
-                    raise ShapeMismatch(f"there are {len(of_example)} groups, but more training examples than that")
+                    raise ShapeMismatch(
+                        f"there are {len(of_example)} groups, but more training examples than that; give one group "
+                        "number for each"
+                    )
                 place = torch.where(mine < 0, count, mine).long()
                 for (q, _), total in zip(many, totals, strict=True):
                     total.index_add_(1, place.to(total.device), q.scores(piece))
             if start != len(of_example):
-                raise ShapeMismatch(f"there are {len(of_example)} groups for {start} training examples")
+                raise ShapeMismatch(
+                    f"there are {len(of_example)} groups for {start} training examples; give one group number for each"
+                )
             rows += [total[:, :count] for total in totals]
     return torch.cat(rows)
 

@@ -106,7 +106,10 @@ def columns_of(of: str | Value, likelihood: Likelihood, outputs: Tensor, targets
     plain = bare(targets)
     found = -_gradient(lambda z: _valued(of, z, plain), outputs)
     if not torch.isfinite(found).all():
-        raise NonFinite("the gradient of the function given as of= is not finite at the outputs of the queries")
+        raise NonFinite(
+            "the gradient of the function given as of= is not finite at the outputs of the queries; check the "
+            "function there"
+        )
     return found
 
 
@@ -136,7 +139,7 @@ def _gradient(value: Callable[[Tensor], Tensor], outputs: Tensor) -> Tensor:
         leaf = outputs.detach().clone().requires_grad_()
         found = value(leaf)
         if not found.requires_grad:
-            raise ShapeMismatch("the function given as of= does not depend on the outputs (is it detached?)")
+            raise ShapeMismatch("the function given as of= does not depend on the outputs; use no detach() in it")
         return torch.autograd.grad(found.sum(), leaf, materialize_grads=True)[0]
 
 

@@ -57,13 +57,13 @@ class AfterTraining:
             raise NotFitted("the posterior is fitted when training ends: call the trainer first")
         return self._made
 
-    def check(self, model: nn.Module) -> None:
-        """Before training: refuses arguments that would be refused after it.
+    def check(self, model: nn.Module) -> Likelihood:
+        """Before training: refuses arguments that would be refused after it, and returns the likelihood.
 
         Raises:
             LaplaceKFError: as :class:`~laplace_kf.LaplacePosterior`.
         """
-        LaplacePosterior(model, self.likelihood, **self.options)
+        return LaplacePosterior(model, self.likelihood, **self.options).likelihood
 
     def finish(self, model: nn.Module, train: Any, validation: Any, processes: int) -> dict[str, float]:
         """Fits, tunes and saves; the numbers are for a log.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, MissingPackage, ShapeMismatch
 from laplace_kf.likelihoods import Gaussian
 from laplace_kf.models import lasting
 from laplace_kf.operators import fresh_generator
@@ -33,8 +33,9 @@ try:
     from botorch.models.model import Model
     from botorch.posteriors import GPyTorchPosterior
     from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+    from linear_operator import to_linear_operator
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to BoTorch needs the package 'botorch', which is not installed: pip install botorch",
         name=error.name,
     ) from error
@@ -114,10 +115,12 @@ class LaplaceModel(Model):
             chosen = torch.as_tensor(output_indices, device=mean.device)
             rows = (torch.arange(q, device=mean.device)[:, None] * m + chosen).reshape(-1)
             mean, covariance, m = mean[..., chosen], covariance[..., rows, :][..., rows], len(chosen)
+        # An operator is decomposed when it is needed, with jitter where points coincide; a tensor at once, and without.
+        spread = to_linear_operator(covariance)
         if m == 1:
-            normal: Any = MultivariateNormal(mean.squeeze(-1), covariance)
+            normal: Any = MultivariateNormal(mean.squeeze(-1), spread)
         else:
-            normal = MultitaskMultivariateNormal(mean, covariance, interleaved=True)
+            normal = MultitaskMultivariateNormal(mean, spread, interleaved=True)
         found = GPyTorchPosterior(normal)
         return found if posterior_transform is None else posterior_transform(found)
 

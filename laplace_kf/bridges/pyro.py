@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward, model_outputs, private, run, to_device
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, InvalidType, MissingPackage, ShapeMismatch
 from laplace_kf.gaussian import WeightGaussian
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior
@@ -42,7 +42,7 @@ try:
     from pyro import poutine
     from pyro.distributions import Delta, ImproperUniform, Normal, TorchDistribution, constraints
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to Pyro needs the package 'pyro-ppl', which is not installed. "
         "It comes with the 'pyro' extra: pip install 'laplace_kf[pyro]'",
         name=error.name,
@@ -208,7 +208,10 @@ class LiftedModel:
             )
             zero = [name for name, value in self._precisions.items() if not float(value) > 0]
             if zero:
-                raise ValueError(f"prior_precision of {', '.join(zero)} is 0: an improper prior cannot be drawn from")
+                raise InvalidArgument(
+                    f"prior_precision of {', '.join(zero)} is 0: an improper prior cannot be drawn from, "
+                    "give a positive one"
+                )
         self._names, self._layout = list(names), layout
         self._named = {name: named[name] for name in names}
 
@@ -396,9 +399,9 @@ def lift(
         ValueError: for a prior precision or ``n_data`` that is not positive.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        raise InvalidType(f"module must be a torch.nn.Module, got {type(module).__name__}")
     if n_data is not None and not (math.isfinite(n_data) and n_data > 0):
-        raise ValueError(f"n_data must be positive and finite, got {n_data}")
+        raise InvalidArgument(f"n_data must be positive and finite, got {n_data}")
     if parameters is None:
         parameters = "all" if prior is None else list(prior.mean)
     chosen = checked_prior(prior_precision) if prior is None else prior

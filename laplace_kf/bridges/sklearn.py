@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidTarget, MissingPackage
 from laplace_kf.likelihoods import Bernoulli, Gaussian, Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 
@@ -33,7 +33,7 @@ try:
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to scikit-learn needs the package 'scikit-learn' (1.6 or newer): pip install -U scikit-learn",
         name=error.name,
     ) from error
@@ -262,12 +262,14 @@ class LaplaceClassifier(ClassifierMixin, _Laplace):
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"a classifier needs at least two classes, and y has one class only: {self.classes_[0]}")
+            raise InvalidTarget(
+                f"a classifier needs at least two classes, and y has one class only: {self.classes_[0]}"
+            )
         count = len(self.classes_)
         zeros = torch.zeros(count, dtype=torch.float64)
         targets = torch.as_tensor(codes, dtype=torch.float64)[:, None] if self._single else torch.as_tensor(codes)
         if self._single and count != 2:
-            raise ValueError(f'likelihood="bernoulli" takes two classes, y has {count}; leave likelihood out')
+            raise InvalidTarget(f'likelihood="bernoulli" takes two classes, y has {count}; leave likelihood out')
         self._fit(
             x, targets, 1 if self._single else count, zeros[:1] if self._single else zeros, torch.ones_like(zeros[:1])
         )

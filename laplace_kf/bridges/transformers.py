@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 from laplace_kf.bridges.after_training import AfterTraining
+from laplace_kf.errors import MissingPackage
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 except ImportError as error:
-    raise ImportError(
+    raise MissingPackage(
         "The bridge to transformers needs the package 'transformers', which is not installed: pip install transformers",
         name=error.name,
     ) from error

@@ -108,6 +108,12 @@ class Learner(ABC):
         by_parameter(self.prior_precision, flat_layout(dict(self.model.named_parameters()), names))  # refuses early
         LaplacePosterior(self.model, self.likelihood, structure, parameters=self.parameters, **options)  # as well
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}, structure={self.structure!r}, "
+            f"multiplier={self.multiplier!r}, prior_precision={self.prior_precision!r}; tasks={self.tasks})"
+        )
+
     # -- what a method says --------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -238,7 +244,9 @@ class Learner(ABC):
             IncompatiblePair: if the state is that of another method.
         """
         if state.get("method") != type(self).__name__:
-            raise IncompatiblePair(f"this is a state of {state.get('method')!r}, not of {type(self).__name__!r}")
+            raise IncompatiblePair(
+                f"this is a state of {state.get('method')!r}, not of {type(self).__name__!r}: load it into one"
+            )
         self._load(state)
         self._heads = {name: value.clone() for name, value in state.get("heads", {}).items()}
         self.tasks = int(state["tasks"])

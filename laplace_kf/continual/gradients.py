@@ -185,7 +185,9 @@ class TaskGradients:
             what = "two recorded losses went" if self._twice else "a loss that was not recorded went"
             raise IncompatiblePair(f"{what} into the gradients of this step; record the sum, once a backward pass")
         if not float(passes.seeds):
-            raise IncompatiblePair("the recorded loss was multiplied by 0, so that its gradient is not known")
+            raise IncompatiblePair(
+                "the recorded loss was multiplied by 0, so that its gradient is not known; leave the factor out"
+            )
         self._require_undivided(passes)
         return {name: gradient / passes.seeds.to(gradient) for name, gradient in passes.task.items()}
 

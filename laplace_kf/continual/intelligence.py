@@ -79,7 +79,10 @@ class SynapticIntelligence(Learner):
         super().__init__(model, likelihood, structure, multiplier, prior_precision, parameters, **options)
         chosen = structure if isinstance(structure, Structure) else STRUCTURES[structure]()
         if not isinstance(chosen, STRUCTURES["diag"]):
-            raise IncompatiblePair(f"Synaptic Intelligence is diagonal, structure={chosen.name!r} has no effect on it")
+            raise IncompatiblePair(
+                f"Synaptic Intelligence is diagonal, structure={chosen.name!r} has no effect on it: leave structure= "
+                "out"
+            )
         self.c = positive("c", c if c is not None else multiplier)
         self.epsilon = positive("epsilon", epsilon)
         self._rule = CENTRES[centres]

@@ -134,5 +134,8 @@ def observed(
             rule.check(seen.outputs.detach(), seen.targets)
             visit(seen, rule, tracer)
         if index < 0:
-            raise ShapeMismatch("the data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the data are empty: no batch was yielded; a generator that was read before is empty: give a list "
+                "or a DataLoader"
+            )
         tracer.require_all_seen()

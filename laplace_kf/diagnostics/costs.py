@@ -68,7 +68,9 @@ def costs(
 
     observed(model, likelihood, [batch], visit, forward)
     if not sizes:
-        raise UnsupportedLayer("the network has no linear map")
+        raise UnsupportedLayer(
+            "the network has no linear map; costs are counted for nn.Linear and convolutions, add one"
+        )
     n = counts["examples"]
 
     def by_columns(columns: int) -> int:

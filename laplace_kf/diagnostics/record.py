@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from laplace_kf.errors import UnknownAttribute
+
 __all__ = ["Record"]
 
 
@@ -14,4 +16,5 @@ class Record(dict[str, Any]):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"no entry {name!r}; there are {', '.join(map(repr, self))}") from None
+            why = f"no entry {name!r}; there are {', '.join(map(repr, self))}"
+            raise UnknownAttribute(type(self), name, why=why) from None

@@ -148,7 +148,10 @@ def invariance(
     network = copy.deepcopy(usable(model)).eval()
     batches = list(as_batches(repeatable(data), network))
     if not batches:
-        raise ShapeMismatch("the data are empty: no batch was yielded")
+        raise ShapeMismatch(
+            "the data are empty: no batch was yielded; a generator that was read before is empty: give a list or a "
+            "DataLoader"
+        )
     made = COORDINATES[coordinates]
     layers, between = _parts(network)
     pairs = [
@@ -174,7 +177,9 @@ def invariance(
 def _parts(network: nn.Module) -> tuple[list[nn.Linear], list[Callable[[Tensor], Tensor]]]:
     """The linear layers of a sequence, and what stands before each of them and after the last."""
     if not isinstance(network, nn.Sequential):
-        raise UnsupportedLayer(f"the twin is made of an nn.Sequential, got {type(network).__name__}")
+        raise UnsupportedLayer(
+            f"the twin is made of an nn.Sequential, got {type(network).__name__}; put the layers into one"
+        )
     layers: list[nn.Linear] = []
     groups: list[list[nn.Module]] = [[]]
     for path, module in network.named_modules():
@@ -191,7 +196,7 @@ def _parts(network: nn.Module) -> tuple[list[nn.Linear], list[Callable[[Tensor],
         else:
             groups[-1].append(module)
     if not layers:
-        raise UnsupportedLayer("the network has no nn.Linear")
+        raise UnsupportedLayer("the network has no nn.Linear; a twin needs at least one")
     return layers, [_Applied(group) for group in groups]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laplace_kf.columns import Sink
 from laplace_kf.likelihoods.base import Likelihood
+from laplace_kf.notebooks import as_call
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Observation
 
@@ -43,6 +44,9 @@ class Estimator(ABC):
     def options(self) -> dict[str, Any]:
         """The constructor's arguments, as plain values that can be saved."""
         return {}
+
+    def __repr__(self) -> str:
+        return as_call(self, self.options())
 
     @abstractmethod
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: Any) -> None:

@@ -35,7 +35,9 @@ def masked(graph: Any, mask: Tensor | str) -> Any:
     """
     keys = keys_of(graph)
     if "y" not in keys or (isinstance(mask, str) and mask not in keys):
-        raise ShapeMismatch(f"the graph has no {'y' if 'y' not in keys else mask!r}; its entries: {keys}")
+        raise ShapeMismatch(
+            f"the graph has no {'y' if 'y' not in keys else mask!r}; its entries: {keys}. Set it, or name another one"
+        )
     chosen = graph[mask] if isinstance(mask, str) else mask
     y = graph["y"]
     copied = copy.copy(graph)

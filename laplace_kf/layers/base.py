@@ -184,7 +184,7 @@ def register(rule: LayerRule) -> LayerRule:
     """
     for function in rule.functions:
         if function in RULES:
-            raise ValueError(f"{function} has a rule already: {RULES[function].name}")
+            raise ValueError(f"{function} has a rule already, only one is allowed: {RULES[function].name}")
         RULES[function] = rule
     return rule
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from laplace_kf.layers.base import BoundCall, MatrixRule, MatrixView, as_tuple, functions_of, register
 
+CHANNELS_LAST = 32  # channels from which patches are gathered pixel by pixel, and turned afterwards
+
 
 def patches(padded: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """Patches of an already padded image.
@@ -28,20 +30,22 @@ def patches(padded: Tensor, kernel: Sequence[int], stride: Sequence[int], dilati
     Returns:
         ``(B, T, channels, prod(kernel))``, a copy; ``T`` counts output positions in row-major order.
     """
-    size = padded.shape[2:]
+    size, channels = padded.shape[2:], padded.shape[1]
     out = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(size, kernel, stride, dilation, strict=True)]
-    step = padded.stride()
-    window = padded.as_strided(
-        (padded.shape[0], *out, padded.shape[1], *kernel),
-        (
-            step[0],
-            *(s * n for s, n in zip(stride, step[2:], strict=True)),
-            step[1],
-            *(d * n for d, n in zip(dilation, step[2:], strict=True)),
-        ),
-        padded.storage_offset(),
-    )
-    return window.reshape(padded.shape[0], math.prod(out), padded.shape[1], math.prod(kernel))
+    last = channels >= CHANNELS_LAST
+    image = padded.movedim(1, -1).contiguous() if last else padded
+    step = image.stride()
+    along = step[1:-1] if last else step[2:]
+    places = [s * n for s, n in zip(stride, along, strict=True)]
+    offsets = [d * n for d, n in zip(dilation, along, strict=True)]
+    whole = math.prod(out), math.prod(kernel)
+    if last:
+        shape = (len(image), *out, *kernel, channels)
+        window = image.as_strided(shape, (step[0], *places, *offsets, step[-1]), image.storage_offset())
+        return window.reshape(len(image), *whole, channels).transpose(-1, -2).contiguous()
+    shape = (len(image), *out, channels, *kernel)
+    window = image.as_strided(shape, (step[0], *places, step[1], *offsets), image.storage_offset())
+    return window.reshape(len(image), whole[0], channels, whole[1])
 
 
 class ConvRule(MatrixRule):

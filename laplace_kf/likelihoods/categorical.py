@@ -14,7 +14,7 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.draws import Source, categorical
-from laplace_kf.errors import InvalidTarget, ShapeMismatch
+from laplace_kf.errors import InvalidArgument, InvalidTarget, InvalidType, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
@@ -140,8 +140,10 @@ class Categorical(Likelihood):
     ) -> None:
         super().__init__(ignore_index)
         self.class_weights = None if class_weights is None else checked_class_weights("Categorical", class_weights)
-        if isinstance(label_smoothing, bool) or not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"Categorical: label_smoothing {label_smoothing!r} is outside [0, 1).")
+        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+            raise InvalidType(f"Categorical: label_smoothing must be a number in [0, 1), got {label_smoothing!r}.")
+        if not 0.0 <= label_smoothing < 1.0:
+            raise InvalidArgument(f"Categorical: label_smoothing {label_smoothing!r} is outside [0, 1).")
         self.label_smoothing = float(label_smoothing)
 
     @classmethod

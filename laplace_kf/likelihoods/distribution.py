@@ -24,7 +24,7 @@ from torch.distributions import (
 )
 from torch.distributions.constraints import Constraint
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, InvalidTarget, ShapeMismatch, UnknownAttribute, UnknownName
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, by_position, gaussian_entropy, log_mean_exp
@@ -252,7 +252,8 @@ class FromDistribution(Likelihood):
             return (*scalar_shape(shape), *rest)
         if len(rest) > 1:
             raise ShapeMismatch(
-                f"FromDistribution: a target of shape {tuple(rest)} per pixel has no place in outputs {tuple(shape)}."
+                f"FromDistribution: a target of shape {tuple(rest)} per pixel has no place in outputs "
+                f"{tuple(shape)}; give one target for every position."
             )
         return (shape[0], *rest, *shape[2:])
 
@@ -280,7 +281,7 @@ class FromDistribution(Likelihood):
         bad = ~support.check(rows)
         if known_true(bad.any()):
             first = rows[tuple(bad.nonzero()[0].tolist())]
-            raise ValueError(
+            raise InvalidTarget(
                 f"FromDistribution: target {first.tolist()} is outside the support {support} of "
                 f"{type(distribution).__name__}."
             )
@@ -318,9 +319,9 @@ class FromDistribution(Likelihood):
             return rows, None
         hits = (rows == self.ignore_index).reshape(rows.shape[0], -1)
         if known_true((hits.any(1) & ~hits.all(1)).any()):
-            raise ValueError(
+            raise InvalidTarget(
                 f"FromDistribution: some, but not all, target entries of a position equal ignore_index="
-                f"{self.ignore_index}; a position is left out as a whole."
+                f"{self.ignore_index}; a position must be left out as a whole."
             )
         keep = ~hits.any(1)
         with _private_seed(0, rows.device), torch.no_grad():
@@ -453,7 +454,9 @@ class FromDistribution(Likelihood):
         try:
             variance, mean = elements.variance, elements.mean
         except NotImplementedError as error:
-            raise AttributeError(f"{type(elements).__name__} defines no variance to take an entropy from.") from error
+            raise UnknownAttribute(
+                Prediction, "entropy", why=f"{type(elements).__name__} defines no variance to take an entropy from."
+            ) from error
         variance = variance.reshape(samples, -1, *variance.shape[1:])
         total = variance.mean(0) + mean.reshape(variance.shape).var(0, correction=0)
         return layout(gaussian_entropy(total)), layout(gaussian_entropy(variance).mean(0))

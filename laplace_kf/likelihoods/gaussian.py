@@ -10,11 +10,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from laplace_kf.draws import Source, normal
-from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, InvalidType, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS
 from laplace_kf.likelihoods.elementwise import ElementwiseLikelihood
@@ -78,8 +79,19 @@ class Gaussian(ElementwiseLikelihood):
 
     @scale.setter
     def scale(self, value: float | Tensor | Sequence[float]) -> None:
-        if isinstance(value, (list, tuple)):
-            value = torch.tensor(value, dtype=torch.float64)
+        if not isinstance(value, Tensor):
+            wrong = InvalidType(
+                f"Gaussian: scale must be a number, or numbers (C,) in a tensor, an array or a list; got {value!r}."
+            )
+            if value is None or isinstance(value, (str, bool)):  # numpy makes numbers of them
+                raise wrong
+            try:
+                value = torch.tensor(
+                    value if isinstance(value, (list, tuple)) else np.asarray(value, np.float64)
+                ).double()
+            except (TypeError, ValueError) as error:
+                raise wrong from error
+            value = value if value.ndim else float(value)
         if isinstance(value, Tensor) and (value.ndim > 1 or value.numel() == 0):
             raise ShapeMismatch(
                 f"Gaussian: scale must be a number, a 0-dim tensor or a tensor (C,), got shape {tuple(value.shape)}."
@@ -87,7 +99,7 @@ class Gaussian(ElementwiseLikelihood):
         for number in _numbers(value):
             if not (math.isfinite(number) and number > 0):
                 raise InvalidArgument(f"Gaussian: scale {number} is outside (0, inf); it is a standard deviation.")
-        self._scale: float | Tensor = value if isinstance(value, Tensor) else float(value)  # type: ignore[arg-type]
+        self._scale: float | Tensor = value if isinstance(value, Tensor) else float(value)
         self._moved: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -100,8 +112,8 @@ class Gaussian(ElementwiseLikelihood):
         channels = shape[1] if len(shape) > 3 else shape[-1]
         if self.differs_by_output and len(_numbers(self.scale)) != channels:
             raise ShapeMismatch(
-                f"Gaussian: scale has one number for each of {len(_numbers(self.scale))} outputs, got outputs of shape "
-                f"{tuple(shape)} with {channels}."
+                f"Gaussian: scale must have one number for each output; it has "
+                f"{len(_numbers(self.scale))}, got outputs of shape {tuple(shape)} with {channels}."
             )
 
     def _sigma(self, z: Tensor, y: Tensor | None = None) -> Tensor:
@@ -115,7 +127,8 @@ class Gaussian(ElementwiseLikelihood):
             return super()._read(z, shape, targets)
         if len(targets) != 2 or not all(isinstance(t, Tensor) for t in targets):
             raise ShapeMismatch(
-                f"Gaussian: targets with known noise are a pair (y, scale) of tensors, got {type(targets).__name__} of "
+                "Gaussian: targets with known noise must be a pair (y, scale) of tensors, got "
+                f"{type(targets).__name__} of "
                 f"{[type(t).__name__ for t in targets]}."
             )
         y, keep = super()._read(z, shape, targets[0])

@@ -20,7 +20,7 @@ from torch.distributions import (
     Poisson,
 )
 
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import ShapeMismatch, UnknownAttribute
 from laplace_kf.likelihoods.prediction import Prediction
 
 __all__ = ["joined"]
@@ -60,7 +60,7 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
             name: torch.cat([part.values[name] for part in parts], 1 if name == "samples" else 0)
             for name in parts[0].values
         },
-        density=partial(_density, tuple(part.density for part in parts), tuple(map(_count, parts))),
+        density=partial(_density, tuple(part.density for part in parts), [_count(part) for part in parts]),
         entropies=partial(_entropies, tuple(parts)),
         information=partial(_information, tuple(parts)) if all(part.information for part in parts) else None,
         quantiles=partial(_quantiles, tuple(parts)) if all(part.quantiles for part in parts) else None,
@@ -69,8 +69,14 @@ def joined(parts: Sequence[Prediction]) -> Prediction:
 
 
 def _count(part: Prediction) -> int:
-    name, value = next(iter(part.values.items()))
-    return int(value.shape[1 if name == "samples" else 0])
+    for name, value in part.values.items():
+        return int(value.shape[1 if name == "samples" else 0])
+    try:  # no moments and no samples: a density alone
+        return int(part.distribution.batch_shape[0])
+    except (UnknownAttribute, IndexError) as error:
+        raise ShapeMismatch(
+            "predictions that have a density alone cannot be put together; call predict for each batch"
+        ) from error
 
 
 def _density(densities: Sequence[Callable[[Tensor], Tensor]], counts: Sequence[int], y: Tensor) -> Tensor:
@@ -113,8 +119,10 @@ def _together(found: Sequence[Distribution]) -> Distribution:
         return MixtureSameFamily(together, _together(components))
     names = PARAMETERS.get(type(first))
     if names is None:
-        raise AttributeError(
-            f"predictions of several batches have no common {type(first).__name__}; call predict for each batch"
+        raise UnknownAttribute(
+            Prediction,
+            "distribution",
+            why=f"predictions of several batches have no common {type(first).__name__}; call predict for each batch",
         )
     values = {name: torch.cat([getattr(each, name) for each in found]) for name in names}
     kind: Any = type(first)

@@ -15,7 +15,7 @@ from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.callers import warn_user
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownAttribute
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.likelihoods.prediction import Prediction, by_position, log_mean_exp
@@ -342,15 +342,19 @@ def _restored(rows: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _no_entropies(who: str) -> tuple[Tensor, Tensor | None]:
-    raise AttributeError(
-        f"The entropy of {who} is not known: exp(-loss) has to be summed over all targets. Pass support= (the targets "
-        "that there are)."
+    raise UnknownAttribute(
+        Prediction,
+        "entropy",
+        why=f"The entropy of {who} is not known: exp(-loss) has to be summed over all targets. Pass support= "
+        "(the targets that there are).",
     )
 
 
 def _no_distribution(who: str) -> Distribution:
-    raise AttributeError(
-        f"{who} is no torch distribution: use FromDistribution for one, or support=torch.arange(K) for K labels."
+    raise UnknownAttribute(
+        Prediction,
+        "distribution",
+        why=f"{who} is no torch distribution: use FromDistribution for one, or support=torch.arange(K) for K labels.",
     )
 
 

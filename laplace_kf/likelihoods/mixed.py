@@ -26,8 +26,8 @@ from torch.distributions import (
     Poisson,
 )
 
-from laplace_kf.errors import ShapeMismatch
-from laplace_kf.likelihoods.prediction import Prediction, gaussian_entropy
+from laplace_kf.errors import ShapeMismatch, UnknownAttribute
+from laplace_kf.likelihoods.prediction import NO_INFORMATION, Prediction, gaussian_entropy
 
 __all__ = ["mixed"]
 
@@ -69,8 +69,9 @@ def mixed(
     same_outputs(parts)
     if len(parts) == 1:
         return parts[0]
-    like = next(value for name, value in parts[0].values.items() if name != "samples")
-    share = torch.tensor(weights, dtype=torch.float64, device=like.device)
+    own = parts[0].values  # empty for distributions without moments, whose density is all there is
+    like = next((value for name, value in own.items() if name != "samples"), None)
+    share = torch.tensor(weights, dtype=torch.float64, device=None if like is None else like.device)
     log_weights = (share / share.sum()).log()
     values = _moments(parts, log_weights.exp())
     if all("samples" in part.values for part in parts):
@@ -154,7 +155,9 @@ def _total(likelihood: Mixing, parts: Sequence[Prediction], weights: Tensor, val
         return found.reshape(shape)
     name = "probs" if "probs" in values else "variance"
     if name not in values:
-        raise AttributeError("The entropy of this mixture is not known: its components have no variance.")
+        raise UnknownAttribute(
+            Prediction, "entropy", why="The entropy of this mixture is not known: its components have no variance."
+        )
     value = values[name]
     rows = (value if value.shape == shape else parts[0].channel_last(value)).reshape(*shape, -1)
     if name == "variance":
@@ -178,7 +181,7 @@ def _information(total: Callable[[], Tensor], parts: Sequence[Prediction], weigh
     for part in parts:
         entropy, conditional = part.entropies()
         if conditional is None and part.information is None:
-            raise AttributeError("This prediction has no samples to take a mutual information over.")
+            raise UnknownAttribute(Prediction, "mutual_information", why=NO_INFORMATION)
         own.append(part.information() if conditional is None else entropy - conditional)  # type: ignore[misc]
     return total() - _weighted([part.position_entropy for part in parts], weights) + _weighted(own, weights)
 
@@ -193,7 +196,7 @@ def _components(prediction: Prediction) -> tuple[Tensor, Distribution]:
         logits: Tensor = found.mixture_distribution.logits
         return logits - torch.logsumexp(logits, -1, keepdim=True), found.component_distribution
     batch = found.batch_shape
-    like = next(iter(prediction.values.values()))
+    like = next(iter(prediction.values.values()), torch.empty(()))
     return torch.zeros(*batch, 1, dtype=like.dtype, device=like.device), _widened(found, len(batch))
 
 
@@ -209,7 +212,9 @@ PARAMETERS = {
 def _made(like: Distribution, change: Callable[[str], Tensor]) -> Distribution:
     names = PARAMETERS.get(type(like))
     if names is None:
-        raise AttributeError(f"a mixture of several posteriors has no common {type(like).__name__}")
+        raise UnknownAttribute(
+            Prediction, "distribution", why=f"a mixture of several posteriors has no common {type(like).__name__}"
+        )
     kind: Any = type(like)
     made: Distribution = kind(**{name: change(name) for name in names})
     return made
@@ -236,8 +241,13 @@ def _distribution(parts: Sequence[Prediction], log_weights: Tensor) -> Distribut
     opened = [_components(part) for part in parts]
     kinds = {type(each.base_dist if isinstance(each, Independent) else each) for _, each in opened}
     if len(kinds) > 1:
-        raise AttributeError(f"components of several kinds ({', '.join(sorted(k.__name__ for k in kinds))}) have no "
-                             "common torch distribution; log_prob, mean and variance are exact")  # fmt: skip
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise UnknownAttribute(
+            Prediction,
+            "distribution",
+            why=f"components of several kinds ({names}) have no common torch distribution; log_prob, mean and variance "
+            "are exact",
+        )
     axis = opened[0][0].dim() - 1
     logits = torch.cat([log + weight.to(log) for (log, _), weight in zip(opened, log_weights, strict=True)], axis)
     return MixtureSameFamily(Categorical(logits=logits), _joined([each for _, each in opened], axis))

@@ -24,12 +24,15 @@ from torch.distributions import (
     Normal,
 )
 
+from laplace_kf.errors import UnknownAttribute
+from laplace_kf.members import Members
 from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 from laplace_kf.outputs.top import TopClasses, top_classes
 
 __all__ = ["LOG_2PI", "Prediction"]
 
+NO_INFORMATION = "This prediction has no samples to take a mutual information over."
 LOG_2PI = math.log(2.0 * math.pi)
 PositionDensity = Callable[[Tensor, "Tensor | None"], Tensor]
 Density = Callable[[PositionDensity, Tensor], Tensor]
@@ -37,7 +40,7 @@ PredictDraws = Callable[[Tensor, torch.Size], "Prediction"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Prediction:
+class Prediction(Members):
     """Predictive distribution of a batch. Made by ``likelihood.predict``; the fields are its building blocks.
 
     Attributes that a likelihood cannot supply raise ``AttributeError`` naming the ones that exist.
@@ -72,6 +75,7 @@ class Prediction:
         calibration: conformal scores of this way to predict, see :meth:`interval`.
     """
 
+    called = "prediction"
     values: Mapping[str, Tensor]
     density: Callable[[Tensor], Tensor]
     entropies: Callable[[], tuple[Tensor, Tensor | None]]
@@ -91,9 +95,11 @@ class Prediction:
     def _value(self, name: str) -> Tensor:
         if name not in self.values:
             advice = " Ask for it with keep_samples=True." if name == "samples" else ""
-            raise AttributeError(
-                f"This prediction has no {name!r}; it has {', '.join(sorted(self.values))}, entropy, "
-                f"position_entropy, mutual_information, log_prob and distribution.{advice}"
+            raise UnknownAttribute(
+                type(self),
+                name,
+                why=f"This prediction has no {name!r}; it has {', '.join(sorted(self.values))}, entropy, "
+                f"position_entropy, mutual_information, log_prob and distribution.{advice}",
             )
         return self.values[name]
 
@@ -142,7 +148,7 @@ class Prediction:
         total, conditional = self._position_entropies
         if conditional is None:
             if self.information is None:
-                raise AttributeError("This prediction has no samples to take a mutual information over.")
+                raise UnknownAttribute(type(self), "mutual_information", why=NO_INFORMATION)
             return self.information().flatten(1).sum(1).clamp_min(0.0)
         # Jensen makes it non-negative; only rounding could not.
         return (total - conditional).flatten(1).sum(1).clamp_min(0.0)

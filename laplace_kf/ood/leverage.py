@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
@@ -24,13 +25,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward, check_finite, to_device
-from laplace_kf.errors import IncompatiblePair, UnknownName
+from laplace_kf.batches import Forward, check_finite, map_examples, to_device
+from laplace_kf.errors import IncompatiblePair, LaplaceKFError, UnknownName, UnsupportedLayer
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, KroneckerBlock, Matrix, Spectral
 from laplace_kf.predictive.linearized import Stand
 from laplace_kf.replica import current, standing
-from laplace_kf.tape import Block, EntryLayout, LookupSignals, MatrixSignals, OuterSignals, TiedSignals, Tracer
+from laplace_kf.tape import (
+    Block,
+    EntryLayout,
+    LookupSignals,
+    MatrixSignals,
+    Observation,
+    OuterSignals,
+    TiedSignals,
+    Tracer,
+)
 
 __all__ = ["Leverage"]
 
@@ -99,7 +109,9 @@ class Leverage:
         self.sharing = sharing
         self.device = next(iter(mean.values())).device
         leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
-        self._tracer = Tracer(model, Stand(model, forward, leaves), weights=leaves)
+        self._new_tracer = lambda: Tracer(model, Stand(model, forward, leaves), weights=leaves)
+        self._tracer: Tracer | None = None
+        self._blocks: Mapping[str, Block] = {}
         self._forms: dict[str, Form] = {}
         self._precision: Blockwise | None = None
         self._covariance: Tensor | None = None
@@ -124,7 +136,7 @@ class Leverage:
         """
         check_finite(x, 0, "the input")
         with self._lock, current(self.model), preserved(self.model):
-            observation = self._tracer.observe(to_device(x, self.device))
+            observation = self._observed(to_device(x, self.device))
             with torch.no_grad():
                 signals = observation.input_signals()
             order = [block.name for call in observation.calls for block in observation.blocks_of(call)]
@@ -132,19 +144,38 @@ class Leverage:
             if not usable:
                 raise IncompatiblePair("the posterior covers no layer with inputs of its own, so there is no leverage")
             last = next(name for name in reversed(order) if name in usable)
-            chosen = _chosen(layers, last, {name: self._tracer.blocks[name] for name in usable})
+            chosen = _chosen(layers, last, {name: self._blocks[name] for name in usable})
             with torch.no_grad():
                 shared = {name: self._shared(_plain(usable[name])) for name in chosen}
                 found = {name: self._form(name)(signal) for name, signal in shared.items()}
                 lengths = {name: _length(signal, found[name]) for name, signal in shared.items()}
         return Layers(found, lengths, observation.outputs.detach(), last)
 
+    def _observed(self, x: Any) -> Observation:
+        """What the layers did; a batch that shows more of how they are used than the first one did starts anew."""
+        known, tracer = self._tracer is not None, self._tracer or self._new_tracer()
+        try:
+            found = tracer.observe(x)
+        except UnsupportedLayer:
+            if not known:
+                raise
+            self._tracer = None  # it knew too little, of a single example say
+            tracer, self._forms = self._new_tracer(), {}
+            found = tracer.observe(x)
+        if self._tracer is None and len(found.outputs) == 1:  # one example cannot tell its axis from one of length 1
+            with suppress(LaplaceKFError, RuntimeError):
+                pair = self._new_tracer()
+                if len(pair.observe(map_examples(x, 1, lambda t: torch.cat([t, t]))).outputs) == 2:
+                    tracer, found = pair, pair.observe(x)
+        self._tracer, self._blocks = tracer, tracer.blocks
+        return found
+
     def _shared(self, signal: OuterSignals | LookupSignals) -> OuterSignals | LookupSignals:
         return signal if self.sharing is None or isinstance(signal, LookupSignals) else self.sharing(signal)
 
     def _form(self, name: str) -> Form:
         if name not in self._forms:
-            block = self._tracer.blocks[name]
+            block = self._blocks[name]
             fitted = {known.name: matrix for known, matrix in self.curvature.entries}.get(name)
             if isinstance(fitted, KroneckerBlock) and fitted.inputs.shape[1] == block.shape[2]:
                 self._forms[name] = _of_factor(fitted.inputs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace_kf.callers import users_line
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.linalg import cholesky, require_positive
+from laplace_kf.members import Members
 
 __all__ = ["Isotropic", "Matrix", "Sum", "fresh_generator", "product_of_sum", "standard_normal"]
 
@@ -39,10 +40,18 @@ def standard_normal(shape: Sequence[int], like: Tensor, generator: torch.Generat
     return noise.to(device=like.device, dtype=like.dtype)
 
 
-class Matrix(ABC):
+SHOWN = 60  # letters of a label in a representation
+
+
+class Matrix(Members, ABC):
     """A symmetric operator of size ``P``; vectors are ``(P,)`` or ``(P, K)``."""
 
+    called = "matrix"
     label: str = ""
+
+    def __repr__(self) -> str:
+        label = self.label if len(self.label) <= SHOWN else f"{self.label[:SHOWN]}..."
+        return f"{type(self).__name__}({self.size} x {self.size}{', ' if label else ''}{label})"
 
     @property
     @abstractmethod

@@ -99,8 +99,9 @@ class Blockwise(Matrix):
         parts = []
         for block, matrix in self.entries:
             like = matrix.diag()
-            noise = torch.cat([standard_normal((1, matrix.noise_size), like, one) for one in generators])
-            parts.append(block.unpack(matrix.colour(noise).reshape(-1, *block.shape)))
+            here = like.new_empty(0, device="cpu")  # numbers of a seed are the same on every device; they move together
+            noise = torch.cat([standard_normal((1, matrix.noise_size), here, one) for one in generators])
+            parts.append(block.unpack(matrix.colour(noise.to(like.device)).reshape(-1, *block.shape)))
         return self.layout.hold(merged(parts))
 
     def scaled(self, factor: float | Tensor) -> Blockwise:
@@ -140,7 +141,10 @@ class Blockwise(Matrix):
         entries: list[tuple[Block, Matrix]] = []
         for block, matrix in self.entries:
             if not isinstance(matrix, CurvatureBlock):
-                raise ShapeMismatch(f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block")
+                raise ShapeMismatch(
+                    f"block {block.name!r} is a {type(matrix).__name__}, not a curvature block; only those can be "
+                    "taken apart"
+                )
             entries.append((block, make(matrix, prior_of(block, prior).to(matrix.device))))
         return Blockwise(self.layout, entries)
 

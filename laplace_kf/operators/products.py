@@ -24,7 +24,10 @@ def unvec(vector: Tensor, rows: int) -> Tensor:
         ShapeMismatch: if the length is no multiple of the rows.
     """
     if vector.dim() != 1 or rows < 1 or len(vector) % rows:
-        raise ShapeMismatch(f"a vector of shape {tuple(vector.shape)} is not that of a matrix with {rows} rows")
+        raise ShapeMismatch(
+            f"a vector of shape {tuple(vector.shape)} is not that of a matrix with {rows} rows; its length must be a "
+            "multiple"
+        )
     return vector.reshape(-1, rows).T
 
 
@@ -56,7 +59,9 @@ def mixed_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -
     """
     for left, right in zip(first, second, strict=True):
         if left.shape[-1] != right.shape[-2]:
-            raise ShapeMismatch(f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied")
+            raise ShapeMismatch(
+                f"factors of shapes {tuple(left.shape)} and {tuple(right.shape)} cannot be multiplied; transpose one"
+            )
     return first[0] @ second[0], first[1] @ second[1]
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss
@@ -91,10 +92,10 @@ class SecondOrder(torch.optim.Optimizer):
         self.l2, self.tau = float(step.l2), tau
         self.averaging, self.max_rise = step.averaging, float(step.max_rise)
         self.generator = self.peers.own(scope.generator if scope.generator is not None else fresh_generator())
-        parameters, groups, lr = scope.parameters, scope.groups, step.lr
         self.weights: weighting.Weights = scope.weights if callable(scope.weights) else bool(scope.weights)
         read = weighting.reader(forward, self.weights)
-        super().__init__(make_groups(model, parameters, groups), {"lr": lr, "first_order": False, "momentum": 0.0})
+        start = {"lr": step.lr, "first_order": False, "momentum": 0.0}
+        super().__init__(make_groups(model, scope.parameters, scope.groups), start)
         self.named: dict[str, Tensor] = dict(model.named_parameters())
         second = {n for group in self.param_groups if not group["first_order"] for n in group["param_names"]}
         chosen = {n for group in self.param_groups for n in group["param_names"]}
@@ -115,8 +116,15 @@ class SecondOrder(torch.optim.Optimizer):
     # -- what a subclass adds ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _measure(self, batch: Batch, observation: Observation | None) -> None:
-        """Takes in the curvature of one minibatch; ``observation`` is its pass on the tape if one was made."""
+    def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
+        """Takes in the curvature of one minibatch; ``observation`` is its pass on the tape if one was made.
+
+        ``caught`` are gradients of its mean loss, at the places that :meth:`_edges` named.
+        """
+
+    def _edges(self, observation: Observation | None) -> list[GradientEdge]:
+        """Places inside a pass whose gradients are of use; the gradient's own backward pass gives them, too."""
+        return []
 
     @abstractmethod
     def _wants_tape(self, data: Any) -> bool:
@@ -214,8 +222,7 @@ class SecondOrder(torch.optim.Optimizer):
     @torch.enable_grad()
     def _take_in(self, x: Any, y: Any) -> None:
         self._require_unchanged()
-        device = self.tracer.device
-        data = to_device(to_tensors(x if y is None else (x, y), self.model), device)
+        data = to_device(to_tensors(x if y is None else (x, y), self.model), self.tracer.device)
         check_batch(data, self.steps, "the batch", self.tracer.forward, self.likelihood.nan_is_missing)
         if self.steps == 0 and not self.pending.batches:
             with preserved(self.model):
@@ -239,12 +246,15 @@ class SecondOrder(torch.optim.Optimizer):
             self.tau = self.default_damping if self.tau is None else self.tau
         loss = losses.sum() / batch.count
         if not bool(torch.isfinite(loss)):
-            raise NonFinite(f"the loss of the minibatch is {float(loss)} before the step; nothing was changed")
+            raise NonFinite(
+                f"the loss of the minibatch is {float(loss.detach())} before the step: check it; nothing changed"
+            )
         weights = [self.named[name] for name in self.names]
-        grads = torch.autograd.grad(loss, weights, retain_graph=observation is not None, allow_unused=True)
+        wanted: list[Any] = [*weights, *self._edges(observation)]
+        grads = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
         try:
-            self._measure(batch, observation)
-            self.pending.add(batch, *self.peers.mean(grads, weights, float(loss.detach()), batch.count))
+            self._measure(batch, observation, grads[len(weights) :])
+            self.pending.add(batch, *self.peers.mean(grads[: len(weights)], weights, float(loss.detach()), batch.count))
         except BaseException:
             self._clear()  # its part of the sums cannot be taken out again
             raise
@@ -396,9 +406,6 @@ class SecondOrder(torch.optim.Optimizer):
             n: (named[n].detach().to(self.dtype) + part).to(named[n].dtype) for n, part in self.split(delta).items()
         }
 
-    def _weights(self, flat: Tensor) -> dict[str, Tensor]:
-        return {name: part.to(self.named[name]) for name, part in self.split(flat).items()}
-
     def _ratio(self, loss: float, proposal: Proposal, after: float) -> float | None:
         # both sides without the parameters that the model does not move: they cancel
         change = self._l2_change(proposal.delta)
@@ -408,17 +415,17 @@ class SecondOrder(torch.optim.Optimizer):
         """By how much an update ``(P,)`` changes ``l2/2 ‖θ‖²``."""
         if not self.l2:
             return 0.0
-        return self.l2 * float((delta * (self.flat(self.named) + delta / 2)).sum(dtype=torch.float64))
+        along = [part.flatten() @ self.named[n].detach().to(part).flatten() for n, part in self.split(delta).items()]
+        return self.l2 * float(torch.stack(along).double().sum() + (delta @ delta).double() / 2)
 
     def _rates(self) -> Tensor | float:
         """Learning rate of every flat entry ``(P,)``, or one number if they agree."""
-        by_name = {n: g["lr"] for g in self.param_groups for n in g["param_names"]}
+        by_name = {n: float(g["lr"]) for g in self.param_groups for n in g["param_names"]}
         rates = [by_name[name] for name in self.layout.names]
         if all(rate == rates[0] for rate in rates):
-            return float(rates[0])
-        sizes = torch.tensor(self.layout.sizes)
-        values = torch.tensor([float(r) for r in rates], dtype=self.dtype)
-        return values.repeat_interleave(sizes).to(self.tracer.device)
+            return rates[0]
+        values = torch.tensor(rates, dtype=self.dtype)
+        return values.repeat_interleave(torch.tensor(self.layout.sizes)).to(self.tracer.device)
 
     def _average_iterates(self) -> None:
         if self.averaging is None:
@@ -430,9 +437,7 @@ class SecondOrder(torch.optim.Optimizer):
             self._average[name] = value.clone() if old is None else beta * old + (1 - beta) * value
 
     def averaged_parameters(self) -> dict[str, Tensor]:
-        """Averages of the iterates by parameter name, parameter-shaped (methods 6.1, 6.3); for evaluation only.
-
-        Use with ``torch.func.functional_call``.
+        """Averages of the iterates by name, parameter-shaped (methods 6.1, 6.3), for ``torch.func.functional_call``.
 
         Raises:
             NotFitted: without ``averaging=`` or before the first step.
@@ -441,13 +446,16 @@ class SecondOrder(torch.optim.Optimizer):
             raise NotFitted("there is no average: construct with averaging=0.95 (or another limit) and take a step")
         return {name: value.clone() for name, value in self._average.items()}
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood!r}; {self.progress()})"
+
     def progress(self) -> str:
         """One line about the last step, as for ``tqdm``'s ``bar.set_postfix_str(opt.progress())``.
 
         It has the number of the step and the :attr:`diagnostics` that were measured, three digits each.
         """
-        known = {key: value for key, value in self.diagnostics.items() if not math.isnan(value)}
-        return f"step {self.steps}: " + ", ".join(f"{key} {value:.3g}" for key, value in known.items())
+        known = [f"{key} {value:.3g}" for key, value in self.diagnostics.items() if not math.isnan(value)]
+        return f"step {self.steps}: " + ", ".join(known)
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from laplace_kf.curvature import make_pair
 from laplace_kf.engine import Accumulator
@@ -23,7 +24,8 @@ from laplace_kf.operators import DAMPINGS, Matrix
 from laplace_kf.optim.arguments import check_arguments
 from laplace_kf.optim.base import Proposal, SecondOrder
 from laplace_kf.optim.damping import GreedySearch, LevenbergMarquardt, StartSearch
-from laplace_kf.optim.inverse import INVERSES, damped_power, low_rank_solve
+from laplace_kf.optim.data_space import DataSpace, cheaper, gradient_factors
+from laplace_kf.optim.inverse import INVERSES, damped_power
 from laplace_kf.optim.links import Linked
 from laplace_kf.optim.neighbours import hinted
 from laplace_kf.optim.objective import Batch
@@ -43,7 +45,7 @@ from laplace_kf.optim.shared_running import SharedRunning
 from laplace_kf.optim.stepsize import model_change, optimal_coefficients
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.structures.base import Statistics, Structure
-from laplace_kf.tape import Observation, OuterSignals
+from laplace_kf.tape import Block, Observation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,6 +55,23 @@ __all__ = ["GaussNewton"]
 CONCERNS = (Factors, GaussNewtonDamping, GaussNewtonStep, Scope)
 
 LEAST = 128  # examples that a part of a minibatch keeps: an eighth of a small one says nothing (methods 4.4)
+
+
+def _combined(coefficients: Sequence[float], rows: Tensor) -> Tensor:
+    """``Σ_k c_k rows_k`` of ``rows (K, P)``: for two or three, faster than a product with so flat a matrix."""
+    total = rows[0] * coefficients[0]
+    for coefficient, row in zip(coefficients[1:], rows[1:], strict=True):
+        total.add_(row, alpha=coefficient)
+    return total
+
+
+def _inner(rows: Tensor) -> Tensor:
+    """``rows rowsᵀ`` of ``rows (K, P)`` in float64, each product once."""
+    out = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
+    for k, one in enumerate(rows):
+        for j, other in enumerate(rows[: k + 1]):
+            out[k, j] = out[j, k] = one @ other
+    return out
 
 
 class GaussNewton(SecondOrder):
@@ -106,6 +125,7 @@ class GaussNewton(SecondOrder):
         self._factored: list[Batch] = []  # the examples behind the factors of this step
         self._check: list[Batch] = []  # those of the exact products
         self._outer: dict[str, tuple[Tensor, Tensor]] = {}
+        self._shortcut: list[Block] = []  # the blocks that these are of
         self._previous: Tensor | None = None
 
     def _set_factors(self, factors: Factors, inner: Structure, estimator: Estimator) -> None:
@@ -117,14 +137,17 @@ class GaussNewton(SecondOrder):
         self.inverse.check(self.solver)
         self.factor_part, self.product_part = factors.parts
         product = self.solver.is_product and self.structure is inner
-        if factors.low_rank and not (product and self.l2 == 0 and self.factor_part == 1):
+        if factors.low_rank and not product:
             raise IncompatiblePair(
-                'low_rank=True needs inverse="block_diagonal", damping="balanced" or "factored", l2=0 and '
-                "curvature_fraction=(1.0, ...): the gradient must be a sum over the examples that are on the tape"
+                'low_rank=True needs inverse="block_diagonal" and damping="balanced" or "factored": inverses that are '
+                "applied to the factors of a gradient are Kronecker products"
             )
         if self.peers.ranks is not None:
             self._require_additive(factors)
-        self.ema, self.refresh, self.low_rank = factors.ema, factors.refresh, factors.low_rank
+        self.ema, self.refresh = factors.ema, factors.refresh
+        wanted = factors.low_rank is None and self.peers.ranks is None and (self.refresh > 1 or not self.l2)
+        self.low_rank = product and (bool(factors.low_rank) or wanted)
+        self.data_space = DataSpace(self.l2)
 
     def _require_additive(self, factors: Factors) -> None:
         """Refuses what is not a sum over the minibatches of several processes."""
@@ -169,13 +192,18 @@ class GaussNewton(SecondOrder):
         # along a chain the exact products too need no pass of their own
         return self.factor_part == 1 or self.tracer.may_be_chain
 
-    def _measure(self, batch: Batch, observation: Observation | None) -> None:
+    def _edges(self, observation: Observation | None) -> list[GradientEdge]:
+        found = cheaper(observation) if observation is not None and self.low_rank and self._direct else []
+        self._shortcut = [block for block, _ in found]
+        return [edge for _, edge in found]
+
+    def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
         part = batch.part(self.factor_part, LEAST, self.generator)
         self._factored.append(part)
         with self._calm(part.seen):
             self.running.take(part.data if part.seen is None else part.seen, self.steps)
-            if observation is not None and self.low_rank and self._direct:
-                self._outer = self._gradient_factors(observation)
+            if observation is not None and caught:
+                self._outer = gradient_factors(observation, self._shortcut, caught)
 
     def _accumulating(self, structure: Structure) -> Accumulator:
         return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator)
@@ -188,22 +216,6 @@ class GaussNewton(SecondOrder):
             return
         with preserved(self.model), torch.autocast(self.tracer.device.type, enabled=False):
             yield
-
-    @torch.no_grad()
-    def _gradient_factors(self, observation: Observation) -> dict[str, tuple[Tensor, Tensor]]:
-        """``g (N, R, O)`` and ``a (N, R, I)`` of the layers whose gradient is cheaper to solve in factors."""
-        score = self.likelihood.score(observation.outputs.detach(), observation.targets)
-        found = {}
-        count = self.likelihood.counted_examples(observation.outputs.detach(), observation.targets)
-        for name, signal in observation.ruled_signals(-score[None] / count).items():
-            _, out, inp = signal.block.shape
-            cheaper = observation.count * (out**2 + inp**2) < out * inp * (out + inp)
-            if isinstance(signal, OuterSignals) and signal.a.shape[1] == 1 and cheaper:
-                a = signal.a[:, 0]
-                if signal.has_constant:
-                    a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], -1)
-                found[name] = (signal.g[0, :, 0], a)
-        return found
 
     def _forget(self) -> None:
         self.running.forget()
@@ -246,7 +258,7 @@ class GaussNewton(SecondOrder):
         for number, zeta in enumerate(values):
             try:
                 matrix = self.running.fresh(zeta) if fresh else self.running.kept(zeta)
-                solved = low_rank_solve(matrix, gradient, self._outer) if self._outer else matrix.solve(gradient)
+                solved = self._solved(matrix, zeta, gradient, fresh, several=len(values) > 1)
             except NotPositiveDefinite:
                 if number + 1 == len(values) and not found:
                     raise
@@ -258,6 +270,13 @@ class GaussNewton(SecondOrder):
         if fresh:
             self.running.keep(matrix, self.zeta)
         return proposal
+
+    def _solved(self, matrix: Matrix, zeta: float, gradient: Tensor, fresh: bool, several: bool) -> Tensor:
+        """``matrix⁻¹ gradient (P,)``, in the space of the data where the matrix stays for a while."""
+        if fresh and self.l2 and (several or self.running.due(self.steps + 1)):
+            self.data_space.forget()
+            return matrix.solve(gradient)
+        return self.data_space.solve(matrix, gradient, self._outer, self.named, max(zeta + self.l2, 0.0))
 
     def _search_start(self, search: StartSearch, gradient: Tensor) -> None:
         """Replaces the start values that were not given, from the ``gradient (P,)`` of the first step."""
@@ -298,10 +317,12 @@ class GaussNewton(SecondOrder):
             directions[count] = self._previous
             last = [count]
         directions = directions[: count + len(last)]
-        for row in directions[:count]:
-            if float(gradient @ row) >= 0:  # round-off; the gradient itself always descends
-                torch.neg(gradient, out=row)
-        curvature, slope = self._model(directions, gradient)
+        slope = (directions @ gradient).double()
+        for k in range(count):
+            if float(slope[k]) >= 0:  # round-off; the gradient itself always descends
+                torch.neg(gradient, out=directions[k])
+                slope[k] = (directions[k] @ gradient).double()
+        curvature = self._curvature(directions)
         rates = self._rates()
         check = min(self._factored, self._check, key=lambda parts: sum(part.count for part in parts))
         best: tuple[int, Proposal] | None = None
@@ -313,12 +334,14 @@ class GaussNewton(SecondOrder):
                 change = model_change(rates * coefficients, seen, down)
             else:
                 delta = rates * (coefficients.to(directions) @ directions[rows])
-                change = model_change(torch.ones(1, dtype=torch.float64), *self._model(delta[None], gradient))
+                change = model_change(
+                    torch.ones(1, dtype=torch.float64), self._curvature(delta[None]), (delta @ gradient).double()[None]
+                )
             if best is not None and not change < best[1].change:
                 continue
             if isinstance(rates, float):
                 chosen = directions if len(rows) == len(directions) else directions[rows]
-                delta = (rates * coefficients).to(directions) @ chosen
+                delta = _combined((rates * coefficients).tolist(), chosen)
             mu = float(coefficients[1]) if last else 0.0
             best = k, Proposal(delta, change, float(coefficients[0]), mu, check)
         assert best is not None
@@ -327,12 +350,11 @@ class GaussNewton(SecondOrder):
             self.tau = max(self.tau, 1e-6) / self.tau_rule.factor
         return best
 
-    def _model(self, directions: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Products of directions ``(K, P)`` with the damped exact curvature, ``(K, K)``, and the gradient, ``(K,)``."""
+    def _curvature(self, directions: Tensor) -> Tensor:
+        """Products of directions ``(K, P)`` with the damped exact curvature, ``(K, K)`` float64."""
         assert self.tau is not None
         products = self.objective.products(self._check, self.layout.split(directions))
-        curvature = products + (self.tau + self.l2) * (directions @ directions.T).double()
-        return curvature, (directions @ gradient).double()
+        return products + (self.tau + self.l2) * _inner(directions)
 
     def _more_damping(self, factor: float) -> None:
         assert self.tau is not None and self.zeta is not None
@@ -389,13 +411,15 @@ class GaussNewton(SecondOrder):
         return posterior.adopt(statistics.scale(n_data / statistics.count), n_data)
 
     def _mutable(self) -> list[Any]:
-        return [self.running]
+        return [self.running, self.data_space]
 
     def _export(self) -> dict[str, Any]:
-        return {"zeta": self.zeta, "previous": self._previous, **self.running.export()}
+        kept = {**self.running.export(), **self.data_space.export()}
+        return {"zeta": self.zeta, "previous": self._previous, **kept}
 
     def _import(self, state: Mapping[str, Any]) -> None:
         device = self.tracer.device
         self.zeta = state["zeta"]
         self._previous = None if state["previous"] is None else state["previous"].to(device, self.dtype)
         self.running.load(state, device)
+        self.data_space.load(state, self.named)

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.tape import Block
 
-__all__ = ["INVERSES", "Inverse", "damped_block", "damped_power", "low_rank_solve"]
+__all__ = ["INVERSES", "Inverse", "damped_block", "damped_power"]
 
 
 def damped_block(block: CurvatureBlock, k: Tensor, damping: Damping) -> Matrix:
@@ -116,29 +115,11 @@ def _damped(statistics: Statistics, k: float, damping: Damping) -> Blockwise:
     entries: list[tuple[Block, Matrix]] = []
     for block, matrix in mean.entries:
         if not isinstance(matrix, CurvatureBlock):
-            raise IncompatiblePair(f"block {block.name!r} is a {type(matrix).__name__}, which cannot be damped")
+            raise IncompatiblePair(
+                f"block {block.name!r} is a {type(matrix).__name__}, which cannot be damped; keep it as a matrix"
+            )
         entries.append((block, damped_block(matrix, like.new_tensor(k), damping)))
     return Blockwise(mean.layout, entries)
-
-
-def low_rank_solve(matrix: Matrix, gradient: Tensor, outer: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-    """``matrix⁻¹ gradient`` for ``gradient (P,)``, through the gradient's factors where they are known (methods 5.6).
-
-    Args:
-        matrix: block-diagonal, with Kronecker products.
-        gradient: ``(P,)``.
-        outer: by block name, ``g (N, R, O)`` and ``a (N, R, I)`` with ``Σ_n g ⊗ a`` the block's gradient.
-    """
-    assert isinstance(matrix, Blockwise)
-    parts = matrix.layout.split(gradient[None])
-    out: dict[str, Tensor] = {}
-    for block, part in matrix.entries:
-        if block.name in outer and isinstance(part, KroneckerProduct):
-            solved = part.solve_outer(*outer[block.name])[None]
-        else:
-            solved = part.solve(block.pack(parts).reshape(-1)).reshape(1, *block.shape)
-        out.update(block.unpack(solved))
-    return matrix.layout.join(out)[0]
 
 
 def damped_power(matrix: Matrix, power: float) -> Matrix:

@@ -154,7 +154,9 @@ class HessianFree(SecondOrder):
                 f"a trust region takes the place of the damping: leave out trust_radius or penalty={self.penalty!r}"
             )
         if self.recipe.held_out and given.curvature_fraction == 1:
-            raise IncompatiblePair("this recipe chooses on data outside the curvature part: curvature_fraction < 1")
+            raise IncompatiblePair(
+                "this recipe chooses on data outside the curvature part: take curvature_fraction < 1"
+            )
         self.structural, self.distance = given.structural_damping or 0.0, DISTANCES[given.distance]
         if self.structural:
             self.objective.hidden = _hidden_modules(self.model, given.hidden)
@@ -197,7 +199,7 @@ class HessianFree(SecondOrder):
             return False
         return True
 
-    def _measure(self, batch: Batch, observation: Observation | None) -> None:
+    def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
         return
 
     def _forget(self) -> None:
@@ -342,6 +344,9 @@ class HessianFree(SecondOrder):
         diagonal = statistics.mean().diag()
         default = 1e-2 if self.penalty != "identity" or self.radius is not None else 0.0
         return (default if self.kappa is None else self.kappa) * float(diagonal.mean())
+
+    def _weights(self, flat: Tensor) -> dict[str, Tensor]:
+        return {name: part.to(self.named[name]) for name, part in self.split(flat).items()}
 
     def _value(self, batches: Sequence[Batch], flat: Tensor) -> float:
         """The regularised loss at flat weights; parameters outside the layout add a constant that is left in."""

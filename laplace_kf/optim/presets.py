@@ -36,7 +36,7 @@ MARTENS: dict[str, Any] = {
 }
 
 
-KFAC: dict[str, Any] = {"estimator": "sampled", **MARTENS}
+KFAC: dict[str, Any] = {"estimator": "sampled", "low_rank": None, **MARTENS}
 KFLR: dict[str, Any] = {"estimator": "exact", "l2": 1e-5}
 KFRA: dict[str, Any] = {"estimator": "recursive", "l2": 1e-5}
 EKFAC: dict[str, Any] = {**MARTENS, "estimator": "sampled", "structure": "ekfac", "damping": "exact"}

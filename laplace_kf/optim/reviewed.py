@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
+from laplace_kf.errors import IncompatiblePair, InvalidType, ShapeMismatch, UnknownName
 
 __all__ = ["SGDQN", "AdaptiveRates", "MatrixMomentum", "StochasticMetaDescent"]
 
@@ -78,7 +78,7 @@ class Rates(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        raise TypeError(f"{type(self).__name__} has no update of a single parameter")
+        raise InvalidType(f"{type(self).__name__} has no update of a single parameter")
 
     @staticmethod
     def _evaluated(closure: Closure | None) -> Any:

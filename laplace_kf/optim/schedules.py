@@ -23,7 +23,7 @@ def batch_size(step: int, n_data: int, first: int = 1000, reaches: int = 500) ->
         ValueError: for a step below 1.
     """
     if step < 1:
-        raise InvalidArgument(f"steps are numbered from 1, got {step}")
+        raise InvalidArgument(f"steps are numbered from 1, got {step}; pass optimizer.steps + 1 for the next one")
     if n_data <= first:
         return n_data
     growth = math.log(n_data / first) / max(1, reaches - 1)

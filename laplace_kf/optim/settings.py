@@ -96,10 +96,13 @@ class Factors(Settings):
         "part of each minibatch for the factors and for the exact products, one number or a pair (τ₁, τ₂ of methods "
         "4.4); 128 examples at the least.",
     )
-    low_rank: bool = _field(
+    low_rank: bool | None = _field(
         False,
         "in ``step(x, y)``, apply the inverses to the factors of the gradient of layers where that is cheaper (methods "
-        "5.6). Needs block-diagonal products, ``l2=0`` and all examples in the factors.",
+        "5.6). Needs block-diagonal products; with a part of the minibatch in the factors, a chain of layers on rows. "
+        "With ``l2`` from the second step with the same inverse on: weight decay is then solved for at the first of "
+        "them, and again when the direction might miss more than a thousandth of its length. ``None``: where it can "
+        "be and pays.",
     )
 
     def __post_init__(self) -> None:
@@ -391,7 +394,7 @@ class DiagonalPreset(_Common, total=False):
     structure: str | Structure
     damping: str
     curvature_fraction: float | tuple[float, float]
-    low_rank: bool
+    low_rank: bool | None
     zeta_rule: GreedySearch | None
     search_start: bool
     rescale: bool
@@ -410,7 +413,7 @@ class GaussNewtonSettings(_Common, total=False):
     damping: str
     power: float
     curvature_fraction: float | tuple[float, float]
-    low_rank: bool
+    low_rank: bool | None
     zeta_rule: GreedySearch | None
     search_start: bool
     rescale: bool

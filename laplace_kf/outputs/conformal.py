@@ -131,7 +131,10 @@ def scores(prediction: Predictive, targets: Any) -> Tensor:
         mean = values["mean"]
         _single(mean)
         if not isinstance(targets, Tensor) or targets.shape != mean.shape:
-            raise ShapeMismatch(f"expected targets {tuple(mean.shape)}, got {_shape(targets)}")
+            raise ShapeMismatch(
+                f"expected targets {tuple(mean.shape)}, one for every predicted mean, got {_shape(targets)}; reshape "
+                "them"
+            )
         found = (targets.to(mean) - mean).abs() / values["variance"].sqrt()
         return torch.where(prediction.kept(targets), found, torch.nan)
     probs = _class_probs(prediction)

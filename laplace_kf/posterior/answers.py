@@ -417,7 +417,7 @@ class Answers(Jobs, Shorthands):
         """
         self._fitted("functional_covariance")
         if diagonal_only and joint:
-            raise InvalidArgument("diagonal_only and joint exclude each other")
+            raise InvalidArgument("diagonal_only and joint exclude each other; pass one of them")
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")

@@ -136,7 +136,10 @@ def calibrate(
             scores.append(conformal.scores(found, targets).detach())
             taken.append(inputs)
     if not sum(len(part) for part in scores):
-        raise ShapeMismatch("the calibration data are empty: no batch was yielded")
+        raise ShapeMismatch(
+            "the calibration data are empty: no batch was yielded; a generator that was read before is empty: give "
+            "a list or a DataLoader"
+        )
     references, reason = references_of(posterior, taken)
     return Calibration(Conformal.of(torch.cat(scores), method), references, reason)
 

@@ -7,7 +7,6 @@ constraints ``K θ = t`` besides, the mean moves by ``Λ_FF⁻¹ K_Fᵀ (K_F Λ_
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_kf.errors import IncompatiblePair, InvalidArgument, NonFinite, ShapeMismatch, UnknownName
 from laplace_kf.linalg import typed
+from laplace_kf.models import copied
 from laplace_kf.operators import Blockwise, FreePart
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.tape import FlatLayout
@@ -98,7 +98,7 @@ class Conditional(dict[str, Tensor]):
 
     def model(self) -> nn.Module:
         """A copy of the network with these weights."""
-        made = copy.deepcopy(self._fitted.model)
+        made = copied(self._fitted.model)
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 if name in self:
@@ -220,7 +220,8 @@ def _value(name: str, value: Any, held: Tensor, like: Tensor) -> Tensor:
     found = torch.as_tensor(value)
     if found.dim() and found.shape != like.shape:
         raise ShapeMismatch(
-            f"the values of {name!r} have shape {tuple(found.shape)}, its parameter has {tuple(like.shape)}"
+            f"the values of {name!r} have shape {tuple(found.shape)}, its parameter has {tuple(like.shape)}; give "
+            "them in the parameter's shape"
         )
     found = found.detach().to(like).expand_as(like)
     on = held.to(like.device)

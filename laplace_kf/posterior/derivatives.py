@@ -70,7 +70,7 @@ def derivatives(
         inputs = x.detach().clone().requires_grad_()
         values = (gradient if operator is None else operator)(lambda z: stand(model, z)[0], inputs)
         if not isinstance(values, Tensor):
-            raise ShapeMismatch(f"operator= returns a tensor of values, got {type(values).__name__}")
+            raise ShapeMismatch(f"operator= must return a tensor of values, got {type(values).__name__}")
         if not values.requires_grad:
             raise UnsupportedLayer(
                 "the values do not depend on the weights with a graph: make derivatives with create_graph=True "

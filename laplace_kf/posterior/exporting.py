@@ -56,12 +56,18 @@ def exported(
         return Stand(model, forward, weights)(model, given[0] if len(given) == 1 else given)[0]
 
     def both(*given: Tensor) -> tuple[Tensor, Tensor]:
-        def single(weights: dict[str, Tensor], *one: Tensor) -> Tensor:
-            return outputs(weights, *(part[None] for part in one))[0]
+        def single(*one: Tensor) -> dict[str, Tensor]:
+            """The derivatives of every output ``(C, *shape)``: ``jacrev`` writes into a diagonal, which no ONNX has."""
+            run = torch.func.vjp(lambda weights: outputs(weights, *(part[None] for part in one))[0], leaves)
+            found, pulled = run[0], run[1]
+            count = found.numel()
+            each = torch.eye(count, dtype=found.dtype, device=found.device).reshape(count, *found.shape)
+            rows: dict[str, Tensor] = torch.func.vmap(lambda one: pulled(one)[0])(each)
+            return rows
 
         found = outputs(leaves, *given)
         with _PlainNormalisation():
-            rows = torch.func.vmap(torch.func.jacrev(single), (None, *(0 for _ in given)))(leaves, *given)
+            rows = torch.func.vmap(single)(*given)
         return found, inverse.variances(rows, found)
 
     def last(*given: Tensor) -> tuple[Tensor, Tensor]:

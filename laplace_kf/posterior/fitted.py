@@ -240,7 +240,9 @@ class Fitted:
             )
         kept = positive("forgetting", forgetting)
         if kept > 1:
-            raise InvalidArgument(f"forgetting scales the previous curvature and is at most 1, got {forgetting}")
+            raise InvalidArgument(
+                f"forgetting scales the previous curvature and is at most 1, got {forgetting}; take 1 to keep all of it"
+            )
         total = self.curvature.scaled(kept * n * self.factor)
         scale = positive("multiplier", multiplier)
         return TaskChain(terms, scale, total, self.mean, kept * n, self.errors, max_terms)

@@ -75,7 +75,8 @@ def arguments(
     if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
         raise ShapeMismatch(
             f"the file covers {len(layout.names)} parameters, but parameters={chosen!r} selects "
-            f"{len(select(model, chosen))} of this model: it is not the architecture the file was saved for"
+            f"{len(select(model, chosen))} of this model: it is not the architecture the file was saved for; load it "
+            "into that one"
         )
     if likelihood is None and header["likelihood"] is None:
         raise IncompatiblePair("the file's likelihood could not be written down; pass it as load(likelihood=...)")

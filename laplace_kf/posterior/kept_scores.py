@@ -37,7 +37,7 @@ class KeptScores:
         made_for: names and JSON-able values that have to be the same then.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        MissingFile: if there is no such folder.
         CorruptFile: if what is there is damaged, or no checkpoint of ``tune``.
         ShapeMismatch: if it was made for something else; says for what.
     """

@@ -305,6 +305,7 @@ class LaplacePosterior(Answers):
     def refit(
         self,
         data: Iterable[Any] | tuple[Any, Tensor],
+        y: Any = None,
         *,
         train: Callable[[nn.Module, Any], Any] | None = None,
         generator: torch.Generator | None = None,
@@ -316,7 +317,7 @@ class LaplacePosterior(Answers):
         """After :meth:`tune`: the curvature of all rows, with the settings kept (N, λ, noise scale, method).
 
         Args:
-            data: as :meth:`fit` takes them: a loader or a pair ``(x (N, ...), y (N, ...))``.
+            data, y: as :meth:`fit` takes them: a loader, a pair ``(x (N, ...), y (N, ...))``, or the two of them.
             train: ``(model, data)``, trains the model on them first; without it the weights stay as they are.
             generator, progress, checkpoint, every, process_group: as of :meth:`fit`.
 
@@ -332,9 +333,9 @@ class LaplacePosterior(Answers):
             raise IncompatiblePair("a chained posterior has no data of its own to refit; use update for another task")
         n = self.n_data
         if train is not None:
-            train(self.model, data)
+            train(self.model, data if y is None else (data, y))
         return self.fit(
-            data, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
+            data, y, n_data=n, generator=generator, progress=progress, checkpoint=checkpoint, every=every,
             process_group=process_group,
         )  # fmt: skip
 
@@ -496,8 +497,9 @@ class LaplacePosterior(Answers):
         Args:
             val: loader, iterable of batches, or a pair ``(x (N, ...), y (N, ...))``; ``objective="evidence"`` needs
                 none.
-            objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``
-                or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
+            objective: ``"nll"``, ``"brier"``, ``"ece"``, ``"ood"`` (with ``ood=``), ``"evidence"``, an ``OODContrast``,
+                a ``WithinTolerance`` (the largest variance that costs no more than its tolerance; with or without a
+                grid for λ) or a callable ``(prediction, targets) -> mean score or (N,) scores``; lower is better.
             method: ``"auto"`` for a competition; a name of :meth:`predict`'s methods to tune that one alone (beside
                 MAP and the temperature, as references) and to set :attr:`method` to it. With grids ``"auto"`` is the
                 method that the posterior has.
@@ -613,6 +615,7 @@ class LaplacePosterior(Answers):
             NonFinite: for NaN or infinity.
         """
         self._fitted("calibrate")
+        one_argument("calibrate", method)
         chosen = self.method if method == AUTO else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
         return self

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_kf.errors import IncompatiblePair
+from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.registry import Registry
 
-__all__ = ["OBJECTIVES", "OODContrast", "Objective", "brier", "ece", "missing_entropy", "nll"]
+__all__ = ["OBJECTIVES", "OODContrast", "Objective", "WithinTolerance", "brier", "ece", "missing_entropy", "nll"]
 
 Objective = Callable[[Prediction, Any], "Tensor | float"]
 OBJECTIVES: Registry[Objective] = Registry("tuning objective")
@@ -116,6 +116,35 @@ class OODContrast:
     def outside(self, prediction: Prediction) -> Tensor:
         """The score at the other inputs, ``(N,)``: :func:`missing_entropy` times the weight."""
         return self.weight * missing_entropy(prediction)
+
+
+@dataclass(frozen=True, eq=False)
+class WithinTolerance:
+    """The largest variance of the weights at which a score is as good as the trained weights' up to a tolerance.
+
+    The smallest λ of a grid, at one N, is taken such that from the largest λ down to it no score exceeds MAP's by more
+    than ``tolerance``. The rule by which weights that were trained without a posterior, adapters of language models
+    above all, are given one (Shi et al. 2024, "Training-Free Bayesianization for Low-Rank Adapters", section 3.2). It
+    asks for as much doubt as the validation data allow; the best score is what the other objectives ask for.
+
+    Args:
+        tolerance: by how much the score may be worse, in its own unit (nats of ``"nll"``), ≥ 0.
+        of: the score: a registered name or a function like one.
+    """
+
+    tolerance: float = 0.01
+    of: str | Objective = "nll"
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.tolerance, (int, float)) and 0 <= self.tolerance < math.inf):
+            raise InvalidArgument(f"tolerance must be a number ≥ 0, got {self.tolerance!r}")
+        if isinstance(self.of, str):
+            _ = OBJECTIVES[self.of]
+
+    def __call__(self, prediction: Prediction, targets: Any) -> Tensor | float:
+        """The score on validation data, ``(N,)`` or 0-dim, lower is better."""
+        score = OBJECTIVES[self.of] if isinstance(self.of, str) else self.of
+        return score(prediction, targets)
 
 
 def _probabilities(prediction: Prediction, what: str) -> Tensor:

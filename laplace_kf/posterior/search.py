@@ -21,7 +21,7 @@ from laplace_kf.errors import NonFinite
 from laplace_kf.posterior.jackknife import draw_error
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score
 
-__all__ = ["Plane", "Search", "champion", "coarse_to_fine", "compared", "grid", "nearby", "on_all"]
+__all__ = ["Plane", "Search", "champion", "coarse_to_fine", "compared", "grid", "nearby", "on_all", "widest"]
 
 
 @dataclass
@@ -66,7 +66,10 @@ class Search:
         """
         points = [point for point in self.scores if point != MAP]
         if all(math.isinf(self.value(point)) for point in points):
-            raise NonFinite(f"objective {self.name!r} is not finite at any of the {len(points)} points tried")
+            raise NonFinite(
+                f"objective {self.name!r} is not finite at any of the {len(points)} points tried; check the "
+                "validation data and the trained weights"
+            )
         return min(points, key=self.value)
 
     def champion(self, over_map: float, over_others: float) -> Point:
@@ -194,6 +197,35 @@ def grid(search: Search, counts: list[float], priors: list[float], extend: int) 
                 axis.insert(0, axis[0] ** 2 / axis[1])
             elif value == axis[-1]:
                 axis.append(axis[-1] ** 2 / axis[-2])
+
+
+def widest(search: Search, n: float, priors: list[float], tolerance: float, extend: int) -> tuple[Point, bool]:
+    """The smallest λ of a grid such that, from the largest one down to it, the objective stays near that of MAP.
+
+    Args:
+        search: what measures.
+        n: N.
+        priors: values of λ in increasing order; extended in place where the smallest is taken, or not even the largest.
+        tolerance: by how much the objective may exceed MAP's.
+        extend: most extensions.
+
+    Returns:
+        The point and whether it lies on the edge of the grid: a larger variance may do as well, or, at the largest λ,
+        none does.
+    """
+    while True:
+        search.look([MAP, *((n, p) for p in priors)])
+        limit = search.value(MAP) + tolerance
+        near = [search.value((n, p)) <= limit for p in priors]
+        taken = max((k + 1 for k, kept in enumerate(near) if not kept), default=0)  # behind the last that is not near
+        at_edge = len(priors) > 1 and taken in (0, len(priors))
+        if not at_edge or extend <= 0:
+            return (n, priors[min(taken, len(priors) - 1)]), at_edge
+        extend -= 1
+        if taken == 0:
+            priors.insert(0, priors[0] ** 2 / priors[1])
+        else:
+            priors.append(priors[-1] ** 2 / priors[-2])
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
+from laplace_kf.errors import InvalidType
 from laplace_kf.likelihoods import Prediction
+from laplace_kf.members import Members
+from laplace_kf.neighbour_members import called
 from laplace_kf.outputs.top import TopClasses
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.registry import AUTO
@@ -19,14 +22,23 @@ from laplace_kf.registry import AUTO
 __all__ = ["Shorthands"]
 
 
-class Shorthands(ABC):
-    """What follows from ``predict`` alone."""
+class Shorthands(Members, ABC):
+    """What follows from ``predict`` alone, and what becomes of other libraries' names."""
 
+    called = "posterior"
     predict: Callable[..., Prediction]
 
     @abstractmethod
     def _site(self) -> tuple[nn.Module, Forward | None]:
         """The network that reads a batch, and the user's ``forward=``."""
+
+    def __call__(self, *_: Any, **settings: Any) -> NoReturn:
+        """Other libraries' posteriors are called; this one predicts.
+
+        Raises:
+            InvalidType: always, with the line to write.
+        """
+        raise InvalidType(f"a {type(self).__name__} is not called; use {called(settings)}")
 
     def predict_interval(
         self, x: Any, level: float = 0.9, of: str = "observation", **settings: Any

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from laplace_kf.estimators import Estimator
+from laplace_kf.notebooks import html_table
 from laplace_kf.operators import Blockwise, CurvatureBlock
 from laplace_kf.operators.blockwise import prior_of
 from laplace_kf.posterior.fitted import Fitted
@@ -16,6 +17,8 @@ from laplace_kf.structures import Structure
 from laplace_kf.tape import Block
 
 __all__ = ["BlockRow", "Summary", "summarise", "summary_of"]
+
+HEAD = ("block", "parameters", "R x O x I", "structure", "condition numbers", "effective / all")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class BlockRow:
 
 
 class Summary(Sequence[BlockRow]):
-    """Rows, one per block; prints as a table."""
+    """Rows, one per block; prints as a table, and is one in a notebook."""
 
     def __init__(self, rows: Sequence[BlockRow], title: str) -> None:
         self.rows, self.title = list(rows), title
@@ -56,8 +59,8 @@ class Summary(Sequence[BlockRow]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __str__(self) -> str:
-        head = ("block", "parameters", "R x O x I", "structure", "condition numbers", "effective / all")
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The rows as text, the total last."""
         body = [
             (
                 row.name,
@@ -70,13 +73,21 @@ class Summary(Sequence[BlockRow]):
             for row in self.rows
         ]
         total = sum(row.effective for row in self.rows), sum(row.size for row in self.rows)
-        body.append(("total", "", "", "", "", f"{total[0]:.1f} / {total[1]}"))
-        widths = [max(len(line[k]) for line in (head, *body)) for k in range(len(head))]
+        return [*body, ("total", "", "", "", "", f"{total[0]:.1f} / {total[1]}")]
+
+    def _notes(self) -> list[str]:
+        return [f"{row.name}: {row.note}" for row in self.rows if row.note]
+
+    def __str__(self) -> str:
+        body = self._cells()
+        widths = [max(len(line[k]) for line in (HEAD, *body)) for k in range(len(HEAD))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in
-                 (head, *body)]  # fmt: skip
+                 (HEAD, *body)]  # fmt: skip
         rule = "-" * max(map(len, lines))
-        notes = [f"{row.name}: {row.note}" for row in self.rows if row.note]
-        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
+        return "\n".join([self.title, rule, lines[0], rule, *lines[1:-1], rule, lines[-1], *self._notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.title, HEAD, self._cells(), self._notes(), last=True)
 
     __repr__ = __str__
 

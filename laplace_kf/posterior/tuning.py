@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,23 +15,28 @@ from torch import Tensor
 from laplace_kf import resuming
 from laplace_kf.callers import users_line
 from laplace_kf.errors import IncompatiblePair, InvalidArgument, NonFinite, ShapeMismatch, UnknownName
+from laplace_kf.notebooks import html_table
 from laplace_kf.posterior.candidates import CANDIDATES, Candidate, Contest, described, setting
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jackknife import PREDICTED
 from laplace_kf.posterior.kept_scores import KeptScores
-from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast
+from laplace_kf.posterior.objectives import OBJECTIVES, Objective, OODContrast, WithinTolerance
 from laplace_kf.posterior.prior import PriorPrecision, plain, positive
-from laplace_kf.posterior.search import Search, compared, grid, on_all
+from laplace_kf.posterior.search import Search, compared, grid, on_all, widest
 from laplace_kf.posterior.validation import MAP, Measure, Point, Score, Validation
 from laplace_kf.registry import AUTO
 
 __all__ = ["OBJECTIVES", "Options", "Settings", "TuningResult", "searched", "tune"]
 
+log = logging.getLogger(__name__)
 CHOICES = ("auto", *CANDIDATES)
 DRAWS, OTHER_DRAWS = 20, (PREDICTED, 40, 10)
 """Weight draws of a point by default, and those that are used in their place where the budget is large, or small."""
 MAP_TOLERANCE = 1e-4
 """How far from MAP's objective, relative to 1 + |objective|, a point may be that is called MAP in effect."""
+
+SHOWN = 10
+"""Points of a grid that a notebook shows."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +135,21 @@ class TuningResult:
             lines.append(f"  cost  {self.cost:.2g} training epochs of the validation examples")
         return "\n".join(lines)
 
+    def _repr_html_(self) -> str:
+        """The candidates (of a grid, its points, best first), the winner marked, as a table."""
+        lines = str(self).splitlines()
+        if self.candidates:
+            columns = ("", "candidate", self.objective, "gain over MAP", "setting")
+            cells = [_cells(each, each["method"] == self.method) for each in self.candidates]
+            notes = [line.strip() for line in lines[1:2] + lines[3 + len(cells) :]]
+            return html_table(lines[0], columns, cells, notes)
+        points = sorted(self.table, key=lambda row: row["objective"])[:SHOWN]
+        rows = [(f"{row['objective']:.4f}", _shown(row)) for row in points]
+        return html_table(lines[0], (self.objective, "at"), rows, [line.strip() for line in lines[1:]])
+
     def warn(self) -> None:
-        """Warns of candidates that are nowhere finite, of a best point on the edge, and of a win of MAP."""
+        """Logs what was found; warns of candidates that are nowhere finite, a best point on the edge, a win of MAP."""
+        log.info("%r", self)
         if ruined := [each for each in self.candidates if each.get("not_finite")]:
             warnings.warn(
                 f"{', '.join(each['method'] for each in ruined)}: {ruined[0]['left_out']}; predictions are by "
@@ -151,14 +170,21 @@ class TuningResult:
             )
 
 
+def _cells(each: Mapping[str, Any], won: bool = False) -> tuple[str, str, str, str, str]:
+    """One candidate: a mark, its name, its objective, what it gains, its setting or why it was left out."""
+    mark = ">" if won else ""
+    if "left_out" in each:
+        return mark, each["method"], "-", "", f"left out: {each['left_out']}"
+    error = "" if each["gain_error"] is None else f" ± {each['gain_error']:.4f}"
+    more = [f"T = {each['temperature']:.3g}"] if "temperature" in each else []
+    more += [_shown(each)] if "n_data" in each else []
+    return mark, each["method"], f"{each['objective']:.4f}", f"{each['gain']:.4f}{error}", "  ".join(more)
+
+
 def _line(each: Mapping[str, Any]) -> str:
     """One candidate in the table."""
-    if "left_out" in each:
-        return f"{each['method']:12} {'-':>9}  left out: {each['left_out']}"
-    error = "" if each["gain_error"] is None else f" ± {each['gain_error']:.4f}"
-    more = f"  T = {each['temperature']:.3g}" if "temperature" in each else ""
-    more += f"  {_shown(each)}" if "n_data" in each else ""
-    return f"{each['method']:12} {each['objective']:9.4f}  {each['gain']:.4f}{error}{more}"
+    _, name, objective, *rest = _cells(each)
+    return f"{name:12} {objective:>9}  {'  '.join(part for part in rest if part)}"
 
 
 def _shown(row: Mapping[str, Any]) -> str:
@@ -213,7 +239,14 @@ def tune(
     of several batches, the mean over all its examples. ``validate`` reads them.
     """
     gridded = n_data is not None or prior_precision is not None
+    if rule := isinstance(options.objective, WithinTolerance):
+        n_data, gridded = [now.n_data] if n_data is None else n_data, True
     counts = _axis("n_data", default_n_data(fitted.count) if n_data is None else n_data)
+    if rule and len(counts) > 1:
+        raise IncompatiblePair(
+            f"WithinTolerance looks for the smallest prior precision at one N, got {len(counts)} values of n_data; "
+            "leave n_data out"
+        )
     priors = _axis("prior_precision", default_prior_precision() if prior_precision is None else prior_precision)
     noise = _tunes_noise(fitted, options.noise, gridded)
     by_evidence = options.objective == "evidence"
@@ -327,7 +360,10 @@ def _over_grid(
     search.look([MAP])
     if validation.noise:
         scorer.hold_noise(search.scores[MAP].noise)
-    best, at_edge = grid(search, counts, priors, options.extend)
+    if isinstance(rule := options.objective, WithinTolerance):
+        best, at_edge = widest(search, counts[0], priors, rule.tolerance, options.extend)
+    else:
+        best, at_edge = grid(search, counts, priors, options.extend)
     found, settings = _result(search, best, at_edge, [(n, p) for n in counts for p in priors])
     chosen = None if options.method == AUTO else method
     return replace(found, method=chosen), replace(settings, method=chosen)
@@ -350,7 +386,8 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
         offered = [*offered, asked]
     if asked != AUTO and asked not in offered:
         raise IncompatiblePair(
-            f"{likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}"
+            f"{likelihood!r} has no {asked} prediction; its methods are {', '.join(map(repr, offered))}; pass one of "
+            "these, or 'auto'"
         )
     contest.run(offered if asked == AUTO else [each for each in ("map", "temperature", asked) if each in offered])
     before = likelihood.noise_scale if validation.noise else None
@@ -363,7 +400,10 @@ def _contest(now: Settings, validation: Validation, name: str, options: Options)
     if asked != AUTO and (reason := found[asked].left_out):
         if found[asked].not_finite:
             raise NonFinite(f'{reason}; tune(method="auto") falls back on the trained weights and a temperature')
-        raise IncompatiblePair(f"method={asked!r} cannot be tuned within budget={options.budget:g}: {reason}")
+        raise IncompatiblePair(
+            f"method={asked!r} cannot be tuned within budget={options.budget:g}: {reason}. Raise budget=, or leave "
+            "method= out"
+        )
     winner = contest.winner() if asked == AUTO else found[asked]
     of = {method: candidate for method, candidate in found.items() if candidate.search is not None}
     # a winner without a posterior leaves (N, λ) to the best of those that have one, for all else that needs them

@@ -215,7 +215,10 @@ class Validation:
                 if limit is not None and seen >= limit:
                     break
         if not seen:
-            raise ShapeMismatch("the validation data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the validation data are empty: no batch was yielded; a generator that was read before is empty: "
+                "give a list or a DataLoader"
+            )
         return batches
 
     def _count_passes(self, whole: float, site: Site, outputs: Tensor) -> None:
@@ -263,7 +266,10 @@ class Validation:
                 model, forward, taken = inputs[-1]
                 outputs.append(outputs_at(model, forward, self.mean, taken))
         if not sum(len(found) for found in outputs):
-            raise ShapeMismatch("the out-of-distribution data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the out-of-distribution data are empty: no batch was yielded; a generator that was read before is "
+                "empty: give a list or a DataLoader"
+            )
         return inputs, outputs
 
     def scorer(self, method: str, examples: float = math.inf) -> Scorer:
@@ -402,6 +408,8 @@ class Scorer:
     def _tuned(self, predictions: Any, at_map: bool) -> Score:
         """The score at the best noise scale: downhill in half decades, then in ever smaller steps down to 0.1 %.
 
+        Smaller steps begin where a parabola through the last three values has its minimum.
+
         Not below half of what MAP needs, where that is known: a spread of weights that stands for all the noise fits
         the validation examples at hand, not others, and would make the scale, and N with it, as small as one likes.
         """
@@ -414,10 +422,14 @@ class Scorer:
                 known[exponent] = self._score(predictions, start * 10**exponent, rough=True)
             return known[exponent].value
 
-        centre = self.validation.exponent
-        for step in (0.5, 0.05, 0.005, 0.0005):
+        centre, near = self.validation.exponent, None
+        for step, digits in ((0.5, 0), (0.05, 2), (0.005, 3), (0.0005, 4)):
+            if near is not None:
+                guess = round(centre + 10 * step * _lowest_point(*map(score, near)), digits)
+                centre = min((centre, min(max(guess, self.validation.lowest), EXPONENTS)), key=score)
             while True:
-                best = min((centre, round(centre - step, 5), round(centre + step, 5)), key=score)
+                near = centre, round(centre - step, 5), round(centre + step, 5)
+                best = min(near, key=score)
                 if best == centre or not self.validation.lowest <= best <= EXPONENTS:
                     break
                 centre = best
@@ -426,6 +438,12 @@ class Scorer:
             validation.exponent = max(round(centre, 1), validation.lowest)
             validation.lowest = centre + math.log10(FLOOR) if at_map else validation.lowest
         return self._score(predictions, start * 10**centre)
+
+
+def _lowest_point(middle: float, left: float, right: float) -> float:
+    """Where the parabola through values at 0, −1 and 1 has its minimum; 0 where the first is not the lowest."""
+    bend = left - 2 * middle + right
+    return (left - right) / (2 * bend) if middle <= min(left, right) and 0 < bend < math.inf else 0.0
 
 
 def score_of(scores: Tensor, left: Tensor, samples: int, noise: float | None) -> Score:

@@ -74,5 +74,8 @@ def batch_after_batch(
         inputs = inputs_of(batch, forward)
         parts.append(predict(inputs, space="weights" if space == AUTO else space, generator=generator))
     if not parts:
-        raise ShapeMismatch("the loader is empty: no batch was yielded, so there is nothing to predict")
+        raise ShapeMismatch(
+            "the loader is empty: no batch was yielded, so there is nothing to predict; a generator that was read "
+            "before is empty: give a list or a DataLoader"
+        )
     return join(parts)

@@ -170,6 +170,11 @@ class Predictor:
         self._device = next(iter(mean.values())).device
         with undisturbed():
             self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
+        self._samples = draws.samples
+
+    def __repr__(self) -> str:
+        model = type(self._draws.model).__name__
+        return f"Predictor({model}, {self.likelihood!r}, samples={self._samples})"
 
     def outputs(self, x: Any) -> Tensor:
         """Outputs ``(S, N, ...)`` at inputs.

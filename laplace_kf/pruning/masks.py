@@ -303,7 +303,7 @@ def _checked(groups: Groups, mean: Mapping[str, Tensor], names: Sequence[str]) -
             raise UnknownName("parameter in groups", name, mean)
         if numbers.shape != mean[name].shape or numbers.is_floating_point() or numbers.dtype == torch.bool:
             raise ShapeMismatch(
-                f"the groups of {name!r} are an integer tensor of its shape {tuple(mean[name].shape)}, got "
+                f"the groups of {name!r} must be an integer tensor of its shape {tuple(mean[name].shape)}, got "
                 f"{numbers.dtype} {tuple(numbers.shape)}"
             )
         found[name] = numbers.cpu()
@@ -349,7 +349,7 @@ def _by_groups(
 
 def _by_neighbours(posterior: LaplacePosterior, n: int, m: int, sparsity: float | None, held: Held, rank: Any) -> Held:
     if not 0 < n < m:
-        raise InvalidArgument(f"pattern '{n}:{m}' keeps n of m neighbours, with 0 < n < m")
+        raise InvalidArgument(f"pattern '{n}:{m}' keeps n of m neighbours, with 0 < n < m: write '2:4', say")
     if sparsity is not None and abs(_share(sparsity) - (1 - n / m)) > 1e-9:
         raise IncompatiblePair(
             f"pattern '{n}:{m}' has a sparsity of {1 - n / m:g}, not {sparsity:g}; leave sparsity out"

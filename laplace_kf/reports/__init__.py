@@ -8,8 +8,10 @@ and ``evaluate(posterior, inside, {name: outside}, out=folder)`` the one for out
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
+from laplace_kf.errors import UnknownAttribute
 from laplace_kf.reports.environment import machine, missing_extra, private_rng, processor_threads, versions
 
 __all__ = [
@@ -33,4 +35,5 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("laplace_kf.reports.evaluation").evaluate
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    why = f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+    raise UnknownAttribute(sys.modules[__name__], name, why=why)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from laplace_kf.batches import as_batches, inputs_of, run, to_device
 from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
+from laplace_kf.files import require_room
 from laplace_kf.graphs import of_role
 from laplace_kf.models import preserved
 from laplace_kf.ood import KINDS
@@ -75,13 +76,19 @@ def evaluate(
         UnknownName: for another kind.
         IncompatiblePair: for a kind among ``kinds`` that the posterior does not have.
         ShapeMismatch: for empty data.
+        UnusableFile: if ``out`` cannot be written into.
     """
+    if out is not None:
+        require_room(out)
     for kind in kinds or ():
         _ = KINDS[kind]
     with preserved(posterior.model):  # loaders draw random numbers
         batches = list(_batches(inside))
         if not batches:
-            raise ShapeMismatch("the in-distribution data are empty: no batch was yielded")
+            raise ShapeMismatch(
+                "the in-distribution data are empty: no batch was yielded; a generator that was read before is "
+                "empty: give a list or a DataLoader"
+            )
         chosen, left_out = _usable(posterior, batches[0], kinds, layers, samples)
         near = _inside(posterior, batches, chosen, layers, samples, seed, labelled=not isinstance(inside, Tensor))
         far = {name: _scores(posterior, data, chosen, layers, samples, seed) for name, data in outside.items()}
@@ -159,7 +166,10 @@ def _scores(
             score = posterior.ood_score(inputs, kind, layers=layers, samples=samples, generator=generator)
             parts[kind].append(score.double().cpu())
     if not any(parts.values()):
-        raise ShapeMismatch("out-of-distribution data are empty: no batch was yielded")
+        raise ShapeMismatch(
+            "out-of-distribution data are empty: no batch was yielded; a generator that was read before is empty: "
+            "give a list or a DataLoader"
+        )
     return {kind: torch.cat(found) for kind, found in parts.items()}
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from laplace_kf.files import require_room, usable_path
 from laplace_kf.reports import machine, versions
 
 if TYPE_CHECKING:
@@ -114,14 +115,21 @@ class Report:
         return _page().render(report=self, pictures=pictures, result=self.result(), style=STYLE)
 
     def save(self, out: Path) -> None:
-        """Write the PNG files, ``report.html`` and, last, ``result.json`` into the folder ``out`` (made if needed)."""
-        out.mkdir(parents=True, exist_ok=True)
+        """Write the PNG files, ``report.html`` and, last, ``result.json`` into the folder ``out`` (made if needed).
+
+        Raises:
+            UnusableFile: if it is a file, or cannot be written into.
+        """
+        out = require_room(out)
         drawn = [picture.png() for picture in self.pictures]  # once, for the files and the page: seconds a picture
-        for picture, png in zip(self.pictures, drawn, strict=True):
-            (out / f"{picture.name}.png").write_bytes(png)
-        (out / "report.html").write_text(self._with_pictures(drawn), encoding="utf-8")
+        page = self._with_pictures(drawn)
         text = json.dumps(self.result(), indent=2, allow_nan=False)
-        (out / "result.json").write_text(text + "\n", encoding="utf-8")
+        with usable_path(out, "written into"):
+            out.mkdir(parents=True, exist_ok=True)
+            for picture, png in zip(self.pictures, drawn, strict=True):
+                (out / f"{picture.name}.png").write_bytes(png)
+            (out / "report.html").write_text(page, encoding="utf-8")
+            (out / "result.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -62,7 +62,9 @@ def classification(probs: Tensor, labels: Tensor, *, bins: int = 15) -> dict[str
         )
     kept = labels != IGNORED
     if not bool(kept.any()):
-        raise ShapeMismatch(f"all labels are ignored ({IGNORED}), so there is nothing to measure")
+        raise ShapeMismatch(
+            f"all labels are ignored ({IGNORED}), so there is nothing to measure; give labels that are classes"
+        )
     probs, labels = probs[kept], labels[kept]
     classes = probs.shape[1]
     hit = probs.gather(1, labels[:, None])[:, 0]

@@ -88,7 +88,9 @@ def report(
     elif "variance" in first.values:
         found, pictures = _numbers(test)
     else:
-        raise ShapeMismatch(f"no report for predictions of {', '.join(sorted(first.values))}")
+        raise ShapeMismatch(
+            f"no report for predictions of {', '.join(sorted(first.values))}; only for classes and means"
+        )
     pictures += _drawn(posterior, first, samples, seed)
     effective = sum(row.effective for row in summary)
     pictures.append(
@@ -151,7 +153,10 @@ def _score(posterior: LaplacePosterior, loader: Any, method: str, samples: int, 
         targets.append(wanted.cpu())
         entropy.append(prediction.entropy.detach().cpu())
     if not targets:
-        raise ShapeMismatch("the loader yielded no batch, so there is nothing to report")
+        raise ShapeMismatch(
+            "the loader yielded no batch, so there is nothing to report; a generator that was read before is empty: "
+            "give a list or a DataLoader"
+        )
     values = {name: torch.cat(value) for name, value in parts.items()}
     seen = torch.cat(inputs) if inputs else None
     return _Scored(values, torch.cat(targets), torch.cat(log_prob), torch.cat(entropy), seen)
@@ -165,7 +170,10 @@ def _entropy(posterior: LaplacePosterior, loader: Any, method: str, samples: int
         inputs = inputs_of(batch, posterior.forward)
         found.append(posterior.predict(inputs, method=method, samples=samples, generator=generator).entropy)
     if not found:
-        raise ShapeMismatch("the out-of-distribution loader yielded no batch, so there is nothing to report")
+        raise ShapeMismatch(
+            "the out-of-distribution loader yielded no batch, so there is nothing to report; a generator that was "
+            "read before is empty: give a list or a DataLoader"
+        )
     return torch.cat(found).detach().cpu()
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods.noise import no_moments
 from laplace_kf.models import LITTLE, memory_bytes
+from laplace_kf.notebooks import as_call
 from laplace_kf.operators import Blockwise, Matrix
 from laplace_kf.registry import Registry
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, MatrixSignals, Signals
@@ -73,12 +74,16 @@ class Structure(ABC):
     inputs_first: bool = False  # whether :meth:`add_columns` needs what :meth:`add_inputs` did with the same minibatch
     takes_damping: ClassVar[bool] = False  # whether it has Kronecker blocks, which can be damped in several ways
     several_passes: bool = False  # whether the data have to be gone through more than once
+    column_by_column: ClassVar[bool] = False  # whether several columns at once save :meth:`add_columns` nothing
     reason: str = ""
 
     @classmethod
     def examples(cls) -> tuple[Structure, ...]:
         """Objects to try the structure on (the contract tests do)."""
         return (cls(),)
+
+    def __repr__(self) -> str:
+        return as_call(self, self.options())
 
     @property
     def fixed(self) -> Sums:
@@ -274,7 +279,10 @@ class Statistics:
         blocks = {**mine.blocks, **theirs.blocks}
         for name in set(mine.blocks) & set(theirs.blocks):
             if mine.blocks[name] != theirs.blocks[name]:
-                raise IncompatiblePair(f"block {name!r} has a different form in the two statistics")
+                raise IncompatiblePair(
+                    f"block {name!r} has a different form in the two statistics; fit both with the same structure "
+                    "and model"
+                )
         covered = [name for block in blocks.values() for name in block.parameters]
         if len(blocks) > len(mine.blocks) and len(blocks) > len(theirs.blocks):
             _require_one_form(mine.blocks, theirs.blocks, covered)

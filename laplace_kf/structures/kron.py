@@ -137,6 +137,7 @@ class Kronecker(Structure):
     """
 
     name = "kron"
+    column_by_column = True
     takes_damping = True
     counts_positions = True
 

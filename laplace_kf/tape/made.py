@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["Made", "MadeTensors", "writes"]
 
@@ -38,7 +39,9 @@ class MadeTensors:
     def __init__(self, constants: Iterable[Tensor]) -> None:
         self._constants = {id(t): t for t in constants}
         self._made: dict[int, Made] = {}
-        self._written: set[int] = set()  # memory that data were written into
+        # Memory that data were written into. A weak reference leaves it to be freed, and its number to nothing else:
+        # an activation that was written in place is soon gone, and a product of parameters may lie where it lay.
+        self._written: dict[int, StorageWeakRef | None] = {}
 
     def get(self, tensor: Tensor) -> Made | None:
         """What a tensor (of any shape) is made of, if it is made of parameters."""
@@ -60,7 +63,8 @@ class MadeTensors:
     def wrote(self, tensor: Tensor) -> None:
         """Data were written into a tensor (of any shape)."""
         if id(tensor) in self._constants or id(tensor) in self._made or tensor._base is not None:
-            self._written.add(_memory(tensor))
+            number = _memory(tensor)
+            self._written[number] = StorageWeakRef(tensor.untyped_storage()) if number >= 0 else None
 
 
 def writes(function: Callable[..., Any]) -> bool:

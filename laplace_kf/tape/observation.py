@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from laplace_kf.batches import map_examples
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.layers.base import AffineRule, MatrixRule, flatten_rows
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.ragged import Ragged
-from laplace_kf.tape.backward import backward
+from laplace_kf.tape.backward import backward, large, origin, significant
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.examples import ExampleGradients
@@ -34,6 +34,7 @@ __all__ = ["Observation", "Patterns", "Source"]
 
 #: Which positions ``(N, T)`` of every use of a block are reached (``None`` for all), by the wiring of a pass.
 Patterns = dict[Hashable, dict[str, list["Tensor | None"]]]
+Columns = Sequence[Tensor] | Mapping[int, Tensor]  # of calls, by their numbers
 MANY_PATTERNS = 64  # kept at a time; data of more different sizes are asked about
 
 
@@ -113,6 +114,11 @@ class Observation:
         )
         return Observation(self.tracer, batch, outputs, targets, calls, chain, self.whole)
 
+    @property
+    def sends_singly(self) -> bool:
+        """Whether columns go back one after another, however many there are."""
+        return self.chain is None and large([call.shape.numel() for call in self.calls])
+
     def column_bytes(self) -> int:
         """Bytes that one back-propagated column of this minibatch takes over all blocks."""
         rows = sum(math.prod(call.shape) for call in self.calls)
@@ -189,7 +195,7 @@ class Observation:
         """Inputs ``(N, T, R, I)``, without columns, of the blocks whose layer's output is the network's output."""
         if not self.outputs.requires_grad:
             return {}
-        node, number = _origin(self.whole)
+        node, number = origin(self.whole)
         found: dict[str, OuterSignals] = {}
         for name, members in self._by_block().items():
             block, call = self.tracer.blocks[name], members[0]
@@ -210,6 +216,29 @@ class Observation:
             if isinstance(weight, Tensor) and weight.shape[0] == self._width(to_positions):
                 return weight.detach().flatten(1)
         return None
+
+    def plain_blocks(self) -> dict[str, tuple[Block, GradientEdge]]:
+        """The matrix blocks whose weight is read once, as it is, with dense inputs, at one position an example.
+
+        With the place in the autograd graph of what the call gave.
+        """
+        found = {}
+        for name, members in self._by_block().items():
+            block = self.tracer.blocks[name]
+            plain = len(members) == 1 and block.factorises and not block.one_hot and block.turned is None
+            if plain and (self.chain is not None or self._block_inputs(block, members).shape[1] == 1):
+                found[name] = block, members[0].edge
+        return found
+
+    def plain_signals(self, block: Block, grad: Tensor) -> OuterSignals:
+        """Signals of one of :meth:`plain_blocks` from a gradient at its place, of that shape, as the only column."""
+        members = self._by_block()[block.name]
+        if self.chain is not None:
+            return OuterSignals(block, self._block_inputs(block, members), grad[None, :, None, None])
+        mine = self._index(members[0])
+        signals = self._matrix_signals(block, members, {mine: grad[None]})
+        assert isinstance(signals, OuterSignals)
+        return signals
 
     def _width(self, to_positions: Callable[[Tensor], Tensor]) -> int:
         if self.outputs.dim() == 2:  # (N, C) in every layout
@@ -240,7 +269,7 @@ class Observation:
         """Back-propagates columns ``(V, N, ...)`` and returns every block's signals."""
         if self.chain is not None:
             return self.row_signals(columns, None)
-        columns = _significant(columns).to(self.outputs.dtype)
+        columns = significant(columns).to(self.outputs.dtype)
         found = self.ruled_signals(columns)
         rest = [b for b in self.tracer.blocks.values() if not b.factorises and b.name not in found]
         if rest:
@@ -283,7 +312,7 @@ class Observation:
     def row_signals(self, columns: Tensor, example: Tensor | None) -> dict[str, Signals]:
         """As :meth:`signals` along the chain; ``columns (1, M, C)`` may be rows of the examples ``example (M,)``."""
         assert self.chain is not None
-        columns = _significant(columns).to(self.outputs.dtype)
+        columns = significant(columns).to(self.outputs.dtype)
         found: dict[str, Signals] = {}
         for call, g in self.chain.backward(columns, example):
             for block in self.blocks_of(call):
@@ -345,7 +374,7 @@ class Observation:
             self._inputs[block.name] = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return self._inputs[block.name]
 
-    def _matrix_signals(self, block: Block, members: Sequence[Call], grads: Sequence[Tensor] | None) -> MatrixSignals:
+    def _matrix_signals(self, block: Block, members: Sequence[Call], grads: Columns | None) -> MatrixSignals:
         if block.turned is None:
             return self._one_reading(block, members, grads)
         straight = [call for call in members if view_of(call) == block.view]
@@ -355,7 +384,7 @@ class Observation:
         return TiedSignals(block, first, self._one_reading(block.as_turned(), turned, grads))
 
     def _one_reading(
-        self, block: Block, members: Sequence[Call], grads: Sequence[Tensor] | None
+        self, block: Block, members: Sequence[Call], grads: Columns | None
     ) -> OuterSignals | LookupSignals:
         inputs = self._block_inputs(block, members)
         if grads is None:
@@ -453,35 +482,6 @@ def _marked(signal: MatrixSignals, reach: Sequence[Tensor | None] | None, exampl
     if isinstance(signal, LookupSignals):
         return dataclasses.replace(signal, tokens=torch.where(counted.to(signal.tokens.device), signal.tokens, -1))
     return dataclasses.replace(signal, counted=counted.to(signal.a.device))
-
-
-_CASTS = ("ToCopyBackward0", "CloneBackward0", "AliasBackward0", "ViewBackward0")  # the identity, up to rounding
-
-
-def _origin(outputs: Tensor) -> tuple[Any, int]:
-    """The autograd node and output number that made the outputs ``(N, ...)``; casts, copies and views left out.
-
-    A view keeps the order of the entries; :meth:`Observation._has_layout` looks at the shapes.
-    """
-    edge = get_gradient_edge(outputs)
-    node: Any = edge.node
-    number = edge.output_nr
-    while node.name() in _CASTS:
-        node, number = node.next_functions[0]
-    return node, number
-
-
-def _significant(columns: Tensor) -> Tensor:
-    """Columns without the entries whose squares would be denormal numbers.
-
-    A confident classifier has class probabilities of 1e-30; their columns carry no curvature in any floating type,
-    but arithmetic on denormal numbers is many times slower.
-    """
-    if not columns.numel():
-        return columns
-    size = columns.abs()
-    limit = size.max() * torch.finfo(columns.dtype).tiny ** (1 / 3)
-    return torch.where(size < limit, torch.zeros((), dtype=columns.dtype, device=columns.device), columns)
 
 
 def _flatten_output(grads: Tensor, leading: int) -> Tensor:

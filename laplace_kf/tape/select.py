@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from laplace_kf.errors import UnknownName, UnsupportedLayer
+from laplace_kf.errors import InvalidArgument, UnknownName, UnsupportedLayer
 from laplace_kf.models import named_parameters, plain_name
 
 __all__ = ["owner", "select"]
@@ -39,7 +39,10 @@ def select(
     named = named_parameters(model) if named is None else named
     trainable = [name for name, p in named.items() if p.requires_grad]
     if not named:
-        raise UnsupportedLayer(f"{type(model).__name__} has no parameters")
+        raise UnsupportedLayer(
+            f"{type(model).__name__} has no parameters; there is nothing that a posterior could be over, give a "
+            "network that has some"
+        )
     if not trainable:
         raise UnsupportedLayer(
             f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True) or set "
@@ -61,7 +64,7 @@ def select(
             return chosen
         raise UnknownName("parameter selection", parameters, ["all", "last_layer", "a list of name patterns"])
     if not parameters:
-        raise ValueError("parameters is an empty list; give name patterns, 'all' or 'last_layer'")
+        raise InvalidArgument("parameters is an empty list; give name patterns, 'all' or 'last_layer'")
     # a tied parameter carries several names; a pattern may use any of them
     first = {id(p): name for name, p in named.items()}
     matched: set[str] = set()

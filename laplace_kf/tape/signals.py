@@ -31,6 +31,7 @@ __all__ = [
 
 LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
 FEW = 2**14  # numbers that are copied faster than a few more functions are called
+CACHED = 2**19  # numbers that a processor's cache holds between two passes over them
 WORKING_BYTES = 64 * 2**20  # size of the largest temporary a reduction may build
 
 
@@ -245,7 +246,25 @@ class OuterSignals(Signals):
             if self.has_constant:
                 total[:, :, width] += squares.sum(0)
             return
-        super().add_squares(total)
+        self._add_squares_over_positions(total)
+
+    def _add_squares_over_positions(self, total: Tensor) -> None:
+        """:meth:`add_squares` where gradients have to be added over positions before they are squared.
+
+        All columns of an example share one product with its inputs, which are never repeated for them; a few examples
+        at a time, so that what is squared is still in the cache.
+        """
+        (columns, examples), (groups, outputs, _), width = self.count, self.block.shape, self.a.shape[-1]
+        step = max(1, CACHED // max(1, columns * groups * outputs * width))
+        for start in range(0, examples, step):
+            part = slice(start, start + step)
+            a = self.a[part] if self.example is None else self.a[self.example[part]]
+            g = self.g[:, part].to(total).permute(1, 3, 0, 4, 2).flatten(2, 3)  # (n, R, V·O, T)
+            if width:
+                squares = torch.matmul(g, a.to(total).transpose(1, 2)).square_()
+                total[:, :, :width] += squares.unflatten(2, (columns, outputs)).sum((0, 2))
+            if self.has_constant:
+                total[:, :, width] += g.sum(-1).square_().unflatten(2, (columns, outputs)).sum((0, 2))
 
     @property
     def count(self) -> tuple[int, int]:

@@ -410,10 +410,13 @@ def _check_outputs(outputs: Tensor, index: int) -> None:
     if outputs.dim() < 2:
         raise ShapeMismatch(
             f"batch {index}: the model's outputs have shape {tuple(outputs.shape)}; they must be (N, C), (N, T, C) or "
-            "(N, C, H, W). Keep the output axis (no squeeze), or reshape in forward="
+            "(N, C, H, W). Keep the output axis (no squeeze), or reshape in forward=; single examples become batches "
+            "with DataLoader(dataset, batch_size=64)"
         )
     if not len(outputs):
-        raise ShapeMismatch(f"batch {index} has no examples (outputs {tuple(outputs.shape)})")
+        raise ShapeMismatch(
+            f"batch {index} has no examples (outputs {tuple(outputs.shape)}); leave empty minibatches out"
+        )
     if not all_finite(outputs.detach()):
         raise NonFinite(
             f"batch {index}: the model's outputs {tuple(outputs.shape)} have NaN or infinite entries; check the "

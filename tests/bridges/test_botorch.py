@@ -130,6 +130,19 @@ def test_acquisition_functions_are_optimised() -> None:
     assert found.shape == (1, 2)
 
 
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_points_that_coincide_have_draws(outputs: int) -> None:
+    """An optimiser of two points moves them onto each other: their joint covariance is singular, and no failure."""
+    posterior, x = fitted(outputs), points(1).expand(3, 2).clone().requires_grad_()
+    found = LaplaceModel(posterior).posterior(x)
+    drawn = found.rsample(torch.Size([2000]))
+    drawn.sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+    torch.testing.assert_close(drawn[:, 0], drawn[:, 2], atol=1e-3, rtol=0)
+    variance = drawn.detach()[:, 0].var(0)
+    torch.testing.assert_close(variance, found.variance[0].detach(), rtol=0.2, atol=0)
+
+
 def test_paths_are_functions() -> None:
     posterior, x = fitted(2), points(3, 2)
     path = LaplaceModel(posterior).paths(2000, torch.Generator().manual_seed(0))

@@ -132,7 +132,7 @@ def test_guide_draws_have_the_posteriors_moments(structure):
     model, (x, y) = network(outputs=2), problem("categorical", 30)
     posterior = lk.LaplacePosterior(model, "categorical", structure=structure, prior_precision=2.0).fit((x, y % 2))
     lifted, guide = bridge.lift(model, "categorical"), bridge.guide(posterior)
-    count = 500
+    count = 250
     pyro.set_rng_seed(0)
     names = [n for n, _ in model.named_parameters()]
     found = Predictive(lifted, guide=guide, num_samples=count, return_sites=[*names, "obs", "_RETURN"])(x)

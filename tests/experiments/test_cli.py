@@ -64,6 +64,8 @@ def test_list_shows_every_experiment_and_its_state(capsys):
         "ood_pairs",
         "uci",
         "attribution",
+        "characters",
+        "labels",
         "shakespeare",
         "demo",
     ]

@@ -80,6 +80,9 @@ def test_verdicts_on_tables_need_all_of_them():
     everything = {name: [split, split] for name in data.tables()}
     assert {v["verdict"] for v in tables.judged(everything)} == {"confirmed", "refuted"}  # a tie is not "above"
     assert {v["verdict"] for v in tables.judged({"yacht": [split]})} == {"undecided"}
+    assert "9.000 ± 0.000" in tables.rows({"yacht": [split, split]})[1][0]
+    assert "9.000" in tables.rows({"yacht": [split]})[1][0]  # one split has no standard error
+    assert tables.conformal_rows({"yacht": [split]})[1][0][:4] == ["yacht", "1", "90.00", "90.00"]
 
 
 def test_pairs_for_development_are_not_judged():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 
 import laplace_kf as lk
 from laplace_kf import files
+from laplace_kf.evaluate import read_file
 from tests.cases import rng
 from tests.test_unchanged import data, make
 
@@ -134,3 +138,90 @@ def test_tensors_that_do_not_fit_their_header(whole: Path, tmp_path: Path) -> No
             files.write(path, kept if other is None else {**kept, name: other}, header, files.POSTERIOR)
             with pytest.raises(lk.errors.LaplaceKFError):
                 lk.LaplacePosterior.load(path, make())
+
+
+def nowhere(folder: Path) -> dict[str, tuple[object, type[Exception], str]]:
+    """Paths that cannot be written to or read from: how they are refused to a writer, and with which words."""
+    (folder / "file").write_text("")
+    (folder / "folder").mkdir()
+    missing, errors = folder / "none" / "x", lk.errors
+    return {
+        "no folder": (missing, errors.MissingFile, f"os.makedirs({str(missing.parent)!r}, exist_ok=True)"),
+        "a folder": (folder / "folder", errors.UnusableFile, "is a folder"),
+        "inside a file": (str(folder / "file" / "x"), errors.UnusableFile, "is a file"),
+        "no path": (None, errors.InvalidType, "got NoneType"),
+        "bytes": (b"x", errors.InvalidType, "got bytes"),
+        "open file": (io.BytesIO(), errors.InvalidType, "got BytesIO"),
+    }
+
+
+def writers(posterior: lk.LaplacePosterior) -> dict[str, Callable[[Any], object]]:
+    scores = lk.attribution.Attribution([posterior])
+    scores.influence(data(), data())
+    return {
+        "posterior": posterior.save,
+        "mixture": lk.Mixture([posterior]).save,
+        "attribution": scores.save,
+        "fit": lambda path: lk.LaplacePosterior(make(), "categorical").fit(data(), checkpoint=path),
+        "tune": lambda path: posterior.tune(data(), checkpoint=path),
+    }
+
+
+def test_every_writer_refuses_a_path_by_name(whole: Path, tmp_path: Path) -> None:
+    posterior = lk.LaplacePosterior.load(whole, make())
+    for name, (path, kind, words) in nowhere(tmp_path).items():
+        for writer, write in writers(posterior).items():
+            if path is None and writer in {"fit", "tune"}:  # no checkpoint
+                continue
+            with pytest.raises(kind) as caught:
+                write(path)
+            assert isinstance(caught.value, lk.errors.LaplaceKFError)
+            assert words in str(caught.value), (writer, name, str(caught.value))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"] and not any(
+        (tmp_path / "folder").iterdir()
+    )
+
+
+def test_every_reader_refuses_a_path_by_name(tmp_path: Path) -> None:
+    readers: dict[str, Callable[[Any], object]] = {
+        "posterior": lambda path: lk.LaplacePosterior.load(path, make()),
+        "mixture": lambda path: lk.Mixture.load(path, [make()]),
+        "attribution": lk.attribution.Attribution.load,
+        "command": read_file,
+    }
+    cases = nowhere(tmp_path)
+    cases["no folder"] = (*cases["no folder"][:2], "no ")
+    cases["inside a file"] = (tmp_path / "file" / "x", lk.errors.MissingFile, "no ")
+    for name, (path, kind, words) in cases.items():
+        for reader, read in readers.items():
+            with pytest.raises(kind) as caught:
+                read(path)
+            assert isinstance(caught.value, lk.errors.LaplaceKFError)
+            assert words in str(caught.value), (reader, name, str(caught.value))
+    with pytest.raises(lk.errors.MissingFile, match="looked for in"):
+        lk.LaplacePosterior.load("p.safetensors", make())
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")])
+def test_what_the_system_refuses_names_the_path(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    posterior, target = lk.LaplacePosterior.load(whole, make()), tmp_path / "kept"
+    target.write_bytes(whole.read_bytes())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    for broken in ("save_file", "os.replace", "Path.touch"):
+        with monkeypatch.context() as now:
+            now.setattr(f"laplace_kf.files.{broken}", refuse)
+            with pytest.raises(lk.errors.UnusableFile, match=f"kept cannot be written: {error.strerror}"):
+                posterior.save(target)
+        assert target.read_bytes() == whole.read_bytes() and [path.name for path in tmp_path.iterdir()] == ["kept"]
+    with monkeypatch.context() as now:
+        now.setattr("pathlib.Path.open", refuse)
+        with pytest.raises(lk.errors.UnusableFile, match=f"kept cannot be read: {error.strerror}"):
+            lk.LaplacePosterior.load(target, make())
+        (tmp_path / "x.pt").touch()
+        with pytest.raises(lk.errors.UnusableFile, match=f"x.pt cannot be read: {error.strerror}"):
+            read_file(tmp_path / "x.pt")

@@ -10,7 +10,7 @@ NAMED: list[Named] = [
     ("laplace_kf/estimators/projection.py", "return normal(shape,", "return 2 * normal(shape,", GUARDS),
     ("laplace_kf/operators/kronecker.py", "omega.clamp(1e-6, 1e6)", "omega", GUARDS),
     ("laplace_kf/operators/tridiagonal.py", ".clamp_min(floor)", "", GUARDS),
-    ("laplace_kf/optim/gauss_newton.py", "torch.neg(gradient, out=row)", "...", GUARDS),
+    ("laplace_kf/optim/gauss_newton.py", "torch.neg(gradient, out=directions[k])", "...", GUARDS),
     ("laplace_kf/optim/presets.py", '(1 / 8, 1 / 4)', '(1 / 4, 1 / 4)', OPTIM),
     ("laplace_kf/optim/presets.py", '(1 / 8, 1 / 4)', '(1 / 8, 1 / 2)', OPTIM),
     ("laplace_kf/optim/presets.py", '"refresh": 20', '"refresh": 10', OPTIM),

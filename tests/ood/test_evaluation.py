@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tests.ood.networks import small
 
 for extra in ("torchmetrics", "jinja2", "matplotlib"):
     pytest.importorskip(extra)
+Report = importlib.import_module("laplace_kf.reports.html").Report
 
 N = 60
 
@@ -143,7 +145,7 @@ def test_command_line(files: dict[str, str], tmp_path: Path, capsys: Any) -> Non
         (lambda c: [*c, "--kinds", "distance"], "Unknown kind of score 'distance'"),
         (lambda c: [*c, "--kinds", "auto"], "call posterior.tune(val_loader)"),
         (lambda c: [*c, "--outside", "nowhere"], "NAME=FILE"),
-        (lambda c: [*c, "--outside", "a=missing.npz"], "no file missing.npz"),
+        (lambda c: [*c, "--outside", "a=missing.npz"], "no file at missing.npz"),
         (lambda c: [w.replace(":small", ":nothing") for w in c], "made a int"),
         (lambda c: [w.replace(":small", "") for w in c], "MODULE:FUNCTION"),
         (lambda c: [w.replace("networks:", "nets:") for w in c], "No module named"),
@@ -158,6 +160,20 @@ def test_refusals_of_the_command_line(
     assert main(change(command(files, "--out", str(out)))) == 1
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inside"):
+        with pytest.raises(lk.errors.UnusableFile, match="file is a file"):
+            lk.reports.evaluate(None, None, {}, out)  # type: ignore[arg-type]
+    with pytest.raises(lk.errors.InvalidType, match="got int"):
+        lk.reports.evaluate(None, None, {}, 3)  # type: ignore[arg-type]
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.html").mkdir()
+    with pytest.raises(lk.errors.UnusableFile, match="cannot be written into"):
+        Report("title", "summary", 0, {}, {}).save(tmp_path / "report")
+    assert not (tmp_path / "report" / "result.json").exists()
 
 
 def test_files(tmp_path: Path) -> None:

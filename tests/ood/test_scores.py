@@ -350,3 +350,28 @@ def test_nothing_is_changed_by_scores() -> None:
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag"])
+def test_leverages_do_not_hang_on_what_was_asked_first(structure: str) -> None:
+    """A single example cannot tell the axis of examples from another one; the next batch can have any size."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.l = nn.LSTM(2, 3, batch_first=True), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.l(self.r(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x = Recurrent().double(), randn(5, 4, 2)
+    made = [lk.LaplacePosterior(model, "categorical", structure).fit((x, torch.arange(5) % 3)) for _ in range(2)]
+    for layers in ("last", "all"):
+        whole = made[0].ood_score(x, kind="leverage", layers=layers)
+        ones = torch.cat([made[1].ood_score(row[None], kind="leverage", layers=layers) for row in x])
+        torch.testing.assert_close(ones, whole)
+        torch.testing.assert_close(made[1].ood_score(x, kind="leverage", layers=layers), whole)
+        with pytest.raises(lk.errors.LaplaceKFError):
+            made[1].ood_score(x[:, :, :1], kind="leverage", layers=layers)
+        torch.testing.assert_close(made[1].ood_score(x, kind="leverage", layers=layers), whole)

@@ -191,7 +191,10 @@ def equal(one: Any, two: Any) -> bool:
 
 @pytest.mark.parametrize("name", [n for n in MAKERS if n != "kfra"])  # not a chain
 def test_a_step_that_fails_anywhere_changes_nothing(name: str) -> None:
-    """The model fails at its first, second, third ... pass of a step, until a step needs no more passes."""
+    """The model fails at its first, second, third ... pass of a step, until a step needs no more passes.
+
+    Of the many products of conjugate gradients that follow, at every fourth.
+    """
     torch.manual_seed(0)
     model = Odd().train()
     more = {"groups": [{"params": "two.bias", "first_order": True, "lr": 0.1, "momentum": 0.9}]}
@@ -199,7 +202,7 @@ def test_a_step_that_fails_anywhere_changes_nothing(name: str) -> None:
     x, y = torch.randn(60, 4, generator=rng()), torch.randint(0, 3, (60,), generator=rng())
     for _ in range(4):  # the next one adapts
         opt.step(x, y)
-    for allowed in range(400):
+    for allowed in [*range(20), *range(20, 400, 4)]:
         before = everything(model, opt)
         model.left = allowed
         try:
@@ -208,7 +211,7 @@ def test_a_step_that_fails_anywhere_changes_nothing(name: str) -> None:
         except ArithmeticError:
             model.left = 10**9
             assert equal(everything(model, opt), before), allowed
-    assert 1 < allowed < 399
+    assert 1 < allowed < 396
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "kflr", "hessian-free-kronecker"])

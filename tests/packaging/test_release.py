@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import laplace_kf as lk
-from tests.mutation.__main__ import NEAREST, Mutant, by_name, mutants
-from tests.packaging.matrix import PAIRS, QUICK
+from tests.mutation.__main__ import NEAREST
+from tests.mutation.mutants import Mutant, by_name, mutants
+from tests.packaging.matrix import QUICK, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,7 +25,8 @@ def test_one_version_everywhere() -> None:
 def test_the_matrix_begins_with_the_oldest_that_is_supported() -> None:
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    oldest, torch = PAIRS[0]
+    oldest, torch, transformers = ROWS[0]
+    assert f"{transformers.removesuffix('.*').replace('==', '>=')}\n" in config["options.extras_require"]["test"]
     assert config["options"]["python_requires"] == f">={oldest}"
     wanted = next(line for line in config["options"]["install_requires"].split() if line.startswith("torch"))
     assert torch == wanted.replace(">=", "==") + ".*"

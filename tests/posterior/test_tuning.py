@@ -18,8 +18,8 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor
 import laplace_kf as lk
 from laplace_kf.posterior.candidates import Contest
 from laplace_kf.posterior.fitted import Fitted
-from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, missing_entropy
-from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine
+from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, WithinTolerance, missing_entropy
+from laplace_kf.posterior.search import Plane, Search, champion, coarse_to_fine, widest
 from laplace_kf.posterior.validation import MAP, Point, Score, Validation
 from tests.cases import rng
 
@@ -742,6 +742,61 @@ def test_out_of_distribution_contrast() -> None:
     strong = quiet(posterior, val, objective=OODContrast(far, weight=5.0), generator=rng(0))
     assert strong.objective == "OODContrast"
     assert float(posterior.predict(far, method="mc", samples=100, generator=rng(1)).entropy.mean()) > entropy - 0.02
+
+
+@pytest.mark.parametrize(
+    ("scores", "taken", "at_edge"),
+    [
+        ([9.0, 2.0, 1.05, 1.0, 0.9], 2, False),  # the smallest that is near MAP
+        ([1.0, 2.0, 1.05, 1.0, 0.9], 2, False),  # what comes below one that is not near is not taken
+        ([1.0, 1.0, 1.05, 1.0, 0.9], 0, True),
+        ([9.0, 9.0, 9.0, 9.0, math.nan], 4, True),
+    ],
+)
+def test_the_widest_point_near_map(scores: list[float], taken: int, at_edge: bool) -> None:
+    priors = [0.01, 0.1, 1.0, 10.0, 100.0]
+    known = dict(zip(priors, scores, strict=True))
+
+    def measure(points: Sequence[Point], progress: bool) -> dict[Point, Score]:
+        return {point: Score(1.0 if point == MAP else known.get(point[1], 9.0)) for point in points}
+
+    assert widest(Search(measure, "score"), 5.0, list(priors), 0.1, 0) == ((5.0, priors[taken]), at_edge)
+    found, edge = widest(Search(measure, "score"), 5.0, longer := list(priors), 0.1, 1)
+    if at_edge and taken == 0:  # one further value, which is not near
+        assert longer[0] == pytest.approx(0.001) and found == (5.0, 0.01) and not edge
+    elif at_edge:
+        assert longer[-1] == pytest.approx(1000.0) and edge
+    else:
+        assert longer == priors
+
+
+def test_the_largest_variance_within_a_tolerance() -> None:
+    """The smallest λ whose table entry is within the tolerance of MAP; the best score has another one."""
+    model, train, val = classification()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(train)
+    priors = [10 ** (k / 2) for k in range(-6, 7)]
+    settings = {"prior_precision": priors, "method": "probit"}
+    best = quiet(posterior, val, n_data=[40.0], generator=rng(0), **settings)
+    found = {}
+    for tolerance in (0.0, 0.05):
+        result = quiet(posterior, val, objective=WithinTolerance(tolerance), generator=rng(0), **settings)
+        near = [r["prior_precision"] for r in best.table if r["objective"] <= best.map_objective + tolerance]
+        assert result.best["prior_precision"] == posterior.prior_precision == min(near)
+        assert result.best["n_data"] == posterior.n_data == 40.0 and posterior.method == "probit"
+        assert [row["objective"] for row in result.table] == pytest.approx([row["objective"] for row in best.table])
+        found[tolerance] = result.best["prior_precision"]
+    assert found[0.05] <= found[0.0] < best.best["prior_precision"]
+    alone = quiet(posterior, val, objective=WithinTolerance(0.05), method="probit", generator=rng(0))
+    assert len(alone.table) == 17 and alone.objective == "WithinTolerance"
+    other = quiet(posterior, val, objective=WithinTolerance(0.05, of="brier"), generator=rng(0), **settings)
+    brier = quiet(posterior, val, objective="brier", n_data=[40.0], generator=rng(0), **settings)
+    assert other.map_objective == pytest.approx(brier.map_objective)
+    with pytest.raises(lk.errors.IncompatiblePair, match="leave n_data out"):
+        posterior.tune(val, WithinTolerance(), n_data=[1.0, 2.0])
+    with pytest.raises(ValueError, match="≥ 0"):
+        WithinTolerance(-1.0)
+    with pytest.raises(lk.errors.UnknownName):
+        WithinTolerance(of="accuracyy")
 
 
 def test_map_method_has_nothing_to_tune() -> None:

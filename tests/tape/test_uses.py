@@ -11,6 +11,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.tape.made import MadeTensors
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, normal
 from tests.classifiers import DOUBLE, agrees, data, dense, seeded
@@ -324,3 +325,21 @@ def test_a_hidden_use_that_starts_in_a_later_minibatch_is_noticed() -> None:
         lk.curvature.estimate(model, "categorical", [(x[:3], y[:3]), (x[3:], y[3:])], "diag")
     late = lk.curvature.estimate(model, "categorical", [(x[3:], y[3:])], "full").mean().dense()
     torch.testing.assert_close(late, oracles.dense_ggn(model, x[3:], y[3:], CATEGORICAL.nll), rtol=1e-9, atol=1e-12)
+
+
+def test_memory_that_data_were_written_into_is_known_by_more_than_its_place() -> None:
+    """An activation written in place is freed, and a product of parameters may lie where it lay: it is no data."""
+    tensors = MadeTensors([])
+    for _ in range(50):
+        activation = torch.randn(4, 4).view(16)
+        tensors.wrote(activation)
+        assert not tensors.is_constant(activation)
+        del activation
+        product = torch.randn(4, 4)
+        tensors.add(product, {"a": 16}, [], False)
+        assert tensors.get(product) is not None
+    held = torch.zeros(4, 4)
+    tensors.add_constants([held])
+    assert tensors.is_constant(held)
+    tensors.wrote(held)
+    assert not tensors.is_constant(held)

@@ -1,0 +1,1 @@
+"""Active learning: how many labels a network needs when it may choose them."""

@@ -1,0 +1,59 @@
+"""The labels experiment: a very small run, taken up again, and what its table says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from experiments.__main__ import main
+from experiments.common.checks import BadSetting
+from experiments.labels import run
+
+WORDS = ["first=1", "batch=2", "most=14", "pool=6", "test=8", "width=1", "steps=2", "samples=5", "progress=false"]
+
+
+@pytest.fixture
+def digits(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    made = {
+        split: (torch.rand(count, 1, 28, 28, generator=generator), torch.arange(count) % 10)
+        for split, count in (("train", 40), ("test", 10))
+    }
+    monkeypatch.setattr(run.data, "images", lambda _, split: made[split])
+
+
+def test_a_small_run_is_taken_up_again(digits, tmp_path, monkeypatch):
+    assert main(["run", "labels", *WORDS, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["runs"]) == {"BatchBALD", "random", "BALD"}
+    for (only,) in result["runs"].values():
+        assert list(only["accuracy"]) == ["10", "12", "14"]
+        assert len(set(only["known"])) == 14 and max(only["known"]) < 40
+        assert sorted(k % 10 for k in only["known"][:10]) == list(range(10))  # one of each class
+    kept = tmp_path / "parts" / "BALD_0.json"
+    whole = json.loads(kept.read_text())
+    part = {**whole, "known": whole["known"][:12], "accuracy": {"10": whole["accuracy"]["10"]}}
+    kept.write_text(json.dumps(part))  # as an interruption leaves it
+    assert main(["run", "labels", *WORDS, "--out", str(tmp_path)]) == 0
+    again = json.loads(kept.read_text())
+    assert again["known"] == whole["known"] and again["accuracy"] == whole["accuracy"]
+    monkeypatch.setattr(run, "trained", None)  # nothing is trained again
+    assert main(["run", "labels", *WORDS, "--out", str(tmp_path)]) == 0
+
+
+def test_rows_say_where_levels_are_reached():
+    runs = {"a": [{"accuracy": {"20": 0.5, "70": 0.91, "190": 0.96}, "seconds": 3.0}],
+            "b": [{"accuracy": {"20": 0.5, "70": 0.8, "190": 0.9}, "seconds": 2.0}]}  # fmt: skip
+    head, rows = run.labels_rows({"runs": runs})
+    assert head[1:3] == ["labels to 90%, by seed", "labels to 95%, by seed"]
+    assert rows == [["a", "70", "190", "50.0", "91.0", "96.0", "3"],
+                    ["b", "190", "not reached", "50.0", "80.0", "90.0", "2"]]  # fmt: skip
+
+
+def test_settings_are_checked():
+    with pytest.raises(BadSetting, match="at most pool=5"):
+        run.Config(pool=5)
+    with pytest.raises(BadSetting, match="BatchBALD"):
+        run.Config(methods=["BALDY"])
