@@ -149,9 +149,8 @@ def table() -> str:
         "Made by `python -m tests.mutation --table` from runs of `make mutate`: the package with one thing changed (an",
         "operator, a number, a condition, a call left out), against the tests that reach the changed line. The sample",
         "is drawn once, from all mutants of these folders in turn. In this run a mutant met one in ten of the",
-        "parameters of each test that reaches it, for eight seconds of processor time (`--thin 10 --reaching 8",
-        "--beside 0`), and those outside of functions were left out (`--only inside`): the whole suite notices more.",
-        "",
+        "parameters of each test that reaches it, eight seconds at most (`--thin 10 --reaching 8 --beside 0`),",
+        "and those outside of functions were left out (`--only inside`): the whole suite notices more.", "",
         "| folder | mutants there are | run | noticed | of these, hanging | survived | reached by no test |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
