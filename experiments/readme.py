@@ -55,6 +55,7 @@ PAGES = {
         "fit_cost",
         "predictions",
         "importance",
+        "auto_estimator",
         "many_outputs",
         "per_example",
         "quality",

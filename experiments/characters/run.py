@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from experiments.common import data, training
 from experiments.common.checks import require
+from experiments.continual.report import quoted
 from experiments.shakespeare.transformer import Transformer, encode, windows
 from laplace_kf import optim
 from laplace_kf.reports import private_rng
@@ -237,16 +238,18 @@ def run(config: Config, folder: Path) -> Report:
         for method, entry in there.items() if method != FIRST
     ]  # fmt: skip
     found = {"runs": runs, "verdicts": verdicts}
+    summary = (
+        f"Tiny Shakespeare, {config.layers} layers of width {config.width}, minibatches of {config.batch} windows "
+        f"of {config.context} characters; validation loss over {config.validation} windows every {config.every} "
+        "iterations; processor seconds of one thread, validation not counted."
+    )
+    tables = [Table(f"To a validation loss of {config.aim:g}", *rows(found, config.aim))]
     return Report(
         title="A character model to one validation loss",
-        summary=(
-            f"Tiny Shakespeare, {config.layers} layers of width {config.width}, minibatches of {config.batch} windows "
-            f"of {config.context} characters; validation loss over {config.validation} windows every {config.every} "
-            "iterations; processor seconds of one thread, validation not counted."
-        ),
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={method: each["trace"][-1] for method, each in runs.items()},
-        tables=[Table(f"To a validation loss of {config.aim:g}", *rows(found, config.aim))],
-        details={**found, "stand_ins": []},
+        tables=tables,
+        details={**quoted(summary, tables), **found, "stand_ins": []},
     )
