@@ -55,10 +55,12 @@ PAGES = {
         "fit_cost",
         "predictions",
         "importance",
+        "auto_estimator",
         "many_outputs",
         "per_example",
         "quality",
     ),
+    "docs/plans.md": ("plans",),
     "docs/migrating.md": ("migrating",),
     "docs/tutorials/large_models.md": ("tuning",),
 }
