@@ -60,6 +60,7 @@ PAGES = {
         "per_example",
         "quality",
     ),
+    "docs/plans.md": ("plans",),
     "docs/migrating.md": ("migrating",),
     "docs/tutorials/large_models.md": ("tuning",),
 }
