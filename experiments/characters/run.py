@@ -237,16 +237,24 @@ def run(config: Config, folder: Path) -> Report:
         for method, entry in there.items() if method != FIRST
     ]  # fmt: skip
     found = {"runs": runs, "verdicts": verdicts}
+    summary = (
+        f"Tiny Shakespeare, {config.layers} layers of width {config.width}, minibatches of {config.batch} windows "
+        f"of {config.context} characters; validation loss over {config.validation} windows every {config.every} "
+        "iterations; processor seconds of one thread, validation not counted."
+    )
+    table = Table(f"To a validation loss of {config.aim:g}", *rows(found, config.aim))
+    quoted = {
+        "title": table.title,
+        "columns": list(table.columns),
+        "rows": [list(row) for row in table.rows],
+        "note": table.note,
+    }
     return Report(
         title="A character model to one validation loss",
-        summary=(
-            f"Tiny Shakespeare, {config.layers} layers of width {config.width}, minibatches of {config.batch} windows "
-            f"of {config.context} characters; validation loss over {config.validation} windows every {config.every} "
-            "iterations; processor seconds of one thread, validation not counted."
-        ),
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={method: each["trace"][-1] for method, each in runs.items()},
-        tables=[Table(f"To a validation loss of {config.aim:g}", *rows(found, config.aim))],
-        details={**found, "stand_ins": []},
+        tables=[table],
+        details={**found, "summary": summary, "tables": [quoted], "stand_ins": []},
     )

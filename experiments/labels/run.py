@@ -214,16 +214,24 @@ def run(config: Config, folder: Path) -> Report:
                              "met": middle is not None and middle <= aim})  # fmt: skip
     found = {"runs": runs, "verdicts": verdicts}
     note = f"Published (Monte Carlo dropout, BatchBALD): {', '.join(f'{n} to {p:.0%}' for p, n in PUBLISHED.items())}."
+    summary = (
+        f"MNIST, two convolutions of {config.width} and {2 * config.width} channels, posterior over "
+        f"{config.parameters}; {config.first} labels of each class, then {config.batch} at a time out of "
+        f"{config.pool} random images; accuracy on {config.test} test images; {config.repeats} seed(s)."
+    )
+    table = Table("Labels needed", *labels_rows(found), note)
+    quoted = {
+        "title": table.title,
+        "columns": list(table.columns),
+        "rows": [list(row) for row in table.rows],
+        "note": table.note,
+    }
     return Report(
         title="Labels that a network asks for",
-        summary=(
-            f"MNIST, two convolutions of {config.width} and {2 * config.width} channels, posterior over "
-            f"{config.parameters}; {config.first} labels of each class, then {config.batch} at a time out of "
-            f"{config.pool} random images; accuracy on {config.test} test images; {config.repeats} seed(s)."
-        ),
+        summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={m: {"accuracy": [each["accuracy"] for each in of]} for m, of in runs.items()},
-        tables=[Table("Labels needed", *labels_rows(found), note)],
-        details={**found, "seeds": seeds, "stand_ins": []},
+        tables=[table],
+        details={**found, "summary": summary, "tables": [quoted], "seeds": seeds, "stand_ins": []},
     )
