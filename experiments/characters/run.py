@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 
 from experiments.common import data, training
 from experiments.common.checks import require
-from experiments.continual.report import quoted
 from experiments.shakespeare.transformer import Transformer, encode, windows
 from laplace_kf import optim
 from laplace_kf.reports import private_rng
@@ -243,13 +242,19 @@ def run(config: Config, folder: Path) -> Report:
         f"of {config.context} characters; validation loss over {config.validation} windows every {config.every} "
         "iterations; processor seconds of one thread, validation not counted."
     )
-    tables = [Table(f"To a validation loss of {config.aim:g}", *rows(found, config.aim))]
+    table = Table(f"To a validation loss of {config.aim:g}", *rows(found, config.aim))
+    quoted = {
+        "title": table.title,
+        "columns": list(table.columns),
+        "rows": [list(row) for row in table.rows],
+        "note": table.note,
+    }
     return Report(
         title="A character model to one validation loss",
         summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={method: each["trace"][-1] for method, each in runs.items()},
-        tables=tables,
-        details={**quoted(summary, tables), **found, "stand_ins": []},
+        tables=[table],
+        details={**found, "summary": summary, "tables": [quoted], "stand_ins": []},
     )

@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 
 from experiments.common import data, training
 from experiments.common.checks import require
-from experiments.continual.report import quoted
 from laplace_kf import acquisition
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.reports import private_rng
@@ -220,13 +219,19 @@ def run(config: Config, folder: Path) -> Report:
         f"{config.parameters}; {config.first} labels of each class, then {config.batch} at a time out of "
         f"{config.pool} random images; accuracy on {config.test} test images; {config.repeats} seed(s)."
     )
-    tables = [Table("Labels needed", *labels_rows(found), note)]
+    table = Table("Labels needed", *labels_rows(found), note)
+    quoted = {
+        "title": table.title,
+        "columns": list(table.columns),
+        "rows": [list(row) for row in table.rows],
+        "note": table.note,
+    }
     return Report(
         title="Labels that a network asks for",
         summary=summary,
         seed=config.seed,
         config=asdict(config),
         metrics={m: {"accuracy": [each["accuracy"] for each in of]} for m, of in runs.items()},
-        tables=tables,
-        details={**quoted(summary, tables), **found, "seeds": seeds, "stand_ins": []},
+        tables=[table],
+        details={**found, "summary": summary, "tables": [quoted], "seeds": seeds, "stand_ins": []},
     )
