@@ -178,7 +178,7 @@ def test_scales_per_output_are_saved_and_moved_by_one_factor(tmp_path: Any) -> N
         best.likelihood = Gaussian(torch.as_tensor(best.likelihood.scale) * step)  # type: ignore[attr-defined]
         assert float(best.log_evidence().detach()) < value
         best.likelihood = Gaussian(torch.as_tensor(best.likelihood.scale) / step)  # type: ignore[attr-defined]
-    with pytest.raises(ShapeMismatch, match="2 outputs"):
+    with pytest.raises(ShapeMismatch, match="it has 2, got outputs"):
         Gaussian(scale).check(randn(3, 3), randn(3, 3))
 
 
