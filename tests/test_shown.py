@@ -39,12 +39,17 @@ def records() -> Iterator[list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: found.append(f"{record.name}: {record.getMessage()}")  # type: ignore[method-assign]
     root = logging.getLogger("laplace_kf")
-    before = root.level
+    before = root.level, logging.root.manager.disable
+    for name, logger in logging.root.manager.loggerDict.items():  # other libraries' set-up may have silenced them
+        if name.startswith("laplace_kf") and isinstance(logger, logging.Logger):
+            logger.disabled = False
+    logging.disable(logging.NOTSET)
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     yield found
     root.removeHandler(handler)
-    root.setLevel(before)
+    root.setLevel(before[0])
+    logging.disable(before[1])
 
 
 def test_every_object_says_what_it_is_in_one_line(posterior: Any) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from laplace_kf.errors import LaplaceKFError, UnsupportedLayer
+from laplace_kf.errors import UnsupportedLayer
 
 __all__ = ["AT_ONCE", "SMALL", "backward", "large", "origin", "significant"]
 
@@ -57,9 +57,9 @@ def _alone(outputs: Tensor, edges: Sequence[Any], column: Tensor) -> Sequence[Te
     """As :func:`backward`, for one column ``(N, ...)``."""
     try:
         return torch.autograd.grad(outputs, edges, column, retain_graph=True, allow_unused=True)
-    except (torch.OutOfMemoryError, LaplaceKFError):
-        raise
     except RuntimeError as error:  # a tensor that was changed after it was used, an own function that fails
+        if type(error) is not RuntimeError:  # torch's own are plain; others say more by themselves (no memory, ours)
+            raise
         said = str(error).partition(" Hint:")[0]
         raise UnsupportedLayer(
             f"torch cannot differentiate the network's outputs ({said}); model(x).sum().backward() fails in the same "

@@ -228,6 +228,8 @@ def test_a_failure_anywhere_leaves_no_trace(name: str, structure: str, fuses: di
                 if raised is not None:
                     if isinstance(error, torch.linalg.LinAlgError):
                         assert isinstance(raised, lk.errors.LaplaceKFError), (where, raised)
+                    elif isinstance(error, OSError) and place == "file":
+                        assert isinstance(raised, lk.errors.UnusableFile) and raised.__cause__ is error, (where, raised)
                     else:
                         assert raised is error, (where, raised)
                     assert same((tensors, header), posterior.packed()), where
