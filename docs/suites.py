@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,7 @@ def kind(path: Path, source: str, module: str) -> str:
     return "exact" if ORACLES.search(module) and re.search(r"\bcheck|compare|agree", source) else "behaviour"
 
 
+@cache
 def kinds(path: Path) -> dict[str, str]:
     """The kind of each test function of a file."""
     text = path.read_text(encoding="utf-8")
