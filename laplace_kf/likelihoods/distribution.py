@@ -356,10 +356,11 @@ class FromDistribution(Likelihood):
                 return cross_entropy
             if not _has_regular_kl(reference):
                 return None
-            try:
+        try:
+            with torch.inference_mode(False), torch.enable_grad():  # of exponential families torch takes a gradient
                 kl_divergence(reference, reference)
-            except NotImplementedError:
-                return None
+        except NotImplementedError:
+            return None
         return lambda leaf: kl_divergence(reference, _without_independent(self._rows(leaf)))
 
     def _position_curvature(self, z: Tensor, y: Tensor | None) -> Tensor:

@@ -417,8 +417,11 @@ def _check_outputs(outputs: Tensor, index: int) -> None:
         raise ShapeMismatch(
             f"batch {index} has no examples (outputs {tuple(outputs.shape)}); leave empty minibatches out"
         )
-    if not all_finite(outputs.detach()):
+    values = outputs.detach()
+    if not all_finite(values):
+        masked = bool((values.isfinite() | values.isneginf()).all())  # classes that are shut out
         raise NonFinite(
             f"batch {index}: the model's outputs {tuple(outputs.shape)} have NaN or infinite entries; check the "
             "inputs and the trained weights"
+            + (". If -inf masks classes, give logits.masked_fill(mask, -1e4), whose probability is 0, too" * masked)
         )

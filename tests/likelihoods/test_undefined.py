@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.errors import InvalidArgument, InvalidType, LaplaceKFError, NonFinite
@@ -63,3 +64,43 @@ def test_what_is_no_module_is_refused_by_an_error_of_the_package() -> None:
         lk.LaplacePosterior([network()], "gaussian")  # type: ignore[arg-type]
     with pytest.raises(InvalidType, match="component 0"):
         lk.Mixture([network()])  # type: ignore[list-item]
+
+
+def test_the_fisher_of_an_exponential_family_whose_divergence_torch_differentiates() -> None:
+    """Wishart with df ν, scale diag(e^{2z}): −log p = ν Σ z_i + ½ Σ X_ii e^{−2z_i} + c, so that its Fisher is 2ν I."""
+    nu = 5.0
+
+    def wishart(z: Tensor) -> torch.distributions.Wishart:
+        return torch.distributions.Wishart(torch.full(z.shape[:-1], nu, dtype=z.dtype), scale_tril=z.exp().diag_embed())
+
+    model = torch.nn.Linear(3, 2).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.eye(2, dtype=torch.float64).expand(6, 2, 2) + 0.1
+    found = lk.curvature.estimate(model, lk.likelihoods.FromDistribution(wishart), [(x, y)], "full").mean().dense()
+    jacobian = torch.cat([torch.kron(torch.eye(2, dtype=torch.float64), x[:, None]),
+                          torch.eye(2, dtype=torch.float64).expand(6, 2, 2)], 2)  # fmt: skip
+    torch.testing.assert_close(found, 2 * nu * torch.einsum("ncp,ncq->pq", jacobian, jacobian) / 6)
+
+
+class Masked(nn.Module):
+    """Logits (N, 4), the third class of which is shut out."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.layer, self.value = nn.Linear(3, 4), value
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).masked_fill(torch.tensor([False, False, True, False]), self.value)
+
+
+def test_classes_masked_with_minus_infinity_name_the_way_out_which_works() -> None:
+    y = torch.tensor([0, 1, 3, 0, 1, 3])
+    with pytest.raises(NonFinite, match=r"logits\.masked_fill\(mask, -1e4\)"):
+        lk.LaplacePosterior(Masked(float("-inf")), "categorical").fit((X, y))
+    with pytest.raises(NonFinite, match=r"weights$"):
+        lk.LaplacePosterior(Masked(math.nan), "categorical").fit((X, y))
+    posterior = lk.LaplacePosterior(Masked(-1e4), "categorical", structure="full").fit((X, y))
+    for method in ("linearized", "probit", "mc", "map"):
+        found = posterior.predict(X, method=method, samples=4)
+        assert found.probs is not None and float(found.probs[:, 2].max()) == 0.0
+        assert bool(torch.isfinite(found.entropy).all())
+    assert bool(torch.isfinite(posterior.log_evidence()))
