@@ -138,3 +138,46 @@ def test_optimisers_train_the_rest() -> None:
     assert losses[-1] < losses[0]
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == set(before)  # the last minibatch reached them
+
+
+class Decoder(nn.Module):
+    """A segmentation network whose encoder has more stages than its decoder takes: not run, or run for nothing."""
+
+    def __init__(self, stages: int, used: int, run: bool = False) -> None:
+        super().__init__()
+        self.used, self.run = used, run
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.head = nn.Conv2d(2, 3, 1)
+            self.stages = nn.ModuleList(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Tanh()) for _ in range(stages))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = []
+        for stage in self.stages if self.run else self.stages[: self.used]:
+            x = stage(x)
+            features.append(x)
+        found: Tensor = self.head(torch.stack(features[: self.used]).sum(0))
+        return found
+
+
+@pytest.mark.parametrize("run", [False, True])
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_stages_that_nothing_is_taken_from_are_as_if_they_were_not_there(structure: str, run: bool) -> None:
+    """With their prior they add nothing to curvature and predictions, and the prior's part to the evidence."""
+    x, y = normal(3, 2, 4, 4, seed=5), labels(3, 48, seed=6).reshape(3, 4, 4)
+    if not run:
+        with pytest.raises(UnsupportedLayer, match=r"12 of 18 selected parameters .* and 2 more") as refused:
+            lk.LaplacePosterior(Decoder(8, 2), "categorical", structure=structure).fit((x, y))
+        assert 'unused="prior"' in str(refused.value) and len(str(refused.value)) < 1000
+    model = Decoder(8, 2, run)
+    deep, short = (
+        lk.LaplacePosterior(net, "categorical", structure=structure, unused="prior").fit((x, y))
+        for net in (model, Decoder(2, 2))
+    )
+    left = torch.cat([p.detach().flatten() for stage in model.stages[2:] for p in stage.parameters()])
+    close(deep.log_evidence(), short.log_evidence() - 0.5 * deep.prior_precision * left.square().sum())
+    for method in ("linearized", "probit"):
+        found, wanted = (each.predict(x, method=method, generator=rng(7)).probs for each in (deep, short))
+        assert found is not None and wanted is not None and found.shape == (3, 3, 4, 4)
+        close(found, wanted)
