@@ -118,7 +118,18 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
 autodoc_default_options = {"members": True, "inherited-members": True}
-autodoc_mock_imports = ["botorch", "gpytorch", "lightning", "pytorch_lightning", "pyro", "sklearn", "transformers"]
+autodoc_mock_imports = [
+    "avalanche",
+    "botorch",
+    "gpytorch",
+    "lightning",
+    "optuna",
+    "pyro",
+    "pytorch_lightning",
+    "sklearn",
+    "torch_uncertainty",
+    "transformers",
+]
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
