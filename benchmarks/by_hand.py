@@ -179,8 +179,9 @@ def ekfac(problem: Problem) -> dict[nn.Module, Tensor]:
     model = problem.model
     assert isinstance(model, nn.Sequential)
     dense = [module for module in model if isinstance(module, nn.Linear)]
-    factors = {m: (torch.zeros(m.in_features + 1, m.in_features + 1), torch.zeros(len(m.bias), len(m.bias)))
-               for m in dense}  # fmt: skip
+    factors: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    for m in dense:
+        factors[m] = torch.zeros(m.in_features + 1, m.in_features + 1), torch.zeros(m.out_features, m.out_features)
     for x, _ in problem.batches:
         outputs, kept = _chain(model, x)
 
