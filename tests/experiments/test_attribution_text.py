@@ -13,7 +13,8 @@ from experiments.attribution.scores import datamodelling_score
 from experiments.common.checks import BadSetting
 
 WORDS = ["context=6", "width=8", "heads=2", "layers=1", "windows=24", "apart=4", "subsets=7", "pick=3", "epochs=2",
-         "batch=4", "counts=[1,2]", "score_epochs=[1,2]", "dampings=[1.0,10.0]", "progress=false"]  # fmt: skip
+         "batch=4", "counts=[1,2]", "score_epochs=[1,2]", "dampings=[1.0,10.0]", "spelt=3",
+         "progress=false"]  # fmt: skip
 
 
 @pytest.fixture
@@ -43,14 +44,17 @@ def test_a_small_run_picks_with_some_networks_and_reports_on_others(play, tmp_pa
 
     bench = text.Bench(text.Config(**result["config"]), tmp_path / "parts")
     (model,) = bench.networks([0], best["epochs"])
-    ((_, scores),) = bench.scores(model, 0, [best["damping"]])
+    ((_, scores),) = bench.scores(model, 0, [best["damping"]], "queries")
     inside, losses = bench.truth()
-    assert scores.shape == (6, 6, 18) and losses.shape == (7, 6, 6) and inside.sum(1).tolist() == [9] * 7
-    whole = datamodelling_score(scores.sum(1), inside[3:], losses[3:].sum(2))
+    assert scores.shape == (3, 6, 18) and losses.shape == (7, 6, 6) and inside.sum(1).tolist() == [9] * 7
+    ((_, sums),) = bench.scores(model, 0, [best["damping"]])
+    torch.testing.assert_close(scores.sum(1), sums[:3], rtol=1e-2, atol=1e-2 * float(sums.abs().max()))
+    whole = datamodelling_score(sums, inside[3:], losses[3:].sum(2))
     assert result["reported"]["score"]["1"]["whole"] == pytest.approx(float(whole.mean()), abs=1e-9)
     first = datamodelling_score(scores[2, 4:5], inside[3:], losses[3:, 2, 4:5])
-    every = datamodelling_score(scores.flatten(0, 1), inside[3:], losses[3:].flatten(1))
+    every = datamodelling_score(scores.flatten(0, 1), inside[3:], losses[3:, :3].flatten(1))
     assert float(every[2 * 6 + 4]) == pytest.approx(float(first), abs=1e-9, nan_ok=True)
+    assert result["reported"]["characters"] == pytest.approx(float(every.nan_to_num(0).mean()), abs=1e-9)
     assert result["verdicts"][0]["met"] == (result["verdicts"][0]["reached"] >= text.AIM)
 
 
