@@ -32,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,6 @@ from experiments.common import training
 from experiments.common.checks import require
 from experiments.common.stacked import train_stacked
 from laplace_kf.errors import IncompatiblePair, UnknownName
-from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.posterior import LaplacePosterior, Mixture
 from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import machine, versions
@@ -183,7 +183,7 @@ def _ensemble(models: list[nn.Sequential], given: Problem, config: Config, seed:
     def outputs(x: Tensor) -> Tensor:
         return torch.stack([training.outputs(one, x) for one in models])
 
-    return _best({"": lambda likelihood: lambda x: likelihood.predict(outputs(x))}, outputs(given.val[0])[0], given)
+    return _best({"": outputs}, outputs(given.val[0])[0], given)
 
 
 def _mixture(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
@@ -203,30 +203,34 @@ def _dropout(models: list[nn.Sequential], given: Problem, config: Config, seed: 
     """Networks trained with dropout, whose masks are drawn again at test time; validation chooses the rate."""
     nets = {rate: _thinned(config, given, seed, rate) for rate in config.dropout}
 
-    def thinned(net: nn.Module) -> Callable[[Likelihood], Callable[[Tensor], Prediction]]:
-        return lambda likelihood: mc_dropout(net, likelihood, generator=training.generator(seed))
+    def outputs(net: nn.Module, x: Tensor) -> Tensor:
+        masks = training.generator(seed)
+        found = mc_dropout(net, given.task.likelihood, generator=masks)(x, keep_samples=True).samples
+        assert found is not None
+        return found
 
     plain = training.outputs(nets[config.dropout[0]], given.val[0])
-    return _best({f"{rate:g}": thinned(net) for rate, net in nets.items()}, plain, given)
+    return _best({f"{rate:g}": partial(outputs, net) for rate, net in nets.items()}, plain, given)
 
 
 def _best(
-    makes: Mapping[str, Callable[[Likelihood], Callable[[Tensor], Prediction]]], outputs: Tensor, given: Problem
+    makes: Mapping[str, Callable[[Tensor], Tensor]], outputs: Tensor, given: Problem
 ) -> tuple[Forecast, Settings]:
-    """Of several predictives, each with every likelihood that the task offers, the one that suits validation data best.
+    """Of several mixtures, each with every likelihood that the task offers, the one that suits validation data best.
 
     Args:
-        makes: from a likelihood to a predictive, by name.
+        makes: from inputs ``(N, D)`` to outputs ``(S, N, C)`` of what is mixed, by name.
         outputs: of a network ``(N, C)`` at validation inputs, by which the likelihoods are placed.
         given: the problem.
     """
     scores: dict[tuple[str, int], float] = {}
     likelihoods = given.task.likelihoods(outputs, given.val[1])
     for name, make in makes.items():
+        found = make(given.val[0])
         for number, likelihood in enumerate(likelihoods):
-            scores[name, number] = float(make(likelihood)(given.val[0]).log_prob(given.val[1]).mean())
+            scores[name, number] = float(likelihood.predict(found).log_prob(given.val[1]).mean())
     name, number = max(scores, key=lambda key: scores[key] if math.isfinite(scores[key]) else -math.inf)
-    prediction = makes[name](likelihoods[number])(given.test[0])
+    prediction = likelihoods[number].predict(makes[name](given.test[0]))
     settings = {"chosen": name, **likelihoods[number].parameters()}
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
 
