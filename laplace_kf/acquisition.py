@@ -72,9 +72,9 @@ def bald(
         IncompatiblePair: for another likelihood, and for a mixture with Gaussian noise.
         ShapeMismatch: for outputs with several positions.
     """
-    noise = _noise(posterior)
-    if noise is not None:
-        return _log_ratio(posterior.functional_covariance(pool), noise)
+    normal = _normal(posterior)
+    if normal is not None:
+        return _log_ratio(normal[0].functional_covariance(pool), normal[1])
     probabilities = _functions(posterior, [pool], samples, generator)[0]
     return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
 
@@ -103,9 +103,10 @@ def batch_bald(
         ValueError: for a size that is not between 1 and N.
         NotFitted, IncompatiblePair, ShapeMismatch: as :func:`bald`.
     """
-    noise = _noise(posterior)
-    if noise is not None:
-        covariance = posterior.functional_covariance(pool, joint=True)
+    normal = _normal(posterior)
+    if normal is not None:
+        single, noise = normal
+        covariance = single.functional_covariance(pool, joint=True)
         return _gaussian_batch(covariance, noise.to(covariance), _size(size, len(covariance) // len(noise)))
     source = generator if generator is not None else fresh_generator()
     p = _functions(posterior, [pool], samples, source)[0]
@@ -131,11 +132,12 @@ def epig(
     Raises:
         NotFitted, IncompatiblePair, ShapeMismatch: as :func:`bald`.
     """
-    noise = _noise(posterior)
-    if noise is None:
+    normal = _normal(posterior)
+    if normal is None:
         p, q = _functions(posterior, [pool, targets], samples, generator)
         return _pairs(p, q)
-    joint = posterior.functional_covariance(_together(pool, targets), joint=True)
+    single, noise = normal
+    joint = single.functional_covariance(_together(pool, targets), joint=True)
     c = len(noise)
     n = _count(pool)
     blocks = joint.reshape(len(joint) // c, c, -1, c).transpose(1, 2)
@@ -152,8 +154,8 @@ def epig(
 # -- Gaussian noise ----------------------------------------------------------------------------------------------------
 
 
-def _noise(posterior: LaplacePosterior | Mixture) -> Tensor | None:
-    """Variances of the noise ``(C,)``; ``None`` for classes."""
+def _normal(posterior: LaplacePosterior | Mixture) -> tuple[LaplacePosterior, Tensor] | None:
+    """The posterior and the variances of its noise ``(C,)``; ``None`` for classes."""
     likelihood = posterior.likelihood
     if isinstance(likelihood, (Categorical, Bernoulli)):
         return None
@@ -171,7 +173,7 @@ def _noise(posterior: LaplacePosterior | Mixture) -> Tensor | None:
     if statistics.terms % statistics.count:
         raise ShapeMismatch("the outputs of an example have different numbers of positions; acquisition needs (N, C)")
     scale = torch.as_tensor(likelihood.scale).detach().double()
-    return (scale**2).expand(round(statistics.terms / statistics.count))
+    return posterior, (scale**2).expand(round(statistics.terms / statistics.count))
 
 
 def _log_ratio(covariance: Tensor, noise: Tensor) -> Tensor:

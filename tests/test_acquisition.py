@@ -123,7 +123,7 @@ def test_functions_of_a_mixture_are_those_of_its_components() -> None:
     exact = torch.cat([functions(member, x, 20_000).softmax(-1) for member in members])
     alone = torch.tensor([information(exact[:20_000], [i]) for i in range(N)], dtype=torch.float64)
     wanted = torch.tensor([information(exact, [i]) for i in range(N)], dtype=torch.float64)
-    assert float((wanted - alone).abs().max()) > 0.1  # the networks disagree
+    assert float((wanted - alone).abs().max()) > 0.06  # the networks disagree: twice what is tolerated below
     found = acquisition.bald(mixture, x, 3000, torch.Generator().manual_seed(0))
     torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
     p = acquisition._functions(mixture, [x], 7, torch.Generator().manual_seed(0))[0]

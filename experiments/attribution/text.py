@@ -73,13 +73,13 @@ class Config:
     layers: int = 2
     windows: int = 240
     apart: int = 6
-    subsets: int = 50
-    pick: int = 10
+    subsets: int = 30
+    pick: int = 8
     epochs: int = 20
     batch: int = 16
     lr: float = 3e-3
-    counts: list[int] = field(default_factory=lambda: [1, 5, 10])
-    score_epochs: list[int] = field(default_factory=lambda: [5, 10, 20])
+    counts: list[int] = field(default_factory=lambda: [1, 5])
+    score_epochs: list[int] = field(default_factory=lambda: [5, 10])
     dampings: list[float] = field(default_factory=lambda: [1.0, 10.0, 100.0])
     progress: bool = True
 
@@ -132,7 +132,8 @@ class Bench:
     def _trained(self, number: int, epochs: int) -> Transformer:
         c, rows = self.config, self.inside(number)
         model = self.network(number)
-        batches = training.Batches(*(part[rows] for part in self.train), c.batch, training.generator(number))
+        x, y = self.train
+        batches = training.Batches(x[rows], y[rows], c.batch, training.generator(number))
         optimizer = torch.optim.AdamW(model.parameters(), c.lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         training.train(
