@@ -211,8 +211,11 @@ def _bases(name: str, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     empty = block.grid.new_zeros(0)
     found = []
     for side, basis in ((1, block.inputs.matrix), (0, block.outputs.matrix)):
-        along = None if basis is None else torch.stack([_along(basis, term[side]) for term in terms])
-        found.append(empty if basis is None else _settled(basis, along).contiguous())
+        if basis is None:
+            found.append(empty)
+            continue
+        along = torch.stack([_along(basis, term[side]) for term in terms])
+        found.append(_settled(basis, along).contiguous())
     return found[0], found[1]
 
 
