@@ -15,6 +15,7 @@ from laplace_kf.errors import NonFinite, NotPositiveDefinite, ShapeMismatch
 from laplace_kf.linalg import cholesky, eigh
 from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic, KroneckerBlock, Matrix, Spectral, Sum
 from laplace_kf.operators.conjugate import conjugate_gradients
+from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kept_terms import KeptTerms
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product
 from laplace_kf.operators.quadrature import DIRECT, nodes_of_products
@@ -189,6 +190,21 @@ def test_one_product_is_its_own_nearest_product(one_hot: bool) -> None:
             found = nearest([block])
             assert found.inputs.shape == block.inputs.shape
             torch.testing.assert_close(found.dense(), dense, rtol=1e-4, atol=1e-5 * float(dense.abs().max()))
+
+
+def test_a_sum_is_kept_in_the_bases_of_its_marginals() -> None:
+    """Each factor counts as much as the other side of its term has trace; the trace of the sum stays."""
+    terms = [kronecker((2, 3, 4), 1, definite=True), kronecker((2, 3, 4), 2, definite=True)]
+    terms = [KroneckerBlock(b.inputs, b.outputs * scale, "block") for b, scale in zip(terms, (1.0, 30.0), strict=True)]
+    found = SpectralBlock.of_sum([(b.outputs, b.inputs) for b in terms], "block")
+    for basis, ours, others in ((found.inputs, "inputs", "outputs"), (found.outputs, "outputs", "inputs")):
+        traces = [getattr(b, others).diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for b in terms]
+        marginal = sum(getattr(b, ours) * trace for b, trace in zip(terms, traces, strict=True))
+        assert basis.matrix is not None
+        inside = basis.matrix.mT @ marginal @ basis.matrix
+        diagonal = torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
+        torch.testing.assert_close(inside, diagonal, rtol=0, atol=1e-9 * float(diagonal.abs().max()))
+    torch.testing.assert_close(found.grid.sum(), sum(b.dense().trace() for b in terms))
 
 
 def test_conjugate_gradients_say_how_far_they_came() -> None:

@@ -64,6 +64,8 @@ class Verdicts:
         return cls(json.loads(FOUND.read_text(encoding="utf-8")) if FOUND.exists() else {})
 
     def add(self, mutant: Mutant, verdict: str, by: str, seconds: float) -> None:
+        if verdict == "not reached" and mutant.key in self.rows:  # by these tests; others did
+            return
         self.rows[mutant.key] = {"verdict": verdict, "by": by}
         FOUND.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{verdict:11} {seconds:5.0f} s  {mutant.key}  {by}", flush=True)
