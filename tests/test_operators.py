@@ -17,6 +17,7 @@ from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic,
 from laplace_kf.operators.conjugate import conjugate_gradients
 from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kept_terms import KeptTerms
+from laplace_kf.operators.lowrank import LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product
 from laplace_kf.operators.quadrature import DIRECT, nodes_of_products
 from laplace_kf.operators.spectral import Ridge
@@ -205,6 +206,18 @@ def test_a_sum_is_kept_in_the_bases_of_its_marginals() -> None:
         diagonal = torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
         torch.testing.assert_close(inside, diagonal, rtol=0, atol=1e-9 * float(diagonal.abs().max()))
     torch.testing.assert_close(found.grid.sum(), sum(b.dense().trace() for b in terms))
+
+
+@pytest.mark.parametrize("remainder", [torch.tensor(0.2), torch.arange(6.0) / 10], ids=["number", "diagonal"])
+def test_low_rank_precision_with_a_prior_for_every_weight(remainder: Tensor) -> None:
+    rng = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(6, 2, generator=rng, dtype=torch.float64))[0]
+    block = LowRankBlock(vectors, torch.tensor([3.0, 1.0]).double(), remainder.double(), "block")
+    prior = 0.5 + torch.arange(6.0).double().reshape(1, 6, 1)
+    precision = block.precision(4.0, prior, "exact")
+    expected = 4 * block.dense() + torch.diag(prior.reshape(-1))
+    torch.testing.assert_close(precision.dense(), expected)
+    agrees(precision, 0)
 
 
 def test_conjugate_gradients_say_how_far_they_came() -> None:
