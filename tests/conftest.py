@@ -7,23 +7,25 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
 
 from tests.contracts.design import covering
 from tests.meter import Meter
 
-# The nets of the tests are tiny: threads cost more than they bring, and one thread makes sums reproducible.
-torch.set_num_threads(1)
 
+def _prepare_torch() -> None:
+    import torch
 
-def _seed_the_processor(seed: int) -> torch.Generator:
-    return torch.default_generator.manual_seed(int(seed))
+    # The nets of the tests are tiny: threads cost more than they bring, and one thread makes sums reproducible.
+    torch.set_num_threads(1)
+    if torch.accelerator.is_available():
+        return
 
+    def seed_the_processor(seed: int) -> torch.Generator:
+        return torch.default_generator.manual_seed(int(seed))
 
-if not torch.accelerator.is_available():
     # torch keeps the seed, and the text of the whole stack, for each kind of device that may still be found: a
     # thousand times the cost of seeding, several times in most tests.
-    torch.manual_seed = torch.random.manual_seed = _seed_the_processor
+    torch.manual_seed = torch.random.manual_seed = seed_the_processor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A process that only hands tests out (pytest-xdist's) begins without the seconds that torch takes to be imported.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        _prepare_torch()
     if config.getoption("--cpu"):
         config.pluginmanager.register(Meter(config.getoption("--cpu")), "cpu")
 

@@ -180,3 +180,9 @@ def test_what_is_raised_is_typed() -> None:
         "structures/auto.py": {"AssertionError"},  # not reached
         "tape/examples.py": {"RuntimeError"},  # caught beside: falls back to loops
     }
+
+
+def test_every_process_that_runs_tests_has_one_thread() -> None:
+    """Set in tests/conftest.py, whether tests run here or are handed out."""
+    assert torch.get_num_threads() == 1
+    assert torch.accelerator.is_available() or torch.manual_seed.__module__ == "tests.conftest"
