@@ -66,7 +66,8 @@ class Verdicts:
     def add(self, mutant: Mutant, verdict: str, by: str, seconds: float) -> None:
         if verdict == "not reached" and mutant.key in self.rows:  # by these tests; others did
             return
-        self.rows[mutant.key] = {"verdict": verdict, "by": by}
+        first = self.rows.get(mutant.key, {}).get("first", verdict)
+        self.rows[mutant.key] = {"verdict": verdict, "by": by, "first": first}
         FOUND.write_text(json.dumps(self.rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{verdict:11} {seconds:5.0f} s  {mutant.key}  {by}", flush=True)
 
@@ -178,15 +179,18 @@ def table() -> str:
         row = [there, run_, killed + hung, hung, run_ - killed - hung - no_test, no_test, known]
         total = [a + b for a, b in zip(total, row, strict=True)]
         lines.append(f"| {folder} | {' | '.join(map(str, row))} |")
+    at_first = sum(row["first"] in NOTICED for key, row in rows.items() if key not in named)
     lines += [f"| all | {' | '.join(map(str, total))} |", ""]
     lines += [
-        f"Noticed when they were run: {total[2]} of {total[1]} ({100 * total[2] / max(total[1], 1):.0f} %). Of the",
+        f"Noticed at first, by that part of the tests that were there: {at_first} of {total[1]}",
+        f"({100 * at_first / max(total[1], 1):.0f} %; so would others under these limits). Noticed by all",
+        f"that is there now: {total[2]} ({100 * total[2] / max(total[1], 1):.0f} %). Of the",
         f"others, {total[6]} are explained below: no test can notice them, or one that was written since does.",
         f"Together that is {100 * (total[2] + total[6]) / max(total[1], 1):.0f} %.", "", "## Named mutants", "",
         "Details of the papers that once no test looked at.", "",
     ]  # fmt: skip
-    lines += [f"* {rows[key]['verdict']}: {key}" for key in sorted(rows) if key in named]
-    judged = (f"* {key}: {JUDGED.get(key, 'not judged yet')}" for key in sorted(left))
+    lines += [f"* {rows[key]['verdict']}: {key}".replace("-> ``", "-> nothing") for key in sorted(rows) if key in named]
+    judged = (f"* {key}: {JUDGED.get(key, 'not judged yet')}".replace("-> ``", "-> nothing") for key in sorted(left))
     return "\n".join([*lines, "", "## Survivors", "", *judged, ""])
 
 
