@@ -34,6 +34,7 @@ def test_the_row_of_padding_may_be_beyond_the_width() -> None:
     found = lk.curvature.estimate(model, "categorical", [(x, y)], structure="full", estimator="exact").mean().dense()
     close(found, oracles.dense_ggn(model, x, y, CATEGORICAL.nll, curvature=CATEGORICAL.curvature))
     kron = lk.curvature.estimate(model, "categorical", [(x, y)], structure="kron", estimator="exact").mean()
+    assert [matrix.kind for _, matrix in kron.entries] == ["kron", "kron"]  # the rule was right: nothing fell back
     held = oracles.flat_index(model)["0.weight"][5]
     assert not kron.diag()[held].any() and bool(kron.diag()[oracles.flat_index(model)["0.weight"][2]].all())
 
