@@ -236,7 +236,7 @@ def cells() -> str:
                      *(f"{costs[peer]:.2f}" if peer in costs else "" for peer in others), *held, verdict])  # fmt: skip
         alike = costs.get("laplace_kf, as the others")
         if alike is not None:
-            what = f"{name}, without momentum, step length and adaptation, factors where inverses are made"
+            what = f"{name}, {cell.get('alike', 'without momentum, step length and adaptation')}"
             asdl = f"{costs['asdl']:.2f}" if "asdl" in costs else ""
             rows.append([what, f"{alike:.2f}", f"{costs['by hand']:.2f}", "", "", "", asdl, "", "", ""])
         if verdict:
