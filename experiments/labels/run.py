@@ -154,9 +154,8 @@ def mixture(config: Config, models: list[nn.Sequential], x: Tensor, y: Tensor, r
 
 def _one(config: Config, method: str, seed: int, path: Path) -> dict[str, Any]:
     """Accuracies by number of labels of one run, from its file as far as it goes."""
-    decisive = {
-        k: v for k, v in asdict(config).items() if k not in ("seed", "repeats", "threads", "methods", "progress")
-    }
+    free = ("seed", "repeats", "threads", "methods", "most", "progress")  # a run can be made longer
+    decisive = {k: v for k, v in asdict(config).items() if k not in free}
     found: dict[str, Any] = {"settings": decisive, "known": None, "accuracy": {}, "seconds": 0.0}
     if path.is_file() and (before := json.loads(path.read_text()))["settings"] == json.loads(json.dumps(decisive)):
         found = before
@@ -165,7 +164,9 @@ def _one(config: Config, method: str, seed: int, path: Path) -> dict[str, Any]:
     if found["known"] is None:
         order = torch.randperm(len(x), generator=training.generator(seed))
         found["known"] = torch.cat([order[y[order] == c][: config.first] for c in range(10)]).tolist()
-    while len(found["known"]) <= config.most and str(len(found["known"])) not in found["accuracy"]:
+    while len(found["known"]) <= config.most:
+        if str(len(found["known"])) in found["accuracy"] and len(found["known"]) + config.batch > config.most:
+            break
         start = time.process_time()
         known = torch.tensor(found["known"])
         seeds = [100_000 * k + 1000 * seed + len(known) for k in range(config.networks)]
@@ -230,7 +231,7 @@ def run(config: Config, folder: Path) -> Report:
     summary = (
         f"MNIST, {config.networks} networks with two convolutions of {config.width} and {2 * config.width} channels, "
         f"a mixture of posteriors over {config.parameters}, λ = {config.prior_precision:g}; "
-        f"{config.first} labels of each class, then {config.batch} at a time out of "
+        f"{config.first} labels of each class, then {config.batch} at a time, up to {config.most}, out of "
         f"{config.pool} random images; accuracy on {config.test} test images; {config.repeats} seed(s)."
     )
     table = Table("Labels needed", *labels_rows(found), note)

@@ -43,6 +43,15 @@ def test_a_small_run_is_taken_up_again(digits, tmp_path, monkeypatch):
     assert main(["run", "labels", *WORDS, "--out", str(tmp_path)]) == 0
 
 
+def test_a_run_can_be_made_longer(digits, tmp_path):
+    more, once = tmp_path / "more", tmp_path / "once"
+    for folder, words in ((more, ["most=12"]), (more, []), (once, [])):
+        assert main(["run", "labels", *WORDS, "methods=[BALD]", *words, "--out", str(folder)]) == 0
+    found = [json.loads((folder / "parts" / "BALD_0.json").read_text()) for folder in (more, once)]
+    assert found[0]["known"] == found[1]["known"] and len(found[0]["known"]) == 14
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+
+
 def test_rows_say_where_levels_are_reached():
     runs = {"a": [{"accuracy": {"20": 0.5, "70": 0.91, "190": 0.96}, "seconds": 3.0}],
             "b": [{"accuracy": {"20": 0.5, "70": 0.8, "190": 0.9}, "seconds": 2.0}]}  # fmt: skip
