@@ -25,6 +25,7 @@ __all__ = ["Poles"]
 STEPS = {torch.float64: 0.4}  # distance of the poles in log t, by type
 STEP = 1.0  # of other types
 BEYOND = 10.0  # the last pole over the largest eigenvalue: beyond, functions are constants
+KEPT = 2**24  # numbers of the columns of all poles, up to which they are kept
 SAMPLES = 6  # numbers at which the error is measured, between two poles
 
 
@@ -43,6 +44,8 @@ class Poles:
     def __init__(self, matrix: WideSpectral) -> None:
         matrix.require_positive()
         self.matrix, factor = matrix, matrix.factor
+        self._shares: Tensor | None = None
+        self._columns: Tensor | None = None
         like = factor.remainder
         self.largest = max(factor.largest(), torch.finfo(torch.float64).tiny)
         with torch.no_grad():
@@ -74,12 +77,24 @@ class Poles:
 
     def shares(self, rows: slice) -> Tensor:
         """``1`` and ``t_q / (r_o + t_q)`` of some outputs, ``(o, 1 + Q)``."""
+        if self._shares is None:
+            self._shares = self._made_shares(slice(None))
+        return self._shares[rows]
+
+    def _made_shares(self, rows: slice) -> Tensor:
         r = self.matrix.factor.remainder[0, rows]
         places = self.places.to(r)
         return torch.cat([torch.ones_like(r)[:, None], places / (r[:, None] + places)], 1)
 
     def columns(self, rows: slice) -> Tensor:
-        """``R_t U`` of some outputs, ``(o, Q, k)``."""
+        """``R_t U`` of some outputs, ``(o, Q, k)``; kept unless they are very many."""
+        if self.matrix.shape[1] * self.inner.shape[0] * self.inner.shape[1] > KEPT:
+            return self._made_columns(rows)
+        if self._columns is None:
+            self._columns = self._made_columns(slice(None))
+        return self._columns[rows]
+
+    def _made_columns(self, rows: slice) -> Tensor:
         factor = self.matrix.factor
         places = self.places.to(factor.remainder)
         return factor.vectors[0, rows, None] / (factor.remainder[0, rows, None] + places)[..., None]
@@ -88,8 +103,8 @@ class Poles:
         parts = []
         for start in range(0, self.matrix.shape[1], 1024):
             rows = slice(start, start + 1024)
-            columns = self.columns(rows).transpose(0, 1)  # (Q, o, k)
-            found = self.shares(rows)
+            columns = self._made_columns(rows).transpose(0, 1)  # (Q, o, k)
+            found = self._made_shares(rows)
             found[:, 1:] -= (torch.matmul(columns, self.inner) * columns).sum(-1).T
             parts.append(found)
         return torch.cat(parts)

@@ -17,7 +17,8 @@ from laplace_kf.outputs.spread import Spread, runs
 
 __all__ = ["PoleMatrices", "WideSpread"]
 
-CACHED = 2**18  # numbers of the columns of all poles that are made at a time
+CACHED = 2**18  # numbers of the columns of all poles that are read at a time
+TOGETHER = 2**22  # numbers of draws that are made at a time
 
 
 class PoleMatrices(Protocol):
@@ -83,6 +84,12 @@ class WideSpread(Spread):
 
     def colour(self, noise: Tensor) -> Tensor:
         return self._applied(self.roots, noise)
+
+    def coloured(self, noise: Tensor, count: int) -> Iterator[Tensor]:
+        """Many draws at once, as they share the columns, and handed on a few at a time."""
+        together = max(1, TOGETHER // (count * self.shape[0] * self.shape[1] * self.noise_size)) * count
+        for part in noise.split(together):
+            yield from self.colour(part).split(count)
 
     def product(self, v: Tensor) -> Tensor:
         return self._applied(self.weights, v[None])[0]
