@@ -206,8 +206,9 @@ def test_a_prior_of_its_own_for_the_bias() -> None:
     with pytest.raises(IncompatiblePair, match="one prior precision"):
         wide.precision(7.0, prior, "balanced")
     uneven = torch.rand(wide.shape, generator=rng(33), dtype=torch.float64) + 0.1
-    summed = wide.precision(7.0, uneven, "exact")  # one for every weight: through the dense matrix, as for narrow ones
-    torch.testing.assert_close(summed.dense(), 7 * wide.dense() + torch.diag(uneven.reshape(-1)))
+    for one in (wide, KroneckerBlock(wide.inputs, wide.outputs.dense(), "head", wide.scale)):
+        summed = one.precision(7.0, uneven, "exact")  # one for every weight: through the dense matrix
+        torch.testing.assert_close(summed.dense(), 7 * wide.dense() + torch.diag(uneven.reshape(-1)))
 
 
 @pytest.mark.parametrize("damping", [name for name in DAMPINGS if not DAMPINGS[name].of_diagonals])

@@ -1,7 +1,7 @@
 """Functions of a wide factor by few poles: ``f(G) = Σ_j a_j (c_j G + σ_j)⁻¹`` and its root, without eigenvectors.
 
 The outputs of a last layer at an input have a covariance of this form, with as many terms as the layer has inputs
-(methods 5.6). As functions of one number, ``f`` and ``√f`` are sums of ``1 / (h + t)`` with ``t ≥ min σ_j / c_j``, and
+(methods 5.9). As functions of one number, ``f`` and ``√f`` are sums of ``1 / (h + t)`` with ``t ≥ min σ_j / c_j``, and
 so smooth in ``log h`` that poles at equal distances in ``log t`` reproduce them::
 
     f(h) ≈ w_0 + Σ_q w_q t_q / (h + t_q)            √f(h) ≈ v_0 + Σ_q v_q t_q / (h + t_q)

@@ -2,7 +2,7 @@
 
 With ``A = B diag(s) Bᵀ`` the outputs of ``N G ⊗ A + λ`` decouple into one system ``M_j = c_j G + σ_j`` for each column
 ``j`` of ``B``, and with ``G = U diag(l) Uᵀ + diag(r)`` every one of them is a diagonal ``d_j = c_j r + σ_j`` and a low
-rank (methods 4.6, 5.6)::
+rank (methods 4.8, 5.9)::
 
     M_j⁻¹ = D_j⁻¹ − c_j D_j⁻¹ U T_j Uᵀ D_j⁻¹        T_j = diag(l) (1 + c_j Uᵀ D_j⁻¹ U diag(l))⁻¹
 
@@ -216,7 +216,7 @@ def _squared(matrix: Tensor | None) -> Tensor | None:
 
 
 class WideBlock(CurvatureBlock):
-    """``scale · (G ⊗ A)`` with ``G = U diag(l) Uᵀ + diag(r)``, one pair for each of ``R`` groups (methods 4.6).
+    """``scale · (G ⊗ A)`` with ``G = U diag(l) Uᵀ + diag(r)``, one pair for each of ``R`` groups (methods 4.8).
 
     Args:
         inputs: ``A (R, I, I)``, or its diagonal ``(R, I)``.

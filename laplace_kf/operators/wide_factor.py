@@ -1,4 +1,4 @@
-"""A factor that is too wide for its matrix: its exact diagonal, and a low rank for what stands beside it (methods 4.6).
+"""A factor that is too wide for its matrix: its exact diagonal, and a low rank for what stands beside it (methods 4.8).
 
 ``G ≈ U diag(l) Uᵀ + diag(r)`` from sums that a minibatch only adds to: the diagonal ``d`` of ``G (O, O)``, and
 ``Y = G Ω`` for fixed directions ``Ω (O, K)`` of signs. The low rank is that of ``E = G − diag(d)``, whose products

@@ -8,7 +8,7 @@ and as its transpose (tied embedding and output matrix) has a pair of factors fo
 eigenbases of its two marginals, with its exact diagonal there, so that no trace is lost.
 
 A factor wider than ``max_side`` is no matrix. An output factor keeps its exact diagonal and a sketch, of which a low
-rank beside the diagonal is made (:mod:`laplace_kf.operators.wide_factor`, methods 4.6); an input factor keeps its
+rank beside the diagonal is made (:mod:`laplace_kf.operators.wide_factor`, methods 4.8); an input factor keeps its
 diagonal, and so do both marginals of a weight that is used as itself and as its transpose.
 """
 
@@ -50,7 +50,7 @@ from laplace_kf.tape.signals import symmetrised
 
 __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
 
-WIDE_RANK = 16
+WIDE_RANK = 8
 SKETCHED = 4  # tensors of a block with a sketch: A, the diagonal of G, how many positions, and the sketch
 
 
