@@ -30,7 +30,8 @@ from experiments.attribution.scores import datamodelling_score
 KEPT = Path("results/attribution_peers.jsonl")  # finished methods; to be deleted where the settings change
 PARTS = Path("results/attribution/parts")
 EPOCHS, PROJECTED = 5, 512
-AT_ONCE = 500  # examples of the peers' batches: dattri makes the gradients of all queries anew for each training batch
+AT_ONCE = 500  # examples of the peers' batches
+TRAINING = 2500  # ... of dattri's training batches: it makes the gradients of all queries anew for each of them
 Pair = tuple[Tensor, Tensor]
 
 
@@ -101,7 +102,7 @@ def dattri_ekfac(model: nn.Module, train: Pair, queries: Pair, prior: float) -> 
     task = AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
     attributor = IFAttributorEKFAC(task=task, device="cpu", damping=prior / len(train[0]))
     attributor.cache(_loader(train, AT_ONCE))
-    found: Tensor = attributor.attribute(_loader(train, AT_ONCE), _loader(queries, AT_ONCE)).T
+    found: Tensor = attributor.attribute(_loader(train, TRAINING), _loader(queries, AT_ONCE)).T
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.networks import Problem
 
-__all__ = ["fit", "kfac"]
+__all__ = ["ekfac", "fit", "kfac", "kfra", "last_layer"]
 
 LEAF = 256
 
@@ -158,6 +158,93 @@ def fit(problem: Problem, structure: str, sampled: bool) -> dict[nn.Module, tupl
             if module in sums.of:
                 sums.inputs(module, a)
         _back(kept, _columns(outputs, problem.likelihood, sampled), lambda m, a, g: sums.columns(m, g, a))
+    return sums.of
+
+
+def _whole(lower: Tensor) -> Tensor:
+    return torch.tril(lower) + torch.tril(lower, -1).T
+
+
+def _with_ones(a: Tensor) -> Tensor:
+    return torch.cat([a, a.new_ones(len(a), 1)], 1)
+
+
+@torch.no_grad()
+def ekfac(problem: Problem) -> dict[nn.Module, Tensor]:
+    """Squares along the Kronecker eigenbases, exact columns, of a chain of dense layers: two passes.
+
+    Returns:
+        By layer the sums ``(O, I + 1)``.
+    """
+    model = problem.model
+    assert isinstance(model, nn.Sequential)
+    dense = [module for module in model if isinstance(module, nn.Linear)]
+    factors: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    for m in dense:
+        factors[m] = torch.zeros(m.in_features + 1, m.in_features + 1), torch.zeros(m.out_features, m.out_features)
+    for x, _ in problem.batches:
+        outputs, kept = _chain(model, x)
+
+        def grams(m: nn.Module, a: Tensor, g: Tensor) -> None:
+            _gram(factors[m][0], _with_ones(a))
+            _gram(factors[m][1], g.flatten(0, 1))
+
+        _back(kept, _columns(outputs, problem.likelihood, False), grams)
+    bases = {m: [torch.linalg.eigh(_whole(factor))[1] for factor in pair] for m, pair in factors.items()}
+    found = {m: torch.zeros(len(g), len(a)) for m, (a, g) in bases.items()}
+    for x, _ in problem.batches:
+        outputs, kept = _chain(model, x)
+
+        def squares(m: nn.Module, a: Tensor, g: Tensor) -> None:
+            turned = (g @ bases[m][1]).square_().sum(0)
+            found[m].addmm_(turned.T, (_with_ones(a) @ bases[m][0]).square_())
+
+        _back(kept, _columns(outputs, problem.likelihood, False), squares)
+    return found
+
+
+@torch.no_grad()
+def last_layer(problem: Problem) -> Tensor:
+    """The whole matrix ``(C (I + 1), C (I + 1))`` of the last dense layer, its lower blocks, by pairs of classes."""
+    model = problem.model
+    assert isinstance(model, nn.Sequential)
+    last = model[-1]
+    assert isinstance(last, nn.Linear) and problem.likelihood == "categorical"
+    classes, size = last.out_features, last.in_features + 1
+    total = torch.zeros(classes * size, classes * size)
+    for x, _ in problem.batches:
+        a = model[:-1](x)
+        p, rows = last(a).softmax(-1), _with_ones(a)
+        for c in range(classes):
+            for k in range(c + 1):
+                weights = p[:, c] * ((1.0 if c == k else 0.0) - p[:, k])
+                block = total[c * size : (c + 1) * size, k * size : (k + 1) * size]
+                block.addmm_((rows * weights[:, None]).T, rows)
+    return total
+
+
+@torch.no_grad()
+def kfra(problem: Problem) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """Inputs' factors and the recursive output factors of a chain with Bernoulli outputs, summed over examples.
+
+    Returns:
+        By layer ``(I, I)``, its lower triangle, and ``(O, O)``.
+    """
+    model = problem.model
+    assert isinstance(model, nn.Sequential) and problem.likelihood == "bernoulli"
+    sums = _Sums(model, False)
+    for x, _ in problem.batches:
+        outputs, kept = _chain(model, x)
+        p = outputs.sigmoid()
+        g = torch.diag((p * (1 - p)).mean(0))
+        for place in reversed(range(len(kept))):
+            module, known = kept[place]
+            if isinstance(module, nn.Linear):
+                sums.inputs(module, known)
+                sums.of[module][1].add_(g, alpha=len(x))
+                g = module.weight.T @ g @ module.weight if place else g
+            else:
+                g = g * (known.T @ known).div_(len(x))
     return sums.of
 
 

@@ -28,6 +28,11 @@ def attribution() -> str:
     return "\n\n".join([*parts, markdown(list(table.columns), [list(row) for row in table.rows])])
 
 
+def attribution_text() -> str:
+    """Datamodelling scores of a language model."""
+    return quoted("attribution_text")
+
+
 def attribution_cost() -> str:
     """Scores of 5,000 x 500 pairs in training epochs."""
     result = load("benchmarks/results/attribution.json")
@@ -102,6 +107,7 @@ def pruning() -> str:
 JOB_TABLES: dict[str, Callable[[], str]] = {
     "attribution": attribution,
     "attribution_cost": attribution_cost,
+    "attribution_text": attribution_text,
     "attribution_peers": attribution_peers,
     "bayesian_optimisation": bayesian_optimisation,
     "characters": characters,

@@ -132,6 +132,8 @@ for _entry in (
     Experiment("uci", "regression tables beside published figures", "experiments.uci.run", "uci", resumable=True),
     Experiment("attribution", "predicted and measured effects of training examples", "experiments.attribution.run",
                "attribution", resumable=True),
+    Experiment("attribution_text", "the same in a language model", "experiments.attribution.text",
+               "attribution_text", resumable=True),
     Experiment("characters", "a character model to one validation loss, by AdamW, K-FAC and EK-FAC",
                "experiments.characters.run", "characters", resumable=True),
     Experiment("labels", "labels that a network asks for, on MNIST", "experiments.labels.run", "labels",

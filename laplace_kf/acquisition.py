@@ -2,8 +2,9 @@
 
 All are mutual informations in nats under ``f(x) + J(x) ε`` with ``ε ~ N(0, Λ⁻¹)``. With Gaussian noise they have a
 closed form. With classes the outputs of S functions, one draw of the weights each over all points, give them up to
-Monte Carlo error: of a batch, labels are drawn point after point once their combinations are too many to list (Kirsch
-et al. 2019, section 3.3), so that nothing grows with the number of combinations.
+Monte Carlo error; those of a mixture are shared out among its components. Of a batch, labels are drawn point after
+point once their combinations are too many to list (Kirsch et al. 2019, section 3.3), so that nothing grows with the
+number of combinations.
 
 BALD: Houlsby et al. 2011; BatchBALD: Kirsch et al. 2019; EPIG: Bickford Smith et al. 2023.
 """
@@ -24,7 +25,8 @@ from laplace_kf.likelihoods import Bernoulli, Categorical, Gaussian
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.operators import fresh_generator
-from laplace_kf.posterior import LaplacePosterior
+from laplace_kf.posterior import LaplacePosterior, Mixture
+from laplace_kf.posterior.components import shared_out
 from laplace_kf.predictive import Linearization
 from laplace_kf.predictive.asked import asked
 from laplace_kf.predictive.functions import function_draws
@@ -54,24 +56,25 @@ class Batch:
 @lasting()
 @explained
 def bald(
-    posterior: LaplacePosterior, pool: Any, samples: int = 200, generator: torch.Generator | None = None
+    posterior: LaplacePosterior | Mixture, pool: Any, samples: int = 200, generator: torch.Generator | None = None
 ) -> Tensor:
     """Information of each point's label about the function, ``(N,)`` in nats.
 
     Args:
-        posterior: fitted; its likelihood categorical, Bernoulli or Gaussian.
+        posterior: fitted; its likelihood categorical, Bernoulli or Gaussian. A mixture of several networks' posteriors,
+            with classes, differs in its functions' networks as well as in their weights.
         pool: inputs as for ``predict``, N examples.
         samples: functions S, for classes.
         generator: random numbers of the functions.
 
     Raises:
         NotFitted: before ``fit``.
-        IncompatiblePair: for another likelihood.
+        IncompatiblePair: for another likelihood, and for a mixture with Gaussian noise.
         ShapeMismatch: for outputs with several positions.
     """
-    noise = _noise(posterior)
-    if noise is not None:
-        return _log_ratio(posterior.functional_covariance(pool), noise)
+    normal = _normal(posterior)
+    if normal is not None:
+        return _log_ratio(normal[0].functional_covariance(pool), normal[1])
     probabilities = _functions(posterior, [pool], samples, generator)[0]
     return _entropy(probabilities.mean(0)) - _entropy(probabilities).mean(0)
 
@@ -80,7 +83,7 @@ def bald(
 @lasting()
 @explained
 def batch_bald(
-    posterior: LaplacePosterior,
+    posterior: LaplacePosterior | Mixture,
     pool: Any,
     size: int,
     samples: int = 200,
@@ -100,9 +103,10 @@ def batch_bald(
         ValueError: for a size that is not between 1 and N.
         NotFitted, IncompatiblePair, ShapeMismatch: as :func:`bald`.
     """
-    noise = _noise(posterior)
-    if noise is not None:
-        covariance = posterior.functional_covariance(pool, joint=True)
+    normal = _normal(posterior)
+    if normal is not None:
+        single, noise = normal
+        covariance = single.functional_covariance(pool, joint=True)
         return _gaussian_batch(covariance, noise.to(covariance), _size(size, len(covariance) // len(noise)))
     source = generator if generator is not None else fresh_generator()
     p = _functions(posterior, [pool], samples, source)[0]
@@ -113,7 +117,7 @@ def batch_bald(
 @lasting()
 @explained
 def epig(
-    posterior: LaplacePosterior,
+    posterior: LaplacePosterior | Mixture,
     pool: Any,
     targets: Any,
     samples: int = 200,
@@ -128,11 +132,12 @@ def epig(
     Raises:
         NotFitted, IncompatiblePair, ShapeMismatch: as :func:`bald`.
     """
-    noise = _noise(posterior)
-    if noise is None:
+    normal = _normal(posterior)
+    if normal is None:
         p, q = _functions(posterior, [pool, targets], samples, generator)
         return _pairs(p, q)
-    joint = posterior.functional_covariance(_together(pool, targets), joint=True)
+    single, noise = normal
+    joint = single.functional_covariance(_together(pool, targets), joint=True)
     c = len(noise)
     n = _count(pool)
     blocks = joint.reshape(len(joint) // c, c, -1, c).transpose(1, 2)
@@ -149,8 +154,8 @@ def epig(
 # -- Gaussian noise ----------------------------------------------------------------------------------------------------
 
 
-def _noise(posterior: LaplacePosterior) -> Tensor | None:
-    """Variances of the noise ``(C,)``; ``None`` for classes."""
+def _normal(posterior: LaplacePosterior | Mixture) -> tuple[LaplacePosterior, Tensor] | None:
+    """The posterior and the variances of its noise ``(C,)``; ``None`` for classes."""
     likelihood = posterior.likelihood
     if isinstance(likelihood, (Categorical, Bernoulli)):
         return None
@@ -159,11 +164,16 @@ def _noise(posterior: LaplacePosterior) -> Tensor | None:
             f"information about labels is known for the likelihoods 'categorical', 'bernoulli' and 'gaussian', not for "
             f"{likelihood!r}"
         )
+    if isinstance(posterior, Mixture):
+        raise IncompatiblePair(
+            "information about labels with Gaussian noise has a closed form for one posterior, not for a mixture; give "
+            "one component, mixture.posteriors[0]"
+        )
     statistics = posterior.statistics
     if statistics.terms % statistics.count:
         raise ShapeMismatch("the outputs of an example have different numbers of positions; acquisition needs (N, C)")
     scale = torch.as_tensor(likelihood.scale).detach().double()
-    return (scale**2).expand(round(statistics.terms / statistics.count))
+    return posterior, (scale**2).expand(round(statistics.terms / statistics.count))
 
 
 def _log_ratio(covariance: Tensor, noise: Tensor) -> Tensor:
@@ -196,7 +206,7 @@ def _gaussian_batch(covariance: Tensor, noise: Tensor, size: int) -> Batch:
 
 
 def _functions(
-    posterior: LaplacePosterior, inputs: list[Any], samples: int, generator: torch.Generator | None
+    posterior: LaplacePosterior | Mixture, inputs: list[Any], samples: int, generator: torch.Generator | None
 ) -> list[Tensor]:
     """Probabilities ``(S, N, C)`` of the same S functions at several inputs."""
     if samples < 2:
@@ -205,17 +215,28 @@ def _functions(
     x = inputs[0]
     for more in inputs[1:]:
         x = _together(x, more)
+    if isinstance(posterior, Mixture):
+        counts = shared_out(samples, posterior.weights.tolist())
+        parts = [_drawn_from(member, x, count, generator)
+                 for member, count in zip(posterior.posteriors, counts, strict=True) if count]  # fmt: skip
+        outputs = torch.cat(parts)
+    else:
+        outputs = _drawn_from(posterior, x, samples, generator)
+    outputs = outputs.double() if outputs.dtype == torch.float64 else outputs.float()
+    if isinstance(posterior.likelihood, Bernoulli):
+        return list(_combinations(outputs).split(sizes, 1))
+    return list(outputs.softmax(-1).split(sizes, 1))
+
+
+def _drawn_from(posterior: LaplacePosterior, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Outputs ``(S, N, C)`` of S functions of one linearised network."""
     with torch.no_grad(), stage(posterior.model, posterior.forward) as (model, forward):
         network = Linearization(model, forward, posterior.mean, asked(model, forward, x), keep=False)
         if network.outputs.dim() != 2:
             raise ShapeMismatch(
                 f"acquisition needs outputs (N, C), got {tuple(network.outputs.shape)}: there is one label a point"
             )
-        outputs = function_draws(network, posterior.precision, samples, generator)
-    outputs = outputs.double() if outputs.dtype == torch.float64 else outputs.float()
-    if isinstance(posterior.likelihood, Bernoulli):
-        return list(_combinations(outputs).split(sizes, 1))
-    return list(outputs.softmax(-1).split(sizes, 1))
+        return function_draws(network, posterior.precision, samples, generator)
 
 
 def _combinations(logits: Tensor) -> Tensor:

@@ -465,10 +465,10 @@ def collect(
                     label = f"fit {number + 1}/{passes}" + (f", stage {stage}" if structure.several_passes else "")
                     shown = progress and (ranks is None or ranks.rank == 0)
                     taken = kept.batches(batches)
-                    bar = tqdm(taken, label, length(batches), disable=not shown)
-                    for batch in bar:
+                    bar = tqdm(taken, label, length(batches)) if shown else None
+                    for batch in taken if bar is None else bar:
                         accumulator.add(batch, index)
-                        if shown and number == first and bar.n == 0:
+                        if bar is not None and number == first and bar.n == 0:
                             bar.set_postfix_str(accumulator.outlook())
                         if index == 0 and stage == 1:
                             require_same_loss(model, to_device(batch, tracer.device), forward, likelihood)

@@ -76,9 +76,11 @@ def cholesky(matrix: Tensor, block: str) -> Tensor:
 
 def require_positive(values: Tensor, block: str) -> None:
     """Raises :class:`NotPositiveDefinite` unless all eigenvalues (of any shape) are finite and positive."""
-    smallest = float(values.detach().min()) if values.numel() else 1.0
-    if not smallest > 0 or not bool(torch.isfinite(values.detach()).all()):
-        raise NotPositiveDefinite(block, smallest, KNOB)
+    if not values.numel():
+        return
+    smallest, largest = torch.aminmax(values.detach())  # both NaN where one of them is
+    if not (float(smallest) > 0 and float(largest) < math.inf):
+        raise NotPositiveDefinite(block, float(smallest), KNOB)
 
 
 def typed(call: Callable[P, T]) -> Callable[P, T]:

@@ -237,8 +237,11 @@ _AUTOCAST: ContextVar[tuple[tuple[str, torch.dtype], ...]] = ContextVar("autocas
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Autocast off and compiled code run as plain Python; :func:`as_called` turns the caller's autocast on again."""
+    active = tuple((kind, torch.get_autocast_dtype(kind)) for kind in _casting() if torch.is_autocast_enabled(kind))
+    if not active and "torch._dynamo" not in sys.modules:
+        yield
+        return
     with ExitStack() as stack:
-        active = tuple((kind, torch.get_autocast_dtype(kind)) for kind in DEVICES if _autocasts(kind))
         if active:
             token = _AUTOCAST.set(active)
             stack.callback(_AUTOCAST.reset, token)
@@ -249,10 +252,15 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
-def _autocasts(kind: str) -> bool:
-    with suppress(RuntimeError):  # this build of torch does not know the device
-        return torch.is_autocast_enabled(kind)
-    return False
+@functools.cache
+def _casting() -> tuple[str, ...]:
+    """The devices with autocast that this build of torch knows."""
+    known = []
+    for kind in DEVICES:
+        with suppress(RuntimeError):
+            torch.is_autocast_enabled(kind)
+            known.append(kind)
+    return tuple(known)
 
 
 @contextmanager
@@ -362,7 +370,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
         return
     apart = nullcontext() if original(model) is not model else alone(model)
-    with apart, undisturbed(), torch.inference_mode(False), _modes(model):
+    with apart, undisturbed(), torch.inference_mode(False):  # no such sequence asks for its modes
         yield
 
 

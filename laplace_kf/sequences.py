@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -79,16 +80,18 @@ _KEYS = {kind: frozenset(kind().__dict__) for kind in _MADE} | {
 }
 _FORWARDS: dict[Any, Any] = {kind: kind.forward for kind in (*_ACTIVATIONS, *_OTHERS)}
 _CALL, _GET = nn.Module.__call__, nn.Module.__getattr__
-_FUNCTIONS: tuple[tuple[Any, str, Any], ...] = tuple(
-    (owner, name, getattr(owner, name))
-    for owner, names in (
-        (F, "linear relu silu gelu elu leaky_relu softplus dropout"),
-        (torch, "tanh sigmoid relu"),
-        (torch._C._nn, "gelu silu elu leaky_relu softplus"),
-        (Tensor, "flatten"),
-    )
-    for name in names.split()
-)
+
+
+def _functions() -> tuple[Any, ...]:
+    """What those modules call, as it is now."""
+    made = torch._C._nn
+    return (
+        F.linear, F.relu, F.silu, F.gelu, F.elu, F.leaky_relu, F.softplus, F.dropout, torch.tanh, torch.sigmoid,
+        torch.relu, made.gelu, made.silu, made.elu, made.leaky_relu, made.softplus, Tensor.flatten,
+    )  # fmt: skip
+
+
+_FUNCTIONS = _functions()
 _GLOBAL_HOOKS = tuple(
     value
     for name, value in sorted(vars(_torch_module).items())
@@ -102,7 +105,7 @@ def read(model: nn.Module) -> Sequence | None:
         return None
     if any(_GLOBAL_HOOKS) or nn.Module.__getattr__ is not _GET:
         return None
-    if any(getattr(owner, name) is not function for owner, name, function in _FUNCTIONS):
+    if not all(map(is_, _functions(), _FUNCTIONS)):
         return None
     links: list[Link] = []
     if not _collect(model, "", links):

@@ -152,14 +152,20 @@ class Truth:
         return p.model, p.x, p.y, p.likelihood.nll, p.names
 
     @functools.cached_property
+    def passes(self) -> oracles.Passes:
+        """Jacobian and outputs of every example by itself."""
+        p = self.problem
+        return oracles.passes(p.model, p.x, p.n, p.names)
+
+    @functools.cached_property
     def ggn(self) -> Tensor:
         """(P, P)."""
-        return oracles.dense_ggn(*self._args(), curvature=self.problem.likelihood.curvature)
+        return oracles.dense_ggn(*self._args(), curvature=self.problem.likelihood.curvature, seen=self.passes)
 
     @functools.cached_property
     def fisher(self) -> Tensor:
         """(P, P), expectation over targets drawn from the model."""
-        return oracles.dense_ggn(*self._args(), curvature=self.problem.likelihood.fisher)
+        return oracles.dense_ggn(*self._args(), curvature=self.problem.likelihood.fisher, seen=self.passes)
 
     @functools.cached_property
     def empirical(self) -> Tensor:
@@ -169,18 +175,17 @@ class Truth:
     @functools.cached_property
     def jacobian(self) -> Tensor:
         """(N, C', P), outputs of an example flattened."""
-        p = self.problem
-        return oracles.jacobian(p.model, p.x, p.n, p.names)
+        return self.passes[0]
 
     @functools.cached_property
     def outputs(self) -> Tensor:
         """Of all examples, each run by itself."""
-        return torch.cat(oracles.outputs(self.problem.model, self.problem.x, self.problem.n))
+        return torch.cat(self.passes[1])
 
     def blocks(self, curvature: OutputMatrix | None = None) -> list[Block]:
         """Kronecker factors and diagonals."""
         p = self.problem
-        return oracles.kron_blocks(p.model, p.x, p.y, curvature or p.likelihood.curvature, p.names)
+        return oracles.kron_blocks(p.model, p.x, p.y, curvature or p.likelihood.curvature, p.names, self.passes)
 
     @functools.cached_property
     def kron_blocks(self) -> list[Block]:
@@ -210,7 +215,9 @@ class Truth:
     def corrected(self) -> Tensor:
         """(P, P), eigenvalue-corrected."""
         p = self.problem
-        return oracles.eigenvalue_corrected(p.model, p.x, p.y, p.likelihood.curvature, self.kron_blocks, p.names)
+        return oracles.eigenvalue_corrected(
+            p.model, p.x, p.y, p.likelihood.curvature, self.kron_blocks, p.names, self.passes
+        )
 
     def precision(self, structure: str, n: float, prior: Tensor, damping: str = "exact") -> Tensor:
         """Λ of a structure, dense; ``prior (P,)``."""

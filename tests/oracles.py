@@ -174,12 +174,16 @@ def mixture_nll(z: Tensor, y: Tensor) -> Tensor:
 
 
 def output_hessian(nll: Nll) -> OutputMatrix:
-    """Hessian of -log p with respect to the flattened outputs, by autograd."""
+    """Hessian of -log p with respect to the flattened outputs, by autograd; kept, as several references ask for it."""
+    known: dict[tuple[Any, ...], Tensor] = {}
 
     @torch.enable_grad()
     def matrix(z: Tensor, y: Tensor) -> Tensor:
-        flat = z.detach().reshape(-1)
-        return torch.autograd.functional.hessian(lambda v: nll(v.view(z.shape), y), flat)
+        key = tuple(part for t in (z, y) for part in (t.shape, t.dtype, t.detach().numpy().tobytes()))
+        if key not in known:
+            flat = z.detach().reshape(-1)
+            known[key] = torch.autograd.functional.hessian(lambda v: nll(v.view(z.shape), y), flat)
+        return known[key].clone()
 
     return matrix
 
@@ -231,6 +235,14 @@ def mixture_curvature(mode: str) -> OutputMatrix:
 
 # ------------------------------------------------------------------------------------------------ dense curvature
 
+Passes = tuple[Tensor, list[Tensor]]
+"""What :func:`jacobian` and :func:`outputs` found, for references that several times need them."""
+
+
+def passes(model: nn.Module, x: Any, n: int, names: Sequence[str] | None = None) -> Passes:
+    """Every example run by itself: the Jacobian (N, C, P) and the outputs."""
+    return jacobian(model, x, n, names), outputs(model, x, n)
+
 
 def dense_ggn(
     model: nn.Module,
@@ -239,12 +251,13 @@ def dense_ggn(
     nll: Nll,
     names: Sequence[str] | None = None,
     curvature: OutputMatrix | None = None,
+    seen: Passes | None = None,
 ) -> Tensor:
     """Mean over examples of JᵀHJ: (P, P). H is the autograd Hessian of ``nll`` unless ``curvature`` is given."""
     curvature = output_hessian(nll) if curvature is None else curvature
     n = count(y)
     total = 0.0
-    for i, (jac, z) in enumerate(zip(jacobian(model, x, n, names), outputs(model, x, n), strict=True)):
+    for i, (jac, z) in enumerate(zip(*(seen or passes(model, x, n, names)), strict=True)):
         total = total + jac.T @ curvature(z, y[i : i + 1]) @ jac
     return total / n
 
@@ -256,14 +269,15 @@ def diag_ggn(
     nll: Nll,
     names: Sequence[str] | None = None,
     curvature: OutputMatrix | None = None,
+    seen: Passes | None = None,
 ) -> Tensor:
     """Diagonal of the GGN, entry by entry: (P,)."""
     curvature = output_hessian(nll) if curvature is None else curvature
     n = count(y)
     total = 0.0
-    for i, (jac, z) in enumerate(zip(jacobian(model, x, n, names), outputs(model, x, n), strict=True)):
+    for i, (jac, z) in enumerate(zip(*(seen or passes(model, x, n, names)), strict=True)):
         h = curvature(z, y[i : i + 1])
-        total = total + torch.stack([column @ h @ column for column in jac.T])
+        total = total + ((jac.T @ h) * jac.T).sum(1)
     return total / n
 
 
@@ -334,7 +348,13 @@ def assemble(blocks: Sequence[Block], size: int, dense: Callable[[Block], Tensor
 
 @torch.enable_grad()
 def eigenvalue_corrected(
-    model: nn.Module, x: Any, y: Tensor, curvature: OutputMatrix, blocks: Sequence[Block], names: Sequence[str]
+    model: nn.Module,
+    x: Any,
+    y: Tensor,
+    curvature: OutputMatrix,
+    blocks: Sequence[Block],
+    names: Sequence[str],
+    seen: Passes | None = None,
 ) -> Tensor:
     """Every factorised block with its eigenvalues replaced by mean squares of rotated per-example gradients: (P, P).
 
@@ -343,7 +363,8 @@ def eigenvalue_corrected(
     """
     index, modules = flat_index(model, names), dict(model.named_modules())
     n = count(y)
-    rows, z = jacobian(model, x, n, names), outputs(model, x, n)
+    rows, z = seen or passes(model, x, n, names)
+    roots = [torch.linalg.eigh(curvature(z[i], y[i : i + 1])) for i in range(n)]
     out = torch.zeros(sum(i.numel() for i in index.values()), sum(i.numel() for i in index.values())).double()
     for block in blocks:
         flat = block.index.reshape(-1)
@@ -356,7 +377,7 @@ def eigenvalue_corrected(
         of_g = torch.linalg.eigh(block.G)[1]
         squares = torch.zeros(block.index.shape, dtype=torch.float64)
         for i in range(n):
-            values, vectors = torch.linalg.eigh(curvature(z[i], y[i : i + 1]))
+            values, vectors = roots[i]
             for value, vector in zip(values.clamp(min=0), vectors.T, strict=True):
                 gradient = (value.sqrt() * vector @ rows[i])[flat].view(block.index.shape)
                 squares += (of_g.T @ gradient @ of_a) ** 2 / n
@@ -525,7 +546,12 @@ def kron_modules(model: nn.Module, names: Sequence[str]) -> dict[tuple[str, ...]
 
 @torch.enable_grad()
 def kron_blocks(
-    model: nn.Module, x: Any, y: Tensor, curvature: OutputMatrix, names: Sequence[str] | None = None
+    model: nn.Module,
+    x: Any,
+    y: Tensor,
+    curvature: OutputMatrix,
+    names: Sequence[str] | None = None,
+    seen: Passes | None = None,
 ) -> list[Block]:
     """Kronecker factors of every Linear, convolution and Embedding, the exact diagonal of everything else.
 
@@ -535,7 +561,7 @@ def kron_blocks(
     """
     names = all_names(model) if names is None else list(names)
     index = flat_index(model, names)
-    diagonal = diag_ggn(model, x, y, lambda z, t: z.sum(), names, curvature)
+    given = model
     model, _ = private(model, names)
     modules = kron_modules(model, names)
     parameters = dict(model.named_parameters())
@@ -601,8 +627,10 @@ def kron_blocks(
             a_sum, g_sum, positions = sums[key, group]
             blocks.append(Block(key, part, A=a_sum / n, G=g_sum / positions, positions=float(positions)))
         covered.update(key)
-    for name in index:
-        if name not in covered and name in parameters:
+    rest = [name for name in index if name not in covered and name in parameters]
+    if rest:
+        diagonal = diag_ggn(given, x, y, lambda z, t: z.sum(), names, curvature, seen)
+        for name in rest:
             where = index[name].reshape(-1)
             blocks.append(Block((name,), where, values=diagonal[where]))
     return blocks

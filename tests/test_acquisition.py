@@ -15,9 +15,9 @@ from laplace_kf.errors import IncompatiblePair, NotFitted, ShapeMismatch
 N = 6
 
 
-def network(outputs: int) -> nn.Sequential:
+def network(outputs: int, seed: int = 0) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
 
 
@@ -25,10 +25,11 @@ def points(count: int, seed: int = 1) -> Tensor:
     return 2 * torch.randn(count, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def classifier(outputs: int = 3, likelihood: str = "categorical") -> lk.LaplacePosterior:
+def classifier(outputs: int = 3, likelihood: str = "categorical", seed: int = 0) -> lk.LaplacePosterior:
     x = points(20, 3)
     y = torch.arange(20) % outputs if likelihood == "categorical" else (x.repeat(1, outputs)[:, :outputs] > 0).double()
-    return lk.LaplacePosterior(network(outputs), likelihood, structure="full", prior_precision=0.3).fit((x, y))
+    model = network(outputs, seed)
+    return lk.LaplacePosterior(model, likelihood, structure="full", prior_precision=0.3).fit((x, y))
 
 
 def regression(outputs: int = 2) -> lk.LaplacePosterior:
@@ -116,6 +117,32 @@ def test_bernoulli_labels_are_combinations(outputs: int) -> None:
     torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
 
 
+def test_functions_of_a_mixture_are_those_of_its_components() -> None:
+    members, x = [classifier(), classifier(seed=5)], points(N)
+    mixture = lk.Mixture(members)
+    exact = torch.cat([functions(member, x, 20_000).softmax(-1) for member in members])
+    alone = torch.tensor([information(exact[:20_000], [i]) for i in range(N)], dtype=torch.float64)
+    wanted = torch.tensor([information(exact, [i]) for i in range(N)], dtype=torch.float64)
+    assert float((wanted - alone).abs().max()) > 0.06  # the networks disagree: twice what is tolerated below
+    found = acquisition.bald(mixture, x, 3000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, wanted, atol=0.03, rtol=0)
+    p = acquisition._functions(mixture, [x], 7, torch.Generator().manual_seed(0))[0]
+    assert len(p) == 7
+    batch = acquisition.batch_bald(mixture, x, 3, 500, torch.Generator().manual_seed(0))
+    p = acquisition._functions(mixture, [x], 500, torch.Generator().manual_seed(0))[0]
+    chosen = batch.indices.tolist()
+    scores = torch.tensor([information(p, chosen[: k + 1]) for k in range(3)], dtype=torch.float64)
+    torch.testing.assert_close(batch.scores, scores, atol=1e-10, rtol=0)
+
+
+def test_functions_of_a_mixture_follow_its_weights() -> None:
+    mixture = lk.Mixture([classifier(), classifier(seed=5)])
+    mixture._shares = [0.0, 1.0]
+    only = acquisition.bald(mixture.posteriors[1], points(N), 40, torch.Generator().manual_seed(0))
+    found = acquisition.bald(mixture, points(N), 40, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found, only)
+
+
 def test_epig_of_classes() -> None:
     posterior, x, targets = classifier(), points(N), points(4, 7)
     true = functions(posterior, torch.cat([x, targets]), 20_000).softmax(-1)
@@ -186,6 +213,8 @@ def test_refusals() -> None:
         acquisition.batch_bald(posterior, x, 7)
     with pytest.raises(ValueError, match="at least 2"):
         acquisition.bald(posterior, x, 1)
+    with pytest.raises(IncompatiblePair, match="not for a mixture"):
+        acquisition.bald(lk.Mixture([regression()]), x)
     with pytest.raises(ShapeMismatch, match="one shape"):
         acquisition.epig(posterior, x, points(4)[:, :1])
     with pytest.raises(ShapeMismatch, match="combinations"):

@@ -37,6 +37,14 @@ def test_the_row_of_padding_may_be_beyond_the_width() -> None:
     assert not kron.diag()[held].any() and bool(kron.diag()[oracles.flat_index(model)["0.weight"][2]].all())
 
 
+def test_a_table_that_only_pads_has_no_curvature_and_no_nan() -> None:
+    model = nn.Sequential(nn.Embedding(1, 3, padding_idx=0), nn.Flatten(), nn.Linear(6, 2)).double()
+    x, y = torch.zeros(4, 2, dtype=torch.long), torch.tensor([0, 1, 1, 0])
+    for structure in ("isotropic", "diag", "full"):
+        found = lk.curvature.estimate(model, "categorical", [(x, y)], structure, parameters=["0.weight"]).mean()
+        assert torch.equal(found.dense(), torch.zeros(3, 3, dtype=torch.float64))
+
+
 def test_ends_of_ranges() -> None:
     assert Range(0.0, True, 1.0).has(0.0) and not Range(0.0, False, 1.0).has(0.0)
     assert Range(0.0, True, 1.0, True).has(1.0) and not Range(0.0, True, 1.0, False).has(1.0)
@@ -45,6 +53,10 @@ def test_ends_of_ranges() -> None:
 
 def test_no_oversampling_is_allowed_and_less_is_not() -> None:
     assert STRUCTURES["lowrank"](oversample=0).options()["oversample"] == 0  # type: ignore[call-arg]
+    assert STRUCTURES["lowrank"](rank=1, iterations=1).options()["rank"] == 1  # type: ignore[call-arg]
+    for refused in ({"rank": 0}, {"iterations": 0}):
+        with pytest.raises(lk.errors.InvalidArgument, match="rank and iterations must be at least 1"):
+            STRUCTURES["lowrank"](**refused)  # type: ignore[arg-type]
     with pytest.raises(lk.errors.InvalidArgument, match="oversample not negative"):
         STRUCTURES["lowrank"](oversample=-1)  # type: ignore[call-arg]
 

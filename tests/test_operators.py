@@ -14,6 +14,11 @@ from laplace_kf import linalg
 from laplace_kf.errors import NonFinite, NotPositiveDefinite, ShapeMismatch
 from laplace_kf.linalg import cholesky, eigh
 from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic, KroneckerBlock, Matrix, Spectral, Sum
+from laplace_kf.operators.conjugate import conjugate_gradients
+from laplace_kf.operators.kept_terms import KeptTerms
+from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product
+from laplace_kf.operators.quadrature import DIRECT, nodes_of_products
+from laplace_kf.operators.spectral import Ridge
 
 DIMENSIONS = st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
 SCALES = st.floats(1e-3, 1e3)
@@ -118,6 +123,84 @@ def test_diagonal_dense_isotropic(size: int, seed: int, prior: float) -> None:
     lazy = Sum((dense, diagonal)).plus(isotropic)
     torch.testing.assert_close(lazy.dense(), both.dense())
     agrees(lazy, seed)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+@pytest.mark.parametrize("damping", sorted(DAMPINGS))
+def test_ratio_of_determinants_is_that_of_the_precision(damping: str, one_hot: bool) -> None:
+    block = kronecker((2, 3, 4), 1, definite=False, one_hot=one_hot)
+    for prior in (torch.tensor(0.3), 0.3 + torch.arange(4.0).expand(2, 3, 4), 0.3 + torch.arange(24.0).view(2, 3, 4)):
+        prior = prior.double()
+        if damping != "exact" and prior.dim():
+            continue  # one number only
+        wide = prior.expand(block.shape)
+        expected = torch.linalg.slogdet(block.scaled(1.5).precision(5.0, prior, damping).dense())[1] - wide.log().sum()
+        torch.testing.assert_close(block.log_det_ratio(5.0, 1.5, prior, damping), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_effective_number_of_parameters_is_the_trace() -> None:
+    lam = torch.tensor(0.4, dtype=torch.float64)
+    for block in (kronecker((2, 3, 4), 1, definite=False), DenseBlock(kronecker((1, 3, 4), 2, False).dense(), "block")):
+        curvature = 3.0 * block.dense()
+        total = curvature + 0.4 * torch.eye(block.size, dtype=torch.float64)
+        assert block.effective(3.0, lam) == pytest.approx(float(torch.trace(curvature @ torch.linalg.inv(total))))
+
+
+def test_a_chain_of_terms_shows_the_spectra_of_the_newest() -> None:
+    terms = [kronecker((1, 3, 4), seed, definite=True) for seed in range(3)]
+    for found, expected in zip(KeptTerms(terms, "block").leading(), terms[-1].leading(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_nodes_stand_for_the_products_of_all_entries() -> None:
+    """Where there are too many products to be written out, with the smooth functions they are used for."""
+    rng = torch.Generator().manual_seed(0)
+    outputs, inputs = ((4 * torch.randn(2, d, generator=rng, dtype=torch.float64)).exp() for d in (60, 90))
+    inputs[1, 7] = 0.0  # left out, as both functions vanish there
+    assert outputs.numel() * inputs.shape[1] > DIRECT
+    both = (outputs[:, :, None] * inputs[:, None, :]).flatten()
+    for factors, values in (((outputs, inputs), both), ((both.view(1, -1),), both)):
+        nodes, weights = nodes_of_products(*factors)
+        assert len(nodes) < len(values) / 10
+        for c in (1e-3, 1.0, 1e4):
+            for f in (lambda s, c=c: (c * s).log1p(), lambda s, c=c: c * s / (1 + c * s)):
+                torch.testing.assert_close((weights * f(nodes)).sum(), f(values).sum(), rtol=1e-11, atol=0.0)
+
+
+def test_the_smallest_entry_of_a_grid_that_is_not_written_out() -> None:
+    rng = torch.Generator().manual_seed(0)
+    outputs, inputs = (torch.rand(2, d, generator=rng) + 0.1 for d in (3, 4))
+    for shift in (None, torch.tensor(0.7)):
+        ridge = Ridge(outputs, inputs, shift)
+        torch.testing.assert_close(ridge.smallest(), ridge.grid().flatten(1).amin(1))
+    outputs[1, 2] = torch.inf
+    assert Ridge(outputs, inputs).smallest().isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_one_product_is_its_own_nearest_product(one_hot: bool) -> None:
+    """With a factor that is singular, too: every way of finding one product finds this one."""
+    for definite in (True, False):
+        block = kronecker((2, 3, 4), 5, definite=definite, one_hot=one_hot)
+        if one_hot and not definite:
+            block.inputs[:, 2] = 0.0  # a category that never came
+        dense = block.dense()
+        for nearest in (nearest_product, nearest_in_divergence, factor_sum):
+            found = nearest([block])
+            assert found.inputs.shape == block.inputs.shape
+            torch.testing.assert_close(found.dense(), dense, rtol=1e-4, atol=1e-5 * float(dense.abs().max()))
+
+
+def test_conjugate_gradients_say_how_far_they_came() -> None:
+    rng = torch.Generator().manual_seed(0)
+    matrix = psd(rng, 1, 30, 30)[0] + 0.01 * torch.eye(30, dtype=torch.float64)
+    right = torch.randn(30, 2, generator=rng, dtype=torch.float64) * torch.tensor([1.0, 1e3], dtype=torch.float64)
+    with pytest.warns(RuntimeWarning, match="stopped after 3 steps") as caught:
+        found = conjugate_gradients(
+            lambda v: matrix @ v, lambda v: v, right, lambda r, _: r.norm(dim=0) < 0, "block", 3
+        )
+    left = ((right - matrix @ found).norm(dim=0) / right.norm(dim=0)).max()
+    assert f"relative residual of {float(left):.2g}." in str(caught[0].message)
 
 
 def test_decompositions_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from experiments.common import data, training
 from laplace_kf.reports import private_rng
 
-__all__ = ["halves", "images", "kept", "trained"]
+__all__ = ["blank", "halves", "images", "kept", "trained"]
 
 Pair = tuple[Tensor, Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 MEAN, SPREAD = 0.1307, 0.3081  # of MNIST's pixels
 WIDTHS = (784, 128, 64, 10)
 DROPOUT, BATCH = 0.1, 64
@@ -82,9 +84,19 @@ def _outputs(weights: Sequence[Tensor], x: Tensor) -> Tensor:
     return x
 
 
+def blank() -> nn.Sequential:
+    """An untrained network."""
+    return training.mlp(WIDTHS, dropout=DROPOUT)
+
+
 def kept(
-    folder: Path, kind: str, numbers: Sequence[int], train: Callable[[Sequence[int]], list[nn.Sequential]]
-) -> Iterator[nn.Sequential]:
+    folder: Path,
+    kind: str,
+    numbers: Sequence[int],
+    train: Callable[[Sequence[int]], list[Network]],
+    make: Callable[[], Network],
+    together: int = TOGETHER,
+) -> Iterator[Network]:
     """Networks by number, each from its file in ``folder``, or trained a few at a time and kept there.
 
     Args:
@@ -92,10 +104,12 @@ def kept(
         kind: beginning of their names; says everything that the weights depend on.
         numbers: which networks.
         train: makes those of some numbers.
+        make: an untrained one.
+        together: how many are trained at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(numbers), TOGETHER):
-        some = numbers[start : start + TOGETHER]
+    for start in range(0, len(numbers), together):
+        some = numbers[start : start + together]
         paths = [folder / f"{kind}_{number}.safetensors" for number in some]
         missing = [number for number, path in zip(some, paths, strict=True) if not path.is_file()]
         for number, model in zip(missing, train(missing) if missing else [], strict=True):
@@ -103,6 +117,6 @@ def kept(
             save_file(model.state_dict(), unfinished)
             unfinished.rename(folder / f"{kind}_{number}.safetensors")
         for path in paths:
-            model = training.mlp(WIDTHS, dropout=DROPOUT)
+            model = make()
             model.load_state_dict(load_file(path))
             yield model.eval()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from experiments.attribution import report
-from experiments.attribution.networks import Pair, halves, images, kept, trained
+from experiments.attribution.networks import Pair, blank, halves, images, kept, trained
 from experiments.attribution.scores import area, datamodelling_score, found
 from experiments.common import training
 from experiments.common.checks import require
@@ -118,7 +118,7 @@ class Bench:
             self._note(epochs, (time.process_time() - start) / len(missing))
             return made
 
-        return kept(self.folder, f"half_{c.seed}_{c.train}_{epochs}", numbers, train)
+        return kept(self.folder, f"half_{c.seed}_{c.train}_{epochs}", numbers, train, blank)
 
     def _note(self, epochs: int, seconds: float) -> None:
         path = self.folder / f"seconds_{epochs}.json"
@@ -185,7 +185,7 @@ def _wrong(bench: Bench, epochs: int) -> dict[str, dict[str, float]]:
     every = torch.ones(1, config.train, dtype=torch.bool)
     (model,) = kept(
         bench.folder, f"wrong_{config.seed}_{config.train}_{config.wrong}_{epochs}", [WRONG],
-        lambda numbers: trained(data, every, epochs, numbers),
+        lambda numbers: trained(data, every, epochs, numbers), blank,
     )  # fmt: skip
     posterior = LaplacePosterior(model, "categorical", prior_precision=config.damping).fit(data)
     out = {}

@@ -79,8 +79,8 @@ class RegressionTask(Task):
     likelihood, peer, first = "gaussian", "regression", "rmse"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Half the mean squared error, 0-dim: the negative log density with noise 1 but for a constant."""
-        return (outputs - targets).square().mean() / 2
+        """Half the mean squared error ``(...)``: the negative log density with noise 1 but for a constant."""
+        return (outputs - targets).square().mean((-2, -1)) / 2
 
     def plain(self, outputs: Tensor, val: tuple[Tensor, Tensor]) -> Callable[[Tensor], Prediction]:
         """The noise is the root mean squared error on validation data, which maximises their likelihood."""
@@ -109,8 +109,8 @@ class ClassificationTask(Task):
     likelihood, peer, first = "categorical", "classification", "accuracy"
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, 0-dim."""
-        return nn.functional.cross_entropy(outputs, targets)
+        """Cross-entropy ``(...)``."""
+        return -outputs.log_softmax(-1).gather(-1, targets[..., None]).mean((-2, -1))
 
     def plain(self, outputs: Tensor, val: tuple[Tensor, Tensor]) -> Callable[[Tensor], Prediction]:
         """The softmax of ``(N, C)`` outputs as it is."""

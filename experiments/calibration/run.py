@@ -32,6 +32,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,8 @@ from experiments.calibration.report import (
 )
 from experiments.common import training
 from experiments.common.checks import require
+from experiments.common.stacked import train_stacked
 from laplace_kf.errors import IncompatiblePair, UnknownName
-from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.posterior import LaplacePosterior, Mixture
 from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import machine, versions
@@ -131,27 +132,28 @@ class Config:
 
 
 Settings = dict[str, Any]
-Method = Callable[[nn.Module, Problem, Config, int], tuple[Forecast, Settings]]
+Method = Callable[[list[nn.Sequential], Problem, Config, int], tuple[Forecast, Settings]]
+"""From the trained networks, of which the first is the one that all methods but mixtures use."""
 
 
-def _map(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
-    outputs = training.outputs(model, given.val[0])
-    prediction = given.task.plain(outputs, given.val)(training.outputs(model, given.test[0]))
+def _map(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    outputs = training.outputs(models[0], given.val[0])
+    prediction = given.task.plain(outputs, given.val)(training.outputs(models[0], given.test[0]))
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), {}
 
 
-def _scaled(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
-    outputs = training.outputs(model, given.val[0])
+def _scaled(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    outputs = training.outputs(models[0], given.val[0])
     temperature = given.task.temperature(outputs, given.val[1])
-    prediction = given.task.plain(outputs, given.val)(training.outputs(model, given.test[0]) / temperature)
+    prediction = given.task.plain(outputs, given.val)(training.outputs(models[0], given.test[0]) / temperature)
     settings = {"temperature": temperature}
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
 
 
 def _ours(**method: Any) -> Method:
-    def forecast(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+    def forecast(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
         rng = training.generator(seed)
-        posterior = LaplacePosterior(model, given.task.likelihood).fit(given.train, generator=rng)
+        posterior = LaplacePosterior(models[0], given.task.likelihood).fit(given.train, generator=rng)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a best value on the grid's edge: the settings say so
             tuned = posterior.tune(given.val, generator=rng, **method)
@@ -169,29 +171,25 @@ def _ours(**method: Any) -> Method:
 
 
 def _peer(how: str) -> Method:
-    def forecast(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
-        return peers.laplace_torch(model, given, how, grid=config.peer_grid, seed=seed)
+    def forecast(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+        return peers.laplace_torch(models[0], given, how, grid=config.peer_grid, seed=seed)
 
     return forecast
 
 
-def _ensemble(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+def _ensemble(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
     """The network and others that started elsewhere, mixed equally."""
-    models = _members(model, given, config, seed)
 
     def outputs(x: Tensor) -> Tensor:
         return torch.stack([training.outputs(one, x) for one in models])
 
-    return _best({"": lambda likelihood: lambda x: likelihood.predict(outputs(x))}, outputs(given.val[0])[0], given)
+    return _best({"": outputs}, outputs(given.val[0])[0], given)
 
 
-def _mixture(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+def _mixture(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
     """Default posteriors of the ensemble's networks, tuned together."""
     rng = training.generator(seed)
-    posteriors = [
-        LaplacePosterior(one, given.task.likelihood).fit(given.train, generator=rng)
-        for one in _members(model, given, config, seed)
-    ]
+    posteriors = [LaplacePosterior(one, given.task.likelihood).fit(given.train, generator=rng) for one in models]
     mixture = Mixture(posteriors)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -201,34 +199,38 @@ def _mixture(model: nn.Module, given: Problem, config: Config, seed: int) -> tup
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
 
 
-def _dropout(model: nn.Module, given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
+def _dropout(models: list[nn.Sequential], given: Problem, config: Config, seed: int) -> tuple[Forecast, Settings]:
     """Networks trained with dropout, whose masks are drawn again at test time; validation chooses the rate."""
-    nets = {rate: _network(config, given, seed, dropout=rate) for rate in config.dropout}
+    nets = {rate: _thinned(config, given, seed, rate) for rate in config.dropout}
 
-    def thinned(net: nn.Module) -> Callable[[Likelihood], Callable[[Tensor], Prediction]]:
-        return lambda likelihood: mc_dropout(net, likelihood, generator=training.generator(seed))
+    def outputs(net: nn.Module, x: Tensor) -> Tensor:
+        masks = training.generator(seed)
+        found = mc_dropout(net, given.task.likelihood, generator=masks)(x, keep_samples=True).samples
+        assert found is not None
+        return found
 
     plain = training.outputs(nets[config.dropout[0]], given.val[0])
-    return _best({f"{rate:g}": thinned(net) for rate, net in nets.items()}, plain, given)
+    return _best({f"{rate:g}": partial(outputs, net) for rate, net in nets.items()}, plain, given)
 
 
 def _best(
-    makes: Mapping[str, Callable[[Likelihood], Callable[[Tensor], Prediction]]], outputs: Tensor, given: Problem
+    makes: Mapping[str, Callable[[Tensor], Tensor]], outputs: Tensor, given: Problem
 ) -> tuple[Forecast, Settings]:
-    """Of several predictives, each with every likelihood that the task offers, the one that suits validation data best.
+    """Of several mixtures, each with every likelihood that the task offers, the one that suits validation data best.
 
     Args:
-        makes: from a likelihood to a predictive, by name.
+        makes: from inputs ``(N, D)`` to outputs ``(S, N, C)`` of what is mixed, by name.
         outputs: of a network ``(N, C)`` at validation inputs, by which the likelihoods are placed.
         given: the problem.
     """
     scores: dict[tuple[str, int], float] = {}
     likelihoods = given.task.likelihoods(outputs, given.val[1])
     for name, make in makes.items():
+        found = make(given.val[0])
         for number, likelihood in enumerate(likelihoods):
-            scores[name, number] = float(make(likelihood)(given.val[0]).log_prob(given.val[1]).mean())
+            scores[name, number] = float(likelihood.predict(found).log_prob(given.val[1]).mean())
     name, number = max(scores, key=lambda key: scores[key] if math.isfinite(scores[key]) else -math.inf)
-    prediction = makes[name](likelihoods[number])(given.test[0])
+    prediction = likelihoods[number].predict(makes[name](given.test[0]))
     settings = {"chosen": name, **likelihoods[number].parameters()}
     return Forecast(prediction.log_prob(given.test[1]), given.task.point(prediction)), settings
 
@@ -260,21 +262,37 @@ def _left_out(title: str, config: Config, rows: int) -> str:
     return ""
 
 
-def _members(model: nn.Module, given: Problem, config: Config, seed: int) -> list[nn.Module]:
-    """The network and the others of the ensemble."""
-    return [model, *(_network(config, given, seed + 100_000 * k) for k in range(1, config.members))]
+def _trained(config: Config, given: Problem, seed: int) -> list[nn.Sequential]:
+    """The network and the others of the ensemble, which start from other weights and see the rows in other orders."""
+    models = [_network(config, given, seed + 100_000 * k) for k in range(config.members)]
+    count = len(given.train[0])
+    train_stacked(
+        models, [given.train], [0] * len(models), loss=given.task.loss, epochs=_epochs(config, count),
+        batch=config.batch, lr=config.lr, decays=[config.prior_precision / count] * len(models), seed=seed,
+    )  # fmt: skip
+    return models
 
 
-def _network(config: Config, given: Problem, seed: int, dropout: float = 0.0) -> nn.Module:
-    model = training.mlp([given.train[0].shape[1], config.hidden, given.outputs], dropout=dropout, seed=seed)
+def _thinned(config: Config, given: Problem, seed: int, rate: float) -> nn.Sequential:
+    """A network trained with dropout."""
+    model = _network(config, given, seed, rate)
     batches = training.Batches(*given.train, config.batch, training.generator(seed))
-    epochs = max(1, round(config.steps / len(batches)))
+    epochs = _epochs(config, len(given.train[0]))
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.lr, weight_decay=config.prior_precision / len(given.train[0])
+        model.parameters(), lr=config.lr, weight_decay=config.prior_precision / len(given.train[0]), fused=True
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(batches))
     training.train(model, batches, optimizer, epochs, loss=given.task.loss, after_step=schedule.step, seed=seed)
     return model
+
+
+def _network(config: Config, given: Problem, seed: int, dropout: float = 0.0) -> nn.Sequential:
+    """One that is not trained yet."""
+    return training.mlp([given.train[0].shape[1], config.hidden, given.outputs], dropout=dropout, seed=seed)
+
+
+def _epochs(config: Config, count: int) -> int:
+    return max(1, round(config.steps / max(1, count // config.batch)))
 
 
 def _split(config: Config, name: str, split: int) -> dict[str, Any]:
@@ -284,7 +302,7 @@ def _split(config: Config, name: str, split: int) -> dict[str, Any]:
         train_most=config.train_most, test_most=config.test_most,
     )  # fmt: skip
     seed = 1000 * config.seed + split
-    model = _network(config, given, seed)
+    models = _trained(config, given, seed)
     found: dict[str, Any] = {
         "sizes": {part: len(getattr(given, part)[0]) for part in ("train", "val", "test")},
         "metrics": {}, "settings": {}, "seconds": {}, "failures": {},
@@ -295,7 +313,7 @@ def _split(config: Config, name: str, split: int) -> dict[str, Any]:
             continue
         start = time.process_time()
         try:
-            forecast, settings = method(model, given, config, seed)
+            forecast, settings = method(models, given, config, seed)
         except Exception as error:  # another package may fail in any way, and that is a result too
             if title not in PEERS and not (title in OPTIONAL and isinstance(error, UnknownName | IncompatiblePair)):
                 raise

@@ -6,6 +6,7 @@ are looked for is said in :mod:`experiments.common.files`.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import lzma
@@ -66,7 +67,7 @@ def images(name: str, split: str) -> tuple[Tensor, Tensor]:
     if split not in splits(name):
         raise UnknownName(f"split of data set {name!r}:", split, splits(name))
     pixels, labels = reader(name, split)
-    scaled = torch.from_numpy(pixels.astype(np.float32)) / (16 if name == "digits" else 255)
+    scaled = torch.from_numpy(pixels.astype(np.float32)).div_(16 if name == "digits" else 255)
     return scaled, torch.from_numpy(labels.astype(np.int64))
 
 
@@ -87,6 +88,16 @@ def _idx(name: str, split: str) -> tuple[Pixels, Pixels]:
 
 def _read_idx(path: Path) -> Pixels:
     """A gzip-compressed IDX file of unsigned bytes: zeros, type 8, rank, big-endian sizes, row-major values."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CorruptFile(f"{path.name} is not a gzip-compressed IDX file: {error}") from error
+    return _read_idx_once(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=4)  # the images and labels of two splits, as bytes: runs of several seeds read them again
+def _read_idx_once(path: Path, _changed: int, _size: int) -> Pixels:
+    """The contents of a file as it was last changed; nobody writes into them."""
     try:
         raw = gzip.decompress(path.read_bytes())
         zeros, kind, rank = struct.unpack(">HBB", raw[:4])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +104,7 @@ def train(
     over: Callable[[], bool] | None = None,
     seed: int = 0,
     progress: str | None = None,
+    kept: Path | None = None,
 ) -> list[float]:
     """Train ``model`` in place and leave it in eval mode.
 
@@ -118,6 +121,9 @@ def train(
         over: asked after each epoch, with the model in eval mode, whether that was the last one.
         seed: for the network's own randomness (dropout masks).
         progress: text of a progress bar, None for no bar.
+        kept: a file that has everything after each finished epoch; if it is there, training goes on from it. The name
+            has to say what the weights depend on. Not for hooks (``before_step``, ``after_step``, ``over``) with a
+            state of their own; on a GPU the masks of dropout go on with other numbers than without the break.
 
     Returns:
         The mean loss, penalty included, of each epoch.
@@ -126,10 +132,14 @@ def train(
         FloatingPointError: as soon as an epoch's loss is not finite.
     """
     history: list[float] = []
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, **({"scheduler": scheduler} if scheduler else {})}
     model.train()
     steps = epochs * len(batches)
     with private_rng(seed), tqdm(total=steps, desc=progress, disable=progress is None, leave=False) as bar:
-        for epoch in range(epochs):
+        if kept is not None and kept.is_file():
+            history = _go_on(kept, parts, batches.rng)
+            bar.update(len(history) * len(batches))
+        for epoch in range(len(history), epochs):
             total = torch.zeros((), device=batches.inputs.device)
             for inputs, targets in batches:
                 optimizer.zero_grad(set_to_none=True)
@@ -150,12 +160,35 @@ def train(
             if scheduler is not None:
                 scheduler.step()
             bar.set_postfix(loss=f"{history[-1]:.3f}")
+            if kept is not None:
+                _keep(kept, parts, batches.rng, history)
             if over is not None:
                 model.eval()
                 if over():
                     break
                 model.train()
     model.eval()
+    return history
+
+
+def _keep(path: Path, parts: dict[str, Any], rng: torch.Generator, history: list[float]) -> None:
+    """Writes the states of ``parts`` and of both generators, under the name only when all of it is there."""
+    state = {name: part.state_dict() for name, part in parts.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    generators = {"order": rng.get_state(), "masks": torch.get_rng_state()}
+    torch.save({**state, "generators": generators, "history": history}, unfinished)
+    unfinished.replace(path)
+
+
+def _go_on(path: Path, parts: dict[str, Any], rng: torch.Generator) -> list[float]:
+    """Puts everything back as :func:`_keep` found it; returns the losses until then."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    rng.set_state(state["generators"]["order"])
+    torch.set_rng_state(state["generators"]["masks"])
+    history: list[float] = state["history"]
     return history
 
 

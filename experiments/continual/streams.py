@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class _Permuted(Stream):
 
     def tasks(self, config: Config, seed: int) -> Tasks:
         base, rng = _digits(config), training.generator(seed)
-        orders = [torch.randperm(784, generator=rng).to(base.train[0].device) for _ in range(1, config.tasks)]
+        pixels = base.train[0].shape[1]
+        orders = [torch.randperm(pixels, generator=rng).to(base.train[0].device) for _ in range(1, config.tasks)]
 
         def task(number: int, order: Tensor) -> Task:
             return Derived(f"order {number}", base, lambda pair: (pair[0][:, order], pair[1]))
@@ -86,10 +88,11 @@ class _Rotated(Stream):
 
     def tasks(self, config: Config, seed: int) -> Tasks:
         base = _digits(config)
+        side = math.isqrt(base.train[0].shape[1])
 
         def task(degrees: float) -> Task:
             def part(pair: Pair) -> Pair:
-                turned = [rotated(x.view(-1, 1, 28, 28), degrees).flatten(1) for x in pair[0].split(5000)]
+                turned = [rotated(x.view(-1, 1, side, side), degrees).flatten(1) for x in pair[0].split(5000)]
                 return torch.cat(turned), pair[1]
 
             return base.changed(f"{degrees:g}°", part)

@@ -134,8 +134,8 @@ class Stream(ABC):
         """The tasks in their order."""
 
     def network(self, config: Config, tasks: Sequence[Task], seed: int) -> nn.Module:
-        """The untrained network: 784-hidden-hidden-10."""
-        return training.mlp([784, config.hidden, config.hidden, 10], seed=seed)
+        """The untrained network: pixels-hidden-hidden-10."""
+        return training.mlp([tasks[0].train[0].shape[1], config.hidden, config.hidden, 10], seed=seed)
 
     def begin(self, model: nn.Module, number: int, revisits: bool) -> None:
         """Called before task ``number`` (from 0) is learned; ``revisits``: with the data of the earlier tasks."""

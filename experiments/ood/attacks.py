@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class AttackConfig(Repeated):
     Args:
         hidden: width of both hidden layers; published: 1024.
         epochs: passes over the training images; published: 250.
+        batch, lr, schedule: of training, as E20 has them.
+        networks: folder of trained networks, as E20 has it.
         train_size: training images; published: 50,000.
         passes: binary draws of every image for the curvature; published: 1000.
         curvature_size: images of the curvature; ``n_data`` stays that of training.
@@ -40,6 +43,10 @@ class AttackConfig(Repeated):
 
     hidden: int = 256
     epochs: int = 4
+    batch: int = 100
+    lr: float = 5e-2
+    schedule: Literal["constant", "cosine"] = "cosine"
+    networks: str = ""
     train_size: int = 20_000
     passes: int = 1
     curvature_size: int = 5_000
@@ -61,9 +68,10 @@ class AttackConfig(Repeated):
     def network(self) -> ood.Config:
         """The settings as E20 has them; checks them."""
         return ood.Config(
-            hidden=self.hidden, epochs=self.epochs, train_size=self.train_size, passes=self.passes,
-            n_data_factors=self.n_data_factors, prior_precisions=self.prior_precisions, tune_size=self.tune_size,
-            test_size=self.count, ood_size=1, tune_samples=5, samples=self.samples, progress=self.progress,
+            hidden=self.hidden, epochs=self.epochs, batch=self.batch, lr=self.lr, schedule=self.schedule,
+            networks=self.networks, train_size=self.train_size, passes=self.passes, n_data_factors=self.n_data_factors,
+            prior_precisions=self.prior_precisions, tune_size=self.tune_size, test_size=self.count, ood_size=1,
+            tune_samples=5, samples=self.samples, progress=self.progress,
         )  # fmt: skip
 
 

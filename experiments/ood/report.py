@@ -66,6 +66,8 @@ CLAIMS = (
         "MC dropout",
         most=0.0,
     ),
+    Claim("and at most the tuned diagonal posterior's", "certain_out", KRON, DIAG, most=0.0),
+    Claim("and at most MAP's", "certain_out", KRON, "MAP", most=0.0),
     Claim("mean entropy on letters: tuned diagonal at least MAP's", "entropy_out", DIAG, "MAP", least=0.0),
     Claim("mean entropy on letters: MC dropout above MAP's", "entropy_out", "MC dropout", "MAP", least=TINY),
     Claim("mean entropy on letters: mean field below tuned Kronecker's", "entropy_out", "mean field", KRON, most=-TINY),

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,6 +32,7 @@ from experiments.common.checks import require
 from experiments.common.claims import verdict_table
 from experiments.ood import variational
 from experiments.ood.report import CLAIMS, PUBLISHED, Outcome, measure, methods_table, pictures, tuning_table
+from laplace_kf.operators import DAMPINGS
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive import mc_dropout
 from laplace_kf.reports import metrics
@@ -74,8 +76,11 @@ class Config:
         mean_field_sigma: its initial standard deviation of every weight. With plain SGD it hardly moves: on the scale
             of a mean loss the pull of each weight's KL is 1/N.
         evaluation: test, validation and letter images binarised once, or grey.
+        networks: folder that keeps networks in training after each epoch, so that an interrupted run goes on and E21
+            and E22 find the same ones; empty for none.
         passes: binary draws of every training image that the curvature is averaged over.
         damping: how a Kronecker posterior adds the prior.
+        dampings: further ways, tuned and shown beside that one (E34's forms).
         samples: Monte Carlo samples of a prediction.
         closed: further methods that the tuned posteriors predict by, ``linearized`` or ``probit``.
         n_data_factors: grid of tuning, as multiples of the real ``N``.
@@ -106,8 +111,10 @@ class Config:
     mean_field: bool = False
     mean_field_sigma: float = 0.02
     evaluation: Literal["binary", "grey"] = "binary"
+    networks: str = ""
     passes: int = 2
     damping: Literal["exact", "factored", "balanced"] = "exact"
+    dampings: list[str] = field(default_factory=list)
     samples: int = 100
     closed: list[str] = field(default_factory=list)
     n_data_factors: list[float] = field(default_factory=lambda: [10.0**k for k in range(-1, 5)])
@@ -142,6 +149,8 @@ class Config:
         require("val_size", self.val_size, self.tune_size <= self.val_size <= 10_000, "from tune_size to 10000")
         for name, most in (("train_size", 60_000 - self.val_size), ("test_size", 10_000), ("ood_size", 10_000)):
             require(name, getattr(self, name), 1 <= getattr(self, name) <= most, f"from 1 to {most}")
+        for damping in self.dampings:
+            require("dampings", damping, damping in DAMPINGS, f"of {', '.join(DAMPINGS)}")
         allowed = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         require("device", self.device, self.device.split(":")[0] in allowed, f"here {' or '.join(allowed)}")
 
@@ -197,8 +206,31 @@ def fit_network(config: Config, images: Images, seed: int, model: nn.Sequential,
         model, batches, optimizer, config.epochs, penalty=bound, seed=seed,
         scheduler=cosine if config.schedule == "cosine" else None,
         progress=f"seed {seed}: {note}" if config.progress else None,
+        kept=_place(config, seed, note) if config.networks else None,
     )  # fmt: skip
     return model
+
+
+TRAINING = (
+    "hidden", "epochs", "batch", "lr", "momentum", "schedule", "prior_precision", "dropout", "mean_field_sigma",
+    "train_size",
+)  # fmt: skip
+"""The settings that a trained network depends on, beside the seed."""
+
+
+def _place(config: Config, seed: int, note: str) -> Path:
+    """The file of a network in ``config.networks``; its name says all that the weights depend on."""
+    settings = asdict(config)
+    words = [note.replace(" ", "-"), f"seed={seed}", *(f"{name}={settings[name]}" for name in TRAINING)]
+    return Path(config.networks) / f"{','.join(words)}.pt"
+
+
+def posteriors(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Name, structure and damping of each posterior."""
+    for name, structure in STRUCTURES.items():
+        yield name, structure, config.damping
+    for damping in config.dampings:
+        yield f"Kronecker, {damping}", "kron", damping
 
 
 def binary_batches(size: int, images: Images, seed: int) -> training.Batches:
@@ -231,9 +263,9 @@ def _repetition(config: Config, seed: int) -> Outcome:
         dropped = mc_dropout(noisy, "categorical", config.samples, rng)
         with torch.no_grad():
             probs["MC dropout"] = torch.cat([dropped(part).probs for part in inputs.split(5000)])
-    for name, structure in STRUCTURES.items():
+    for name, structure, damping in posteriors(config):
         posterior = LaplacePosterior(
-            model, "categorical", structure=structure, estimator="exact", damping=config.damping,
+            model, "categorical", structure=structure, estimator="exact", damping=damping,
             prior_precision=config.prior_precision,
         )  # fmt: skip
         batches = binary_batches(config.curvature_batch, images, seed)

@@ -32,6 +32,7 @@ from laplace_kf.likelihoods.roots import DenseRoot, Root, ScaledRoot
 from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import from_positions, masked, to_positions
+from laplace_kf.outputs.rows import map_rows
 from laplace_kf.registry import Registry
 
 __all__ = [
@@ -425,7 +426,9 @@ class Likelihood(Predicting, Noise):
         """
         z = self._unpack(outputs, None).z
         generator = resolve_generator(generator, outputs.device)
-        return self._draw(z.to(generator.device), outputs.shape, generator).to(outputs.device)
+        drawn = self._draw(z.to(generator.device), outputs.shape, generator)
+        found: Tensor = map_rows(drawn, lambda t: t.to(outputs.device))  # a loss may have targets of several parts
+        return found
 
     # -- naming and saving
 

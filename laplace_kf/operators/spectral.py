@@ -110,6 +110,7 @@ class Spectral(Matrix):
         self.inputs, self.outputs, self.label = inputs, outputs, label
         self.ridge = grid if isinstance(grid, Ridge) else None
         self._grid = grid if isinstance(grid, Tensor) else None
+        self._positive = False  # whether it is known to be; nothing writes into a matrix
 
     @property
     def grid(self) -> Tensor:
@@ -132,8 +133,11 @@ class Spectral(Matrix):
 
     def require_positive(self) -> None:
         """Raises :class:`NotPositiveDefinite` unless every entry of the grid is finite and positive."""
+        if self._positive:
+            return
         little = self.ridge is None or self.size <= LITTLE
         require_positive(self.grid if little else self.ridge.smallest(), self.label)  # type: ignore[union-attr]
+        self._positive = True
 
     @property
     def size(self) -> int:

@@ -14,7 +14,7 @@ NOT_NEGATIVE = {"l2", "lr", "tau", "zeta", "structural_damping", "kappa", "toler
 POSITIVE = {"trust_radius", "power"}
 SHARES = {"ema": (True, False), "averaging": (True, True), "curvature_fraction": (False, True)}  # is 0, is 1 allowed
 SWITCHES = {"momentum", "rescale", "adapt_tau", "adapt_zeta", "low_rank", "search_start", "scale_sensitive"}
-COUNTS = {"refresh", "nonzero", "samples", "columns", "steps"}
+COUNTS = {"refresh", "factors_every", "nonzero", "samples", "columns", "steps"}
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

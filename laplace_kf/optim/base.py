@@ -73,8 +73,9 @@ class SecondOrder(torch.optim.Optimizer):
     pass more than without the rule unless the loss rose. Infinity: only the finiteness counts.
 
     Attributes:
-        diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step; ``rho`` is NaN where it
-            was not measured, ``rejected`` counts the updates that were refused before one was accepted.
+        diagnostics: ``tau, zeta, alpha, mu, rho, model_decrease, rejected`` of the last step; ``rho`` and
+            ``model_decrease`` are NaN where nothing asked for them, ``rejected`` counts the updates that were refused
+            before one was accepted.
     """
 
     def __init__(

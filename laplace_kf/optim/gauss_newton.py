@@ -6,6 +6,7 @@ model along it, and along the previous update with ``momentum``. Damping: τ by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from laplace_kf.optim.links import Linked
 from laplace_kf.optim.neighbours import hinted
 from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.pending_step import agreed
-from laplace_kf.optim.running import Running
+from laplace_kf.optim.running import WARM_UP, Running
 from laplace_kf.optim.settings import (
     Curvature,
     Factors,
@@ -145,7 +146,7 @@ class GaussNewton(SecondOrder):
             )
         if self.peers.ranks is not None:
             self._require_additive(factors)
-        self.ema, self.refresh = factors.ema, factors.refresh
+        self.ema, self.refresh, self.factors_every = factors.ema, factors.refresh, factors.factors_every
         wanted = factors.low_rank is None and self.peers.ranks is None and (self.refresh > 1 or not self.l2)
         self.low_rank = product and (bool(factors.low_rank) or wanted)
         self.data_space = DataSpace(self.l2)
@@ -199,10 +200,15 @@ class GaussNewton(SecondOrder):
         return [edge for _, edge in found]
 
     def _measure(self, batch: Batch, observation: Observation | None, caught: Sequence[Tensor | None]) -> None:
-        part = batch.part(self.factor_part, LEAST, self.generator)
-        self._factored.append(part)
-        with self._calm(part.seen):
-            self.running.take(part.data if part.seen is None else part.seen, self.steps)
+        step = self.steps + 1
+        if step <= WARM_UP or step % self.factors_every == 0:
+            part = batch.part(self.factor_part, LEAST, self.generator)
+            self._factored.append(part)
+        else:
+            part = None
+        with self._calm(batch.seen if part is None else part.seen):
+            if part is not None:
+                self.running.take(part.data if part.seen is None else part.seen, self.steps)
             if observation is not None and caught:
                 self._outer = gradient_factors(observation, self._shortcut, caught)
 
@@ -323,9 +329,11 @@ class GaussNewton(SecondOrder):
             if float(slope[k]) >= 0:  # round-off; the gradient itself always descends
                 torch.neg(gradient, out=directions[k])
                 slope[k] = (directions[k] @ gradient).double()
-        curvature = self._curvature(directions)
         rates = self._rates()
-        check = min(self._factored, self._check, key=lambda parts: sum(part.count for part in parts))
+        measured = self.rescale or count > 1 or self._wants_ratio() or not isinstance(rates, float)
+        curvature = self._curvature(directions) if measured else slope.new_full((len(slope), len(slope)), math.nan)
+        parts = [parts for parts in (self._factored, self._check) if parts]
+        check = min(parts, key=lambda parts: sum(part.count for part in parts))
         best: tuple[int, Proposal] | None = None
         for k in range(count):
             rows = [k, *last]

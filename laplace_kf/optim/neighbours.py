@@ -19,8 +19,9 @@ _SEARCH = "recipe=, whose choice of the iterate is followed by a line search"
 _LENGTH = "rescale=True, which takes the length of the step from the exact quadratic model"
 _BY_MEANING: dict[str, str] = {
     "ema=": "curvature_ema cov_ema_decay factor_decay stat_decay ema_decay decay beta betas beta1 beta2 rho alpha",
-    "refresh=": "inverse_update_period inv_update_freq tinv preconditioner_update_period curvature_update_period "
-    "factor_update_freq tcov update_freq update_freq_inv precondition_frequency",
+    "refresh=": "inverse_update_period inv_update_freq tinv preconditioner_update_period update_freq "
+    "update_freq_inv precondition_frequency",
+    "factors_every=": "curvature_update_period factor_update_freq factor_update_steps tcov",
     "estimator=": "estimation_mode fisher_type fisher_approx curvature_opt curvature_type",
     "tau=": "levenberg levenberg_marquardt damp lambda lambda_ lam lambd damping_coefficient initial_damping tikhonov "
     "marquardt init_damping",

@@ -13,7 +13,7 @@ from laplace_kf.optim.running_statistics import averaged, dumped, loaded
 from laplace_kf.structures.base import Statistics, Structure
 from laplace_kf.tape import Observation
 
-__all__ = ["Running"]
+__all__ = ["WARM_UP", "Running"]
 
 WARM_UP = 3  # first steps that always get fresh inverses (methods 6.2)
 

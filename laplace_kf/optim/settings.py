@@ -91,6 +91,12 @@ class Factors(Settings):
         "limit of the moving average of the factors (:func:`laplace_kf.optim.running_statistics.averaged`); 0: none.",
     )
     refresh: int = _field(1, "steps between fresh inverses (the first three always get one).")
+    factors_every: int = _field(
+        1,
+        "steps between minibatches that go into the factors (each of the first three does); a divisor of ``refresh``. "
+        "With ``refresh`` itself, factors cost what a refresh costs, and the average reaches as many times further "
+        "back.",
+    )
     curvature_fraction: float | tuple[float, float] = _field(
         1.0,
         "part of each minibatch for the factors and for the exact products, one number or a pair (τ₁, τ₂ of methods "
@@ -106,7 +112,14 @@ class Factors(Settings):
     )
 
     def __post_init__(self) -> None:
-        check_arguments({name: getattr(self, name) for name in ("power", "ema", "refresh", "low_rank")})
+        check_arguments(
+            {name: getattr(self, name) for name in ("power", "ema", "refresh", "low_rank", "factors_every")}
+        )
+        if self.refresh % self.factors_every:
+            raise IncompatiblePair(
+                f"factors_every={self.factors_every} does not divide refresh={self.refresh}, so that some inverses "
+                f"would be made of old factors; take factors_every={self.refresh} or 1"
+            )
         fraction = self.curvature_fraction
         if isinstance(fraction, tuple) and len(fraction) != 2:
             raise IncompatiblePair(f"curvature_fraction is one number in (0, 1] or a pair, got {fraction}")
@@ -393,6 +406,7 @@ class DiagonalPreset(_Common, total=False):
     estimator: str | Estimator
     structure: str | Structure
     damping: str
+    factors_every: int
     curvature_fraction: float | tuple[float, float]
     low_rank: bool | None
     zeta_rule: GreedySearch | None
@@ -412,6 +426,7 @@ class GaussNewtonSettings(_Common, total=False):
 
     damping: str
     power: float
+    factors_every: int
     curvature_fraction: float | tuple[float, float]
     low_rank: bool | None
     zeta_rule: GreedySearch | None

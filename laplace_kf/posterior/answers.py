@@ -76,8 +76,17 @@ class Answers(Jobs, Shorthands):
         """
         if self._state is None:
             raise NotFitted(f"{what} needs a fitted posterior: call posterior.fit(train_loader) first")
+        state = self._state
+        if (
+            state.model is self.model
+            and state.forward is self.forward
+            and state.weights is self.weights
+            and state.likelihood is self.likelihood
+            and state.damping is self.damping
+        ):
+            return state
         return replace(
-            self._state, model=self.model, forward=self.forward, weights=self.weights, likelihood=self.likelihood,
+            state, model=self.model, forward=self.forward, weights=self.weights, likelihood=self.likelihood,
             damping=self.damping,
         )  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -183,7 +184,12 @@ class Fitted:
     def evidence(self, n: float, prior: PriorPrecision) -> Evidence:
         """The terms of the log evidence at N and λ."""
         given = prior_tensors(prior, self.layout, torch.zeros((), dtype=torch.float64))
-        return self.evidence_model().terms(n, given, self.likelihood)
+        model = self.evidence_model()
+        found = model.terms(n, given, self.likelihood)
+        factor = self.rescaled()[0]
+        factor = factor.detach().double().cpu() if isinstance(factor, Tensor) else factor
+        slope = partial(model.slope, n, factor, plain(prior), self.layout)
+        return Evidence(found.fit, found.log_det_ratio, found.scatter, slope)
 
     def penalty(self, n: float, prior: PriorPrecision) -> Tensor:
         """``½ (θ−μ)ᵀ Λ (θ−μ)`` at the model's current parameters, 0-dim and differentiable."""

@@ -48,7 +48,7 @@ def _checked(value: float | Tensor) -> float | Tensor:
         return _number(value)
     if value.dim():
         raise ShapeMismatch(f"prior_precision must be a number or 0-dim, got shape {tuple(value.shape)}")
-    _number(float(value.detach()))
+    _number(value.item())
     return value
 
 

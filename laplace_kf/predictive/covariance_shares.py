@@ -181,6 +181,8 @@ def _low_rank(piece: Piece, block: Block, matrix: LowRank, width: int) -> Tensor
         ``(1, G, n, W, W)``.
     """
     inverse = matrix.prior.expand(matrix.size).reciprocal()
+    if not len(matrix.values):  # a curvature of 0 has no vectors
+        return _diagonal(piece, block, inverse, width)
     solved = matrix.vectors * matrix.values.sqrt() * inverse[:, None]
     products = solved.new_zeros(piece.width * piece.count, len(matrix.values))
     for name, directions in piece.restricted(block, solved.T).items():

@@ -8,6 +8,7 @@ arguments of attention and recurrent layers, stochastic depth.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,6 +37,12 @@ __all__ = ["MCDropout", "mc_dropout"]
 aten = torch.ops.aten
 # what these do in training mode is not dropping: statistics of the minibatch, random slopes, power iterations
 _STEADY = (nn.modules.batchnorm._NormBase, nn.RReLU, parametrizations._SpectralNorm)
+_DRAWING = frozenset(
+    [
+        aten.bernoulli_.float, aten.bernoulli.p, aten.bernoulli.default, aten.bernoulli_.Tensor,
+        aten.native_dropout.default,
+    ]
+)  # fmt: skip
 _OFF = frozenset(["dropout_p", "p", "dropout", "training", "train"])
 
 
@@ -62,6 +69,8 @@ class _Masks(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _steady(func):
+            return func(*args, **kwargs)
         given = _arguments(func, args, kwargs)
         if func in (aten.bernoulli_.float, aten.bernoulli.p):
             mask = self._mask(args[0], float(given["p"]))
@@ -128,6 +137,13 @@ class _Masks(TorchDispatchMode):
 
 def _uniform(made: Tensor, generator: torch.Generator) -> Tensor:
     return made.uniform_(generator=generator)
+
+
+@functools.cache
+def _steady(func: Any) -> bool:
+    """Whether a function has nothing to do with masks, whatever it is called with: most have not."""
+    drawing = func in _DRAWING or torch.Tag.nondeterministic_seeded in func.tags
+    return not drawing and "batch_norm" not in str(func)
 
 
 def _arguments(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

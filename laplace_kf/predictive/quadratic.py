@@ -74,6 +74,9 @@ class SingleForm(Form):
             table = _pair_products(self.g[:, 0].unflatten(0, (groups, width)))  # (G, pairs, Q)
             found = torch.matmul(weights, table.flatten(0, 1).T).unflatten(2, table.shape[:2])  # (n, K, G, pairs)
             return _from_pairs(found.permute(1, 2, 0, 3), width)
+        if width == 1 and 2 * self.g.numel() <= WORKING:  # variances, in one run
+            found = torch.matmul(self.g.square().transpose(0, 1), weights.transpose(1, 2))  # (n, G, K)
+            return found.permute(2, 1, 0)[..., None, None]
         out = weights.new_empty(precisions, groups, self.count, width, width)
         tabulate = width == 1 or precisions >= TABLE_FROM
         each = groups * (width * (width + 1) // 2 if tabulate else 2 * width)
@@ -372,4 +375,6 @@ def _pair_products(columns: Tensor) -> Tensor:
 
 def _from_pairs(found: Tensor, width: int) -> Tensor:
     """``(..., pairs)`` to symmetric ``(..., W, W)``."""
+    if width == 1:
+        return found[..., None]
     return found[..., _pairs(width, found.device)[2]]

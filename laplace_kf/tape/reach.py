@@ -146,13 +146,21 @@ def _max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> list[Tensor |
     kernel, padding, dilation = node._saved_kernel_size, node._saved_padding, node._saved_dilation
     stride = node._saved_stride or kernel
     transposed = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[dims]
-    channel = given.abs().flatten(0, -dims - 1)[:, None]
+    everywhere = bool(given.all())  # then the windows are the same for every example and channel
+    one = given.new_ones(1, 1, *given.shape[-dims:])
+    channel = one if everywhere else given.abs().flatten(0, -dims - 1)[:, None]
     spread = transposed(channel, given.new_ones(1, 1, *kernel), stride=stride, dilation=dilation)
     room: list[int] = []
     for axis in reversed(range(dims)):  # F.pad lists the last axis first, and cuts where it is negative
         before = padding[axis]
         room += [-before, mine.shape[axis - dims] - (spread.shape[axis - dims] - before)]
-    return [_filled(mine, F.pad(spread, room).reshape(mine.shape)), *rest]
+    spread = F.pad(spread, room)
+    if not everywhere:
+        return [_filled(mine, spread.reshape(mine.shape)), *rest]
+    # equal numbers could cancel in the layers before: each channel and place has its own
+    rng = torch.Generator().manual_seed(3)
+    numbers = torch.randn(mine.shape[-dims - 1 :], generator=rng, dtype=torch.float64).to(spread)
+    return [_filled(mine, numbers * (spread[0] != 0)), *rest]
 
 
 def _adaptive_max_pool(node: Any, inputs: Gradients, outputs: Gradients) -> list[Tensor | None]:

@@ -147,6 +147,8 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "tokens": (Tokens, SEQUENCES),
     **{f"numerical {k}": (lambda k=k: Numerical(k), TABLE) for k in ("tokens", "einsum", "bmm", "matmul")},
     "einsum gate": (lambda: Gate(lambda x, w: torch.einsum("nd,d->nd", x, w), D), ROWS),
+    "einsum without a result": (lambda: Gate(lambda x, w: torch.einsum("bi,ij", x, w), D, D), ROWS),
+    "matrix from the right": (lambda: Gate(lambda x, w: w.sin().__rmatmul__(x), D, D), ROWS),
     "einsum matrix": (lambda: Gate(lambda x, w: torch.einsum("...d,de->...e", x, w), D, D), ROWS),
     "scalar gate": (lambda: Gate(lambda x, w: x * torch.sigmoid(w)), ROWS),
     "power": (lambda: Gate(lambda x, w: x.abs().clamp_min(1e-3) ** w, D), ROWS),

@@ -817,7 +817,7 @@ def test_tune_finds_the_grid_optimum(make: Callable[[], Any], structure: str) ->
             val, objective="nll", method="mc", n_data=N_GRID, prior_precision=PRIOR_GRID, samples=samples,
             generator=rng(9),
         )  # fmt: skip
-    reference = _mc_table(case, structure, val, 2000)
+    reference = _mc_table(case, structure, val, 800)  # five times as many draws: most of the error is that of the table
     rows = {(float(row["n_data"]), float(row["prior_precision"])): float(row["objective"]) for row in result.table}
     assert len(result.table) == len(rows) == len(N_GRID) * len(PRIOR_GRID)
     assert set(rows) == set(reference)

@@ -244,6 +244,47 @@ def test_likelihoods_without_draws_by_row_use_a_generator_for_every_row() -> Non
     assert spread.flatten().tolist() == pytest.approx([1.0] * 12, abs=0.7)
 
 
+def _poisson(outputs: torch.Tensor) -> torch.distributions.Distribution:
+    return torch.distributions.Poisson(outputs.exp())
+
+
+def _counts(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return (outputs.exp() - targets * outputs).sum(-1)
+
+
+def _two_counts(outputs: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return _counts(outputs, torch.stack(targets, -1))
+
+
+def _pair(outputs: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    drawn = torch.poisson(outputs.exp(), generator=generator)
+    return drawn[:, 0], drawn[:, 1]
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "targets"),
+    [
+        (lk.likelihoods.Poisson(), torch.ones(6, 2)),
+        (lk.likelihoods.FromDistribution(_poisson, curvature="hessian"), torch.ones(6, 2)),
+        (lk.likelihoods.FromLoss(_counts, sample=lambda z, g: torch.poisson(z.exp(), generator=g)), torch.ones(6, 2)),
+        (lk.likelihoods.FromLoss(_two_counts, sample=_pair), (torch.ones(6), torch.ones(6))),
+    ],
+    ids=["poisson", "distribution", "loss", "loss of pairs"],
+)
+def test_targets_drawn_row_by_row_are_scored_as_if_alone(likelihood: Any, targets: Any) -> None:
+    """Of independent counts, whichever way they are written down: the score is count minus rate."""
+    outputs = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(6, 2)
+    index = torch.arange(6) + 3
+    found = likelihood.drawn_score(outputs, targets, ExampleDraws(4, index))
+    for b in range(6):
+        own = tuple(t[b : b + 1] for t in targets) if isinstance(targets, tuple) else targets[b : b + 1]
+        alone = likelihood.drawn_score(outputs[b : b + 1], own, ExampleDraws(4, index[b : b + 1]))
+        torch.testing.assert_close(found[b : b + 1], alone, rtol=1e-12, atol=1e-12)
+    counts = found + outputs.exp()
+    torch.testing.assert_close(counts, counts.round(), rtol=0, atol=1e-9)
+    assert len(set(counts.flatten().tolist())) > 2
+
+
 class Doubled(lk.likelihoods.Bernoulli):
     """A user's own way to draw in a class that inherits draws by row."""
 

@@ -182,10 +182,9 @@ def test_ensemble_and_dropout_are_mixtures_of_their_networks(name):
     task = RegressionTask() if regression else ClassificationTask()
     given = Problem(task, (x[:50], y[:50]), (x[50:70], y[50:70]), (x[70:], y[70:]), 1 if regression else 2)
     config = calibration.Config(hidden=6, steps=60, members=3, dropout=[0.2, 0.5][regression:])
-    model = calibration._network(config, given, 0)
-    forecast, settings = calibration.COMPARED[ENSEMBLE](model, given, config, 0)
-    nets = calibration._members(model, given, config, 0)
-    assert nets[0] is model and len(nets) == 3
+    nets = calibration._trained(config, given, 0)
+    assert len(nets) == 3
+    forecast, settings = calibration.COMPARED[ENSEMBLE](nets, given, config, 0)
 
     def density(part, noise):
         found = [net(part[0]).detach() for net in nets]
@@ -199,7 +198,7 @@ def test_ensemble_and_dropout_are_mixtures_of_their_networks(name):
     torch.testing.assert_close(forecast.log_prob, density(given.test, noise), atol=1e-5, rtol=1e-4)
     for factor in (0.7, 0.9, 1.1, 1.3) if regression else ():
         assert density(given.val, noise).mean() >= density(given.val, factor * noise).mean() - 1e-3
-    forecast, settings = calibration.COMPARED[DROPOUT](model, given, config, 0)
+    forecast, settings = calibration.COMPARED[DROPOUT](nets, given, config, 0)
     assert settings["chosen"] in {f"{rate:g}" for rate in config.dropout}
     assert forecast.log_prob.isfinite().all()
 

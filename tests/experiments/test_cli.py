@@ -64,6 +64,7 @@ def test_list_shows_every_experiment_and_its_state(capsys):
         "ood_pairs",
         "uci",
         "attribution",
+        "attribution_text",
         "characters",
         "labels",
         "shakespeare",

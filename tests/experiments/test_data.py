@@ -110,6 +110,21 @@ def test_idx_images_are_scaled_and_shaped(root):
     assert labels.tolist() == [3, 9]
 
 
+def test_an_idx_file_is_unpacked_once_until_it_changes(root, monkeypatch):
+    unpacked, original = [], gzip.decompress
+    monkeypatch.setattr(gzip, "decompress", lambda raw: unpacked.append(1) or original(raw))
+    place = root / "notmnist/t10k-images-idx3-ubyte.gz"
+    write(place, idx(np.zeros((2, 28, 28), np.uint8)))
+    write(root / "notmnist/t10k-labels-idx1-ubyte.gz", idx(np.array([3, 9], np.uint8)))
+    images, labels = data.images("notmnist", "test")
+    images += 1.0  # everybody gets images of their own
+    labels += 1
+    again, same = data.images("notmnist", "test")
+    assert not again.any() and same.tolist() == [3, 9] and len(unpacked) == 2
+    write(place, idx(np.full((3, 28, 28), 255, np.uint8)))
+    assert data.images("notmnist", "test")[0].eq(1).all() and len(unpacked) == 3
+
+
 @pytest.mark.parametrize(
     "content",
     [b"not gzip", gzip.compress(b"\0\0"), idx(np.zeros((2, 28, 28), np.uint8))[:-5],

@@ -2,12 +2,16 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
 from experiments.__main__ import main
 from experiments.common.claims import Claim
 from experiments.ood import run as ood
+from experiments.ood.attacks import AttackConfig
+
+POSTERIORS = ("diagonal", "Kronecker", "Kronecker, balanced")
 
 
 def test_verdicts_are_on_the_mean_paired_difference():
@@ -33,13 +37,15 @@ def test_a_small_run_on_the_real_files(tmp_path):
     words = (
         "repeats=2 hidden=48 epochs=5 batch=20 lr=0.03 train_size=1500 val_size=200 test_size=150 "
         "ood_size=100 passes=1 samples=5 tune_size=60 tune_samples=2 n_data_factors=[1,1000] "
-        "prior_precisions=[0.01,100] mean_field=true progress=false"
+        "prior_precisions=[0.01,100] mean_field=true dampings=[balanced] progress=false "
+        f"networks={tmp_path / 'networks'}"
     )
-    assert main(["run", "E20", *words.split(), "--out", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "result.json").read_text())
+    out = tmp_path / "out"
+    assert main(["run", "E20", *words.split(), "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
     closed = ["", ", linearized", ", probit"]
-    laplace = [[f"{name}, untuned", *(f"{name}, tuned{how}" for how in closed)] for name in ("diagonal", "Kronecker")]
-    assert list(result["metrics"]) == ["MAP", "MC dropout", *laplace[0], *laplace[1], "mean field"]
+    laplace = [[f"{name}, untuned", *(f"{name}, tuned{how}" for how in closed)] for name in POSTERIORS]
+    assert list(result["metrics"]) == ["MAP", "MC dropout", *(name for row in laplace for name in row), "mean field"]
     assert result["seeds"] == [0, 1]
     assert all(len(found["accuracy"]["values"]) == 2 for found in result["metrics"].values())
     assert result["metrics"]["MAP"]["accuracy"]["mean"] > 0.8
@@ -47,5 +53,18 @@ def test_a_small_run_on_the_real_files(tmp_path):
     assert len(result["tuning"]["0"]["Kronecker"]["table"]) == 4
     assert result["stand_ins"] == []
     assert {"training", "Kronecker: curvature", "Kronecker: tuning"} <= set(result["seconds"]["0"])
-    written = sorted(path.name for path in tmp_path.iterdir())
+    written = sorted(path.name for path in out.iterdir())
     assert written == ["entropy.png", "reliability.png", "report.html", "result.json"]
+    assert len(list((tmp_path / "networks").iterdir())) == 4  # with dropout and mean field, for two seeds
+
+
+def test_the_attacks_find_the_networks_of_e20():
+    trained = {"hidden": 32, "epochs": 2, "lr": 0.01, "batch": 50, "schedule": "constant", "train_size": 500}
+    mine = ood.Config(**trained, networks="somewhere", passes=9, samples=7, test_size=50)
+    theirs = AttackConfig(**trained, networks="somewhere", count=10, curvature_size=100).network()
+    assert ood._place(mine, 3, "network with dropout") == ood._place(theirs, 3, "network with dropout")
+    for name in ood.TRAINING:
+        value = getattr(mine, name)
+        other = "cosine" if name == "schedule" else value / 2 if isinstance(value, float) else value + 1
+        assert ood._place(replace(mine, **{name: other}), 3, "net") != ood._place(mine, 3, "net"), name
+    assert ood._place(mine, 4, "net") != ood._place(mine, 3, "net")

@@ -30,12 +30,12 @@ FILES = pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_
 Config = partial(continual.Config, progress=False)
 
 
-def write_pictures(folder, rng, count, labels=None):
-    """Training and test files of 28x28 grey pictures in the IDX format; returns both pairs of arrays."""
+def write_pictures(folder, rng, count, side=28):
+    """Training and test files of grey pictures in the IDX format; returns both pairs of arrays."""
     found = []
     folder.mkdir(parents=True)
     for prefix, size in (("train", count), ("t10k", count)):
-        pixels = rng.integers(0, 256, (size, 28, 28), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (size, side, side), dtype=np.uint8)
         classes = (np.arange(size) % 10).astype(np.uint8)
         for kind, array in (("images-idx3", pixels), ("labels-idx1", classes)):
             header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
@@ -44,14 +44,14 @@ def write_pictures(folder, rng, count, labels=None):
     return found
 
 
-def stored(folder, monkeypatch):
+def stored(folder, monkeypatch, side=28):
     """A data folder with 40 random pictures of digits and of clothes, and of letters in one file; nothing else."""
     root = folder / "data"
     monkeypatch.setenv("LAPLACE_KF_DATA", str(root))
     monkeypatch.setattr(files, "_cache", lambda: folder / "cache")
     rng = np.random.default_rng(0)
     for name in ("mnist", "fashion-mnist", "notmnist"):
-        write_pictures(root / name, rng, 40)
+        write_pictures(root / name, rng, 40, side)
     for path in (root / "notmnist").glob("train-*"):
         path.unlink()
     return root
@@ -60,6 +60,12 @@ def stored(folder, monkeypatch):
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     return stored(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def little(tmp_path, monkeypatch):
+    """Of 7x7 pixels, for whole runs: the factors of a first layer are then of 50 rows, not of 785."""
+    return stored(tmp_path, monkeypatch, 7)
 
 
 SMALL = {"train_size": 30, "val_size": 10, "test_size": 20, "hidden": 5, "epochs": 1, "batch": 10}
@@ -74,7 +80,7 @@ def test_permuted_pixels_are_the_same_ones_in_every_image_of_a_task(root):
         assert not torch.equal(task.train[0], first.train[0])
         assert torch.equal(task.train[1], labels[:30])
         # where each pixel went, from the training images alone (random pixels: no two columns are equal)
-        source = [int((first.train[0] == column[:, None]).all(0).nonzero()[0]) for column in task.train[0].T]
+        source = (task.train[0][:, :, None] == first.train[0][:, None, :]).all(0).int().argmax(1).tolist()
         assert sorted(source) == list(range(784))
         assert torch.equal(task.test[0], first.test[0][:, source])
     assert not torch.equal(others[0].train[0], others[1].train[0])
@@ -285,7 +291,8 @@ def test_single_task_networks_know_nothing_of_each_other(root):
         ("vision", "single-task networks"),
     ],
 )
-def test_a_sequence_goes_on_after_the_last_finished_task(root, tmp_path, monkeypatch, stream, name):
+def test_a_sequence_goes_on_after_the_last_finished_task(request, tmp_path, monkeypatch, stream, name):
+    request.getfixturevalue("little" if stream == "permuted" else "root")
     config = Config(stream=stream, tasks=3, max_terms=1, estimator="sampled", **SMALL)
     tasks, method = streams.STREAMS[stream].tasks(config, 0).tasks, LEARNERS[name]
     path, train, asked = tmp_path / "part.pt", continual._train, []
@@ -313,7 +320,7 @@ def test_a_sequence_goes_on_after_the_last_finished_task(root, tmp_path, monkeyp
     assert len(asked) == 10
 
 
-def test_bounded_chains_and_synaptic_intelligence_are_what_they_are_called(root, monkeypatch):
+def test_bounded_chains_and_synaptic_intelligence_are_what_they_are_called(little, monkeypatch):
     config = Config(tasks=4, max_terms=2, **SMALL)
     tasks, seen = streams.STREAMS["permuted"].tasks(config, 0).tasks, []
     closing = streams.STREAMS["permuted"].closing
@@ -365,21 +372,31 @@ def test_published_numbers_stand_beside_the_tasks_that_there_are(root):
     ]  # fmt: skip
 
 
+RUN = ["tasks=3", "hidden=10", "epochs=1", "multipliers=[1]", "strengths=[0.1]", "progress=false"]
+
+
+@pytest.mark.parametrize("name", ["rotated_mnist", "E35", "E26"])
+def test_small_runs_of_the_other_streams(little, name, tmp_path):
+    """On pictures of a few pixels; runs on the real digits are in test_continual.py."""
+    words = [*RUN, "train_size=30", "val_size=10", "test_size=20", "batch=10"]
+    assert main(["run", name, *words, "--out", str(tmp_path / "run")]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["metrics"]
+    for found in result["metrics"].values():
+        assert all(math.isfinite(value) for value in found["average"])
+
+
 @FILES
 @pytest.mark.data
-@pytest.mark.parametrize("name", ["rotated_mnist", "streaming_regression", "E35", "E26"])
-def test_small_runs_of_the_other_streams(name, tmp_path):
-    words = ["tasks=3", "train_size=200", "val_size=100", "test_size=100", "hidden=10", "epochs=1", "batch=50",
-             "multipliers=[1]", "strengths=[0.1]", "progress=false"]  # fmt: skip
-    words += ["table=yacht", "sort_by=5"] if name == "streaming_regression" else []
-    assert main(["run", name, *words, "--out", str(tmp_path)]) == 0
+def test_a_small_run_over_a_table(tmp_path):
+    words = [*RUN, "train_size=200", "val_size=100", "test_size=100", "batch=50", "table=yacht", "sort_by=5"]
+    assert main(["run", "streaming_regression", *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     for found in result["metrics"].values():
         assert all(math.isfinite(value) for value in found["average"])
-    if name == "streaming_regression":
-        assert max(result["metrics"]["Kronecker online"]["average"]) < 0  # minus an error
-        assert result["metrics"]["joint training"]["log_likelihood"][0] < 0
-        assert (tmp_path / "error.png").is_file()
+    assert max(result["metrics"]["Kronecker online"]["average"]) < 0  # minus an error
+    assert result["metrics"]["joint training"]["log_likelihood"][0] < 0
+    assert (tmp_path / "error.png").is_file()
 
 
 @FILES

@@ -42,6 +42,38 @@ def test_training_leaves_the_model_in_eval_mode_and_learns():
     assert history[-1] < history[0]
 
 
+@pytest.mark.parametrize("schedule", [False, True])
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, schedule):
+    def run(kept=None, break_at=None):
+        model = training.mlp([6, 8, 2], dropout=0.3, seed=1)
+        batches = training.Batches(*problem(), 16, training.generator(1), transform=training.binarise)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5) if schedule else None
+        steps = []
+
+        def interrupt():
+            steps.append(1)
+            if len(steps) == break_at:
+                raise KeyboardInterrupt
+
+        history = training.train(
+            model, batches, optimizer, 5, seed=1, scheduler=scheduler, after_step=interrupt, kept=kept
+        )
+        return model, history, len(steps)
+
+    whole, losses, _ = run()
+    path = tmp_path / "networks" / "one.pt"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, break_at=10)  # in the third of five epochs of four steps
+    resumed, again, steps = run(path)
+    assert steps == 12
+    assert again == losses
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    _, finished, steps = run(path)
+    assert steps == 0 and finished == losses
+    assert [file.name for file in path.parent.iterdir()] == ["one.pt"]
+
+
 def test_penalty_and_after_step_are_used():
     seen = []
     _, plain = fit(0, epochs=1)

@@ -28,6 +28,15 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, dtype=F64, generator=rng(seed))
 
 
+def test_a_loss_that_does_not_look_at_the_outputs_has_no_score() -> None:
+    level = nn.Parameter(torch.ones((), dtype=F64))
+    likelihood = FromLoss(lambda z, y: level * y)
+    z, y = randn(4, 3), randn(4, seed=1)
+    assert torch.equal(likelihood.score(z, y), torch.zeros_like(z))
+    with pytest.warns(UserWarning, match="the second derivatives of the loss are 0"):
+        assert torch.equal(likelihood.hessian(z, y), torch.zeros(4, 3, 3, dtype=F64))
+
+
 def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z, y, reduction="none")
 

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import laplace_kf as lk
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, NonFinite, ShapeMismatch
 from laplace_kf.likelihoods import Categorical, FromLoss, Gaussian
+from laplace_kf.outputs.weighted import WeightedTargets
 from tests.checks import close
 
 F64 = torch.float64
@@ -411,6 +412,14 @@ def test_channels_first_with_weights_and_soft_targets(soft: bool) -> None:
     assert posterior.n_data == 3
     likelihood = posterior.likelihood
     assert likelihood.terms(targets) == 12
+
+
+def test_terms_of_a_weighted_example_are_its_own_times_its_weight() -> None:
+    w = torch.tensor([0.5, 2.0, 0.0], dtype=F64)
+    y = torch.tensor([[1.0, 2.0], [1.0, math.nan], [3.0, 4.0]], dtype=F64)
+    assert Gaussian().terms(WeightedTargets(y, w)) == 2 * 0.5 + 1 * 2.0
+    labels = torch.tensor([[0, 1, -100], [2, 0, 1], [1, 1, 1]])
+    assert Categorical().terms(WeightedTargets(labels, w)) == 2 * 0.5 + 3 * 2.0
 
 
 def test_layouts_of_soft_targets_that_cannot_be_told() -> None:

@@ -35,7 +35,10 @@ POOL = (
     "tests/structures", "tests/test_columns.py", "tests/test_owners.py", "tests/test_engine.py",
     "tests/test_aliases.py", "tests/optim", "tests/layouts", "tests/architectures/test_shared_tensors.py",
     "tests/padding", "tests/contracts/test_toys.py", "tests/architectures/test_precision.py",
-    "tests/continual/test_update.py", "tests/predictive/test_links.py",
+    "tests/continual/test_update.py", "tests/continual/test_bounded.py", "tests/predictive/test_links.py",
+    "tests/predictive/test_linearized.py", "tests/predictive/test_montecarlo.py", "tests/posterior/test_condition.py",
+    "tests/posterior/test_evidence.py", "tests/posterior/test_shared_blocks.py", "tests/posterior/test_tuning.py",
+    "tests/estimators", "tests/test_details.py", "tests/test_lookups.py", "tests/test_unused.py",
 )  # fmt: skip
 # For what lies outside of functions: the tests next to each folder, fastest first, in a fresh process.
 NEAREST = {
@@ -117,7 +120,7 @@ def run(arguments: argparse.Namespace) -> None:
     sample = sampled(arguments.seed)
     known = {m.key for m in (*sample, *named)}
     verdicts.rows = {key: row for key, row in verdicts.rows.items() if key in known}  # the others' lines have changed
-    sample = sample[: arguments.sample]
+    sample = [m for place, m in enumerate(sample) if place < arguments.sample or m.key in verdicts.rows]
     end = time.monotonic() + 60 * arguments.minutes
     in_functions = [m for m in sample if inside(m)]
     others = [(m, named.get(m) or NEAREST[m.folder]) for m in (*named, *sample) if m in named or not inside(m)]
@@ -126,12 +129,13 @@ def run(arguments: argparse.Namespace) -> None:
 
         reached = ROOT / "results" / f"reached-{fingerprint(in_functions)}.jsonl"
         reached.parent.mkdir(exist_ok=True)
-        done = {m.key for m in in_functions if m.key in verdicts.rows}
+        open_ = {key for key, row in verdicts.rows.items() if arguments.again and row["verdict"] not in NOTICED}
+        done = verdicts.rows.keys() - {key for key in open_ if not JUDGED.get(key, "").startswith("equivalent")}
         plugin = Mutants(
             in_functions, done, reached, verdicts.add, (arguments.reaching, arguments.beside), arguments.thin, end
         )
         options = ["-q", "-p", "no:cacheprovider", "--timeout=0"]
-        pytest.main([*options, *(str(ROOT / path) for path in POOL)], plugins=[plugin])
+        pytest.main([*options, *(str(ROOT / path) for path in arguments.tests or POOL)], plugins=[plugin])
     for mutant, tests in others if arguments.only != "inside" else ():
         again = verdicts.rows.get(mutant.key, {}).get("verdict") in (None, "unfit")
         if again and time.monotonic() < end:
@@ -184,6 +188,8 @@ if __name__ == "__main__":
     parser.add_argument("--beside", type=float, default=5.0, help="seconds of other tests in their files")
     parser.add_argument("--thin", type=int, default=1, help="try one in so many parameters of each test")
     parser.add_argument("--only", choices=["inside", "outside"], help="mutants in functions, or the others")
+    parser.add_argument("--again", action="store_true", help="also those not noticed, but for equivalent ones")
+    parser.add_argument("--tests", nargs="*", help="tests for mutants in functions, in place of POOL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="write docs/mutants.md from what was run")
     chosen = parser.parse_args()

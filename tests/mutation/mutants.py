@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
-import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from tests.mutation.named import NAMED
@@ -21,18 +22,23 @@ SWAPS: dict[type[ast.AST], type[ast.AST]] = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """A file of the package with ``old`` at ``(line, column)`` replaced by ``new``."""
+    """A file of the package with ``old`` at ``(line, column)`` replaced by ``new``.
+
+    Its ``key`` does not count lines, so that a verdict stays with it while other code of the file changes: ``where`` is
+    the function and the text of its line, and which one of its like there it is.
+    """
 
     file: str
     line: int
     column: int
     old: str
     new: str
+    where: str
 
     @property
     def key(self) -> str:
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
-        return f"{self.file}:{self.line}:{self.column} `{old}` -> `{new}`"
+        return f"{self.file} {self.where}: `{old}` -> `{new}`"
 
     @property
     def folder(self) -> str:
@@ -51,7 +57,8 @@ def by_name() -> dict[Mutant, list[str]]:
         source = (ROOT / file).read_text(encoding="utf-8")
         assert source.count(old) == 1, (file, old)
         before = source[: source.index(old)]
-        found[Mutant(file, before.count("\n") + 1, len(before) - before.rfind("\n") - 1, old, new)] = tests
+        column = len(before) - before.rfind("\n") - 1
+        found[Mutant(file, before.count("\n") + 1, column, old, new, "by name")] = tests
     return found
 
 
@@ -80,19 +87,22 @@ def mutants(path: Path) -> Iterator[Mutant]:
     """All of one file; not in annotations, messages of errors, docstrings and lists of names."""
     source = path.read_text(encoding="utf-8")
     lines = source.splitlines()
+    often: Counter[tuple[str, str, str]] = Counter()
 
-    def walk(node: ast.AST) -> Iterator[ast.AST]:
+    def walk(node: ast.AST, within: str) -> Iterator[tuple[ast.AST, str]]:
         if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr)):
             return
-        yield node
+        yield node, within
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            within = f"{within}.{node.name}".lstrip(".")
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list"):
                 continue
             for one in value if isinstance(value, list) else [value]:
                 if isinstance(one, ast.AST):
-                    yield from walk(one)
+                    yield from walk(one, within)
 
-    for node in walk(ast.parse(source)):
+    for node, within in walk(ast.parse(source), ""):
         if getattr(node, "lineno", 0) != getattr(node, "end_lineno", 1):
             continue
         text = lines[node.lineno - 1].encode()  # type: ignore[attr-defined]
@@ -100,15 +110,23 @@ def mutants(path: Path) -> Iterator[Mutant]:
         old = text[node.col_offset : node.end_col_offset].decode()  # type: ignore[attr-defined]
         for other in changed(node):
             new = ast.unparse(ast.fix_missing_locations(other))
-            whole = isinstance(node, ast.Expr)
-            yield Mutant(str(path.relative_to(ROOT)), node.lineno, column, old, new if whole else f"({new})")  # type: ignore[attr-defined]
+            if not isinstance(node, ast.Expr):
+                new = f"({new})"
+            where = f"{within or 'module'} `{lines[node.lineno - 1].strip()}`"  # type: ignore[attr-defined]
+            often[where, old, new] += 1
+            if often[where, old, new] > 1:
+                where += f" #{often[where, old, new]}"
+            yield Mutant(str(path.relative_to(ROOT)), node.lineno, column, old, new, where)  # type: ignore[attr-defined]
 
 
 def sampled(seed: int) -> list[Mutant]:
-    """All mutants, in a random order that takes the folders in turn."""
-    chance = random.Random(seed)
+    """All mutants, in a random order that takes the folders in turn; the order of two of them is always the same."""
+
+    def chance(mutant: Mutant) -> bytes:
+        return sha256(f"{seed} {mutant.key}".encode()).digest()
+
     queues = []
     for folder in FOLDERS:
         found = [m for path in sorted((ROOT / "laplace_kf" / folder).glob("*.py")) for m in mutants(path)]
-        queues.append(chance.sample(found, len(found)))
+        queues.append(sorted(found, key=chance))
     return [queue[k] for k in range(max(map(len, queues))) for queue in queues if k < len(queue)]

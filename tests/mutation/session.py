@@ -143,7 +143,10 @@ class Mutants:
         rows = map(json.loads, self.reached.read_text(encoding="utf-8").splitlines())
         reaching: dict[str, list[str]] = {}
         seconds = {}
+        here = {item.nodeid for item in self.items}
         for row in rows:
+            if row["test"] not in here:
+                continue
             seconds[row["test"]] = row["seconds"]
             for reached in row["reaches"]:
                 reaching.setdefault(reached, []).append(row["test"])

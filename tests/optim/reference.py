@@ -80,6 +80,7 @@ class Reference:
     momentum: bool = False
     ema: float = 0.0
     refresh: int = 1
+    factors_every: int = 1
     tau_every: int = 5
     tau_factor: float = 0.95**5
     low: float = 0.75
@@ -88,6 +89,7 @@ class Reference:
     zeta_factor: float = 0.95**20
     gamma: bool = False
     step_number: int = 0
+    measured: int = 0
     previous: Tensor | None = None
     kept: list[Block] | None = None
     inverse: Tensor | None = None
@@ -103,7 +105,9 @@ class Reference:
         exact = oracles.dense_ggn(self.model, x, y, self.nll) if self.exact is None else self.exact(self.model, x, y)
         eye = torch.eye(len(theta), dtype=theta.dtype)
         curved = exact + (self.tau + self.l2) * eye
-        self.kept = mix(self.kept, self.factors(self.model, x, y), min(1 - 1 / k, self.ema))
+        if k <= 3 or k % self.factors_every == 0:
+            self.measured += 1
+            self.kept = mix(self.kept, self.factors(self.model, x, y), min(1 - 1 / self.measured, self.ema))
         values = [self.zeta]
         if k % self.zeta_every == 0:
             f = self.zeta_factor

@@ -99,6 +99,35 @@ def test_accumulated_minibatches_are_one_minibatch(name: str) -> None:
     torch.testing.assert_close(*found, rtol=1e-7, atol=1e-9)
 
 
+def test_a_step_on_a_minibatch_drops_those_that_were_taken_in_before() -> None:
+    x, y = (t.double() if t.is_floating_point() else t for t in big(30))
+    found = []
+    for before in (False, True):
+        model = ref.net([4, 6, 3])
+        opt = lk.optim.kflr(model, "categorical", l2=0.1)
+        if before:
+            opt.backward(x.flip(0) + 1, y)
+        found.append((float(opt.step(x, y)), oracles.flat_parameters(model)))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_gradients_that_are_clipped_before_the_first_step_are_used(low_rank: bool) -> None:
+    """Also where the factors of a gradient are at hand: they are those of the gradient as it was."""
+    x, y = (t.double() if t.is_floating_point() else t for t in big(4))
+    moved = []
+    for scale in (1.0, 0.25):
+        model = ref.net([4, 40, 40, 3])
+        theta = oracles.flat_parameters(model)
+        opt = lk.optim.kflr(model, "categorical", l2=0.0, adapt_tau=False, adapt_zeta=False, low_rank=low_rank)
+        opt.backward(x, y)
+        for p in model.parameters():
+            p.grad.mul_(scale)
+        opt.step()
+        moved.append(oracles.flat_parameters(model) - theta)
+    torch.testing.assert_close(moved[1], 0.25 * moved[0], rtol=1e-7, atol=1e-12)
+
+
 def test_gradient_of_the_regularised_loss_and_clipping() -> None:
     model = ref.net([4, 6, 3])
     x, y = (t.double() if t.is_floating_point() else t for t in big(30))

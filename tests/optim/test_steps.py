@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import laplace_kf as lk
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.optim.damping import StartSearch, ratio
+from laplace_kf.optim.objective import Objective
+from laplace_kf.optim.running import Running
 from tests import oracles
 from tests.optim import reference as ref
 
@@ -49,8 +51,9 @@ def test_botev_steps(estimator: str, damping: str) -> None:
     assert dense.zeta != 9.0 and dense.tau != 0.7  # both rules acted
 
 
-def test_martens_steps() -> None:
-    """Momentum, dead zone for τ, γ in place of ζ, stale inverses; the first step has no previous update."""
+@pytest.mark.parametrize("every", [1, 2, 4])
+def test_martens_steps(every: int) -> None:
+    """Momentum, dead zone for τ, γ in place of ζ, stale inverses and factors; the first has no previous update."""
     nll = oracles.bernoulli_nll
     rng = torch.Generator().manual_seed(5)
     batches = [
@@ -59,9 +62,11 @@ def test_martens_steps() -> None:
     ]
     dense = ref.Reference(
         ref.net([2, 3, 2]), nll, ref.kflr(nll), 0.5, 0.5, l2=1e-2, momentum=True, ema=0.95, refresh=4, low=0.25,
-        gamma=True,
+        gamma=True, factors_every=every,
     )  # fmt: skip
-    opt = lk.optim.kfac(ref.net([2, 3, 2]), "bernoulli", estimator="exact", tau=0.5, zeta=0.5, l2=1e-2, refresh=4)
+    opt = lk.optim.kfac(
+        ref.net([2, 3, 2]), "bernoulli", estimator="exact", tau=0.5, zeta=0.5, l2=1e-2, refresh=4, factors_every=every
+    )
     run(opt, dense, batches)
     assert dense.log[0]["mu"] == 0.0 and dense.log[1]["mu"] != 0.0
     assert dense.zeta != 0.5 and dense.tau != 0.5
@@ -297,3 +302,43 @@ class Affine(nn.Module):
             s = layer(torch.cat([a, ones], 1) @ self.omegas[k].T) @ self.phis[k].T
             a = torch.tanh(s)
         return s
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
+def test_factors_of_some_steps_only(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minibatches in between are not measured; a state that is loaded goes on in the same rhythm."""
+    settings: dict[str, Any] = {"structure": structure, "refresh": 4, "factors_every": 4, "ema": 0.9, "zeta": 0.3}
+    if structure != "kron":
+        settings["damping"] = "exact"
+    taken: list[int] = []
+    take = Running.take
+    monkeypatch.setattr(Running, "take", lambda self, part, step: (taken.append(step + 1), take(self, part, step))[1])
+    opt = lk.optim.GaussNewton(ref.net([3, 4, 3]), "categorical", "exact", **settings)
+    other = lk.optim.GaussNewton(ref.net([3, 4, 3]), "categorical", "exact", **settings)
+    for number in range(13):
+        opt.step(*ref.batch(6, 3, 3, number))
+        if number == 5:
+            other.load_state_dict(opt.state_dict())
+            other.model.load_state_dict(opt.model.state_dict())
+    assert taken == [1, 2, 3, 4, 8, 12]
+    for number in range(6, 13):
+        other.step(*ref.batch(6, 3, 3, number))
+    torch.testing.assert_close(oracles.flat_parameters(other.model), oracles.flat_parameters(opt.model), rtol=0, atol=0)
+    with pytest.raises(IncompatiblePair, match="does not divide refresh=4"):
+        lk.optim.GaussNewton(ref.net([3, 4, 3]), "categorical", "exact", **{**settings, "factors_every": 3})
+
+
+def test_no_products_where_nothing_asks_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a step length and without a ratio to measure, the exact curvature is not multiplied with anything."""
+    nll, (x, y) = oracles.categorical_nll, ref.batch(6, 3, 3, 0)
+    plain: dict[str, Any] = {"rescale": False, "adapt_tau": False, "adapt_zeta": False, "zeta": 0.3, "tau": 0.3}
+    opt = lk.optim.GaussNewton(ref.net([3, 4, 3]), "categorical", "exact", lr=0.1, **plain)
+    monkeypatch.setattr(Objective, "products", lambda *given: pytest.fail("a product"))
+    model = ref.net([3, 4, 3])
+    theta = oracles.flat_parameters(model)
+    blocks = ref.kflr(nll)(model, x, y)
+    metric = oracles.assemble(blocks, len(theta), lambda block: ref.damped_block(block, 0.3, "balanced"))
+    opt.step(x, y)
+    wanted = theta - 0.1 * torch.linalg.solve(metric, ref.gradient(model, x, y, nll))
+    torch.testing.assert_close(oracles.flat_parameters(opt.model), wanted, rtol=1e-8, atol=1e-10)
+    assert math.isnan(opt.diagnostics["model_decrease"]) and "model_decrease" not in opt.progress()

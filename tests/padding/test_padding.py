@@ -179,6 +179,25 @@ def test_positions_of_dead_units_and_of_maxima_that_lost_count() -> None:
     assert [float(parts[2]) for parts in stats.sums.values()] == [48, 12, 3]
 
 
+class Causal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.head = (nn.Linear(4, out) for out in (4, 4, 4, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x)[:, None] for layer in (self.q, self.k, self.v))  # (N, heads, T, d)
+        return self.head(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0])
+
+
+def test_the_first_token_of_causal_attention_counts_as_a_query() -> None:
+    """It has one key alone, so that its query changes nothing, here as in any other data: counted, with a zero."""
+    x, y = torch.randn(6, 5, 4, generator=rng(0)).double(), torch.randint(0, CLASSES, (6, 5), generator=rng(1))
+    found = lk.curvature.estimate(seeded(Causal).double(), "categorical", [(x, y)], "kron")
+    assert {name: float(found.sums[name][2]) for name in ("q", "k", "v", "head")} == dict.fromkeys("qkv", 30.0) | {
+        "head": 30.0
+    }
+
+
 def test_a_pixel_that_is_never_read_does_not_count() -> None:
     """Pooling 5 rows by two leaves the last one out: no output is a function of it."""
     model = seeded(

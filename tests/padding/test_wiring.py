@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 import laplace_kf as lk
 from laplace_kf.tape import observation as passes
+from laplace_kf.tape.reach import reached
 from tests.padding.networks import CLASSES, rng, seeded
 
 STEPS = 5
@@ -312,3 +315,28 @@ def test_half_precision_is_asked_about_every_time(asked: list[int]) -> None:
     x, y = data()[0].bfloat16(), torch.randint(0, CLASSES, (4, STEPS), generator=rng(0))
     lk.curvature.estimate(model, "categorical", [(x, y)] * 3, "kron")
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_windows_of_a_maximum_are_reached_and_nothing_else(cut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows with gaps between them, weights that sum to nothing; where all is counted, one image says it for all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.MaxPool2d(2, 3, padding=1), nn.Conv2d(2, 1, 2), nn.Flatten()).double()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[[1.0, -1.0], [-1.0, 1.0]], [[-1.0, 1.0], [1.0, -1.0]]])[None])
+    seen: list[tuple[int, ...]] = []
+    spread = F.conv_transpose2d
+    monkeypatch.setattr(
+        F, "conv_transpose2d", lambda x, *args, **more: (seen.append(tuple(x.shape)), spread(x, *args, **more))[1]
+    )
+    hidden = model[0](torch.randn(3, 1, 8, 8).double())
+    outputs = model[1:](hidden)
+    counted = torch.ones_like(outputs, dtype=torch.bool)
+    counted[1] = not cut
+    (found,) = reached(outputs, [get_gradient_edge(hidden)], counted)
+    looked = torch.zeros(8, dtype=torch.bool)
+    looked[[0, 2, 3, 5, 6]] = True  # windows [-1, 0], [2, 3], [5, 6]
+    wanted = (looked[:, None] & looked).expand(3, 2, 8, 8).clone()
+    wanted[1] &= not cut
+    assert torch.equal(found != 0, wanted)
+    assert seen == ([(6, 1, 3, 3)] if cut else [(1, 1, 3, 3)])

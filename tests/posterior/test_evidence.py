@@ -288,3 +288,49 @@ def test_one_lambda_takes_one_sum_over_the_nodes_of_all_blocks(monkeypatch: pyte
     assert torch.isfinite(fitted("kron", "factored").evidence(prior_precision=0.7).total), (
         "no such sum for this damping"
     )
+
+
+def chained() -> Any:
+    first = fitted("kron", prior_precision=0.9)
+    return first.update((normal(5, 3, seed=4), normal(5, 2, seed=5)))
+
+
+@pytest.mark.parametrize("make", [*(lambda s=s, d=d: fitted(s, d) for s, d in STRUCTURES), chained])
+def test_slope_without_a_graph_is_the_derivative(make: Any) -> None:
+    """One λ and λ by patterns; N and the noise of now, those at the time of the call."""
+    posterior = make()
+    for step in range(2):
+        prior = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+        (wanted,) = torch.autograd.grad(posterior.evidence(9.0, prior).total, prior)
+        assert abs(float(wanted)) > 1e-3
+        for given in (1.3, prior):
+            with torch.inference_mode():
+                evidence = posterior.evidence(9.0, given)
+                found = evidence.slope
+            assert found.shape == () and not found.requires_grad and found.dtype == torch.float64
+            assert float(found) == pytest.approx(float(wanted), rel=1e-10)
+            assert float(found) == pytest.approx(float(wanted), rel=1e-10)
+        late = posterior.evidence(9.0, prior)
+        with torch.no_grad():
+            prior.mul_(5)
+        if step == 0:
+            posterior.likelihood = lk.likelihoods.Gaussian(scale=torch.tensor(0.5, dtype=torch.float64))
+        assert float(late.slope) == pytest.approx(float(wanted), rel=1e-10), "at the λ and noise it was asked at"
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "full"])
+def test_slope_by_patterns(structure: str) -> None:
+    posterior = fitted(structure)
+    leaves = {name: torch.tensor(v, dtype=torch.float64, requires_grad=True) for name, v in (("0.*", 1.3), ("*", 0.2))}
+    wanted = torch.autograd.grad(posterior.evidence(prior_precision=leaves).total, list(leaves.values()))
+    found = posterior.evidence(prior_precision={"0.*": 1.3, "*": 0.2}).slope
+    assert list(found) == list(leaves)
+    torch.testing.assert_close(list(found.values()), list(wanted), rtol=1e-10, atol=1e-12)
+
+
+def test_slope_of_one_prior_is_a_sum_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    posterior = fitted("kron")
+    posterior.likelihood = lk.likelihoods.Gaussian(scale=0.4)
+    slow = sum(posterior.evidence(prior_precision={"0.*": 0.7, "*": 0.7}).slope.values())
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: pytest.fail("a backward pass"))
+    torch.testing.assert_close(posterior.evidence(prior_precision=0.7).slope, slow, rtol=1e-11, atol=1e-12)

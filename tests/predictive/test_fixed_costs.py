@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.operators import spectral
+from laplace_kf.predictive import quadratic
 from laplace_kf.randomness import same_foreign_states, same_random_states
 from laplace_kf.tape import Observation
 from laplace_kf.tape import checked as check
@@ -218,3 +220,32 @@ def test_other_generators_of_numpy_are_put_back_too(monkeypatch: pytest.MonkeyPa
     with same_random_states(), same_random_states():
         draw()
     assert states() == before
+
+
+def test_variances_of_one_output_take_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to those by runs and pairs of columns, which do not run."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(5, 3).double()
+    posterior = lk.LaplacePosterior(model, "gaussian").fit((x, torch.randn(5, 1).double()))
+    with monkeypatch.context() as slow:
+        slow.setattr(quadratic, "WORKING", 1)
+        wanted = posterior.functional_covariance(x)
+    torch.testing.assert_close(wanted[..., 0], oracle(model, posterior, x), rtol=1e-9, atol=1e-12)
+    monkeypatch.setattr(quadratic, "_runs", lambda *given: pytest.fail("by runs"))
+    monkeypatch.setattr(quadratic, "_pairs", lambda *given: pytest.fail("by pairs"))
+    torch.testing.assert_close(posterior.functional_covariance(x), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_a_precision_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is positive; one that is not is refused every time, also after a good one."""
+    _, posterior, x = fitted()
+    first = posterior.predict(x, "linearized").mean
+    with monkeypatch.context() as once:
+        once.setattr(spectral, "require_positive", lambda *given: pytest.fail("looked at again"))
+        torch.testing.assert_close(posterior.predict(x, "linearized").mean, first, rtol=0, atol=0)
+    for bad in (0.0, float("nan"), float("inf"), -1.0):
+        grid = torch.ones(1, 2, 3).index_fill(2, torch.tensor(1), bad)
+        matrix = spectral.Spectral(spectral.Basis.identity(), spectral.Basis.identity(), grid, "bad")
+        for _ in range(2):
+            with pytest.raises(lk.errors.NotPositiveDefinite):
+                matrix.require_positive()

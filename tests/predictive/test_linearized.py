@@ -14,7 +14,6 @@ from laplace_kf.operators import Basis, Blockwise, LowRank, Matrix, Ridge, Spect
 from laplace_kf.predictive import Linearization, covariance_shares, linearized, quadratic
 from laplace_kf.predictive.precision_family import PrecisionFamily
 from laplace_kf.tape import Block
-from tests import oracles
 from tests.cases import BY_NAME, CASES, Case, Problem, build, labels, mlp, normal, rng, tagged, truth
 from tests.checks import Largest, close
 from tests.fits import fitted_once
@@ -128,7 +127,7 @@ def test_several_precisions_at_once(name: str, keep: bool) -> None:
     grid = [(n, p) for n in (1.0, 50.0, 1e3) for p in (1e-2, 1.0, 1e3)]
     precisions = [posterior.precision_at(n, p) for n, p in grid]
     together = network.covariances(precisions)
-    jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names)
+    jacobian = truth(case).jacobian
     for k, precision in enumerate(precisions):
         dense = jacobian @ torch.linalg.solve(precision.dense(), jacobian.transpose(1, 2))
         close(together[k], dense)
@@ -182,9 +181,9 @@ def test_unequal_priors(name: str, structure: str) -> None:
     case = BY_NAME.get(name) or BY_NAME["conv2d"]
     prior = {"*bias*": 3.0, "*": 0.4}
     problem, posterior = fitted(case, structure, prior_precision=prior)
-    jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names).flatten(0, 1)
+    jacobian = truth(case).jacobian.flatten(0, 1)
     joint = jacobian @ torch.linalg.solve(posterior.precision.dense(), jacobian.T)
-    check(posterior, problem, joint, torch.cat(oracles.outputs(problem.model, problem.x, problem.n)))
+    check(posterior, problem, joint, truth(case).outputs)
 
 
 def whole(posterior: Any, matrix: Matrix) -> Blockwise:
@@ -206,7 +205,7 @@ def test_low_rank_plus_diagonal(case: Case, equal: bool, monkeypatch: pytest.Mon
     values = torch.tensor([30.0, 4.0, 0.2, 0.0], dtype=torch.float64)[: vectors.shape[1]]
     prior = torch.tensor(0.8, dtype=torch.float64) if equal else normal(problem.size, seed=6).square() + 0.3
     precision = whole(posterior, LowRank(vectors, values, prior))
-    jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names).flatten(0, 1)
+    jacobian = truth(case).jacobian.flatten(0, 1)
     joint = jacobian @ torch.linalg.solve(precision.dense(), jacobian.T)
     network = Linearization(problem.model, None, posterior.mean, problem.x)
     close(network.covariance(precision, joint=True), joint)
@@ -242,7 +241,7 @@ def test_any_matrix(name: str) -> None:
     problem, posterior = fitted(case, "kron")
     root = normal(problem.size, problem.size, seed=8)
     matrix = root @ root.T + torch.eye(problem.size, dtype=torch.float64)
-    jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names)
+    jacobian = truth(case).jacobian
     network = Linearization(problem.model, None, posterior.mean, problem.x)
     by_block = Blockwise(posterior.precision.layout, [(b, Plain(m.dense())) for b, m in posterior.precision.entries])
     for precision in (whole(posterior, Plain(matrix)), by_block):
@@ -400,6 +399,6 @@ def test_subnetwork_of_single_weights() -> None:
     subnetwork = lk.Subnetwork(size, by="magnitude")
     posterior = lk.LaplacePosterior(problem.model, "categorical", structure="full", parameters=subnetwork)
     posterior.fit([problem.batch()])
-    jacobian = oracles.jacobian(problem.model, problem.x, problem.n, problem.names)[..., chosen]
+    jacobian = truth(BY_NAME["layernorm"]).jacobian[..., chosen]
     dense = jacobian @ torch.linalg.inv(posterior.precision.dense()) @ jacobian.transpose(1, 2)
     close(posterior.functional_covariance(problem.x), dense)

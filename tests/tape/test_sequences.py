@@ -70,6 +70,19 @@ def test_sums_are_those_of_the_tape(structure: str, estimator: str) -> None:
               dense(Wrapped(made()), x, y, structure, estimator=estimator), 1e-11)  # fmt: skip
 
 
+def test_columns_that_are_handed_in_stay_what_they_are() -> None:
+    """Where the last layer is an activation, too: its slope meets the columns themselves."""
+    model = nn.Sequential(*net(), nn.Tanh())
+    x, y = data()
+    observation = tracer.Tracer(model, None).observe((x, y))
+    columns = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(5)).double()
+    before = columns.clone()
+    (last, g), *_ = observation.require_chain().backward(columns)
+    assert torch.equal(columns, before)
+    close(g, before * (1 - model(x).detach().square()))
+    assert last.key[0] == "4.weight"
+
+
 @pytest.mark.parametrize("activation", list(sequences._ACTIVATIONS), ids=lambda kind: kind.__name__)
 def test_every_activation_has_the_slope_of_autograd(activation: type[nn.Module], no_tape: None) -> None:
     torch.manual_seed(0)
