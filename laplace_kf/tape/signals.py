@@ -62,8 +62,7 @@ def _add_columns(total: Tensor, rows: Tensor) -> None:
 
 def _add_sketch(total: Tensor, rows: Tensor, directions: Tensor) -> None:
     """Adds ``rowsᵀ (rows Ω)`` for rows ``(K, d)`` and ``Ω (d, k)`` to ``total (d, k)``."""
-    rows = rows.to(total)
-    total.addmm_(rows.T, rows @ directions)
+    total.addmm_(rows.to(total).T, rows.to(total) @ directions)
 
 
 def widened(tensor: Tensor) -> Tensor:
