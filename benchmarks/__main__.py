@@ -30,6 +30,7 @@ NAMES = (
     "plans",
     "pruning",
     "tuning",
+    "wide_factors",
 )
 
 

@@ -33,6 +33,7 @@ PAGES = {
         "support",
         "papers_short",
     ),
+    "docs/many_outputs.md": ("wide_factors",),
     "docs/toy_regression.md": ("toy_regression",),
     "docs/ood_pairs.md": ("ood_pairs",),
     "docs/acquisition.md": ("labels",),

@@ -288,6 +288,19 @@ def many_outputs() -> str:
     return f"{result['workload']}; {machine_of(result)}.\n\n" + markdown(head, rows)
 
 
+def wide_factors() -> str:
+    """Errors of output factors by rank."""
+    result = load("benchmarks/results/wide_factors.json")
+    if result is None:
+        return "*Not run yet.*"
+    rows = [
+        [name, f"{cost['error']:.4f}", "" if cost["told"] is None else f"{cost['told']:.4f}", f"{cost['seconds']:.2f}"]
+        for name, cost in result["costs"].items()
+    ]
+    head = ["estimator, largest rank", "relative error", "as `summary()` tells", "fit, s"]
+    return f"{result['workload']}; {machine_of(result)}.\n\n" + markdown(head, rows)
+
+
 def optimizers() -> str:
     """Costs of the optimisers' steps."""
     result = load("benchmarks/results/optimizers.json")
@@ -469,6 +482,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "fit_cost": fit_cost,
     "optimizers": optimizers,
     "importance": importance,
+    "wide_factors": wide_factors,
     "auto_estimator": auto_estimator,
     "plans": plans,
     "penalty": penalty,

@@ -58,8 +58,8 @@ class OutputCurvature:
     outputs: Tensor
     targets: Any
 
-    def total(self) -> Tensor:
-        return self.likelihood.summed_curvature(self.outputs, self.targets)
+    def total(self, directions: Tensor | None = None) -> Tensor:
+        return self.likelihood.summed_curvature(self.outputs, self.targets, directions)
 
     def diagonal(self) -> Tensor:
         return self.likelihood.curvature_diagonal(self.outputs, self.targets)

@@ -115,10 +115,10 @@ class Likelihood(Predicting, Noise):
         return torch.einsum("kntc,sknt->sntc", root, torch.einsum("kntc,sntc->sknt", root, v))
 
     def _position_summed(
-        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None = None
+        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None, directions: Tensor | None
     ) -> Tensor:
         rows = masked(times(self._position_root(z, y), root_of(weight)), keep).flatten(0, 2)
-        return rows.T @ rows
+        return rows.T @ (rows if directions is None else rows @ directions)
 
     # what follows has closed forms in subclasses; these defaults go through the root, (K, N, T, C)
 
@@ -399,13 +399,16 @@ class Likelihood(Predicting, Noise):
         curved = self._position_curved(z, masked(rows, keep), given.y)
         return from_positions(masked(times(curved, self._bent(given)), keep), outputs)
 
-    def summed_curvature(self, outputs: Tensor, targets: Tensor | None = None) -> Tensor:
-        """The PSD output curvature added up over examples and positions, ``(C, C)``.
+    def summed_curvature(
+        self, outputs: Tensor, targets: Tensor | None = None, directions: Tensor | None = None
+    ) -> Tensor:
+        """The PSD output curvature added up over examples and positions, ``(C, C)``; or its product with directions.
 
-        Arguments and errors as :meth:`position_root`.
+        Arguments and errors as :meth:`position_root`; ``directions (C, K)`` for a product ``(C, K)``.
         """
         given = self._unpack(outputs, targets)
-        return self._position_summed(given.z, given.y, given.keep, self._bent(given))
+        along = None if directions is None else directions.to(given.z)
+        return self._position_summed(given.z, given.y, given.keep, self._bent(given), along)
 
     @torch.no_grad()
     def sample(self, outputs: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -273,11 +273,13 @@ class Categorical(Likelihood):
         return p * _sum_of_others(p)
 
     def _position_summed(
-        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None = None
+        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None, directions: Tensor | None
     ) -> Tensor:
         p = masked(torch.softmax(z, -1), keep)
         weighted = times(p, weight).flatten(0, 1)
         p = p.flatten(0, 1)
+        if directions is not None:
+            return weighted.sum(0)[:, None] * directions - p.T @ (weighted @ directions)
         total = -(p.T @ weighted)
         total.diagonal().copy_((weighted * _sum_of_others(p)).sum(0))  # the difference Σp − Σp² would cancel
         return total

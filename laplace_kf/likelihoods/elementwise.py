@@ -57,9 +57,10 @@ class DiagonalLikelihood(Likelihood):
         return v * self._diagonal(z, y).square()
 
     def _position_summed(
-        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None = None
+        self, z: Tensor, y: Tensor | None, keep: Tensor | None, weight: Tensor | None, directions: Tensor | None
     ) -> Tensor:
-        return torch.diag(masked(times(self._diagonal(z, y).square(), weight), keep).sum((0, 1)))
+        total = masked(times(self._diagonal(z, y).square(), weight), keep).sum((0, 1))
+        return torch.diag(total) if directions is None else total[:, None] * directions
 
 
 class ElementwiseLikelihood(DiagonalLikelihood):

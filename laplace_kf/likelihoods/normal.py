@@ -83,13 +83,14 @@ class GaussianOutputs:
             numbers: at most so many numbers in a block, where two draws are not more.
         """
         assert isinstance(self.covariance, Spread)
-        for part in runs(len(self.noise), 2 * self.mean.numel(), numbers):
-            spread = self.covariance.colour(self.noise[part])
+        stop = 0
+        for spread in self.covariance.coloured(self.noise, max(1, numbers // (2 * self.mean.numel()))):
+            stop += len(spread)
             block = spread.new_empty(2, *spread.shape)
             torch.add(self.mean, spread, out=block[0])
             torch.sub(self.mean, spread, out=block[1])
             block = block.flatten(0, 1)
-            yield block[:-1] if self.samples % 2 and part.stop == len(self.noise) else block
+            yield block[:-1] if self.samples % 2 and stop == len(self.noise) else block
 
     def part(self, examples: slice) -> GaussianOutputs:
         """Those of some examples; with an equal generator, of the same draws."""

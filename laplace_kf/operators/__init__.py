@@ -10,6 +10,7 @@ from laplace_kf.operators.kronecker import DAMPINGS, Damping, KroneckerBlock
 from laplace_kf.operators.lowrank import LowRank, LowRankBlock
 from laplace_kf.operators.merging import merged_to, overlap
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product, relative_error
+from laplace_kf.operators.poles import Poles
 from laplace_kf.operators.product import KroneckerProduct
 from laplace_kf.operators.products import (
     khatri_rao,
@@ -22,9 +23,12 @@ from laplace_kf.operators.products import (
 )
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.operators.tridiagonal import BlockTridiagonal, CrossFactors
+from laplace_kf.operators.wide import WideBlock, WideSpectral, inner_products
+from laplace_kf.operators.wide_factor import HELD_OUT, WideFactor, directions, sketch_width, wide_factor
 
 __all__ = [
     "DAMPINGS",
+    "HELD_OUT",
     "Basis",
     "BlockTridiagonal",
     "Blockwise",
@@ -41,16 +45,22 @@ __all__ = [
     "LowRank",
     "LowRankBlock",
     "Matrix",
+    "Poles",
     "Ridge",
     "Spectral",
     "SpectralBlock",
     "Sum",
     "TermSum",
+    "WideBlock",
+    "WideFactor",
+    "WideSpectral",
     "by_rows",
+    "directions",
     "factor_sum",
     "free_block",
     "fresh_generator",
     "in_common_bases",
+    "inner_products",
     "khatri_rao",
     "kron_logdet",
     "kron_matvec",
@@ -62,7 +72,9 @@ __all__ = [
     "overlap",
     "relative_error",
     "row_block",
+    "sketch_width",
     "standard_normal",
     "unvec",
     "vec",
+    "wide_factor",
 ]

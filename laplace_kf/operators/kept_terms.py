@@ -21,6 +21,7 @@ from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock
 from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
 from laplace_kf.operators.spectral import Basis, Spectral
+from laplace_kf.operators.wide import WideBlock
 
 __all__ = ["DRAW_TOLERANCE", "TOLERANCE", "KeptTerms", "TermSum", "diagonalised", "in_common_bases"]
 
@@ -228,13 +229,7 @@ class TermSum(Matrix):
         first, *others = (part.reshape(-1, *self.terms[0].shape) for part in noise.split(self.size, 1))
         total = self.prior.sqrt() * first
         for term, part in zip(self.terms, others, strict=True):
-            spectral = diagonalised(term)
-            part = spectral.grid.sqrt() * part
-            if spectral.outputs.matrix is not None:
-                part = torch.matmul(spectral.outputs.matrix, part)
-            if spectral.inputs.matrix is not None:
-                part = torch.matmul(part, spectral.inputs.matrix.mT)
-            total = total + part
+            total = total + _rooted(term, part)
         right = total.reshape(-1, self.size).T
         wanted = DRAW_TOLERANCE**2 * (right * self.preconditioner().solve(right)).sum(0)
         return self._iterated(right, lambda _, energy: energy <= wanted).T
@@ -273,10 +268,25 @@ def _zero(like: Tensor) -> Tensor:
 
 
 def diagonalised(term: CurvatureBlock) -> Spectral:
-    """A block ``(R, O, I)`` that is Kronecker, diagonal or known in an eigenbasis, in its own eigenbases."""
+    """A block ``(R, O, I)`` that is Kronecker, diagonal or known in an eigenbasis, in its own eigenbases.
+
+    A wide one by the diagonal of its output factor.
+    """
+    term = term.narrowed() if isinstance(term, WideBlock) else term
     found = term.precision(1.0, _zero(term.diag()), "exact")
     assert isinstance(found, Spectral)
     return found
+
+
+def _rooted(term: CurvatureBlock, noise: Tensor) -> Tensor:
+    """``L W`` for ``W (n, R, O, I)`` and a root ``L Lᵀ`` of a term."""
+    if isinstance(term, WideBlock):
+        return term.root(noise)
+    spectral = diagonalised(term)
+    out = spectral.grid.sqrt() * noise
+    if spectral.outputs.matrix is not None:
+        out = torch.matmul(spectral.outputs.matrix, out)
+    return out if spectral.inputs.matrix is None else torch.matmul(out, spectral.inputs.matrix.mT)
 
 
 def _marginal(basis: Basis, weights: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import eigh
 from laplace_kf.operators.base import Matrix
-from laplace_kf.operators.curvature import CurvatureBlock, DiagonalBlock, ridged
+from laplace_kf.operators.curvature import CurvatureBlock, ridged
 from laplace_kf.operators.kronecker_factors import definite, diagonal, full, generalised_basis
 from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
@@ -144,7 +144,7 @@ class KroneckerBlock(CurvatureBlock):
             )
         column = prior[:, :1, :]
         if not torch.equal(prior, column.expand_as(prior)):
-            return super().plus(DiagonalBlock(prior, self.label))
+            return ridged(self.scaled(n), prior)
         ones = torch.ones_like(diagonal(self.outputs))
         return KroneckerBlock(self.inputs, self.outputs, self.label, n * self.scale).plus(
             KroneckerBlock(column[:, 0], ones, self.label)
@@ -248,14 +248,17 @@ class Damping:
     Args:
         about: what it is, in a line.
         split: the share ω ``(R,)`` of ``A``; without, λ stands beside the product.
+        of_diagonals: whether the share hangs on the diagonals of the factors alone.
 
     Attributes:
         is_product: whether a damped Kronecker product is one, too.
     """
 
-    def __init__(self, about: str, split: Callable[[KroneckerBlock], Tensor] | None = None) -> None:
+    def __init__(
+        self, about: str, split: Callable[[KroneckerBlock], Tensor] | None = None, of_diagonals: bool = True
+    ) -> None:
         self.__doc__ = about
-        self.split = split
+        self.split, self.of_diagonals = split, of_diagonals
         self.is_product = split is not None
 
     def __call__(self, block: KroneckerBlock, n: float | Tensor, prior: Tensor) -> Ridge:
@@ -281,8 +284,8 @@ DAMPINGS.register("factored")(
 )
 DAMPINGS.register("balanced")(Damping("As factored with the damping split by ω (methods 5.2).", balance))
 DAMPINGS.register("balanced_frobenius")(
-    Damping("As balanced, with ω in the Frobenius norm.", lambda block: balance(block, frobenius))
+    Damping("As balanced, with ω in the Frobenius norm.", lambda block: balance(block, frobenius), False)
 )
 DAMPINGS.register("balanced_spectral")(
-    Damping("As balanced, with ω in the spectral norm.", lambda block: balance(block, spectral))
+    Damping("As balanced, with ω in the spectral norm.", lambda block: balance(block, spectral), False)
 )

@@ -131,6 +131,7 @@ class GaussNewton(SecondOrder):
 
     def _set_factors(self, factors: Factors, inner: Structure, estimator: Estimator) -> None:
         """Which curvature is kept, and how it is inverted."""
+        inner = inner.narrowed()
         self.estimator, self.inner = estimator, inner
         self.inverse, self.solver = INVERSES[factors.inverse], DAMPINGS[factors.damping]
         self.structure = self.inverse.structure(inner)

@@ -45,7 +45,7 @@ class Preconditioner:
         """
         inner, estimator = make_pair(self.structure, self.estimator, dict(self.options))
         INVERSES[self.inverse].check(DAMPINGS[self.damping])
-        return INVERSES[self.inverse].structure(inner), estimator
+        return INVERSES[self.inverse].structure(inner.narrowed()), estimator
 
     def build(self, statistics: Statistics, k: float) -> Matrix:
         """The preconditioner as a Matrix of size ``P``, from mean curvature and the damping ``k``."""

@@ -162,10 +162,10 @@ class _Arranged:
 
 
 def _takes(name: str, like_outputs: bool) -> Callable[..., Any]:
-    """A method ``(outputs, targets)`` whose result has the layout of the outputs, or none."""
+    """A method ``(outputs, targets, ...)`` whose result has the layout of the outputs, or none."""
 
-    def method(self: Any, outputs: Tensor, targets: Any = None) -> Any:
-        found = getattr(super(_Arranged, self), name)(*self._in(outputs, targets))
+    def method(self: Any, outputs: Tensor, targets: Any = None, *further: Any) -> Any:
+        found = getattr(super(_Arranged, self), name)(*self._in(outputs, targets), *further)
         return self._back(outputs, found) if like_outputs else found
 
     method.__name__ = name

@@ -81,6 +81,11 @@ class Spread(ABC):
     def colour(self, noise: Tensor) -> Tensor:
         """Standard normal ``(S, M)``, the same for every position, to draws ``(S, N, T, C)`` around 0."""
 
+    def coloured(self, noise: Tensor, count: int) -> Iterator[Tensor]:
+        """:meth:`colour` of noise ``(S, M)``, ``count`` draws at a time and fewer at the end."""
+        for part in noise.split(count):
+            yield self.colour(part)
+
     @abstractmethod
     def product(self, v: Tensor) -> Tensor:
         """``Σ v`` for one vector ``(C,)``, as ``(N, T, C)``."""

@@ -356,7 +356,7 @@ class Answers(Jobs, Shorthands):
                 several positions of an example), naming block and reason; for a link the likelihood does not have.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
-        self._fitted("predict")
+        mean = self._fitted("predict").mean_by_name(copy=False)
         if method == AUTO:
             drawn = space != AUTO or draws != "independent"
             method = "linearized" if link is not None else "mc" if drawn else self.method
@@ -372,7 +372,7 @@ class Answers(Jobs, Shorthands):
             check_finite(x, 0, "the input")
             found = rule(
                 Request(
-                    model, forward, self.likelihood, self.mean, lambda: self.precision, x, samples=samples,
+                    model, forward, self.likelihood, mean, lambda: self.precision, x, samples=samples,
                     generator=generator, space=space, draws=draws, link=link, keep_samples=keep_samples,
                     temperature=self._temperature,
                 )

@@ -98,8 +98,10 @@ class Fitted:
         """
         return parameters_of(self.model, self.layout.names, self.layout.shapes, "the posterior")
 
-    def mean_by_name(self) -> dict[str, Tensor]:
-        """The mean by parameter name, each of its parameter's shape, type and device (a copy).
+    def mean_by_name(self, copy: bool = True) -> dict[str, Tensor]:
+        """The mean by parameter name, each of its parameter's shape, type and device.
+
+        A copy, or with ``copy=False`` for what only reads it: a head of 50,000 classes is copied slower than used.
 
         Raises:
             ShapeMismatch: as :meth:`parameters`.
@@ -107,7 +109,7 @@ class Fitted:
         parts = self.layout.split(self.mean[None])
         whole = {n: part[0] + self.rest[n].to(part) if n in self.rest else part[0] for n, part in parts.items()}
         named = self.parameters()  # of types and devices, which the flat vector cannot keep
-        return {name: part.to(named[name], copy=True).detach() for name, part in whole.items()}
+        return {name: part.to(named[name], copy=copy).detach() for name, part in whole.items()}
 
     # -- the Gaussian --------------------------------------------------------------------------------------------------
 

@@ -105,6 +105,8 @@ def summary_of(fitted: Fitted, n: float, prior: PriorPrecision, structure: Struc
     title += f", layer rule {', '.join(failed)} failed its check (per-example gradients instead)" if failed else ""
     notes = {name: block.note for name, block in blocks.items() if block.note}
     notes |= fitted.statistics.structure.poorer(blocks)
+    for name, said in fitted.statistics.structure.errors(fitted.curvature).items():
+        notes[name] = f"{notes[name]}; {said}" if notes.get(name) else said
     for name, said in _lost(fitted.errors).items():
         notes[name] = f"{notes[name]}; {said}" if notes.get(name) else said
     factor, _ = fitted.rescaled()  # a noise scale that was set since the fit counts here as in the precision

@@ -30,6 +30,8 @@ from laplace_kf.operators import (
     LowRankBlock,
     Matrix,
     SpectralBlock,
+    WideBlock,
+    WideFactor,
     factor_sum,
     in_common_bases,
     merged_to,
@@ -277,7 +279,7 @@ class TaskChain:
         return Blockwise(layout, entries), total, (*self.errors, errors)
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors (any shapes, by name; at most three for every term of a block) and JSON-able values."""
+        """Tensors (any shapes, by name; a few for every term of a block) and JSON-able values."""
         tensors, kinds = {"chain/centre": self.centre}, {}
         for block, matrix in self.curvature.entries:
             assert isinstance(matrix, CurvatureBlock)
@@ -438,5 +440,19 @@ STORED.register("lowrank")(
         3,
         lambda b: (b.vectors, b.values, b.remainder),
         lambda p, n: LowRankBlock(p[0], p[1], p[2], n),
+    )
+)
+STORED.register("wide")(
+    _Stored(
+        WideBlock,
+        5,
+        lambda b: (
+            b.inputs,
+            b.outputs.vectors,
+            b.outputs.values,
+            b.outputs.remainder,
+            torch.tensor([float(b.scale), b.outputs.error, b.outputs.of_diagonal], dtype=torch.float64),
+        ),
+        lambda p, n: WideBlock(p[0], WideFactor(p[1], p[2], p[3], *p[4][1:].tolist()), n, float(p[4][0])),
     )
 )

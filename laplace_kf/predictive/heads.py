@@ -2,6 +2,7 @@
 
 Outputs ``W [a; 1]`` under ``Λ⁻¹ = (D_G ⊗ D_A) diag(1/S) (D_G ⊗ D_A)ᵀ`` have covariance ``D_G diag(w) D_Gᵀ`` with
 ``w_o = Σ_i ã_i² / S_oi`` and ``ã = D_Aᵀ [a; 1]``, at every position of their own. ``D_G`` belongs to the posterior.
+Where the output factor is low rank plus diagonal, it is a function of that (:mod:`laplace_kf.operators.poles`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from laplace_kf.models import autocasting
-from laplace_kf.operators import Basis, Blockwise, Ridge, Spectral
-from laplace_kf.outputs.spread import SharedBasis, runs
+from laplace_kf.operators import Basis, Blockwise, Poles, Ridge, Spectral, WideSpectral
+from laplace_kf.outputs.spread import SharedBasis, Spread, runs
+from laplace_kf.outputs.wide_spread import WideSpread
 from laplace_kf.predictive.quadratic import rotated_inputs
 from laplace_kf.predictive.suffix import Suffix
 from laplace_kf.tape import Block, Observation, OuterSignals
@@ -43,7 +45,7 @@ class LinearHead:
     inputs: Tensor
     outputs: Tensor
 
-    def spreads(self, precisions: Sequence[Blockwise], to_positions: ToPositions) -> list[SharedBasis] | None:
+    def spreads(self, precisions: Sequence[Blockwise], to_positions: ToPositions) -> list[Spread] | None:
         """As :func:`head_spreads`."""
         probe = torch.empty(self.outputs.shape, device="meta")  # an arrangement is a view: its strides say it all
         mine, theirs = probe.reshape(len(probe), -1, probe.shape[-1]), to_positions(probe)
@@ -82,7 +84,7 @@ def linear_head(model: nn.Module, mean: Mapping[str, Tensor], inputs: Sequence[T
 
 def head_spreads(
     observation: Observation, precisions: Sequence[Blockwise], to_positions: ToPositions
-) -> list[SharedBasis] | None:
+) -> list[Spread] | None:
     """Covariances of the outputs for each of ``K`` precisions; ``None`` unless the posterior is that of a last layer.
 
     Args:
@@ -99,17 +101,15 @@ def head_spreads(
     return _spreads(inputs, precisions)
 
 
-def _spreads(
-    inputs: Callable[[Block], OuterSignals | None], precisions: Sequence[Blockwise]
-) -> list[SharedBasis] | None:
+def _spreads(inputs: Callable[[Block], OuterSignals | None], precisions: Sequence[Blockwise]) -> list[Spread] | None:
     squares: dict[tuple[int, torch.dtype], tuple[Basis, Tensor]] = {}
-    spreads = []
+    spreads: list[Spread] = []
     for precision in precisions:
         if len(precision.entries) != 1:
             return None
         ((block, matrix),) = precision.entries
         signals = inputs(block)
-        if signals is None or not isinstance(matrix, Spectral) or matrix.shape != block.shape:
+        if signals is None or not isinstance(matrix, (Spectral, WideSpectral)) or matrix.shape != block.shape:
             return None
         key = id(matrix.inputs.dual), matrix.like.dtype
         if key not in squares:
@@ -119,7 +119,11 @@ def _spreads(
     return spreads
 
 
-def _spread(squares: Tensor, matrix: Spectral) -> SharedBasis:
+def _spread(squares: Tensor, matrix: Spectral | WideSpectral) -> Spread:
+    if isinstance(matrix, WideSpectral):
+        poles = Poles.of(matrix)
+        weights, roots = poles.weights(squares.flatten(0, 1))
+        return WideSpread(weights.unflatten(0, squares.shape[:2]), roots.unflatten(0, squares.shape[:2]), poles)
     weights = _weights(squares.flatten(0, 1), matrix).unflatten(0, squares.shape[:2])
     dual = matrix.outputs.dual
     return SharedBasis(weights, None if dual is None else dual[0])

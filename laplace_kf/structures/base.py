@@ -32,6 +32,7 @@ __all__ = [
     "added",
     "memory_limit",
     "pairs",
+    "per_position",
     "zeros",
 ]
 
@@ -216,6 +217,14 @@ class Structure(ABC):
         """Names of blocks that are kept as less than the structure's own form, and why."""
         return {}
 
+    def errors(self, curvature: Blockwise) -> dict[str, str]:
+        """What is known of the error of what :meth:`poorer` names, by block name, from the finished curvature."""
+        return {}
+
+    def narrowed(self) -> Structure:
+        """The structure with factors that are whole or diagonal: for what is done with eigenbases."""
+        return self
+
     def with_diagonal(self, sums: Sums, values: Mapping[str, Tensor]) -> Sums:
         """Sums plus diagonal matrices ``(R, O, I)`` by block name; unchanged where there is no place for them."""
         return sums
@@ -388,11 +397,15 @@ def pairs(parts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
     Args:
         parts: sums, or sums divided by the number of examples: ``A``, ``Σ g gᵀ`` and the number of positions of each
-            use. Files of version 0.1.0 lack the last one, and their ``G`` is the mean already.
+            use, and after them a sketch of the first ``G`` if it is wide, which is of no concern here. Files of
+            version 0.1.0 lack the number, and their ``G`` is the mean already.
     """
-    if len(parts) % 3:
+    if len(parts) == 2 or parts[2].dim():
         return list(zip(parts[::2], parts[1::2], strict=True))
-    return [  # no positions, no gradients: 0 / tiny
-        (a, g / n.clamp_min(torch.finfo(n.dtype).tiny))
-        for a, g, n in zip(parts[::3], parts[1::3], parts[2::3], strict=True)
-    ]
+    found = parts[: len(parts) // 3 * 3]
+    return [(a, per_position(g, n)) for a, g, n in zip(found[::3], found[1::3], found[2::3], strict=True)]
+
+
+def per_position(total: Tensor, count: Tensor) -> Tensor:
+    """Sums of any shape over a 0-dim number of positions; no positions, no gradients: 0."""
+    return total / count.clamp_min(torch.finfo(count.dtype).tiny)

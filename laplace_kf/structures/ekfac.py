@@ -29,7 +29,8 @@ class EigenvalueCorrected(Structure):
     """The first pass: Kronecker factors.
 
     Args:
-        vector_blocks, sharing, max_side: of the factors, as in the Kronecker structure.
+        vector_blocks, sharing: of the factors, as in the Kronecker structure.
+        max_side: a factor wider than this keeps its diagonal only: a low rank beside it has no eigenbasis.
 
     Raises:
         UnknownName, ValueError: as there.
@@ -41,10 +42,10 @@ class EigenvalueCorrected(Structure):
 
     def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
         kron: Callable[..., Structure] = STRUCTURES["kron"]
-        self.kron = kron(vector_blocks=vector_blocks, sharing=sharing, max_side=max_side)
+        self.kron = kron(vector_blocks=vector_blocks, sharing=sharing, max_side=max_side, wide_rank=0)
 
     def options(self) -> dict[str, Any]:
-        return self.kron.options()
+        return {name: value for name, value in self.kron.options().items() if name != "wide_rank"}
 
     def with_fixed(self, fixed: Sums) -> Structure:
         return InBases(self, fixed, {})

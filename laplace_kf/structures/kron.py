@@ -6,6 +6,10 @@ were. Vector blocks (normalisation layers,
 parameters without a rule) keep their exact diagonal, or on request a small dense block. A weight that is used as itself
 and as its transpose (tied embedding and output matrix) has a pair of factors for each use; their sum is kept in the
 eigenbases of its two marginals, with its exact diagonal there, so that no trace is lost.
+
+A factor wider than ``max_side`` is no matrix. An output factor keeps its exact diagonal and a sketch, of which a low
+rank beside the diagonal is made (:mod:`laplace_kf.operators.wide_factor`, methods 4.8); an input factor keeps its
+diagonal, and so do both marginals of a weight that is used as itself and as its transpose.
 """
 
 from __future__ import annotations
@@ -17,9 +21,21 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from laplace_kf.errors import InvalidArgument
-from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, KroneckerBlock, Matrix, SpectralBlock
+from laplace_kf.operators import (
+    HELD_OUT,
+    Blockwise,
+    DenseBlock,
+    DiagonalBlock,
+    KroneckerBlock,
+    Matrix,
+    SpectralBlock,
+    WideBlock,
+    directions,
+    sketch_width,
+    wide_factor,
+)
 from laplace_kf.registry import Registry
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, pairs, zeros
+from laplace_kf.structures.base import STRUCTURES, Structure, Sums, added, pairs, per_position, zeros
 from laplace_kf.tape import (
     Block,
     EntryLayout,
@@ -33,6 +49,9 @@ from laplace_kf.tape import (
 from laplace_kf.tape.signals import symmetrised
 
 __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
+
+WIDE_RANK = 8
+SKETCHED = 4  # tensors of a block with a sketch: A, the diagonal of G, how many positions, and the sketch
 
 
 class VectorForm(ABC):
@@ -129,11 +148,13 @@ class Kronecker(Structure):
         vector_blocks: ``"diag"`` or ``"full"``, the form of blocks that do not factorise.
         sharing: ``"expand"`` or ``"reduce"``, what the positions that share a weight are to its factors. Embeddings
             and tied weights always expand.
-        max_side: a factor wider than this keeps its diagonal only (vocabularies; a side of 50,000 would take 10 GB).
+        max_side: a factor wider than this is not kept as a matrix (vocabularies; a side of 50,000 would take 10 GB) but
+            by its exact diagonal, an output factor with a low rank beside it.
+        wide_rank: at most how many vectors that low rank has; 0 for the diagonal alone.
 
     Raises:
         UnknownName: for any other ``vector_blocks`` or ``sharing``.
-        ValueError: if ``max_side`` is not positive.
+        ValueError: if ``max_side`` is not positive, or ``wide_rank`` negative.
     """
 
     name = "kron"
@@ -141,18 +162,40 @@ class Kronecker(Structure):
     takes_damping = True
     counts_positions = True
 
-    def __init__(self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192) -> None:
+    def __init__(
+        self, vector_blocks: str = "diag", sharing: str = "expand", max_side: int = 8192, wide_rank: int = WIDE_RANK
+    ) -> None:
         self.vector_form = VECTOR_FORMS[vector_blocks]
         self.shared_rows = SHARINGS[sharing]
         if max_side < 1:
             raise InvalidArgument(f"max_side must be positive, got {max_side}")
+        if wide_rank < 0:
+            raise InvalidArgument(f"wide_rank must not be negative, got {wide_rank}")
         self.vector_blocks, self.sharing, self.max_side = vector_blocks, sharing, max_side
+        self.wide_rank = wide_rank
+
+    @classmethod
+    def examples(cls) -> tuple[Structure, ...]:
+        return cls(), cls(max_side=2, wide_rank=1)
 
     def _form(self, block: Block) -> VectorForm:
         return VECTOR_FORMS["diag"] if block.unused else self.vector_form
 
     def options(self) -> dict[str, Any]:
-        return {"vector_blocks": self.vector_blocks, "sharing": self.sharing, "max_side": self.max_side}
+        return {
+            "vector_blocks": self.vector_blocks,
+            "sharing": self.sharing,
+            "max_side": self.max_side,
+            "wide_rank": self.wide_rank,
+        }
+
+    def narrowed(self) -> Structure:
+        return Kronecker(self.vector_blocks, self.sharing, self.max_side, 0) if self.wide_rank else self
+
+    def _sketched(self, block: Block) -> int:
+        """Columns of the sketch of the block's output factor; 0 for none."""
+        wide = block.factorises and block.turned is None and block.shape[1] > self.max_side
+        return sketch_width(self.wide_rank) if wide else 0
 
     def of_entries(self, entries: EntryLayout) -> Structure:
         # the default structure: single weights have no factors, and what they have is the dense matrix
@@ -171,6 +214,8 @@ class Kronecker(Structure):
             factors = groups * (side(out) + side(inp, block.one_hot))
             if block.turned is not None:
                 factors += side(inp) + side(out, block.turned)
+            sketch = groups * out * self._sketched(block)
+            total += 3 * sketch  # and the low rank that it becomes, in float64
             total += 2 * factors + block.size  # factors, their eigenvectors, and the grid of a precision
         return total * itemsize
 
@@ -206,8 +251,21 @@ class Kronecker(Structure):
                 f"{side} factor of {n} rows" for side, n, hot in sides if not hot and n > self.max_side
             )
             if wide:
+                low = f", with a low rank of at most {self.wide_rank} beside that of the outputs"
                 found[name] = f"diagonal of the {' and the '.join(wide)}, more than max_side={self.max_side}"
+                found[name] += low if self._sketched(block) else ""
         return found
+
+    def errors(self, curvature: Blockwise) -> dict[str, str]:
+        return {
+            block.name: (
+                f"relative Frobenius error of the output factor {matrix.outputs.error:.2g} with a low rank of "
+                f"{matrix.outputs.rank}, {matrix.outputs.of_diagonal:.2g} without "
+                f"(estimated along {HELD_OUT} directions)"
+            )
+            for block, matrix in curvature.entries
+            if isinstance(matrix, WideBlock)
+        }
 
     def _side(self, like: Tensor, groups: int, width: int, diagonal: bool) -> Tensor:
         wide = diagonal or width > self.max_side
@@ -226,6 +284,8 @@ class Kronecker(Structure):
                 sums[name] += (zeros(like),)
                 if block.turned is not None:
                     sums[name] += (self._side(like, 1, out, block.turned), self._side(like, 1, inp, False), zeros(like))
+                if count := self._sketched(block):
+                    sums[name] += (zeros(like, groups, out, count),)
             else:
                 sums[name] = (self._form(block).start(block, like),)
 
@@ -240,6 +300,9 @@ class Kronecker(Structure):
             if isinstance(signal, (OuterSignals, LookupSignals, TiedSignals)):
                 for k, part in enumerate(self._parts(signal)):
                     part.add_column_gram(sums[name][3 * k + 1])
+                    if len(sums[name]) == SKETCHED:
+                        sketch = sums[name][-1]
+                        part.add_column_sketch(sketch, directions(sketch, *sketch.shape[1:]))
             else:
                 self.vector_form.add(sums[name][0], signal)
 
@@ -252,13 +315,29 @@ class Kronecker(Structure):
     def add_output_factor(self, sums: Sums, name: str, factor: Tensor) -> bool:
         total = sums[name][1][0]
         total += factor if total.dim() == 2 else factor.diagonal()
+        if len(sums[name]) == SKETCHED:
+            sketch = sums[name][-1]
+            sketch[0] += factor.to(sketch) @ directions(sketch, *sketch.shape[1:])
         return True
+
+    def merged(self, mine: Sums, other: Structure, theirs: Sums) -> tuple[Structure, Sums]:
+        """The sums of two data sets together; where one of them has no sketch (or another one), the diagonal alone."""
+
+        def alike(name: str) -> bool:
+            return len(mine[name]) == len(theirs[name]) and mine[name][-1].shape == theirs[name][-1].shape
+
+        unlike = {name for name in mine if name in theirs and SKETCHED in (len(mine[name]), len(theirs[name]))}
+        unlike = {name for name in unlike if not alike(name)}
+        cut = [{n: parts[: SKETCHED - 1] if n in unlike else parts for n, parts in s.items()} for s in (mine, theirs)]
+        return self, added(*cut)
 
     def finished(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout) -> Sums:
         out: Sums = {}
         for name, block in blocks.items():
             if block.factorises:
-                out[name] = tuple(symmetrised(part) if part.dim() == 3 else part for part in sums[name])
+                whole = sums[name][: SKETCHED - 1] if len(sums[name]) == SKETCHED else sums[name]
+                found = tuple(symmetrised(part) if part.dim() == 3 else part for part in whole)
+                out[name] = (*found, *sums[name][len(whole) :])
             else:
                 out[name] = (self._form(block).finished(sums[name][0]),)
         return out
@@ -271,7 +350,10 @@ class Kronecker(Structure):
                 entries.append((block, self._form(block).matrix(parts[0], name)))
                 continue
             (inputs, outputs), *turned = pairs(parts)
-            if not turned:
+            if len(parts) == SKETCHED and parts[2].dim() == 0:
+                wide = wide_factor(outputs, per_position(parts[3], parts[2]), self.wide_rank)
+                entries.append((block, WideBlock(inputs, wide, name)))
+            elif not turned:
                 entries.append((block, KroneckerBlock(inputs, outputs, name)))
             else:
                 entries.append((block, SpectralBlock.of_sum([(outputs, inputs), *turned], name)))

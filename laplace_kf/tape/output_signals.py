@@ -24,8 +24,8 @@ __all__ = ["OutputCurvature", "OutputSignals"]
 class OutputCurvature(Protocol):
     """The curvature ``H_nt (C, C)`` of one minibatch's outputs; zero at positions that are left out."""
 
-    def total(self) -> Tensor:
-        """``Σ_n Σ_t H_nt``, ``(C, C)``."""
+    def total(self, directions: Tensor | None = None) -> Tensor:
+        """``Σ_n Σ_t H_nt``, ``(C, C)``; or its product with ``directions (C, K)``."""
 
     def diagonal(self) -> Tensor:
         """``diag(H_nt)``, ``(N, T, C)``."""
@@ -64,6 +64,9 @@ class OutputSignals(OuterSignals):
     def add_column_gram(self, total: Tensor) -> None:
         found = self.curvature.diagonal().sum((0, 1)) if total.dim() == 2 else self.curvature.total()
         total[0] += found.to(total)
+
+    def add_column_sketch(self, total: Tensor, directions: Tensor) -> None:
+        total[0] += self.curvature.total(directions).to(total)
 
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]

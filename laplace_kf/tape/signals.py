@@ -60,6 +60,11 @@ def _add_columns(total: Tensor, rows: Tensor) -> None:
         add_gram(total, rows)
 
 
+def _add_sketch(total: Tensor, rows: Tensor, directions: Tensor) -> None:
+    """Adds ``rowsᵀ (rows Ω)`` for rows ``(K, d)`` and ``Ω (d, k)`` to ``total (d, k)``."""
+    total.addmm_(rows.to(total).T, rows.to(total) @ directions)
+
+
 def widened(tensor: Tensor) -> Tensor:
     """A tensor of any shape in float32 at least: half precision neither sums nor squares safely."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
@@ -234,6 +239,11 @@ class OuterSignals(Signals):
         for r in range(total.shape[0]):
             _add_columns(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]))
 
+    def add_column_sketch(self, total: Tensor, directions: Tensor) -> None:
+        """Adds ``Σ_vn Σ_t g (gᵀ Ω)`` to ``total (R, O, k)`` for ``directions`` ``Ω (O, k)``."""
+        for r in range(total.shape[0]):
+            _add_sketch(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), directions)
+
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]
         if self.a.shape[1] == 1:  # (g⊗a)² = g²⊗a²: sum the squares over the columns first, then one product
@@ -389,6 +399,10 @@ class LookupSignals(Signals):
     def add_column_gram(self, total: Tensor) -> None:
         """Adds ``Σ_vn Σ_t g gᵀ`` to the lower triangle of ``total (1, O, O)``, or to the diagonal ``(1, O)``."""
         _add_columns(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]))
+
+    def add_column_sketch(self, total: Tensor, directions: Tensor) -> None:
+        """Adds ``Σ_vn Σ_t g (gᵀ Ω)`` to ``total (1, O, k)`` for ``directions`` ``Ω (O, k)``."""
+        _add_sketch(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]), directions)
 
     def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
         if inputs is not None:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 import laplace_kf as lk
 from laplace_kf.likelihoods import predicting
 from laplace_kf.outputs.spread import SharedBasis, Spread
+from laplace_kf.outputs.wide_spread import WideSpread
 from laplace_kf.predictive import Linearization
 from laplace_kf.predictive.heads import MANY
 from laplace_kf.structures.kron import Kronecker
@@ -54,7 +55,7 @@ def oracle(posterior: Any, x: Tensor) -> Tensor:
 
 CASES = [
     {"structure": "kron"}, {"structure": "kron", "damping": "factored"}, {"structure": "kron", "damping": "balanced"},
-    {"structure": "diag"}, {"structure": "ekfac"}, {"structure": Kronecker(max_side=8)},
+    {"structure": "diag"}, {"structure": "ekfac"}, {"structure": Kronecker(max_side=8, wide_rank=0)},
 ]  # fmt: skip
 
 
@@ -69,6 +70,25 @@ def test_last_layers_have_the_dense_covariance(options: dict[str, Any]) -> None:
     torch.testing.assert_close(found[0].covariance()[:, 0], wanted, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(found[0].variance()[:, 0], wanted.diagonal(dim1=1, dim2=2), rtol=1e-8, atol=1e-10)
     assert network.spreads([posterior.precision_at(3.0, 2.0)]) is not None
+
+
+@pytest.mark.filterwarnings("ignore:structure")
+@pytest.mark.parametrize("damping", ["exact", "balanced"])
+def test_last_layers_with_a_low_rank_have_the_dense_covariance(damping: str) -> None:
+    posterior, x = fitted("categorical", structure=Kronecker(max_side=8, wide_rank=2), damping=damping)
+    network = Linearization(posterior.model, None, posterior.mean, x, keep=False)
+    found = network.spreads([posterior.precision])
+    assert found is not None and isinstance(found[0], WideSpread), "the fast path did not run"
+    wanted = oracle(posterior, x)
+    assert posterior.curvature.entries[0][1].outputs.rank == 2, "there is no low rank to be seen"
+    lower = torch.linalg.inv(torch.linalg.cholesky(wanted))
+    off = lower @ found[0].covariance()[:, 0] @ lower.mT - torch.eye(CLASSES).double()
+    assert float(off.abs().max()) < 1e-5
+    one = torch.ones((), dtype=torch.float64)
+    alone = posterior.curvature.entries[0][1].narrowed().precision(posterior.n_data, one, damping)
+    torch.testing.assert_close(posterior.precision.entries[0][1].diag(), alone.diag())
+    probs = posterior.predict(x, method="linearized", samples=4, generator=torch.Generator().manual_seed(0)).probs
+    torch.testing.assert_close(probs.sum(1), torch.ones(len(x)).double())
 
 
 def test_few_outputs_and_whole_networks_go_the_other_way() -> None:
