@@ -52,23 +52,19 @@ CELLS: dict[str, tuple[str, str, str]] = {
 # From profiles of the jobs; what was not profiled says so.
 REASONS: dict[str, str] = {
     "wide, kron sampled": ("not profiled by itself; what a fit does once is as in the autoencoder's"),
-    "wide, diag exact": (
-        "not profiled; in an earlier run, with less else on the machine, it took 1.02 times the hand-written cost"
-    ),
+    "wide, diag exact": ("not profiled"),
     "wide, ekfac exact": (
-        "47 % of a profile were the bases, half of that products that are not made any more: afterwards a fit "
-        "took 0.78 of the time, in one process with the one before (the cell is of before). What is left there "
-        "are two decompositions a layer and a basis of their null spaces that does not hang on rounding"
+        "two decompositions a layer and a basis of their null spaces that does not hang on rounding are a good "
+        "third of a profile (without the products that were left out since)"
     ),
     "wide, last layer full exact": (
-        "65 % of a profile are the products; 13 % put the matrix into the order of the parameters (0.6 of that "
-        "now: the cell is of before), 6 % complete it, 5 % divide it by N, 4 % fill it with zeros, 1 % look at "
-        "it; the sum and the mean are both held"
+        "two thirds of a profile are the products; a fifth puts the matrix into the order of the parameters and "
+        "completes it, 5 % divide it by N, 4 % fill it with zeros; the sum and the mean are both held"
     ),
     "lenet, kron sampled": (
-        "of a profile of three minibatches 12 % ask once which positions count (half of it before windows of "
-        "poolings were those of one image), 5 % are the second forward pass of the first minibatch (do trial "
-        "weights reach the outputs?), 16 % copy patches, as the hand-written code does"
+        "of a profile of three minibatches 12 % ask once which positions count (before windows of poolings were "
+        "those of one image), 5 % are the second forward pass of the first minibatch (do trial weights reach the "
+        "outputs?), 16 % copy patches, as the hand-written code does"
     ),
     "lenet, kron exact": (
         "not profiled; the passes of the first minibatch as of one sample, and columns held together"
