@@ -123,6 +123,7 @@ autodoc_mock_imports = [
     "botorch",
     "gpytorch",
     "lightning",
+    "linear_operator",
     "optuna",
     "pyro",
     "pytorch_lightning",

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 import laplace_kf as lk
+from laplace_kf.estimators import ESTIMATORS
 from laplace_kf.likelihoods.roots import Root
+from laplace_kf.tape import Tracer
 from laplace_kf.tape import backward as module
 from laplace_kf.tape.backward import backward
 from tests.cases import normal
@@ -104,3 +106,21 @@ def reference(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         jacobian, p = torch.stack(rows), z.detach().softmax(0)
         total += jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian
     return total / len(x)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+@pytest.mark.parametrize("name", ["projection", "sampled"])
+def test_as_many_columns_as_were_asked_for_however_many_at_a_time(name: str, at_once: int) -> None:
+    model = nn.Linear(3, 4).double()
+    x, y = normal(5, 3, seed=1), torch.arange(5) % 4
+    estimator = ESTIMATORS[name](samples=5)  # type: ignore[call-arg]
+    likelihood = lk.likelihoods.get_likelihood("categorical")
+    parts = list(estimator.columns(Tracer(model, None).observe((x, y)), likelihood, torch.Generator(), at_once))  # type: ignore[attr-defined]
+    assert sum(map(len, parts)) == 5 and max(map(len, parts)) <= at_once
+
+
+def test_entries_whose_squares_would_be_denormal_are_dropped() -> None:
+    columns = torch.tensor([[1.0, 1e-10], [-1e-20, 0.0]])
+    assert torch.equal(module.significant(columns), torch.tensor([[1.0, 1e-10], [0.0, 0.0]]))
+    assert torch.equal(module.significant(1e-20 * columns), 1e-20 * torch.tensor([[1.0, 1e-10], [0.0, 0.0]]))
+    assert torch.equal(module.significant(columns.double()), columns.double())  # float64 squares them without trouble

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import laplace_kf as lk
@@ -70,6 +71,47 @@ def statistics() -> Any:
 def test_corrected_eigenvalues_need_memory_on_top_of_factors(statistics: Any) -> None:
     kron, ekfac = (STRUCTURES[name]().memory(statistics.blocks, statistics.layout, 8) for name in ("kron", "ekfac"))
     assert ekfac - kron == 8 * 26  # a number for every weight and bias
+
+
+def test_what_bases_cost_is_the_cube_of_their_sides(statistics: Any) -> None:
+    """Of every group: processes share the work by it."""
+    work = STRUCTURES["ekfac"]().refinement(statistics)
+    assert {name: each.cost for name, each in work.items()} == {"0": 4**3 + 4**3, "2": 5**3 + 2**3}
+    model = nn.Sequential(nn.Conv1d(4, 6, 1, groups=2, bias=False), nn.Flatten(), nn.Linear(6, 2)).double()
+    groups = lk.curvature.estimate(model, "categorical", [(torch.randn(4, 4, 1).double(), torch.arange(4) % 2)], "kron")
+    assert STRUCTURES["ekfac"]().refinement(groups)["0"].cost == 2 * 2**3 + 2 * 3**3
+
+
+def test_a_low_rank_of_no_curvature_keeps_no_vectors() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        model[2].weight.mul_(1e6)  # certain of everything
+    found = lk.curvature.estimate(model, "categorical", [(torch.randn(8, 3).double(), torch.arange(8) % 2)], "lowrank")
+    ((_, matrix),) = found.mean().entries
+    assert tuple(matrix.vectors.shape) == (26, 0)
+
+
+def test_pieces_of_a_parameter_know_their_ends() -> None:
+    """Queries, keys and values of attention may be thirds of one weight, read apart."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.head = nn.Parameter(torch.randn(12, 4)), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (F.linear(x, self.w[start : start + 4]) for start in (0, 4, 8))
+            return self.head(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+    x, y = torch.randn(4, 3, 4).double(), torch.arange(4) % 2
+    blocks = lk.curvature.estimate(Attention().double(), "categorical", [(x, y)], "kron").blocks.values()
+    pieces = [(block, block.pieces[0]) for block in blocks if block.pieces and block.pieces[0] is not None]
+    assert sorted(piece for _, piece in pieces) == [(0, 16), (16, 32), (32, 48)]
+    for block, (start, stop) in pieces:
+        name = block.parameters[0]
+        assert block.covers(name, start, stop) and block.covers(name, start + 1, stop - 1)
+        assert not block.covers(name, start, stop + 1) and not block.covers(name, start - 1, stop)
+        assert not block.covers("head.weight", start, stop)
 
 
 def test_the_last_preference_is_taken_however_little_memory_there_is(statistics: Any) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -242,3 +244,51 @@ def test_a_module_first_used_in_a_later_batch(structure: str) -> None:
     torch.testing.assert_close(both, swapped, rtol=1e-12, atol=1e-15)
     with pytest.raises(UnsupportedLayer, match=r"two\.weight.*two"):
         lk.curvature.estimate(model, "categorical", [(up, y)], structure)
+
+
+class Pairs(nn.Module):
+    """A layer that is always read, ``left`` or ``right``, and its own bias together with its weight or apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.left, self.right, self.head = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x: Tensor, left: bool, apart: bool) -> Tensor:
+        one = F.linear(x, self.one.weight) + self.one.bias if apart else self.one(x)
+        return self.head((self.left if left else self.right)(one.tanh()).tanh())
+
+
+def parts_of(structure: str, *ways: tuple[bool, bool]) -> list[Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Pairs().double()
+    x, y = torch.randn(4, 3, generator=torch.Generator().manual_seed(1)).double(), torch.arange(4) % 3
+
+    def forward(model: nn.Module, batch: Any, way: tuple[bool, bool]) -> Any:
+        return model(batch[0], *way), batch[1]
+
+    return [
+        lk.curvature.estimate(
+            model, "categorical", [(x, y)], structure, unused="prior", forward=partial(forward, way=way)
+        )
+        for way in ways
+    ]
+
+
+@pytest.mark.parametrize("structure", ["kron", "diag", "isotropic"])
+def test_parts_that_read_other_layers_add_up(structure: str) -> None:
+    """What one of them has not read has no sums beside those of the other, whichever comes first."""
+    left, right = parts_of(structure, (True, False), (False, False))
+    for total in (left + right, right + left):
+        assert total.used == set(total.layout.names)
+        assert set(total.sums) == set(total.blocks)
+        if structure == "diag":  # factors add up to more
+            together = left.total().dense() + right.total().dense()
+            torch.testing.assert_close(total.total().dense(), together, rtol=1e-10, atol=1e-14)
+
+
+def test_parts_that_read_one_layer_in_two_ways_do_not_add_up() -> None:
+    together, apart = parts_of("kron", (True, False), (False, True))
+    for one, two in ((together, apart), (apart, together)):
+        with pytest.raises(IncompatiblePair, match=r"parameters one\.bias.* belong to other blocks|different form"):
+            one + two

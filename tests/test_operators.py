@@ -15,7 +15,9 @@ from laplace_kf.errors import NonFinite, NotPositiveDefinite, ShapeMismatch
 from laplace_kf.linalg import cholesky, eigh
 from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic, KroneckerBlock, Matrix, Spectral, Sum
 from laplace_kf.operators.conjugate import conjugate_gradients
+from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kept_terms import KeptTerms
+from laplace_kf.operators.lowrank import LowRankBlock
 from laplace_kf.operators.nearest import factor_sum, nearest_in_divergence, nearest_product
 from laplace_kf.operators.quadrature import DIRECT, nodes_of_products
 from laplace_kf.operators.spectral import Ridge
@@ -189,6 +191,33 @@ def test_one_product_is_its_own_nearest_product(one_hot: bool) -> None:
             found = nearest([block])
             assert found.inputs.shape == block.inputs.shape
             torch.testing.assert_close(found.dense(), dense, rtol=1e-4, atol=1e-5 * float(dense.abs().max()))
+
+
+def test_a_sum_is_kept_in_the_bases_of_its_marginals() -> None:
+    """Each factor counts as much as the other side of its term has trace; the trace of the sum stays."""
+    terms = [kronecker((2, 3, 4), 1, definite=True), kronecker((2, 3, 4), 2, definite=True)]
+    terms = [KroneckerBlock(b.inputs, b.outputs * scale, "block") for b, scale in zip(terms, (1.0, 30.0), strict=True)]
+    found = SpectralBlock.of_sum([(b.outputs, b.inputs) for b in terms], "block")
+    for basis, ours, others in ((found.inputs, "inputs", "outputs"), (found.outputs, "outputs", "inputs")):
+        traces = [getattr(b, others).diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for b in terms]
+        marginal = sum(getattr(b, ours) * trace for b, trace in zip(terms, traces, strict=True))
+        assert basis.matrix is not None
+        inside = basis.matrix.mT @ marginal @ basis.matrix
+        diagonal = torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
+        torch.testing.assert_close(inside, diagonal, rtol=0, atol=1e-9 * float(diagonal.abs().max()))
+    torch.testing.assert_close(found.grid.sum(), sum(b.dense().trace() for b in terms))
+
+
+@pytest.mark.parametrize("remainder", [torch.tensor(0.2), torch.arange(6.0) / 10], ids=["number", "diagonal"])
+def test_low_rank_precision_with_a_prior_for_every_weight(remainder: Tensor) -> None:
+    rng = torch.Generator().manual_seed(0)
+    vectors = torch.linalg.qr(torch.randn(6, 2, generator=rng, dtype=torch.float64))[0]
+    block = LowRankBlock(vectors, torch.tensor([3.0, 1.0]).double(), remainder.double(), "block")
+    prior = 0.5 + torch.arange(6.0).double().reshape(1, 6, 1)
+    precision = block.precision(4.0, prior, "exact")
+    expected = 4 * block.dense() + torch.diag(prior.reshape(-1))
+    torch.testing.assert_close(precision.dense(), expected)
+    agrees(precision, 0)
 
 
 def test_conjugate_gradients_say_how_far_they_came() -> None:

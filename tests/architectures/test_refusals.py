@@ -185,6 +185,10 @@ USES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], 
         lambda: Body(nn.LayerNorm(5)), {"estimator": "recursive"}, lk.errors.UnsupportedLayer,
         r"'middle'.*estimator=\"exact\"",
     ),
+    "recursion through a function": (
+        lambda: Body(nn.Softmax(-1)), {"estimator": "recursive"}, lk.errors.UnsupportedLayer,
+        r"function 'softmax' \(after 'first\.weight'\) on shape \(6, 5\)",
+    ),
     "recursion without factors": (
         lambda: Body(nn.Tanh()), {"estimator": "recursive", "structure": "diag"}, lk.errors.IncompatiblePair,
         r"'recursive'.*structure=\"kron\"",

@@ -278,3 +278,11 @@ def test_neighbours_that_only_look_shared(how: str) -> None:
             torch.testing.assert_close(found.diag(), dense.diag(), rtol=1e-9, atol=1e-12)
             if structure == "full":
                 torch.testing.assert_close(found.dense(), dense, rtol=1e-9, atol=1e-12)
+
+
+def test_products_that_torch_refuses_are_refused_in_its_words() -> None:
+    model, (x, y) = make(lambda: Gate(lambda x, w: x @ w)), inputs(ROWS)
+    with pytest.raises(RuntimeError, match="at least 1D"):
+        model(x)
+    with pytest.raises(lk.errors.ShapeMismatch, match="at least 1D"):
+        lk.curvature.estimate(model, "categorical", (x, y), structure="diag")

@@ -13,6 +13,7 @@ import laplace_kf as lk
 from laplace_kf import columns
 from laplace_kf.estimators import auto
 from laplace_kf.likelihoods.roots import DenseRoot, DiagonalRoot, Root, ScaledRoot, SoftmaxRoot
+from laplace_kf.tape import Tracer
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -192,6 +193,32 @@ def test_above_most_columns_the_error_is_said_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lk.curvature.estimate(model, "categorical", [(x, y)], "kron", "auto", tolerance=0.1, generator=rng())
+
+
+def test_the_error_that_is_said_is_that_of_the_draw() -> None:
+    """``Σ (1/p − 1) w²`` beside the curvature's own square, for those that can be drawn."""
+    with pytest.warns(UserWarning, match=r"needs 3 columns per example, and most=128 .* about 0\.5\. Raise"):
+        auto.Automatic()._tell(3.0, torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.5, 1.0, 0.0]), 4.0)
+
+
+@pytest.mark.parametrize("many", [2, 6])
+def test_the_size_of_the_curvature_is_its_diagonals_where_outputs_are_many(
+    many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto, "MANY", many)
+    model, x, y = linear_net()
+    likelihood = lk.likelihoods.get_likelihood("categorical")
+    observation = Tracer(model, None).observe((x, y))
+    outputs = observation.outputs.detach()
+    root = likelihood.root(outputs, y)
+    weights, size = auto._weighed(observation, likelihood, outputs, root)
+    hessian = likelihood.hessian(outputs, y).sum(0)
+    if many < 6:
+        assert size == pytest.approx(float(hessian.diagonal().square().sum()))
+    else:
+        last = model[1].weight.detach()
+        assert size == pytest.approx(float((last.T @ hessian @ last).square().sum()))
+    assert weights.shape == (80, 1, root.count)
 
 
 @pytest.mark.parametrize(

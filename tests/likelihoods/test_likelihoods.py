@@ -319,6 +319,10 @@ def test_mixture_of_bernoulli_classifiers(y: int) -> None:
     torch.testing.assert_close(
         BernoulliMixture().log_prob(z, targets[:, None]), BernoulliMixture().log_prob(z, targets)
     )
+    image, pixels = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.ones(2, 4, 5)
+    torch.testing.assert_close(
+        BernoulliMixture().log_prob(image, pixels[:, None]), BernoulliMixture().log_prob(image, pixels)
+    )
     with pytest.raises(IncompatiblePair, match="targets"):
         BernoulliMixture().hessian_root(z)
     with pytest.raises(UnknownName, match="'clip'"):

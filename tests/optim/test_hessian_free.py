@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -516,3 +517,17 @@ def test_networks_that_are_no_chain_need_no_tape(monkeypatch: pytest.MonkeyPatch
     x, y = torch.randn(6, 5, 2, generator=rng(), dtype=torch.float64), torch.tensor([0, 1, 1, 0, 1, 0])
     losses = [float(opt.step(x, y)) for _ in range(4)]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(("first", "second", "refused"), [(math.inf, 1e9, True), (1e9, math.inf, False)])
+def test_a_whole_step_that_is_no_number_asks_for_more_damping(first: float, second: float, refused: bool) -> None:
+    """Where no length will do: with a whole step that has a loss, the answer is a step of length 0."""
+    model = nn.Linear(3, 2).double()
+    opt = lk.optim.hessian_free(model, "categorical", generator=rng(0))
+    losses = iter([first, second, *[1e9] * 100])
+    opt.objective.loss = lambda batches, weights: next(losses)  # type: ignore[method-assign]
+    theta = opt.flat(opt.named)
+    down = -torch.ones_like(theta)
+    found = opt._searched([], 1.0, torch.ones_like(theta), theta, down, torch.ones_like(theta))
+    assert found.alpha == 0.0
+    assert bool(found.delta.isnan().all()) is refused and bool((found.delta == 0).all()) is not refused

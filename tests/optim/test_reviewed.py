@@ -159,6 +159,16 @@ class TestSGDQN:
             theta = theta + step
             np.testing.assert_allclose(found, theta, rtol=1e-11)
 
+    @pytest.mark.parametrize("rule", ["average", "sum"])
+    def test_what_a_step_teaches_has_bounds(self, rule):
+        state = {"rates": torch.full((4,), 0.1, dtype=torch.float64)}
+        step, change = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 1, 1, 0], [1e9, -1, 0.5, 7]))
+        SGDQN._learn({"bounds": (0.02, 3.0), "rule": rule}, state, step, change)
+        ratios = torch.tensor([0.02, 3.0, 2.0], dtype=torch.float64)
+        wanted = (0.1 + ratios) / 2 if rule == "average" else 1 / (10 + 1 / ratios)
+        torch.testing.assert_close(state["rates"][:3], wanted)
+        assert float(state["rates"][3]) == 0.1
+
     def test_secants_of_the_next_minibatch(self):
         weight = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
         optimizer = SGDQN([weight], lr=0.1, rule="sum", bounds=(0.01, 100.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.distributed import Ranks
+from laplace_kf.errors import IncompatiblePair
 from laplace_kf.optim.objective import Batch
 from laplace_kf.optim.running_statistics import averaged
 from tests import oracles
@@ -163,3 +167,39 @@ def _gradients(problem: Any) -> dict[str, Tensor]:
     grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     pairs = ((n, g.to_dense()) for n, g in zip(named, grads, strict=True) if g is not None)
     return {n: g for n, g in pairs if float(g.abs().max()) > 1e-12}
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A group of this process alone, taken for one of several; those of several stand in tests/distributed."""
+    monkeypatch.setattr(Ranks, "of", classmethod(lambda cls, group: None if group is None else cls(group)))
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("refresh", [1, 3])
+def test_factors_that_are_added_up_at_a_refresh_are_the_averages_of_every_step(refresh: int, alone: Any) -> None:
+    found = []
+    for group in (None, alone):
+        model = ref.net([4, 6, 3])
+        more = {} if group is None else {"process_group": group}
+        opt = lk.optim.kfac(model, "categorical", estimator="exact", refresh=refresh, ema=0.9, low_rank=False, **more)
+        for k in range(8):
+            opt.step(*_minibatch(k))
+        if group is not None and refresh > 1:
+            with pytest.raises(IncompatiblePair, match=r"optimizer\.synchronize\(\)"):
+                opt.state_dict()
+        opt.synchronize()
+        opt.load_state_dict(opt.state_dict())
+        for k in range(8, 12):
+            opt.step(*_minibatch(k))
+        opt.synchronize()
+        found.append((oracles.flat_parameters(model), opt.posterior(n_data=100).precision.dense()))
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+def _minibatch(k: int) -> tuple[Tensor, Tensor]:
+    count = 20 + 3 * (k % 4)
+    return torch.randn(count, 4, generator=rng(k)).double(), torch.randint(0, 3, (count,), generator=rng(k))

@@ -179,6 +179,25 @@ def test_positions_of_dead_units_and_of_maxima_that_lost_count() -> None:
     assert [float(parts[2]) for parts in stats.sums.values()] == [48, 12, 3]
 
 
+class Scattered(nn.Module):
+    """The largest of what stands somewhere and of what is put there, which always wins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.there, self.put, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.arange(x.shape[1])[None, :, None].expand(len(x), -1, 4)
+        return self.head(self.there(x).scatter_reduce(1, index, self.put(x) + 100, "amax"))
+
+
+def test_places_that_lost_to_what_was_scattered_into_them_count() -> None:
+    x, y = torch.randn(5, 4, 3, generator=rng(0)).double(), torch.randint(0, CLASSES, (5, 4), generator=rng(1))
+    found = lk.curvature.estimate(seeded(Scattered).double(), "categorical", [(x, y)], "kron")
+    assert [float(found.sums[name][2]) for name in ("there", "put", "head")] == [20.0] * 3
+    assert not found.sums["there"][1].any()
+
+
 class Causal(nn.Module):
     def __init__(self) -> None:
         super().__init__()

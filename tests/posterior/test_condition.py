@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
-from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted, ShapeMismatch, UnknownName
-from laplace_kf.operators import conditional
+from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted, NotPositiveDefinite, ShapeMismatch, UnknownName
+from laplace_kf.operators import Spectral, conditional
+from laplace_kf.operators.spectral import Basis
 
 
 def mlp() -> nn.Sequential:
@@ -279,3 +280,12 @@ def test_refusals_say_what_is_allowed() -> None:
         posterior.condition(constraints=({"weight": torch.zeros(2, 35)}, torch.zeros(2)))
     with pytest.raises(NonFinite):
         posterior.condition(constraints=(rows[:1] * float("inf"), torch.zeros(1)))
+
+
+def test_a_singular_precision_is_refused_before_anything_is_iterated() -> None:
+    """With nearly all weights free, where its inverse is what the iteration starts from."""
+    free = torch.ones(1, 3, 4, dtype=torch.bool)
+    free[0, 0, 0] = False
+    singular = Spectral(Basis.identity(), Basis.identity(), torch.zeros(1, 3, 4, dtype=torch.float64), "block")
+    with pytest.raises(NotPositiveDefinite, match="block"):
+        conditional._Iterated(singular, free)

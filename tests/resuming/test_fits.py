@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
+from tqdm.auto import tqdm
 
 import laplace_kf as lk
 from laplace_kf import files
@@ -434,11 +437,59 @@ def test_a_killed_process(tmp_path: Path) -> None:
     killed_and_gone_on("ekfac", tmp_path, 9)
 
 
+def ended(name: str, path: Path, after: float) -> tuple[bool, float]:
+    """A fit in a fork that the system ends after so much of its processor time, in whatever line it is then.
+
+    Returns:
+        Whether it was ended, and the processor time it took.
+    """
+    child = os.fork()
+    if child == 0:
+        tqdm.set_lock(threading.RLock())  # the one of all processes would stay taken by one that was ended
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # no handler, no `finally`
+        signal.setitimer(signal.ITIMER_PROF, after)
+        try:
+            fitted(name, path)
+        finally:
+            os._exit(0)
+    _, status, used = os.wait4(child, 0)
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGPROF)
+    return os.WIFSIGNALED(status), used.ru_utime + used.ru_stime
+
+
+def ended_and_gone_on(folder: Path, names: list[str], points: int) -> int:
+    """How many of the fits were ended before their end, each at a random point, and once more after going on."""
+    chance, stopped = random.Random(0), 0
+    whole = {name: (fitted(name), ended(name, folder / name, 1e3)[1]) for name in names}
+    for number in range(points):
+        name, path = chance.choice(names), folder / f"{number}"
+        for _ in range(2):
+            stopped += ended(name, path, chance.uniform(1e-4, whole[name][1]))[0]
+        same(fitted(name, path), whole[name][0])
+        assert (
+            not path.exists()
+        )  # what a process that was ended as it wrote left behind stays: nobody knows whose it is
+        assert all(file.name.endswith(".part") or file.name.startswith(".tmp") for file in folder.iterdir())
+    return stopped
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_ended_at_random_points(tmp_path: Path) -> None:
+    assert ended_and_gone_on(tmp_path, ["ekfac", "sampled"], 4) >= 4
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
-def test_a_hundred_killed_processes(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+def test_ended_at_a_hundred_random_points(tmp_path: Path) -> None:
+    assert ended_and_gone_on(tmp_path, [name for name in CASES if name != "subnetwork"], 100) >= 100
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(3600)
+def test_processes_killed_after_any_minibatch(tmp_path: Path) -> None:
     chance, names = random.Random(0), [name for name in CASES if name != "subnetwork"]
-    for number in range(100):
+    for number in range(20):
         folder = tmp_path / str(number)
         folder.mkdir()
         killed_and_gone_on(chance.choice(names), folder, chance.randrange(1, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.tape import sharing
 from laplace_kf.tape.made import MadeTensors
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, normal
@@ -343,3 +345,12 @@ def test_memory_that_data_were_written_into_is_known_by_more_than_its_place() ->
     assert tensors.is_constant(held)
     tensors.wrote(held)
     assert not tensors.is_constant(held)
+
+
+def test_copies_that_share_a_layer_are_read_alike() -> None:
+    """However many there are, and in whatever order they came."""
+    one, two, three = (SimpleNamespace(source=None, covers=()) for _ in range(3))
+    a, b, c, d = (SimpleNamespace(source=object(), covers=covers) for covers in ((one,), (two,), (one, two), (three,)))
+    groups = list(sharing._groups([one, two, three, a, b, c, d]))  # type: ignore[list-item]
+    found = {frozenset(map(id, copies)): frozenset(map(id, layers)) for copies, layers in groups}
+    assert found == {frozenset(map(id, (a, b, c))): frozenset(map(id, (one, two))), frozenset({id(d)}): {id(three)}}
