@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_kf.linalg import eigh
 from laplace_kf.operators import Basis, Blockwise, Matrix, SpectralBlock
 from laplace_kf.structures.base import STRUCTURES, Results, Statistics, Structure, Sums, Work, added, pairs, zeros
 from laplace_kf.tape import Block, FlatLayout, MatrixSignals, Signals
@@ -203,13 +204,34 @@ def _vectors(blocks: Mapping[str, Block]) -> dict[str, Block]:
 def _bases(name: str, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Bases from the factors ``A, G`` of a weight and those of its uses as a transpose, if there are any."""
     (inputs, outputs), *turned = pairs(factors)
+    if not turned:  # the factors' own
+        return _own(inputs, name), _own(outputs, name)
     terms = [(outputs, inputs), *turned]
     block = SpectralBlock.of_sum(terms, name)
     empty = block.grid.new_zeros(0)
     found = []
     for side, basis in ((1, block.inputs.matrix), (0, block.outputs.matrix)):
-        found.append(empty if basis is None else _settled(basis, [term[side] for term in terms]).contiguous())
+        if basis is None:
+            found.append(empty)
+            continue
+        along = torch.stack([_along(basis, term[side]) for term in terms])
+        found.append(_settled(basis, along).contiguous())
     return found[0], found[1]
+
+
+def _own(factor: Tensor, name: str) -> Tensor:
+    """The settled eigenvectors of one factor ``(R, d, d)``; empty for a diagonal ``(R, d)``."""
+    if factor.dim() == 2:
+        return factor.new_zeros(0)
+    values, vectors = eigh(factor, name)
+    return _settled(vectors, values[None]).contiguous()
+
+
+def _along(basis: Tensor, factor: Tensor) -> Tensor:
+    """What a factor ``(R, d, d)``, or a diagonal ``(R, d)``, has along the vectors of a basis, ``(R, d)``."""
+    if factor.dim() == 2:
+        return torch.einsum("rdk,rd->rk", basis.square(), factor)
+    return (basis * torch.matmul(factor, basis)).sum(-2)
 
 
 def _like_bases(block: Block, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -225,19 +247,15 @@ def _like_bases(block: Block, factors: Sequence[Tensor]) -> tuple[Tensor, Tensor
     return found[0], found[1]
 
 
-def _settled(basis: Tensor, factors: Sequence[Tensor]) -> Tensor:
+def _settled(basis: Tensor, along: Tensor) -> Tensor:
     """The eigenvectors ``(R, d, d)`` with a basis of the null space that does not hang on rounding.
+
+    The ``K`` factors have ``along (K, R, d)`` along them; the null space is that of all.
 
     What a solver returns there is any basis of it, and the squares of later columns along it would differ from one run
     to the next by as much as they are. The basis taken is the one that the projection on the null space makes of fixed
     directions.
     """
-    along = torch.stack(
-        [
-            torch.einsum("rdk,rd->rk", basis.square(), f) if f.dim() == 2 else (basis * torch.matmul(f, basis)).sum(-2)
-            for f in factors
-        ]
-    )
     scale = along.amax(-1, keepdim=True).clamp_min(torch.finfo(along.dtype).tiny)
     empty = (along <= 100 * basis.shape[-1] * torch.finfo(along.dtype).eps * scale).all(0)  # (R, d)
     out = basis

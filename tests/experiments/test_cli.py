@@ -72,7 +72,7 @@ def test_list_shows_every_experiment_and_its_state(capsys):
     ]
     assert "ready" in lines[18] and "[toy_regression]" in lines[18]
     assert "ready" in lines[19]
-    assert "[ood_mnist, ood_mnist_gpu]" in lines[19]
+    assert "[ood_mnist, ood_mnist_gpu, ood_mnist_published]" in lines[19]
     assert not any("not yet" in line for line in lines)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.operators import Blockwise, Isotropic, LowRank, SpectralBlock
-from laplace_kf.structures import STRUCTURES, base
+from laplace_kf.structures import STRUCTURES, base, ekfac, full
 from tests import oracles
 from tests.cases import BY_NAME, Case, Experts, Problem, normal, rng, tagged, truth
 from tests.checks import close
@@ -365,3 +365,31 @@ def test_device_follows_the_model(structure: str) -> None:
     assert all(value.is_cuda for value in gpu.sample(2).values())
     gpu.predict(data[0][0], method="mc", samples=2)
     float(gpu.log_evidence())
+
+
+def test_bases_of_one_pair_of_factors_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of the sum of one product, by a decomposition each and no further product; null spaces are settled."""
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 2, 6, generator=rng, dtype=torch.float64)  # of rank 4: two directions of nothing
+    a, g = torch.einsum("nri,nrj->rij", rows, rows), torch.rand(2, 3, generator=rng, dtype=torch.float64)
+    parts = (a, g, torch.ones((), dtype=torch.float64))
+    slow = ekfac.SpectralBlock.of_sum([(g, a)], "b").inputs.matrix
+    assert slow is not None
+    slow = ekfac._settled(slow, ekfac._along(slow, a)[None])
+    monkeypatch.setattr(ekfac.SpectralBlock, "of_sum", lambda *given: pytest.fail("as a sum"))
+    inputs, outputs = ekfac._bases("b", parts)
+    assert outputs.numel() == 0
+    torch.testing.assert_close(inputs.mT @ inputs, torch.eye(6).double().expand(2, 6, 6), rtol=0, atol=1e-12)
+    torch.testing.assert_close(inputs.mT @ a @ inputs, torch.diag_embed(torch.linalg.eigvalsh(a)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(inputs[..., :2].abs(), slow[..., :2].abs(), rtol=1e-7, atol=1e-9)
+
+
+def test_a_whole_matrix_is_put_in_order_by_runs_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    data = torch.randn(6, 3).double(), torch.arange(6) % 2
+    whole = lk.LaplacePosterior(model, "categorical", "full").fit(data).curvature.dense()
+    monkeypatch.setattr(full, "ROWS", 3)
+    again = lk.LaplacePosterior(model, "categorical", "full").fit(data).curvature.dense()
+    torch.testing.assert_close(again, whole, rtol=0, atol=0)
+    torch.testing.assert_close(again, oracles.dense_ggn(model, *data, oracles.categorical_nll), rtol=1e-9, atol=1e-12)
