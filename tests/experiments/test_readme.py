@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from experiments import overview, readme
+from experiments import overview, readme, runner, tables
 from experiments.verdicts import VIEWS, counts, entries
 
 
@@ -20,6 +21,16 @@ def test_pages_are_up_to_date(page: str) -> None:
 
 def test_every_table_has_a_page() -> None:
     assert {name for names in readme.PAGES.values() for name in names} == set(readme.TABLES)
+
+
+def test_the_command_of_a_result_names_what_differs_from_the_configuration() -> None:
+    usual = asdict(runner.resolve("labels")[1])
+    assert tables.command_of("labels", {"config": usual}) == "python -m experiments run labels"
+    own = {**usual, "most": 130, "methods": ["BatchBALD", "random"], "progress": not usual["progress"], "gone": 1}
+    command = tables.command_of("labels", {"config": own})
+    assert command == "python -m experiments run labels methods=[BatchBALD,random] most=130"
+    _, again = runner.resolve("labels", command.split()[5:])
+    assert (again.most, again.methods) == (130, ["BatchBALD", "random"])
 
 
 def test_a_missing_place_is_reported() -> None:
