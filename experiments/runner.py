@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ except ImportError as error:
 if typing.TYPE_CHECKING:
     from laplace_kf.reports.html import Report
 
-__all__ = ["CONFIGS", "config_names", "resolve", "run"]
+__all__ = ["CONFIGS", "command", "config_names", "resolve", "run"]
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 """Where named configuration files are."""
@@ -89,6 +89,21 @@ def run(experiment: Experiment, config: Any, out: Path) -> Report:
         report.details = {"experiment": experiment.id, **report.details, "wall_time_s": time.perf_counter() - start}
         report.save(out)
     return report
+
+
+FREE = ("progress", "threads", "sets", "sources", "splits")
+"""Settings that no number of a result hangs on, and those of which a result has only the last piece's."""
+
+
+def command(name: str, config: Mapping[str, Any]) -> str:
+    """What makes a result again: the experiment with the settings in which a run differs from its configuration."""
+    usual = dataclasses.asdict(resolve(name)[1])
+    own = [
+        f"{key}={value}".replace(" ", "").replace("'", "")
+        for key, value in config.items()
+        if key in usual and key not in FREE and value != usual[key]
+    ]
+    return " ".join([f"python -m experiments run {name}", *own])
 
 
 def _config_path(name: str) -> Path:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from experiments.calibration import report
 from experiments.recurrent import report as recurrent_report
 from experiments.verdicts import VIEWS, counts, entries
 
-__all__ = ["ROOT", "STREAMS", "TABLES", "command_of", "load", "machine_of", "markdown", "quoted"]
+__all__ = ["ROOT", "STREAMS", "TABLES", "load", "machine_of", "markdown", "quoted"]
 
 ROOT = Path(__file__).parent.parent
 
@@ -86,26 +85,11 @@ def quoted(name: str) -> str:
     result = load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
-    parts = [f"{result['summary']} {machine_of(result)}. `{command_of(name, result)}`"]
+    parts = [f"{result['summary']} {machine_of(result)}. `{runner.command(name, result['config'])}`"]
     for table in result["tables"]:
         parts += [markdown(table["columns"], table["rows"])] + ([table["note"]] if table["note"] else [])
     missing = [f"Not run: {', '.join(result['not_run'])}."] if result.get("not_run") else []
     return "\n\n".join([*parts, *missing])
-
-
-FREE = ("progress", "threads", "sets", "sources", "splits")
-"""Settings that no number of a result hangs on, and those of which a result has only the last piece's."""
-
-
-def command_of(name: str, result: Mapping[str, Any]) -> str:
-    """What makes a result again: the experiment with the settings in which the run differs from its configuration."""
-    usual = asdict(runner.resolve(name)[1])
-    own = [
-        f"{key}={value}".replace(" ", "").replace("'", "")
-        for key, value in result["config"].items()
-        if key in usual and key not in FREE and value != usual[key]
-    ]
-    return " ".join([f"python -m experiments run {name}", *own])
 
 
 def calibration() -> str:
@@ -119,7 +103,7 @@ def calibration() -> str:
     text = (
         f"One hidden layer of {config['hidden']} units, {config['splits']} splits, {config['val_share']:.0%} of the "
         f"training rows (at most {config['val_most']}) held out for every method's settings; {machine_of(result)}. "
-        f"`{command_of('calibration', result)}`"
+        f"`{runner.command('calibration', config)}`"
     )
     verdicts = [
         f"* {v['claim']}: **{v['verdict']}** ("

@@ -100,7 +100,7 @@ class EvidenceModel:
         return Evidence(fit, by_block.sum(), scatter.sum())
 
     def slope(self, n: float, factor: float | Tensor, prior: PriorPrecision, layout: FlatLayout) -> Slope:
-        """The derivative of the evidence in λ, as :attr:`Evidence.slope` has it.
+        """The derivative of the evidence in λ, 0-dim, as :attr:`Evidence.slope` has it.
 
         Args:
             n: data count.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +159,12 @@ class Combination:
     def ggn(self) -> Tensor:
         """(P, P), the mean over examples."""
         return torch.einsum("ncp,ncd,ndq->pq", self.jacobian, self.curvature, self.jacobian) / len(self.x)
+
+
+def plainest(names: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The first example of the plainest rule of every kind, out of the test ids of each kind."""
+    rules = {"layer": "linear", "likelihood": "categorical", "estimator": "exact", "structure": "kron"}
+    return {kind: next(each for each in names[kind] if each.split(".")[0] == rule) for kind, rule in rules.items()}
 
 
 def problem(layer: str, likelihood: str, estimator: str, structure: str) -> Combination:

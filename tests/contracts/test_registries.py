@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from laplace_kf.tape.tracer import Tracer
-from tests.contracts.contract import FACTORS, owes, problem, taken
+from tests.contracts.contract import FACTORS, owes, plainest, problem, taken
 from tests.contracts.design import covering
 
 NAMES = {factor: list(found) for factor, found in FACTORS.items()}
+PLAIN = plainest(NAMES)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -29,15 +30,14 @@ def test_nothing_is_only_ever_refused(factor: str) -> None:
 
     What it owes in such pairs is checked above.
     """
-    plain = {"layer": "linear.0", "likelihood": "categorical.0", "estimator": "exact", "structure": "kron"}
     for name in NAMES[factor]:
-        assert taken(problem(**{**plain, factor: name})) is not None, name
+        assert taken(problem(**{**PLAIN, factor: name})) is not None, name
 
 
 @pytest.mark.parametrize("name", NAMES["layer"])
 def test_layer_rules_run_on_their_own_examples(name: str) -> None:
     """And pass the check against autograd there: a wrong rule falls back, and all numbers stay right."""
-    made = problem(name, "categorical" if "categorical" in NAMES["likelihood"] else "categorical.0", "exact", "kron")
+    made = problem(**{**PLAIN, "layer": name})
     tracer = Tracer(made.model, None)
     calls = tracer.observe((made.x, made.y)).calls
     mine = {part for call in calls if call.rule.name == name.split(".")[0] for part in call.names}

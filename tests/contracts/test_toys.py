@@ -23,7 +23,7 @@ from laplace_kf.structures import STRUCTURES
 from laplace_kf.structures.diag import Diagonal
 from laplace_kf.tape.tracer import Tracer
 from tests.checks import close
-from tests.contracts.contract import FACTORS, choices, owes, problem
+from tests.contracts.contract import FACTORS, choices, owes, plainest, problem
 from tests.contracts.design import Row, covering, meeting
 from tests.contracts.toys import TOYS, registered, unregistered
 
@@ -51,14 +51,11 @@ def test_contract(row: Row, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", TOYS)
 def test_the_toys_are_refused_nowhere_that_matters(kind: str, tmp_path: Path) -> None:
-    plain = {factor: next(n for n in NAMES[factor] if n.split(".")[0] == name) for factor, name in PLAIN.items()}
+    plain = plainest(NAMES)
     with registered(kind):
         assert owes(problem(**{**plain, kind: TOYS[kind]}), tmp_path) == "kept"
         assert [name for name in choices()[kind] if name not in NAMES[kind]] == [TOYS[kind]]
     assert list(choices()[kind]) == NAMES[kind]
-
-
-PLAIN = {"layer": "linear", "likelihood": "categorical", "estimator": "exact", "structure": "kron"}
 
 
 def test_the_layer_rule_ran() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import overview, readme, runner, tables
+from experiments import overview, readme, runner
 from experiments.verdicts import VIEWS, counts, entries
 
 
@@ -25,9 +25,9 @@ def test_every_table_has_a_page() -> None:
 
 def test_the_command_of_a_result_names_what_differs_from_the_configuration() -> None:
     usual = asdict(runner.resolve("labels")[1])
-    assert tables.command_of("labels", {"config": usual}) == "python -m experiments run labels"
+    assert runner.command("labels", usual) == "python -m experiments run labels"
     own = {**usual, "most": 130, "methods": ["BatchBALD", "random"], "progress": not usual["progress"], "gone": 1}
-    command = tables.command_of("labels", {"config": own})
+    command = runner.command("labels", own)
     assert command == "python -m experiments run labels methods=[BatchBALD,random] most=130"
     _, again = runner.resolve("labels", command.split()[5:])
     assert (again.most, again.methods) == (130, ["BatchBALD", "random"])
