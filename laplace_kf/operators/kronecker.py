@@ -16,7 +16,16 @@ from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis, Ridge, Spectral
 from laplace_kf.registry import Registry
 
-__all__ = ["DAMPINGS", "Damping", "KroneckerBlock", "balance"]
+__all__ = ["DAMPINGS", "Damping", "KroneckerBlock", "balance", "require_exact"]
+
+
+def require_exact(damping: str, label: str) -> None:
+    """Raises :class:`IncompatiblePair` for a damping that has no place for a prior that differs within a block."""
+    if damping != "exact":
+        raise IncompatiblePair(
+            f'damping="{damping}" needs one prior precision for all parameters of block {label!r}; '
+            'use damping="exact", or give its weight and bias the same value'
+        )
 
 
 class KroneckerBlock(CurvatureBlock):
@@ -137,11 +146,7 @@ class KroneckerBlock(CurvatureBlock):
 
     def _with_unequal_prior(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """A prior that differs between the weight and the bias of a layer is ``I ⊗ diag(λ_i)`` over the inputs."""
-        if damping != "exact":
-            raise IncompatiblePair(
-                f'damping="{damping}" needs one prior precision for all parameters of block {self.label!r}; '
-                'use damping="exact", or give its weight and bias the same value'
-            )
+        require_exact(damping, self.label)
         column = prior[:, :1, :]
         if not torch.equal(prior, column.expand_as(prior)):
             return ridged(self.scaled(n), prior)

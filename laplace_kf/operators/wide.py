@@ -21,7 +21,7 @@ from laplace_kf.errors import IncompatiblePair
 from laplace_kf.linalg import require_positive
 from laplace_kf.operators.base import DENSE_WARNING, Isotropic, Matrix, standard_normal
 from laplace_kf.operators.curvature import CurvatureBlock, ridged
-from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock
+from laplace_kf.operators.kronecker import DAMPINGS, KroneckerBlock, require_exact
 from laplace_kf.operators.kronecker_factors import full, generalised_basis
 from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis
@@ -375,11 +375,7 @@ class WideBlock(CurvatureBlock):
 
     def _with_unequal_prior(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """A prior that differs between the weight and the bias of a layer is ``1 ⊗ diag(λ_i)``: another basis ``B``."""
-        if damping != "exact":
-            raise IncompatiblePair(
-                f'damping="{damping}" needs one prior precision for all parameters of block {self.label!r}; '
-                'use damping="exact", or give its weight and bias the same value'
-            )
+        require_exact(damping, self.label)
         column = prior[:, :1, :]
         if not torch.equal(prior, column.expand_as(prior)):
             return ridged(self.scaled(n), prior)

@@ -32,6 +32,7 @@ from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import AUTO
 from laplace_kf.replica import stage
+from laplace_kf.sequences import read
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection
@@ -356,7 +357,9 @@ class Answers(Jobs, Shorthands):
                 several positions of an example), naming block and reason; for a link the likelihood does not have.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
-        mean = self._fitted("predict").mean_by_name(copy=False)
+        state = self._fitted("predict")
+        # the posterior's own numbers only for models that are known to write nothing into their weights
+        mean = state.mean_by_name(copy=read(self.model) is None)
         if method == AUTO:
             drawn = space != AUTO or draws != "independent"
             method = "linearized" if link is not None else "mc" if drawn else self.method

@@ -101,7 +101,8 @@ class Fitted:
     def mean_by_name(self, copy: bool = True) -> dict[str, Tensor]:
         """The mean by parameter name, each of its parameter's shape, type and device.
 
-        A copy, or with ``copy=False`` for what only reads it: a head of 50,000 classes is copied slower than used.
+        A copy, or with ``copy=False`` for what only reads it: a head of 50,000 classes is copied slower than used. A
+        model may write into its weights when it is called; what it is called with has to be a copy then.
 
         Raises:
             ShapeMismatch: as :meth:`parameters`.

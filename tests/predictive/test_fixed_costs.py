@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.operators import spectral
+from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.predictive import quadratic
 from laplace_kf.randomness import same_foreign_states, same_random_states
 from laplace_kf.tape import Observation
@@ -249,3 +250,45 @@ def test_a_precision_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             with pytest.raises(lk.errors.NotPositiveDefinite):
                 matrix.require_positive()
+
+
+class Shrinking(nn.Module):
+    """Writes into its weights whenever it is called, as weight clipping in ``forward`` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.weight.mul_(0.9)
+            self.second.weight.mul_(0.9)
+        return self.second(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("parameters", ["all", "last_layer"])
+@pytest.mark.parametrize("method", ["mc", "linearized", "map", "probit"])
+def test_a_prediction_never_writes_into_the_posterior(method: str, parameters: Any) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3).double(), torch.tensor([0, 1, 0, 1, 1, 0])
+    posterior = lk.LaplacePosterior(Shrinking().double(), "categorical", parameters=parameters).fit((x, y))
+    before = {name: value.clone() for name, value in posterior.mean.items()}
+    posterior.predict(x, method, generator=torch.Generator().manual_seed(0))
+    for name, value in posterior.mean.items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_only_a_sequence_reads_the_mean_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    copied, plain = [], Fitted.mean_by_name
+    monkeypatch.setattr(
+        Fitted,
+        "mean_by_name",
+        lambda self, copy=True: copied.append(copy) or plain(self, copy),  # type: ignore[func-returns-value]
+    )
+    for model in (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), Net().double().eval()):
+        posterior = lk.LaplacePosterior(model, "gaussian").fit((x, y))
+        copied.clear()
+        posterior.predict(x, "linearized")
+        assert copied[0] is isinstance(model, Net)
