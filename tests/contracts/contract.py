@@ -1,7 +1,7 @@
 """What every combination of layer rule × likelihood × estimator × structure owes, checked on the rules' own examples.
 
-A new rule needs no line here: its examples come from its registration. The references are dense: Jacobians by
-``torch.func``, output curvature as the Hessian of ``-log_prob`` (or the root's product, where it may be indefinite).
+A new rule needs no line here: its examples come from its registration. The references are dense: Jacobians by plain
+autograd, output curvature as the Hessian of ``-log_prob`` (or the root's product, where it may be indefinite).
 """
 
 from __future__ import annotations
@@ -133,14 +133,12 @@ class Combination:
 
     @functools.cached_property
     def jacobian(self) -> Tensor:
-        """(N, C, P) in flat parameter order."""
-        weights = {name: p.detach() for name, p in self.model.named_parameters()}
-
-        def outputs(w: dict[str, Tensor], x: Tensor) -> Tensor:
-            return torch.func.functional_call(self.model, w, (x[None],))[0]
-
-        rows = [torch.func.jacrev(outputs)(weights, one) for one in self.x]
-        return torch.stack([torch.cat([row[name].flatten(1) for name in weights], 1) for row in rows])
+        """(N, C, P) in flat parameter order, one backward pass for every output of every example."""
+        weights = list(self.model.parameters())
+        with torch.enable_grad():
+            outputs = self.model(self.x)
+            rows = [torch.autograd.grad(out, weights, retain_graph=True) for out in outputs.flatten()]
+        return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows]).reshape(*outputs.shape, -1)
 
     @functools.cached_property
     def curvature(self) -> Tensor:
@@ -148,10 +146,11 @@ class Combination:
         with torch.no_grad():
             outputs = self.model(self.x)
         if self.likelihood.natural:
-            found = []
-            for z, y in zip(outputs, self.y, strict=True):
-                found.append(torch.func.hessian(lambda v, y=y: -self.likelihood.log_prob(v[None], y[None]).sum())(z))
-            return torch.stack(found)
+            with torch.enable_grad():
+                z = outputs.clone().requires_grad_()
+                slope = torch.autograd.grad(-self.likelihood.log_prob(z, self.y).sum(), z, create_graph=True)[0]
+                rows = [torch.autograd.grad(each.sum(), z, retain_graph=True)[0] for each in slope.unbind(1)]
+            return torch.stack(rows, 1)
         root = self.likelihood.hessian_root(outputs, self.y)
         return torch.einsum("vnc,vnd->ncd", root, root)
 
