@@ -43,8 +43,25 @@ def substituted(model: nn.Module, values: Mapping[str, Tensor], call: Callable[[
         values: by parameter or buffer name, each of its shape.
         call: runs the model.
     """
-    found: T = torch.func.functional_call(_Runner(model, call), {f"model.{n}": value for n, value in values.items()})
+    everywhere = {f"model.{place}": values[name] for place, name in _places_in(model, values)}
+    found: T = torch.func.functional_call(_Runner(model, call), everywhere, tie_weights=False)
     return found
+
+
+def _places_in(model: nn.Module, names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Every attribute that holds one of the parameters and buffers of these names, once, with that name.
+
+    ``functional_call`` finds tied tensors itself, but goes through a module that is registered twice twice: what it
+    takes for the old values the second time, and puts back, are the new ones.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        start = f"{path}." if path else ""
+        for held in (module._parameters, module._buffers):
+            tensors.update({start + key: tensor for key, tensor in held.items() if tensor is not None})
+    wanted = {id(tensors[name]): name for name in names if name in tensors}
+    yield from ((place, wanted[id(t)]) for place, t in tensors.items() if place not in names and id(t) in wanted)
+    yield from ((name, name) for name in names)
 
 
 class _Runner(nn.Module):

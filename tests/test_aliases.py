@@ -401,6 +401,19 @@ class TiedByAssignment(nn.Module):
         return self.head(torch.tanh(self.b(torch.tanh(self.a(x))) + self.again))
 
 
+class RegisteredTwice(nn.Module):
+    """One layer at two places, and a module of several under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer, self.encoder = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.layers, self.twin, self.head = nn.ModuleList([layer, layer]), self.encoder, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layers[1](torch.tanh(self.layers[0](x)))
+        return self.head(torch.tanh(self.twin(x)) * self.encoder(h))
+
+
 class Looks(Plain):
     """Takes the type, the device and the shape of a parameter from a list, not its numbers."""
 
@@ -437,6 +450,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "containers": Registered,
     "buffer": Buffer,
     "tied": TiedByAssignment,
+    "registered-twice": RegisteredTwice,
     "looks": Looks,
     "inside": Inside,
     "recurrent": Recurrent,
@@ -539,6 +553,25 @@ def test_values_stand_for_the_call_only() -> None:
     assert not found.any() and torch.equal(model(x), before)
     close(found.new_zeros(1) + 0, torch.zeros(1, dtype=found.dtype))
     assert torch.equal(functional_call(model, {"w2": torch.zeros_like(model.w2)}, (x,)), found)
+
+
+def test_a_module_at_two_places_gets_its_own_weights_back() -> None:
+    """``torch.func.functional_call`` leaves the other values in it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = RegisteredTwice().double()
+    x, y = data()
+    own = dict(model.named_parameters())
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit((x, y))
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(model(a[None]), b[None]), own.values())])
+        for a, b in zip(x, y, strict=True)
+    ]
+    wanted = torch.stack(rows) @ posterior.precision.solve(torch.stack(rows).T)
+    close(lk.attribution.influence(posterior, (x, y), (x, y)), wanted)
+    opt = lk.optim.kfac(model, "categorical", l2=0.0)
+    assert float(opt.step(x, y)) > float(opt.step(x, y))
+    assert all(p is own[name] for name, p in model.named_parameters())
 
 
 def test_binary_outputs_refuse_as_well() -> None:

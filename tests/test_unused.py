@@ -87,6 +87,28 @@ def test_they_keep_their_prior(structure: str) -> None:
     close(posterior.functional_covariance(data()[0]), rest.functional_covariance(data()[0]))
 
 
+class Unasked(Experts):
+    """Calls every expert, also on no rows at all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            index = torch.where(x[:, 0].long() == k)[0]
+            out = out.index_add(0, index, torch.tanh(expert(x[index])))
+        return self.head(out)
+
+
+def test_an_expert_that_is_called_on_no_rows() -> None:
+    """Its weights are drawn by the products of their factors, whose result has no rows either."""
+    found = lk.LaplacePosterior(Unasked(), "categorical", unused="prior", prior_precision=2.0).fit(data())
+    close(found.precision.dense(), fitted("kron").precision.dense())
+    found.prior_precision = 1e6  # draws are linear in the weights
+    x = data()[0]
+    drawn = found.predict(x, "mc", samples=400, space="weights", generator=rng(), keep_samples=True).samples
+    wanted = found.functional_covariance(x, diagonal_only=True)
+    assert float((drawn.var(0) / wanted).log().abs().max()) < 0.4
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_files_keep_them(structure: str, tmp_path: Path) -> None:
     posterior = fitted(structure)

@@ -229,7 +229,8 @@ class WeightDraws:
             first = not met and not formed  # then the inputs are the same for all draws
             met.add(block.name)
             if block.name not in weights and chain_is_cheaper(rows, found.matrix, shared if first else 1):
-                output = found.through(x, a.reshape(-1, a.shape[-1])).reshape(*a.shape[:-1], -1).to(a)
+                output = found.through(x, a.reshape(-1, a.shape[-1])).to(a)  # (rows, O); an expert may have no rows
+                output = output.reshape(*a.shape[:-1], output.shape[-1])
                 if found.mean is None:
                     return call() + output
                 return output if bound["bias"] is None or "bias" in names else output + bound["bias"]

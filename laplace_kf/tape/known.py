@@ -111,12 +111,18 @@ class Known:
         """All blocks have been met by the check, on a minibatch of so many examples."""
         self._states.update(dict.fromkeys(self.unchecked(), State.PASSED if examples > 1 else State.TRIED))
 
-    def hide(self, parameters: Collection[str]) -> None:
-        """From now on these are parameters that act where no call shows it; their blocks are forgotten."""
+    def hide(self, parameters: Collection[str], fresh: Collection[str] = ()) -> None:
+        """From now on these are parameters that act where no call shows it; their blocks are forgotten.
+
+        Args:
+            parameters: their names.
+            fresh: blocks that no minibatch went into, which may be planned anew together with them.
+        """
         self.hidden.update(parameters)
         # a bias or other rows of such a weight are planned anew together with it
-        for block in [b for b in self.blocks.values() if self.hidden & set(b.parameters)]:
+        for block in [b for b in self.blocks.values() if self.hidden & set(b.parameters) or b.name in fresh]:
             del self.blocks[block.name], self._states[block.name]
+            self.example_wise.discard(block.name)
             for name in block.parameters:
                 self._members.pop(name, None)
 

@@ -375,8 +375,10 @@ class Tracer:
             raise changed({name for block in earlier for name in block.parameters})
         for block in failed:
             self._note_failure(block, observation, uses)
-        known.hide({*met, *(name for block in failed for name in block.parameters)})
         passed = not failed and not met
+        if not passed:
+            fresh = [n for n, state in states.items() if state is State.FRESH and n in known.example_wise]
+            known.hide({*met, *(name for block in failed for name in block.parameters)}, fresh)
         if passed and shown:
             note(self.model, key, True)
         self.may_be_chain = self.may_be_chain and passed

@@ -302,7 +302,28 @@ class Square(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (b,) = ctx.saved_tensors
-        return grad, (grad * 2 * b).sum(0)
+        return grad, (grad * 2 * b).flatten(0, -2).sum(0)
+
+
+class TakenOut(nn.Module):
+    """A bias beside a weight without a rule; its gradient is rounding, or it also acts where no tape sees it."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.hidden, self.conv, self.head = hidden, nn.Conv1d(2, 4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.conv1d(x, self.conv.weight / self.conv.weight.norm(), self.conv.bias)
+        h = Square.apply(h.mT, self.conv.bias) if self.hidden else F.instance_norm(h).mT
+        return self.head(torch.tanh(h).mean(1))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_bias_that_fails_or_shows_nothing_beside_a_weight_without_a_rule(hidden: bool) -> None:
+    model, x = seeded(TakenOut, hidden), normal(6, 2, 5)
+    agrees(model, x, labels(3, 6))
+    blocks = lk.curvature.estimate(model, "categorical", (x, labels(3, 6)), "diag").blocks
+    assert set(blocks) == ({"conv", "head"} if hidden else {"conv.weight", "conv.bias", "head"})
 
 
 class LaterUse(nn.Module):
