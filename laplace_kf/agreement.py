@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from laplace_kf import conventions, weighting
 from laplace_kf.batches import Forward, private, run, with_labels
+from laplace_kf.callers import warn_user
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch
 from laplace_kf.graphs import check_ignored, read_by_rows
 from laplace_kf.likelihoods.base import Likelihood
@@ -28,7 +29,7 @@ from laplace_kf.outputs.arranged import decided
 from laplace_kf.outputs.weighted import bare
 from laplace_kf.returned import as_tensor, own_loss
 
-__all__ = ["as_read", "require_same_loss"]
+__all__ = ["as_read", "require_same_loss", "warn_of_links"]
 
 EXACT = frozenset(["Categorical", "Bernoulli"])  # likelihoods whose log-density has no constant that a loss may drop
 FINE, COARSE = 2e-4, 5e-2  # relative differences allowed: float32 and wider, half precision
@@ -88,6 +89,32 @@ def as_read(
     known = read_by_rows(batch, forward) or (forward is None and conventions.channels_are_last(model, batch))
     found: Likelihood = decided(likelihood, outputs, targets, known)
     return found
+
+
+_MOVES = frozenset(
+    f"{name}Backward0"
+    for name in ("Alias", "Clone", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze", "T", "ToCopy", "Transpose",
+                 "UnsafeView", "Unsqueeze", "View")
+)  # fmt: skip
+_MORE_MOVES = frozenset(["SqueezeBackward1", "SqueezeBackward2", "TransposeBackward1"])
+
+
+def warn_of_links(likelihood: Likelihood, model: nn.Module, outputs: Tensor) -> None:
+    """Warns of outputs ``(N, ...)`` that are parameters of the density already, such as probabilities for logits."""
+    node = outputs.grad_fn
+    while node is not None and (node.name() in _MOVES or node.name() in _MORE_MOVES):
+        node = node.next_functions[0][0]
+    found = None if node is None else likelihood.inverse_links.get(node.name())
+    if found is None:
+        return
+    function, undone, wanted = found
+    *_, (path, last) = model.named_modules()
+    where = f" (module {path!r})" if type(last).__name__.lower() == function else ""
+    warn_user(
+        f"the model's outputs went through {function}{where}, but {likelihood!r} takes {wanted}: curvature and "
+        f"predictions are those of {wanted} with these values. Leave {function} out of the model, or undo it: "
+        f"forward=lambda model, batch: (model(batch[0]).{undone}(), batch[1])"
+    )
 
 
 def _own(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor, Tensor, Any] | None:

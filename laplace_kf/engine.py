@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from laplace_kf.agreement import as_read, require_same_loss
+from laplace_kf.agreement import as_read, require_same_loss, warn_of_links
 from laplace_kf.batches import Forward, to_device
 from laplace_kf.callers import warn_user
 from laplace_kf.distributed import First, Ranks, Seen, added_up, merged, refined
@@ -126,6 +126,7 @@ class Accumulator:
         like = torch.zeros((), dtype=self.dtype, device=observation.outputs.device)
         if not self._met:
             self._met = True
+            warn_of_links(self.likelihood, self.tracer.model, observation.outputs)
             self.structure = self.structure.settled(self.tracer.blocks, self.tracer.layout, observation.outputs, like)
             self._agree(observation)
         self.structure.require_memory(self.tracer.blocks, self.tracer.layout, like)

@@ -148,13 +148,17 @@ def paired(data: Any, y: Any) -> Any:
     """``(x, y)`` where ``fit`` was given them one by one; the data, where there is no ``y (N, ...)``.
 
     Raises:
-        ShapeMismatch: if the data are a loader, which brings the targets by itself.
+        ShapeMismatch: if the data are a loader, which brings the targets by itself; if they are a list of numbers.
         InvalidType: for arrays of text, of dates or of Python objects.
     """
     pair = data if y is None and isinstance(data, tuple) and len(data) == 2 else (data, y)
     for what, part in zip(("inputs", "targets"), pair, strict=True):
         require_numbers(what, part)
     if y is None:
+        if pair is data and isinstance(pair[1], list) and pair[1] and isinstance(pair[1][0], (int, float)):
+            raise ShapeMismatch(
+                f"the targets are a list of {len(pair[1])} numbers; make them a tensor: fit(x, torch.tensor(y))"
+            )
         return data
     whole = isinstance(data, (Tensor, Mapping, tuple, list)) or is_array(data)
     if not whole or not (isinstance(y, (Tensor, Mapping, tuple)) or is_array(y)):

@@ -61,6 +61,8 @@ class Likelihood(Predicting, Noise):
             2.6; Botev 2020, 3.5.1).
         psd: True if that Hessian is never indefinite, for whatever outputs and targets (methods 3).
         has_logits: True if outputs divided by a temperature are less certain predictions of the same classes.
+        inverse_links: functions that outputs must not have gone through, by their name in autograd: each one's own
+            name, what undoes it, and what outputs are.
         needs_targets: True if ``hessian_root`` and friends (may) need the targets.
         ignore_index: see above.
     """

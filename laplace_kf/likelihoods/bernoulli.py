@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -38,6 +38,7 @@ class Bernoulli(ElementwiseLikelihood):
     """
 
     has_logits: ClassVar[bool] = True
+    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {"SigmoidBackward0": ("sigmoid", "logit", "logits")}
 
     def _check_values(self, y: Tensor) -> None:
         refuse_values("Bernoulli", y, (y < 0) | (y > 1), f"[0, 1] (ignore_index={self.ignore_index})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -130,6 +130,7 @@ class Categorical(Likelihood):
     """
 
     has_logits: ClassVar[bool] = True
+    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {"SoftmaxBackward0": ("softmax", "log", "logits")}
     simplex_targets: ClassVar[bool] = True
 
     def __init__(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -85,6 +86,11 @@ class Poisson(ElementwiseLikelihood):
     Args:
         ignore_index: targets equal to it contribute nothing, one output at a time; None for no such value.
     """
+
+    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {
+        "ExpBackward0": ("exp", "log", "log rates"),
+        "SoftplusBackward0": ("softplus", "log", "log rates"),
+    }
 
     def _check_values(self, y: Tensor) -> None:
         bad = (y < 0) | (y != y.floor())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -27,6 +27,7 @@ class Predicting(Reading):
     """The part of a likelihood that makes predictions."""
 
     has_logits: ClassVar[bool] = False
+    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {}
 
     @property
     def has_temperature(self) -> bool:

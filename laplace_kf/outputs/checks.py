@@ -84,6 +84,8 @@ def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Seq
             len(expected[0]) > 2 and any(tuple(e) == (*found[:1], 1, *found[1:]) for e in expected)
         ):
             hint = " Use targets[:, None]."
+        elif found and found[-1] == 1 and found[:-1] in {tuple(e) for e in expected}:
+            hint = " Use targets.squeeze(-1)."
         elif _is_coarser(shape, found):
             hint = (
                 " The outputs are coarser than the targets: forward=lambda model, batch: (torch.nn.functional."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
-from laplace_kf.errors import InvalidArgument, InvalidType, LaplaceKFError, NonFinite
+from laplace_kf.errors import InvalidArgument, InvalidType, LaplaceKFError, NonFinite, ShapeMismatch
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.rand(6, 2, generator=torch.Generator().manual_seed(1))
@@ -104,3 +105,34 @@ def test_classes_masked_with_minus_infinity_name_the_way_out_which_works() -> No
         assert found.probs is not None and float(found.probs[:, 2].max()) == 0.0
         assert bool(torch.isfinite(found.entropy).all())
     assert bool(torch.isfinite(posterior.log_evidence()))
+
+
+SQUASHED: dict[str, tuple[str, nn.Module, str, Any]] = {
+    "softmax": ("categorical", nn.Softmax(-1), "log", torch.arange(6) % 2),
+    "sigmoid": ("bernoulli", nn.Sigmoid(), "logit", (Y > 0.5).float()),
+    "softplus": ("poisson", nn.Softplus(), "log", torch.ones(6, 2)),
+}
+
+
+@pytest.mark.parametrize("function", SQUASHED)
+def test_outputs_that_are_probabilities_or_rates_already_are_warned_of(function: str) -> None:
+    likelihood, last, undone, y = SQUASHED[function]
+    model = nn.Sequential(network(), last, nn.Unflatten(1, (2, 1)), nn.Flatten())
+    with pytest.warns(UserWarning, match=rf"went through {function}, but \w+.* takes log.*\.{undone}\(\)") as found:
+        lk.LaplacePosterior(model, likelihood).fit(X, y)
+    assert found[0].filename == __file__
+    with pytest.warns(UserWarning, match=rf"went through {function} \(module '1'\)"):
+        lk.curvature.estimate(model[:2], likelihood, (X, y), "diag")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        way_out = lambda model, batch: (getattr(model(batch[0]), undone)(), batch[1])  # noqa: E731
+        lk.LaplacePosterior(model, likelihood, structure="diag", forward=way_out).fit(X, y)
+        lk.LaplacePosterior(model, "gaussian", structure="diag").fit(X, Y)
+
+
+def test_labels_in_a_column_or_a_list_name_the_line_to_paste() -> None:
+    labels, posterior = torch.arange(6) % 2, lk.LaplacePosterior(network(), "categorical")
+    with pytest.raises(ShapeMismatch, match=r"targets\.squeeze\(-1\)"):
+        posterior.fit(X, labels[:, None])
+    with pytest.raises(ShapeMismatch, match=r"list of 6 numbers.*torch\.tensor\(y\)"):
+        posterior.fit((X, labels.tolist()))
