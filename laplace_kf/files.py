@@ -1,8 +1,8 @@
 """One safetensors file for whatever is kept: tensors plus a JSON header, with a schema version and a checksum.
 
 No pickle. The metadata of a file are ``format`` (what it holds), ``version`` (of the schema), ``package`` (the release
-that wrote it), ``header`` (JSON) and ``sha256`` (of header and tensors). A file is replaced only by a whole one:
-written beside it, brought to the disk, then renamed.
+that wrote it), ``header`` (JSON) and ``sha256`` (of header, tensors and release). A file is replaced only by a
+whole one: written beside it, brought to the disk, then renamed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,16 @@ VERSION = 1
 """Of the schema. A release reads its own version and all before it (tests/posterior/golden has a file of each)."""
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: str) -> str:
+def _checksums(tensors: Mapping[str, Tensor], header: str, package: str) -> tuple[str, str]:
+    """Of header, tensors and the release that wrote them, and without the latter, as older files have it."""
     digest = hashlib.sha256(header.encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # the memory itself, no copy
-    return digest.hexdigest()
+    older = digest.hexdigest()
+    digest.update(package.encode())
+    return digest.hexdigest(), older
 
 
 def _path(path: Any) -> Path:
@@ -156,7 +159,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: M
     text = json.dumps(header)  # in the order given: of a prior's patterns the first match counts
     metadata = {
         "format": kind, "version": str(VERSION), "package": __version__, "header": text,
-        "sha256": _checksum(kept, text),
+        "sha256": _checksums(kept, text, __version__)[0],
     }  # fmt: skip
     partial = target.with_name(target.name + f".{os.getpid()}.part")
     with usable_path(target, "written"):
@@ -215,7 +218,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = metadata["header"]
-        if _checksum(tensors, header) != metadata.get("sha256"):
+        if metadata.get("sha256") not in _checksums(tensors, header, metadata["package"]):
             raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
         loaded: dict[str, Any] = json.loads(header)
         log.info("read the %s %s", kind, path)

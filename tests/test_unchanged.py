@@ -372,3 +372,21 @@ def test_a_shuffling_loader_leaves_the_global_generator() -> None:
         plain = state_after(lambda loader: [None for _ in loader])
         fitted = state_after(lambda loader: lk.LaplacePosterior(make(), "categorical").fit(loader))
     assert torch.equal(fitted, untouched) and not torch.equal(plain, untouched)
+
+
+@pytest.mark.parametrize("method", ["map", "mc"])
+def test_a_loader_takes_none_of_the_global_random_numbers(method: str) -> None:
+    """It shuffles and seeds its workers from them."""
+    model = make()
+    posterior = lk.LaplacePosterior(model, "categorical").fit(data())
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X), 2, shuffle=True)
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        posterior.predict(loader, method=method, samples=3)
+        posterior.predict_top_k(loader, 2, method=method)
+        assert torch.equal(torch.get_rng_state(), before)
+        own = torch.Generator()
+        own.set_state(before)
+        posterior.predict(X, method="mc", samples=3, space="weights", generator=own)
+        posterior.predict(loader, method="mc", samples=3, generator=torch.default_generator)
+        assert torch.equal(torch.get_rng_state(), own.get_state())  # where one call would have left it

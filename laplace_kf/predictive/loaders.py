@@ -14,6 +14,7 @@ from laplace_kf.batches import Forward, as_batches, inputs_of
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import is_graph
 from laplace_kf.operators import fresh_generator
+from laplace_kf.randomness import same_random_states
 from laplace_kf.registry import AUTO
 
 ACTIVATIONS = "activations"  # the space in which every batch draws for itself
@@ -63,16 +64,20 @@ def batch_after_batch(
     generator = generator if generator is not None else fresh_generator()
     state = generator.get_state()
     parts = []
-    for batch in tqdm(as_batches(loader, model), desc="predict", disable=not progress):
-        if forward is None and isinstance(batch, (tuple, list)) and len(batch) > 2:
-            raise ShapeMismatch(
-                f"predict was given a loader whose batches are {type(batch).__name__}s of {len(batch)}; say which part "
-                "is what with LaplacePosterior(..., inputs=lambda batch: batch[0], targets=lambda batch: batch[1])"
-            )
-        if space != ACTIVATIONS:
-            generator.set_state(state)
-        inputs = inputs_of(batch, forward)
-        parts.append(predict(inputs, space="weights" if space == AUTO else space, generator=generator))
+    with same_random_states():  # a loader shuffles and seeds itself from the global random numbers
+        for batch in tqdm(as_batches(loader, model), desc="predict", disable=not progress):
+            if forward is None and isinstance(batch, (tuple, list)) and len(batch) > 2:
+                raise ShapeMismatch(
+                    f"predict was given a loader whose batches are {type(batch).__name__}s of {len(batch)}; say which "
+                    "part is what with LaplacePosterior(..., inputs=lambda batch: batch[0], "
+                    "targets=lambda batch: batch[1])"
+                )
+            if space != ACTIVATIONS:
+                generator.set_state(state)
+            inputs = inputs_of(batch, forward)
+            parts.append(predict(inputs, space="weights" if space == AUTO else space, generator=generator))
+        state = generator.get_state()
+    generator.set_state(state)  # also where it is the global one
     if not parts:
         raise ShapeMismatch(
             "the loader is empty: no batch was yielded, so there is nothing to predict; a generator that was read "
