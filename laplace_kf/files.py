@@ -218,7 +218,7 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         header = metadata["header"]
-        if metadata.get("sha256") not in _checksums(tensors, header, metadata["package"]):
+        if metadata.get("sha256") not in _checksums(tensors, header, metadata.get("package", "")):
             raise CorruptFile(f"{path} was altered since it was saved: its checksum does not fit its content")
         loaded: dict[str, Any] = json.loads(header)
         log.info("read the %s %s", kind, path)
