@@ -46,7 +46,7 @@ PAGES = {
     "docs/recurrent.md": ("recurrent",),
     "docs/continual.md": tuple(STREAMS),
     "docs/chaining.md": ("penalty",),
-    "docs/experiments.md": ("papers",),
+    "docs/experiments.md": ("papers", "ood_mnist_published"),
     "docs/optimizers.md": ("autoencoders", "first_order_grid", "characters", "optimizers"),
     "docs/options.md": ("option_structures", "option_estimators", "option_methods", "option_scores", "option_chains"),
     "docs/benchmarks.md": (
@@ -91,6 +91,8 @@ def _folder(run: str) -> str:
 COLLECTED = {
     "results/E20/result.json": "docs/results/ood_mnist.json",
     "results/E20/entropy.png": "docs/pictures/ood_mnist.png",
+    "results/E20_published/result.json": "docs/results/ood_mnist_published.json",
+    "results/E20_published/entropy.png": "docs/pictures/ood_mnist_published.png",
     "results/E19/result.json": "docs/results/toy_regression.json",
     "results/E19/bands.png": "docs/pictures/toy_regression.png",
     "results/marglik/marglik.json": "docs/results/marglik.json",

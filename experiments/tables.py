@@ -39,25 +39,24 @@ def machine_of(result: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
 
 
-def ood_mnist() -> str:
-    """Methods and verdicts of E20."""
-    result = load("docs/results/ood_mnist.json")
+def ood_mnist(name: str = "ood_mnist") -> str:
+    """Methods and verdicts of E20, of one run."""
+    result = load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
     config = result["config"]
     columns = {"accuracy %": "accuracy", "NLL": "nll", "ECE %": "ece", "entropy MNIST": "entropy_in",
                "entropy notMNIST": "entropy_out", "AUROC": "auroc"}  # fmt: skip
-    rows = []
-    for method, values in result["metrics"].items():
-        cells = [method]
-        for title, key in columns.items():
-            scale, digits = (100, 2) if title.endswith("%") else (1, 3)
-            cells.append(f"{scale * values[key]['mean']:.{digits}f} ± {scale * values[key]['std']:.{digits}f}")
-        rows.append(cells)
+    rows = [
+        [method, *(_spread(found[key]["values"], *((100, 2) if "%" in title else (1, 3)))
+                   for title, key in columns.items())]
+        for method, found in result["metrics"].items()
+    ]  # fmt: skip
+    many = f"mean ± standard deviation over {config['repeats']} seeds (first {result['seed']})"
     head = (
-        f"784-{config['hidden']}-{config['hidden']}-10, {config['epochs']} epochs on binarised MNIST, mean ± standard "
-        f"deviation over {config['repeats']} seeds (first {result['seed']}); {machine_of(result)}, "
-        f"{result['wall_time_s'] / 60:.0f} minutes. `python -m experiments run ood_mnist`"
+        f"784-{config['hidden']}-{config['hidden']}-10, {config['epochs']} epochs on binarised MNIST, "
+        f"{many if config['repeats'] > 1 else 'one seed'}; {machine_of(result)}, "
+        f"{result['wall_time_s'] / 60:.0f} minutes. `{runner.command(name, config)}`"
     )
     return "\n\n".join([head, markdown(["method", *columns], rows), _verdicts(result)])
 
@@ -65,7 +64,8 @@ def ood_mnist() -> str:
 def _verdicts(result: dict[str, Any]) -> str:
     return "\n".join(
         f"* {v['claim']}: **{v['verdict']}** ({v['value']['mean']:.4f} against {v['reference']['mean']:.4f}; "
-        f"difference {v['difference']['mean']:+.4f} ± {v['difference']['std']:.4f})"
+        f"difference {v['difference']['mean']:+.4f}"
+        + (f" ± {v['difference']['std']:.4f})" if len(v["value"].get("values", "many")) > 1 else ")")
         for v in result["verdicts"]
     )
 
@@ -394,12 +394,12 @@ def continual_short() -> str:
     return markdown(["accuracy % after the last task, all tasks", *heads], rows)
 
 
-def _spread(values: Sequence[float] | None) -> str:
+def _spread(values: Sequence[float] | None, scale: float = 100, digits: int = 1) -> str:
     """Mean, and over several seeds the standard deviation, in per cent; empty for a method that was not run."""
     if not values:
         return ""
-    mean = f"{100 * statistics.fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
 def autoencoders() -> str:
@@ -475,6 +475,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "continual_short": continual_short,
     "recurrent": recurrent,
     "ood_mnist": ood_mnist,
+    "ood_mnist_published": partial(ood_mnist, "ood_mnist_published"),
     "ood_pairs": ood_pairs,
     "uci": uci,
     "predictions": predictions,
