@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from laplace_kf import weighting
-from laplace_kf.agreement import as_read, require_same_loss
+from laplace_kf.agreement import as_read, require_same_loss, warn_of_links
 from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
@@ -236,6 +236,8 @@ class SecondOrder(torch.optim.Optimizer):
             raise ShapeMismatch(f"the minibatch gave outputs {tuple(outputs.shape)}; they must be (N, ...) with N > 0")
         check_finite(outputs.detach(), self.steps, "the model's output")
         targets = to_device(targets, outputs.device)
+        if self.steps == 0 and not self.pending.batches:
+            warn_of_links(self.likelihood, self.model, outputs)
         self.likelihood = as_read(self.likelihood, self.model, data, self.tracer.forward, outputs, targets)
         self.objective.likelihood = self.likelihood
         self.likelihood.check(outputs.detach(), targets)

@@ -107,9 +107,13 @@ DASHES = "-", (0, (4, 2)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5))
 def line(label: str, labels: Sequence[str]) -> dict[str, Any]:
     """Colour, dash and width of a label's curve, as matplotlib's keyword arguments.
 
-    Of labels that share a spare colour, the second and third have dashes of their own.
+    Of labels that share a colour, the second and third have dashes of their own; untuned ones are thin.
     """
-    dashed, shade = label.endswith("untuned"), colour(label, labels)
+    thin, shade = label.endswith("untuned"), colour(label, labels)
     alike = [other for other in dict.fromkeys((*labels, label)) if colour(other, labels) == shade]
-    place = alike.index(label) if method_of(label) not in COLOURS else int(dashed)
-    return {"color": shade, "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.3 if dashed else 2.0}
+    if method_of(label) in COLOURS:  # the first untuned one is dashed, the first of the others is not
+        alike = [other for other in alike if other.endswith("untuned") == thin]
+        place = alike.index(label) + 1 if alike.index(label) else int(thin)
+    else:
+        place = alike.index(label)
+    return {"color": shade, "linestyle": DASHES[place % len(DASHES)], "linewidth": 1.3 if thin else 2.0}

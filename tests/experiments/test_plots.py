@@ -100,6 +100,14 @@ def test_tuning_map_marks_the_best_point():
     assert float(values[0, 1]) == pytest.approx(0.1)
 
 
+def test_variants_of_a_method_with_a_colour_of_its_own_can_be_told_apart():
+    names = ["Kronecker", "Kronecker, factored", "Kronecker, balanced"]
+    curves = {f"{name}, {state}": torch.rand(5) for name in names for state in ("untuned", "tuned")}
+    drawn = plots.inverse_entropy_cdf(curves).axes[0].get_lines()
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern), line.get_linewidth()) for line in drawn}
+    assert len(looks) == len(drawn) == 6
+
+
 def test_curves_of_one_colour_have_dashes_of_their_own_and_legends_fit():
     names = ["in-distribution", "near", "in-distribution, right", "in-distribution, wrong", "a", "b", "c", "d", "e"]
     figure = plots.inverse_entropy_cdf({name: torch.rand(20) for name in names})

@@ -123,6 +123,9 @@ def test_outputs_that_are_probabilities_or_rates_already_are_warned_of(function:
     assert found[0].filename == __file__
     with pytest.warns(UserWarning, match=rf"went through {function} \(module '1'\)"):
         lk.curvature.estimate(model[:2], likelihood, (X, y), "diag")
+    optimizer = lk.optim.kfac(model, likelihood)
+    with pytest.warns(UserWarning, match=f"went through {function}"):
+        optimizer.step(X, y)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         way_out = lambda model, batch: (getattr(model(batch[0]), undone)(), batch[1])  # noqa: E731
