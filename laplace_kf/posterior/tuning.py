@@ -76,13 +76,14 @@ class TuningResult:
         table: one dict per point with ``n_data``, ``prior_precision`` and ``objective`` (lower is better), and
             ``noise`` where the noise scale was tuned.
         best: the row that the posterior now has the values of: the smallest objective of a grid; in the default search
-            the one that beats MAP, and the others, beyond the noise of the validation set.
+            the one that beats MAP, and the others, beyond the noise of the validation set (a modest spread, which was
+            not searched for: that beats MAP at all).
         at_edge: whether it lies on the edge of the grid, or at the limits of the default search.
         objective: name of the objective.
         map_objective: the objective of the trained weights alone (at their own best noise scale, where that is tuned);
             None for the evidence.
-        map_wins: whether no point of the table beats it (in the default search: by more than one standard error). The
-            default search then sets a point that is MAP in effect.
+        map_wins: whether no point of the table beats it (in the default search: by more than one standard error, the
+            modest spread at all). The default search then sets a point that is MAP in effect.
         gain: by how much the best point is better than MAP; None for the evidence.
         gain_error: standard error of ``gain`` over the validation examples, from paired differences; None where the
             objective is not a mean of scores by example.
