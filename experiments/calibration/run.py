@@ -20,7 +20,8 @@ worse*.
 
 Finished splits are kept in ``parts`` of the results folder, and used again by a later run with the same settings, so
 that the benchmark can be run set by set: ``python -m experiments run calibration sets=[yacht,energy]``; the report is
-on all the sets that are there. Regression sets: Hernández-Lobato and Adams's splits.
+on all the sets that are there. ``anew`` names methods to measure once more, on the same networks, where the columns of
+the others stay. Regression sets: Hernández-Lobato and Adams's splits.
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ class Config:
         peers: whether to run laplace-torch.
         peer_grid: points of its grid search (its default is 100, over the same range).
         peer_most: laplace-torch is left out of sets with more training rows.
+        anew: methods to measure once more in splits that are kept, on networks that must give the kept numbers of MAP.
         progress: whether to say what is going on.
     """
 
@@ -117,6 +119,7 @@ class Config:
     peers: bool = True
     peer_grid: int = 21
     peer_most: int = 50_000
+    anew: list[str] = field(default_factory=list)
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Config:
         require("val_share", self.val_share, 0 < self.val_share < 1, "between 0 and 1")
         require("dropout", self.dropout, all(0 < rate < 1 for rate in self.dropout), "rates between 0 and 1")
         require("sets", self.sets, bool(self.sets) and set(self.sets) <= set(SETS), f"some of {list(SETS)}")
+        require("anew", self.anew, set(self.anew) <= set(COMPARED), f"some of {list(COMPARED)}")
 
 
 Settings = dict[str, Any]
@@ -295,8 +299,8 @@ def _epochs(config: Config, count: int) -> int:
     return max(1, round(config.steps / max(1, count // config.batch)))
 
 
-def _split(config: Config, name: str, split: int) -> dict[str, Any]:
-    """Metrics, settings, seconds and failures of every method on one split."""
+def _split(config: Config, name: str, split: int, kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Metrics, settings, seconds and failures of every method on one split, or of some where the others' are kept."""
     given = problem(
         name, split, seed=config.seed, val_share=config.val_share, val_most=config.val_most,
         train_most=config.train_most, test_most=config.test_most,
@@ -308,6 +312,11 @@ def _split(config: Config, name: str, split: int) -> dict[str, Any]:
         "metrics": {}, "settings": {}, "seconds": {}, "failures": {},
     }  # fmt: skip
     for title, method in COMPARED.items():
+        if kept is not None and title not in (MAP, *config.anew):
+            for column in ("metrics", "settings", "seconds", "failures"):
+                if title in kept[column]:
+                    found[column][title] = kept[column][title]
+            continue
         if why := _left_out(title, config, len(given.train[0])):
             found["failures"][title] = why
             continue
@@ -325,6 +334,11 @@ def _split(config: Config, name: str, split: int) -> dict[str, Any]:
             continue
         found["metrics"][title], found["settings"][title] = scores, settings
         found["seconds"][title] = time.process_time() - start
+        if title == MAP and kept is not None and found["metrics"][MAP] != kept["metrics"][MAP]:
+            raise ValueError(
+                f"{name}, split {split}: MAP gives {found['metrics'][MAP]} where {kept['metrics'][MAP]} is kept, so the "
+                "columns would be of different networks; empty the parts folder and run all methods"
+            )
     return found
 
 
@@ -332,10 +346,11 @@ def _part(config: Config, name: str, folder: Path) -> dict[str, Any]:
     """The splits of one set, run and kept in ``folder`` unless they are there already."""
     splits = _kept(config, name, folder)
     for split in range(config.splits):
-        if str(split) in splits:
+        kept = splits.get(str(split))
+        if kept is not None and not config.anew:
             continue
         start = time.perf_counter()
-        splits[str(split)] = _split(config, name, split)
+        splits[str(split)] = _split(config, name, split, kept)
         folder.mkdir(parents=True, exist_ok=True)
         part = {"settings": _decisive(config), "versions": versions(), "machine": machine(), "splits": splits}
         (folder / f"{name}.json").write_text(json.dumps(part, indent=1) + "\n", encoding="utf-8")
@@ -357,7 +372,7 @@ def _kept(config: Config, name: str, folder: Path) -> dict[str, Any]:
 
 def _decisive(config: Config) -> dict[str, Any]:
     """The settings that a split's numbers depend on."""
-    free = {"sets", "splits", "threads", "progress"}
+    free = {"sets", "splits", "threads", "anew", "progress"}
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 

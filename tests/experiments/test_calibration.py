@@ -144,7 +144,7 @@ def test_a_run_keeps_its_splits_and_uses_them_again(tmp_path, monkeypatch):
     split = calibration._split
     monkeypatch.setattr(calibration, "_split", lambda *given: done.append(given[1:]) or split(*given))
     assert main([*words, "splits=2"]) == 0
-    assert done == [("digits", 1)]
+    assert done == [("digits", 1, None)]
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metrics"]["digits"][MAP]["nll"]["values"][0] == first["metrics"][MAP]["nll"]
     assert result["comparisons"]["digits"][OURS]["verdict"] in {"better", "not worse", "worse"}
@@ -152,10 +152,38 @@ def test_a_run_keeps_its_splits_and_uses_them_again(tmp_path, monkeypatch):
     assert (tmp_path / "differences.png").is_file()
 
     assert main([*words, "splits=1", "hidden=9"]) == 0  # other settings: nothing is used again
-    assert done[1:] == [("digits", 0)]
+    assert done[1:] == [("digits", 0, None)]
     part.write_text(part.read_text()[:-40])  # cut short: run again
     assert main([*words, "splits=1", "hidden=9"]) == 0
-    assert done[2:] == [("digits", 0)]
+    assert done[2:] == [("digits", 0, None)]
+
+
+def test_some_methods_are_measured_anew_on_the_same_networks(tmp_path, monkeypatch):
+    calls = []
+
+    def counted(title):
+        method = calibration.COMPARED[MAP]
+        monkeypatch.setitem(calibration.COMPARED, title, lambda *given: calls.append(title) or method(*given))
+
+    for name in (OURS, LINEAR, PROBIT, SCALED):
+        counted(name)
+    words = ["run", "calibration", *TINY.split(), "sets=[digits]", "peers=false", "splits=1", "--out", str(tmp_path)]
+    assert main(words) == 0
+    part = tmp_path / "parts/digits.json"
+    kept = json.loads(part.read_text())
+    kept["splits"]["0"]["metrics"][SCALED]["nll"] = kept["splits"]["0"]["metrics"][OURS]["nll"] = 17.0
+    part.write_text(json.dumps(kept))
+    calls.clear()
+    assert main([*words, f"anew=[{OURS}]"]) == 0
+    assert calls == [OURS]
+    found = json.loads(part.read_text())["splits"]["0"]
+    assert found["metrics"][SCALED]["nll"] == 17.0 and found["metrics"][OURS]["nll"] == found["metrics"][MAP]["nll"]
+    assert found["failures"] == kept["splits"]["0"]["failures"] and MARGLIK in found["failures"]
+    kept["splits"]["0"]["metrics"][MAP]["nll"] += 1e-3
+    part.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match="digits, split 0: .*different networks"):
+        main([*words, f"anew=[{OURS}]"])
+    assert main([*words, "anew=[ours]"]) != 0
 
 
 def test_a_failing_peer_is_recorded_and_a_failing_method_of_ours_is_not_hidden(tmp_path, monkeypatch):
