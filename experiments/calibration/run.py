@@ -336,8 +336,8 @@ def _split(config: Config, name: str, split: int, kept: dict[str, Any] | None = 
         found["seconds"][title] = time.process_time() - start
         if title == MAP and kept is not None and found["metrics"][MAP] != kept["metrics"][MAP]:
             raise ValueError(
-                f"{name}, split {split}: MAP gives {found['metrics'][MAP]} where {kept['metrics'][MAP]} is kept, so the "
-                "columns would be of different networks; empty the parts folder and run all methods"
+                f"{name}, split {split}: MAP gives {found['metrics'][MAP]} where {kept['metrics'][MAP]} is kept, so "
+                "the columns would be of different networks; empty the parts folder and run all methods"
             )
     return found
 

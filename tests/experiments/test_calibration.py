@@ -181,7 +181,7 @@ def test_some_methods_are_measured_anew_on_the_same_networks(tmp_path, monkeypat
     assert found["failures"] == kept["splits"]["0"]["failures"] and MARGLIK in found["failures"]
     kept["splits"]["0"]["metrics"][MAP]["nll"] += 1e-3
     part.write_text(json.dumps(kept))
-    with pytest.raises(ValueError, match="digits, split 0: .*different networks"):
+    with pytest.raises(ValueError, match=r"digits, split 0: .*different networks"):
         main([*words, f"anew=[{OURS}]"])
     assert main([*words, "anew=[ours]"]) != 0
 
