@@ -444,6 +444,8 @@ class SecondOrder(torch.optim.Optimizer):
     def averaged_parameters(self) -> dict[str, Tensor]:
         """Averages of the iterates by name, parameter-shaped (methods 6.1, 6.3), for ``torch.func.functional_call``.
 
+        A module registered at two places needs ``tie_weights=False`` there, or torch leaves the average in it.
+
         Raises:
             NotFitted: without ``averaging=`` or before the first step.
         """

@@ -228,6 +228,8 @@ class Answers(Jobs, Shorthands):
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
 
+        A module registered at two places needs ``tie_weights=False`` there, or torch leaves the draw in it.
+
         Raises:
             NotFitted: before ``fit``.
             NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
@@ -436,9 +438,8 @@ class Answers(Jobs, Shorthands):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")
             network = Linearization(model, forward, self.mean, x, keep=False)
-            if diagonal_only:
-                return network.variance(self.precision)
-            return network.covariance(self.precision, joint=joint)
+            found = network.variance if diagonal_only else partial(network.covariance, joint=joint)
+            return found(self.precision)
 
     # -- how strange an input is ---------------------------------------------------------------------------------------
 
