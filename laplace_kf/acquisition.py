@@ -30,6 +30,7 @@ from laplace_kf.posterior.components import shared_out
 from laplace_kf.predictive import Linearization
 from laplace_kf.predictive.asked import asked
 from laplace_kf.predictive.functions import function_draws
+from laplace_kf.predictive.loaders import refuse_loader
 from laplace_kf.replica import stage
 
 __all__ = ["Batch", "bald", "batch_bald", "epig"]
@@ -332,6 +333,7 @@ def _size(size: int, count: int) -> int:
 
 
 def _count(x: Any) -> int:
+    refuse_loader(x)
     if isinstance(x, Tensor):
         return x.shape[0]
     if isinstance(x, Mapping):
@@ -343,6 +345,8 @@ def _count(x: Any) -> int:
 
 def _together(one: Any, other: Any) -> Any:
     """The examples of two inputs of one form."""
+    refuse_loader(one)
+    refuse_loader(other)
     if isinstance(one, Mapping):
         return {name: _together(value, other[name]) for name, value in one.items()}
     if isinstance(one, (tuple, list)):

@@ -23,7 +23,7 @@ from laplace_kf.engine import collect
 from laplace_kf.errors import UnknownOption
 from laplace_kf.estimators import ESTIMATORS, Estimator
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import usable
+from laplace_kf.models import lasting, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.passes import Pass, columns_of, walk
 from laplace_kf.reading import Part, reading
@@ -38,6 +38,7 @@ from laplace_kf.tape import UNUSED
 __all__ = ["Statistics", "estimate", "ggn_vector_product", "hessian_vector_product", "make_estimator", "make_structure"]
 
 
+@lasting()
 def estimate(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -186,6 +187,7 @@ def _arguments(rule: type) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(rule).parameters.items()}
 
 
+@lasting()
 def ggn_vector_product(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -210,6 +212,7 @@ def ggn_vector_product(
     return _products(model, likelihood, data, v, parameters, read, weights, Pass.ggn_rows)
 
 
+@lasting()
 def hessian_vector_product(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -19,6 +19,7 @@ from laplace_kf.batches import as_batches, run, to_device
 from laplace_kf.errors import IncompatiblePair, InvalidArgument, NotFitted
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.prior import by_parameter, plain, positive
 
@@ -123,6 +124,7 @@ class EvidenceTraining:
             self._update(data)
         return self.stopped
 
+    @lasting()
     def _update(self, data: Any) -> None:
         posterior = self.posterior.fit(data)
         model, n = posterior.evidence_model(), posterior.n_data
@@ -167,6 +169,8 @@ class EvidenceTraining:
 
 
 @explained
+@lasting()
+@torch.enable_grad()
 def evidence_training(
     model: nn.Module,
     likelihood: str | Likelihood,

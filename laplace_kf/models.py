@@ -80,6 +80,8 @@ def usable(model: nn.Module) -> nn.Module:
         _refuse_module(path, module)
     for name, parameter in parameters.items():
         _refuse_parameter(name, parameter)
+    for name, buffer in model.named_buffers():
+        _refuse_inference("buffer", name, buffer)
     integers = [name.rpartition(".")[0] for name, p in parameters.items() if not p.is_floating_point()]
     integers += [path for path, module in modules if ".quantized" in type(module).__module__]
     if integers and not any(p.requires_grad for p in parameters.values()):
@@ -149,7 +151,7 @@ def parameters_of(
         )
     found = {name: named[name] for name in names}
     for name, parameter in found.items():
-        if parameter.is_meta:  # its numbers went away since
+        if parameter.is_meta or parameter.is_inference():  # it has become so since
             _refuse_parameter(name, parameter)
     return found
 
@@ -176,7 +178,18 @@ def _refuse_module(path: str, module: nn.Module) -> None:
         )
 
 
+def _refuse_inference(kind: str, name: str, tensor: Tensor) -> None:
+    if tensor.is_inference():
+        path = name.rpartition(".")[0]
+        raise UnsupportedLayer(
+            f"{kind} {name!r}{f' (module {path!r})' if path else ''} was made inside torch.inference_mode(), and no "
+            "derivative can be taken of such tensors. Make, load or convert the model outside of it, or copy it there: "
+            "with torch.inference_mode(False): model = copy.deepcopy(model)"
+        )
+
+
 def _refuse_parameter(name: str, parameter: Tensor) -> None:
+    _refuse_inference("parameter", name, parameter)
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
     if plain and parameter.dtype in FLOATS and not parameter.is_meta:
         return

@@ -18,6 +18,7 @@ from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.lookups import Plainly
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, usable
+from laplace_kf.outputs.derivatives import usable_by_autograd
 from laplace_kf.tape import FlatLayout, Tracer
 
 __all__ = ["Pass", "columns_of", "walk"]
@@ -193,4 +194,5 @@ def columns_of(v: Tensor, layout: FlatLayout) -> Tensor:
             f"expected v of shape ({layout.size},) or ({layout.size}, K), got {tuple(v.shape)}: one entry (or row) for "
             "each selected parameter"
         )
+    v = usable_by_autograd(v)
     return v[None] if v.dim() == 1 else v.T

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.linalg import cholesky
+from laplace_kf.models import lasting
 from laplace_kf.operators import fresh_generator
 
 __all__ = ["Convergence", "convergence"]
@@ -39,6 +40,7 @@ class Convergence:
     averaged_bound: Tensor
 
 
+@lasting()
 def convergence(
     hessian: Tensor,
     preconditioner: Tensor,

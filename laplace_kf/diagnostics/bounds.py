@@ -13,7 +13,7 @@ from laplace_kf.batches import Forward
 from laplace_kf.diagnostics.base import Parameters, walked
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.models import require_memory
+from laplace_kf.models import lasting, require_memory
 from laplace_kf.passes import Pass
 
 __all__ = ["Ranks", "ranks", "reduction_bound"]
@@ -28,6 +28,7 @@ def output_curvature(seen: Pass) -> tuple[Tensor, Tensor]:
     return curvature, seen.likelihood.to_positions(seen.likelihood.score(outputs, seen.targets))
 
 
+@lasting()
 def reduction_bound(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -87,6 +88,7 @@ class Ranks:
     parameters: int
 
 
+@lasting()
 def ranks(
     model: nn.Module,
     likelihood: str | Likelihood,

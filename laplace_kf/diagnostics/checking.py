@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, mapped, run, to_device
 from laplace_kf.errors import IncompatiblePair
 from laplace_kf.likelihoods import Likelihood, get_likelihood
-from laplace_kf.models import preserved, usable
+from laplace_kf.models import lasting, preserved, usable
 from laplace_kf.operators import standard_normal
 from laplace_kf.passes import Pass, walk
 from laplace_kf.substitution import substituted
@@ -60,6 +60,7 @@ class Check:
         return "\n".join(lines)
 
 
+@lasting()
 def check(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -13,6 +13,7 @@ from laplace_kf.curvature import estimate
 from laplace_kf.diagnostics.base import observed
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 from laplace_kf.posterior.work import Counter
 from laplace_kf.tape import Observation, Tracer
 
@@ -33,6 +34,7 @@ class Costs:
     measured: dict[str, int]
 
 
+@lasting()
 def costs(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -14,6 +14,7 @@ from laplace_kf.curvature import ggn_vector_product
 from laplace_kf.diagnostics.base import Dense, cosine, dense, walked
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 from laplace_kf.optim.cg import Progress, conjugate_gradients
 from laplace_kf.passes import Pass
 from laplace_kf.tape import FlatLayout
@@ -33,6 +34,7 @@ def minimum_norm(matrix: Tensor, vector: Tensor, damping: float = 0.0) -> Tensor
     return vectors @ (along * (inverse if vector.dim() == 1 else inverse[:, None]))
 
 
+@lasting()
 def alignment(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -88,6 +90,7 @@ class Steps:
     layout: FlatLayout
 
 
+@lasting()
 def gauss_newton_steps(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -154,6 +157,7 @@ def _flat(update: Tensor | Mapping[str, Tensor], layout: FlatLayout) -> Tensor:
     return torch.cat([update[name].detach().reshape(-1) for name in layout.names])
 
 
+@lasting()
 def block_diagonal_residual(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -15,12 +15,14 @@ from laplace_kf.curvature import estimate
 from laplace_kf.diagnostics.base import Parameters, observed, repeatable, require_dense
 from laplace_kf.diagnostics.record import Record
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 from laplace_kf.tape import Block, Observation, OuterSignals, Tracer
 from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["kronecker_error", "moments"]
 
 
+@lasting()
 def kronecker_error(
     model: nn.Module,
     likelihood: str | Likelihood,

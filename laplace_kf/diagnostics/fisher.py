@@ -14,6 +14,7 @@ from laplace_kf.diagnostics.base import Parameters, repeatable
 from laplace_kf.diagnostics.expectation import moments
 from laplace_kf.errors import IncompatiblePair, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 
 __all__ = ["Structure", "fisher_structure"]
 
@@ -42,6 +43,7 @@ class Structure:
         return torch.stack([torch.stack(row) for row in rows])
 
 
+@lasting()
 def fisher_structure(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from laplace_kf.batches import Forward, check_finite, predicted
 from laplace_kf.diagnostics.base import Parameters, require_dense, walked
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.models import preserved, require_memory, usable
+from laplace_kf.models import lasting, preserved, require_memory, usable
 from laplace_kf.optim.objective import Batch, Objective
 from laplace_kf.passes import Pass, columns_of
 from laplace_kf.tape import Tracer
@@ -21,6 +21,7 @@ __all__ = ["hessian", "jacobian", "quadratic_form"]
 AT_ONCE = 64  # output entries whose gradients are kept together before they are put in place
 
 
+@lasting()
 def jacobian(model: nn.Module, x: Any, parameters: Parameters = "all", *, forward: Forward | None = None) -> Tensor:
     """Jacobians of every example's outputs in the parameters (methods 2.5).
 
@@ -59,6 +60,7 @@ def jacobian(model: nn.Module, x: Any, parameters: Parameters = "all", *, forwar
         return found
 
 
+@lasting()
 def hessian(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -89,6 +91,7 @@ def hessian(
     return (mean + mean.T) / 2
 
 
+@lasting()
 def quadratic_form(
     model: nn.Module,
     likelihood: str | Likelihood,

@@ -12,6 +12,7 @@ from laplace_kf.diagnostics.base import observed, require_dense, walked
 from laplace_kf.diagnostics.record import Record
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 from laplace_kf.passes import Pass
 from laplace_kf.tape import Block, Chain, FlatLayout, Observation, Tracer
 from laplace_kf.tape.chain import ChainLink, second_derivative
@@ -19,6 +20,7 @@ from laplace_kf.tape.chain import ChainLink, second_derivative
 __all__ = ["blocks"]
 
 
+@lasting()
 def blocks(model: nn.Module, likelihood: str | Likelihood, batch: Any, *, forward: Forward | None = None) -> Record:
     """Hessians and Gauss-Newton matrices of every layer's pre-activations, case by case (methods 2.3, 2.5).
 

@@ -14,6 +14,7 @@ from laplace_kf.curvature import estimate
 from laplace_kf.diagnostics.base import Parameters, walked
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import lasting
 from laplace_kf.operators import DAMPINGS
 from laplace_kf.optim.inverse import INVERSES
 from laplace_kf.optim.objective import Batch, Objective
@@ -23,6 +24,7 @@ from laplace_kf.substitution import substituted
 __all__ = ["DampingStudy", "damping_study", "loss_surface"]
 
 
+@lasting()
 def loss_surface(
     model: nn.Module,
     likelihood: str | Likelihood,
@@ -105,6 +107,7 @@ class DampingStudy:
     alpha: Tensor
 
 
+@lasting()
 def damping_study(
     model: nn.Module,
     likelihood: str | Likelihood,

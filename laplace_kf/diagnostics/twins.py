@@ -16,7 +16,7 @@ from laplace_kf.batches import as_batches
 from laplace_kf.diagnostics.base import repeatable
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnsupportedLayer
 from laplace_kf.likelihoods import Likelihood
-from laplace_kf.models import preserved, usable
+from laplace_kf.models import lasting, preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim import GaussNewton
 from laplace_kf.registry import Registry
@@ -107,6 +107,7 @@ def _logistic(out: int, inp: int, bias: bool, like: Tensor, generator: torch.Gen
     return torch.eye(out, dtype=like.dtype, device=like.device) / 2, omega
 
 
+@lasting()
 def invariance(
     model: nn.Module,
     likelihood: str | Likelihood,

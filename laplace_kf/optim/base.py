@@ -32,7 +32,7 @@ from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.missing import check_batch
-from laplace_kf.models import parameters_of, preserved, usable
+from laplace_kf.models import lasting, parameters_of, preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
@@ -198,6 +198,7 @@ class SecondOrder(torch.optim.Optimizer):
         self._direct = False
         self._forget()
 
+    @lasting()
     @torch.enable_grad()
     def backward(self, x: Any, y: Any = None) -> Tensor:
         """Takes in one minibatch: its gradient goes into ``.grad``, its curvature is measured.
@@ -285,6 +286,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
+    @lasting()
     @torch.no_grad()
     def step(self, x: Any = None, y: Any = None) -> Tensor:  # type: ignore[override]
         """One update.
@@ -441,6 +443,8 @@ class SecondOrder(torch.optim.Optimizer):
 
     def averaged_parameters(self) -> dict[str, Tensor]:
         """Averages of the iterates by name, parameter-shaped (methods 6.1, 6.3), for ``torch.func.functional_call``.
+
+        A module registered at two places needs ``tie_weights=False`` there, or torch leaves the average in it.
 
         Raises:
             NotFitted: without ``averaging=`` or before the first step.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, InvalidType, ShapeMismatch, UnknownName
+from laplace_kf.models import lasting
 
 __all__ = ["SGDQN", "AdaptiveRates", "MatrixMomentum", "StochasticMetaDescent"]
 
@@ -62,6 +63,7 @@ def _require(**given: tuple[Any, Range]) -> None:
 class Rates(torch.optim.Optimizer):
     """What these methods share: a closure that is run with gradients, and weights as one vector ``(P,)``."""
 
+    @lasting()
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """One update from the gradients in ``.grad``.
@@ -187,6 +189,7 @@ class MatrixMomentum(Rates):
         _require(lr=(lr, ABOVE_ZERO), alpha=(alpha, ABOVE_ZERO))
         super().__init__(params, {"lr": lr, "alpha": alpha})
 
+    @lasting()
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, product: Product | None = None) -> Any:
         """One update.
@@ -236,6 +239,7 @@ class StochasticMetaDescent(Rates):
         _require(lr=(lr, ABOVE_ZERO), meta=(meta, FROM_ZERO), forgetting=(forgetting, WHOLE_SHARE))
         super().__init__(params, {"lr": lr, "meta": meta, "forgetting": forgetting})
 
+    @lasting()
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, product: Product | None = None) -> Any:
         """One update; arguments and errors as of :meth:`MatrixMomentum.step`, ``product`` with G.
@@ -297,6 +301,7 @@ class SGDQN(Rates):
         _require(**{"bounds[0]": (least, ABOVE_ZERO), "bounds[1]": (most, Range(least, True))})
         super().__init__(params, {"lr": lr, "rule": rule, "bounds": bounds})
 
+    @lasting()
     @torch.no_grad()
     def step(self, closure: Closure | None = None, *, following: Closure | None = None) -> Any:
         """One update and one of the rates.

@@ -66,8 +66,8 @@ class Answers(Jobs, Shorthands):
     _temperature: float | None
     _calibration: Calibration | None
 
-    def _site(self) -> tuple[nn.Module, Forward | None]:
-        return self.model, self.forward
+    def _site(self) -> tuple[nn.Module, Forward | None, Weights]:
+        return self.model, self.forward, self.weights
 
     def _fitted(self, what: str) -> Fitted:
         """What ``fit`` found, with the model, likelihood and damping of now.
@@ -228,6 +228,8 @@ class Answers(Jobs, Shorthands):
     def sample(self, n: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Weight draws by parameter name, each ``(n, *shape)``; usable with ``torch.func.functional_call``.
 
+        A module registered at two places needs ``tie_weights=False`` there, or torch leaves the draw in it.
+
         Raises:
             NotFitted: before ``fit``.
             NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
@@ -369,7 +371,7 @@ class Answers(Jobs, Shorthands):
             one = partial(
                 self.predict, method=method, samples=samples, link=link, draws=draws, keep_samples=keep_samples
             )
-            return batch_after_batch(one, x, self.model, self.forward, space, generator, progress, joined)
+            return batch_after_batch(one, x, *self._site(), space, generator, progress, joined)
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")
@@ -412,9 +414,9 @@ class Answers(Jobs, Shorthands):
         """Covariance ``J Λ⁻¹ Jᵀ`` of the outputs of the network linearised at the mean; no Jacobian is formed.
 
         Args:
-            x: inputs as for :meth:`predict`, N examples.
+            x: inputs as for :meth:`predict`, N examples, or a loader.
             diagonal_only: the variances alone.
-            joint: covariances of different inputs too.
+            joint: covariances of different inputs too; they have to be given together.
 
         Returns:
             ``(N, C, C)``; for sequences and images C counts all outputs of an example, flattened. With
@@ -430,13 +432,14 @@ class Answers(Jobs, Shorthands):
         self._fitted("functional_covariance")
         if diagonal_only and joint:
             raise InvalidArgument("diagonal_only and joint exclude each other; pass one of them")
+        if is_loader(x) and not joint:
+            return self._rows(lambda inputs, generator: self.functional_covariance(inputs, diagonal_only), x)
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
             check_finite(x, 0, "the input")
             network = Linearization(model, forward, self.mean, x, keep=False)
-            if diagonal_only:
-                return network.variance(self.precision)
-            return network.covariance(self.precision, joint=joint)
+            found = network.variance if diagonal_only else partial(network.covariance, joint=joint)
+            return found(self.precision)
 
     # -- how strange an input is ---------------------------------------------------------------------------------------
 
@@ -454,7 +457,7 @@ class Answers(Jobs, Shorthands):
         """How strange inputs are, larger is stranger: ``(N,)``.
 
         Args:
-            x: inputs as for :meth:`predict`.
+            x: inputs as for :meth:`predict`, or a loader.
             kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
                 the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
                 ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"direction"``,
@@ -471,6 +474,8 @@ class Answers(Jobs, Shorthands):
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         self._fitted("ood_score")
+        if is_loader(x):
+            return self._rows(partial(self.ood_score, kind=kind, layers=layers, samples=samples), x, generator)
         with stage(self.model, self.forward) as (model, forward):
             x = asked(model, forward, x)
         return score(self, x, kind, layers, samples, generator)

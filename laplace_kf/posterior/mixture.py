@@ -171,8 +171,8 @@ class Mixture(CommonSettings, Shorthands):
             parts.append(with_samples(found, count))
         return self._mixed(x, parts)
 
-    def _site(self) -> tuple[nn.Module, Forward | None]:
-        return self.posteriors[0].model, self.posteriors[0].forward
+    def _site(self) -> tuple[nn.Module, Forward | None, Weights]:
+        return self.posteriors[0]._site()
 
     def _mixed(self, x: Any, parts: Sequence[Prediction]) -> Prediction:
         first = self.posteriors[0]
@@ -204,12 +204,14 @@ class Mixture(CommonSettings, Shorthands):
         """Covariance of the outputs of the linearised networks, that between the components included.
 
         Args:
-            x: inputs as for :meth:`predict`, N examples.
+            x: inputs as for :meth:`predict`, N examples, or a loader.
             diagonal_only: the variances alone.
 
         Returns:
             ``(N, C, C)``, C counting all outputs of an example; with ``diagonal_only`` the layout of the outputs.
         """
+        if is_loader(x):
+            return self._rows(lambda inputs, generator: self.functional_covariance(inputs, diagonal_only), x)
         found = [member.functional_covariance(x, diagonal_only) for member in self.posteriors]
         outputs = [member.predict(x, "map", keep_samples=True).samples[0] for member in self.posteriors]
         share = self.weights.to(outputs[0])
@@ -238,6 +240,8 @@ class Mixture(CommonSettings, Shorthands):
         ``"direction"`` and ``"auto"`` are means over the components of theirs, by weight. Arguments and errors as of
         :meth:`LaplacePosterior.ood_score`.
         """
+        if is_loader(x):
+            return self._rows(partial(self.ood_score, kind=kind, layers=layers, samples=samples), x, generator)
         if kind in BY_LAYERS:
             found = [m.ood_score(x, kind, layers=layers, samples=samples, generator=generator) for m in self.posteriors]
             return torch.einsum("m,mn->n", self.weights.to(found[0]), torch.stack(found))

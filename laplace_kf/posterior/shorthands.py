@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -29,8 +29,8 @@ class Shorthands(Members, ABC):
     predict: Callable[..., Prediction]
 
     @abstractmethod
-    def _site(self) -> tuple[nn.Module, Forward | None]:
-        """The network that reads a batch, and the user's ``forward=``."""
+    def _site(self) -> tuple[nn.Module, Forward | None, Any]:
+        """The network that reads a batch, the user's ``forward=``, and whether batches have weights."""
 
     def __call__(self, *_: Any, **settings: Any) -> NoReturn:
         """Other libraries' posteriors are called; this one predicts.
@@ -77,6 +77,17 @@ class Shorthands(Members, ABC):
             return self.predict(x, space=space, generator=generator, **settings).top_k(k)
         one = partial(self._top_k_of_batch, k=k, **settings)
         return batch_after_batch(one, x, *self._site(), space, generator, progress, TopClasses.joined)
+
+    def _rows(self, one: Callable[..., Tensor], loader: Any, generator: torch.Generator | None = None) -> Tensor:
+        """What ``one(x, generator=)`` says of every example of a loader, ``(N, ...)``."""
+
+        def of_batch(x: Any, space: str, generator: torch.Generator) -> Tensor:
+            return one(x, generator=generator)
+
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(parts))
+
+        return batch_after_batch(of_batch, loader, *self._site(), AUTO, generator, False, joined)
 
     def _top_k_of_batch(self, x: Any, k: int, **settings: Any) -> TopClasses:
         return self.predict(x, **settings).top_k(k)

@@ -18,6 +18,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.models import preserved
 from laplace_kf.outputs.checks import same_outputs
+from laplace_kf.predictive.loaders import refuse_loader
 from laplace_kf.replica import stage
 
 __all__ = ["asked", "labelled"]
@@ -46,6 +47,7 @@ def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
         raise ShapeMismatch(
             f"predict was given {type(x).__name__}; wrap it: torch.utils.data.DataLoader(dataset, batch_size=256)"
         )
+    refuse_loader(x)
     if isinstance(x, (list, tuple)) and len(x) and all(isinstance(leaf, (int, float, bool)) for leaf in leaves_of(x)):
         raise ShapeMismatch(
             f"predict was given a {type(x).__name__} of numbers; make it a tensor or an array: torch.tensor(x)"

@@ -19,7 +19,7 @@ from laplace_kf.registry import AUTO
 
 ACTIVATIONS = "activations"  # the space in which every batch draws for itself
 
-__all__ = ["batch_after_batch", "is_loader"]
+__all__ = ["batch_after_batch", "is_loader", "refuse_loader"]
 
 
 def is_loader(x: Any) -> bool:
@@ -27,6 +27,15 @@ def is_loader(x: Any) -> bool:
     if isinstance(x, (Tensor, Mapping, tuple, list)) or is_graph(x):
         return False
     return isinstance(x, (DataLoader, Iterator)) or (hasattr(x, "__iter__") and hasattr(x, "dataset"))
+
+
+def refuse_loader(x: Any) -> None:
+    """Raises :class:`ShapeMismatch` for a loader in the place of inputs that have to be given together."""
+    if is_loader(x):
+        raise ShapeMismatch(
+            f"inputs were asked for, and a {type(x).__name__} was given, which brings batches; give all of its inputs "
+            "together, torch.cat([batch[0] for batch in loader])"
+        )
 
 
 R = TypeVar("R")
@@ -37,6 +46,7 @@ def batch_after_batch(
     loader: Any,
     model: nn.Module,
     forward: Forward | None,
+    weights: Any,
     space: str,
     generator: torch.Generator | None,
     progress: bool,
@@ -52,6 +62,7 @@ def batch_after_batch(
         loader: of batches as in ``fit``, whose targets are left out, or of inputs alone.
         model: the network.
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
+        weights: of the posterior: unless ``False``, batches may be ``(x, y, w)``.
         space: as asked for.
         generator: random numbers; afterwards it is where one call would have left it.
         progress: show a bar.
@@ -66,10 +77,10 @@ def batch_after_batch(
     parts = []
     with same_random_states():  # a loader shuffles and seeds itself from the global random numbers
         for batch in tqdm(as_batches(loader, model), desc="predict", disable=not progress):
-            if forward is None and isinstance(batch, (tuple, list)) and len(batch) > 2:
+            if forward is None and isinstance(batch, (tuple, list)) and len(batch) > (2 if weights is False else 3):
                 raise ShapeMismatch(
-                    f"predict was given a loader whose batches are {type(batch).__name__}s of {len(batch)}; say which "
-                    "part is what with LaplacePosterior(..., inputs=lambda batch: batch[0], "
+                    f"a prediction was asked of a loader whose batches are {type(batch).__name__}s of {len(batch)}; "
+                    "say which part is what with LaplacePosterior(..., inputs=lambda batch: batch[0], "
                     "targets=lambda batch: batch[1])"
                 )
             if space != ACTIVATIONS:
