@@ -331,7 +331,6 @@ def recurrent() -> str:
     if result is None:
         return "*Not run yet.*"
     config, runs = result["config"], result["runs"]
-    minutes = sum(one["seconds"] for one in runs) / 60
     head = (
         f"{config['hidden']} tanh units, input weights from N(0, {config['input_scale']:g}²), "
         f"{config['gradient_size']} fresh sequences an iteration, {config['curvature_size']} of them for curvature "
@@ -339,15 +338,17 @@ def recurrent() -> str:
         f"first λ = {config['tau_structural']:g}; Tikhonov: first λ = {config['tau_tikhonov']:g}. Cells are iterations "
         f"(processor seconds) until less than {config['target']:.0%} of {config['test_size']} test sequences are "
         f"answered wrongly; a run fails after {config['seconds_per_step']:g} processor seconds per step of T, or "
-        f"{config['iterations']} iterations. {len(runs)} runs, {minutes:.0f} minutes of one thread; "
-        f"{machine_of(result)}. `python -m experiments run E4`"
+        f"{config['iterations']} iterations. {len(runs)} runs, "
+        f"{sum(one['seconds'] for one in runs) / 60:.0f} minutes of one thread; {machine_of(result)}. "
+        "`python -m experiments run E4`"
     )
     return "\n\n".join([head, markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
 
 
+PROJECTED = "'methods=[\"Kronecker online, projected\"]'"
 STREAMS = {
     "continual_permuted": "E25",
-    "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
+    "continual_permuted_50": f"continual_permuted_50 epochs=10 multipliers=[3] {PROJECTED} --out results/E25_50",
     "continual_permuted_50_wide": "continual_permuted_50_wide --out results/E25_50_wide",
     "continual_si": "continual_si --out results/E25_si",
     "continual_si_wide": "continual_si_wide --out results/E25_si_wide",
@@ -380,9 +381,8 @@ def stream(name: str) -> str:
 
 def continual_short() -> str:
     """Average accuracy after the last task, on three streams."""
-    streams = {"continual_permuted": "permuted MNIST", "continual_disjoint": "disjoint MNIST",
-               "continual_vision": "vision data sets"}  # fmt: skip
-    found = {name: result for name in streams if (result := load(f"docs/results/{name}.json")) is not None}
+    streams = {"permuted": "permuted MNIST", "disjoint": "disjoint MNIST", "vision": "vision data sets"}
+    found = {name: result for name in streams if (result := load(f"docs/results/continual_{name}.json")) is not None}
     if not found:
         return "*Not run yet.*"
     methods = list(dict.fromkeys(method for result in found.values() for method in result["metrics"]))
@@ -390,7 +390,7 @@ def continual_short() -> str:
         [method, *(_spread(result["metrics"].get(method, {}).get("average")) for result in found.values())]
         for method in methods
     ]
-    heads = [f"{streams[name]}, {len(result['tasks'])} tasks" for name, result in found.items()]
+    heads = (f"{streams[name]}, {len(result['tasks'])} tasks" for name, result in found.items())
     return markdown(["accuracy % after the last task, all tasks", *heads], rows)
 
 
