@@ -15,6 +15,7 @@ import torch
 from benchmarks.__main__ import NAMES as BENCHMARKS
 from docs.ranks import PICTURE, drawn, ranks, with_table
 from experiments.registry import EXPERIMENTS
+from tests.checks import of_every
 from tests.contracts.toys import FOLDER, unregistered
 from tests.test_architecture import ROOT, python_files
 from tests.test_documentation import PYTHON_BLOCK
@@ -180,6 +181,28 @@ def test_what_is_raised_is_typed() -> None:
         "structures/auto.py": {"AssertionError"},  # not reached
         "tape/examples.py": {"RuntimeError"},  # caught beside: falls back to loops
     }
+
+
+def test_a_loop_over_cases_looks_at_all_and_names_those_that_fail() -> None:
+    seen: list[int] = []
+
+    def case(number: int) -> None:
+        seen.append(number)
+        if number == 2:  # what pytest itself raises is no Exception
+            with pytest.raises(ValueError, match="nothing"):
+                pass
+        assert number != 4, "an even one"
+        if number == 5:
+            raise KeyError("lost")
+
+    with pytest.raises(AssertionError) as found:
+        of_every(case, [1, 2, 3, 4, 5, 6])
+    assert seen == [1, 2, 3, 4, 5, 6]
+    named = [line.split(":")[0] for line in str(found.value).splitlines() if line[:1].isdigit()]
+    assert named == ["3 of 6 fail", "2", "4", "5"]
+    of_every(case, [1, 3])
+    with pytest.raises(AssertionError, match="no case"):
+        of_every(case, [])
 
 
 def test_every_process_that_runs_tests_has_one_thread() -> None:
