@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import re
 import sys
 import types
@@ -19,6 +20,7 @@ from tests.checks import of_every
 from tests.contracts.toys import FOLDER, unregistered
 from tests.test_architecture import ROOT, python_files
 from tests.test_documentation import PYTHON_BLOCK
+from tests.workers import _heard
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 LONG = 500
@@ -203,6 +205,23 @@ def test_a_loop_over_cases_looks_at_all_and_names_those_that_fail() -> None:
     of_every(case, [1, 3])
     with pytest.raises(AssertionError, match="no case"):
         of_every(case, [])
+
+
+def test_processes_leave_out_only_what_says_nothing() -> None:
+    """pytest itself makes the reports: passed, failed and skipped, at each stage, with and without words."""
+    sent: list[str] = []
+    tell = _heard(lambda name, **content: sent.append(name + content.get("data", {}).get("nodeid", "")))
+    for name in ("logstart", "logfinish", "runtest_protocol_complete", "warning_recorded", "workerfinished"):
+        tell(name)
+    for when, outcome, measured, printed in itertools.product(
+        ("setup", "call", "teardown"), ("passed", "failed", "skipped"), ([], [("cpu", 1.0)]), ([], [("stdout", "a")])
+    ):
+        report = pytest.TestReport(f" {when} {outcome} {len(measured)} {len(printed)}", ("", 0, ""), {}, outcome, None,  # type: ignore[arg-type]
+                                   when, printed, user_properties=measured)  # type: ignore[arg-type]  # fmt: skip
+        tell("testreport", data=report._to_json())
+    assert sent[:3] == ["runtest_protocol_complete", "warning_recorded", "workerfinished"]
+    assert len(sent) == 3 + 36 - 2
+    assert not {"testreport setup passed 0 0", "testreport teardown passed 0 0"} & set(sent)
 
 
 def test_every_process_that_runs_tests_has_one_thread() -> None:
