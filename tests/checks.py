@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Largest", "close"]
+__all__ = ["Largest", "close", "of_every"]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -17,6 +19,27 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     difference = (actual.detach() - expected.detach()).abs().max()
     error = float(difference) / max(float(expected.detach().abs().max()), 1e-300)
     assert error <= tolerance, f"relative error {error:.3g} > {tolerance:g}"
+
+
+def of_every(case: Callable[..., None], cases: Iterable[Any]) -> None:
+    """Looks at every case, and names all that fail: for hundreds that take less than what a test of its own costs.
+
+    Args:
+        case: the test of one; of a tuple, its entries are the arguments.
+        cases: at least one.
+    """
+    failed: list[str] = []
+    count = 0
+    for each in cases:
+        count += 1
+        try:
+            case(*each) if isinstance(each, tuple) else case(each)
+        except Exception as error:  # whatever it is, the others are looked at too
+            failed.append(f"{each}: {type(error).__name__}: {error}")
+        except pytest.fail.Exception as error:
+            failed.append(f"{each}: {error}")
+    assert count, "no case"
+    assert not failed, f"{len(failed)} of {count} fail:\n" + "\n".join(failed)
 
 
 class Largest(TorchDispatchMode):

@@ -10,6 +10,7 @@ import pytest
 
 from tests.contracts.design import covering
 from tests.meter import Meter
+from tests.workers import tell_less
 
 
 def _prepare_torch() -> None:
@@ -42,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
         _prepare_torch()
     if config.getoption("--cpu"):
         config.pluginmanager.register(Meter(config.getoption("--cpu")), "cpu")
+    if hasattr(config, "workerinput"):
+        tell_less(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

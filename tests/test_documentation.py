@@ -7,7 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import laplace_kf as lk
+from tests.checks import of_every
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -107,7 +108,18 @@ def complaints(label: str, value: object) -> Iterator[str]:
             yield f"{label}.{name} takes or returns tensors and its docstring mentions no shape"
 
 
-@pytest.mark.parametrize("name", public_modules())
+def one_by_one(case: Callable[[str], None]) -> Callable[[str | None], None]:
+    """The test of a module's name for all modules at once, and for each bridge, whose library may not be installed."""
+    bridges = [name for name in public_modules() if name.startswith("laplace_kf.bridges.")]
+
+    @pytest.mark.parametrize("bridge", [None, *bridges])
+    def test(bridge: str | None) -> None:
+        of_every(case, [bridge] if bridge else [name for name in public_modules() if name not in bridges])
+
+    return test
+
+
+@one_by_one
 def test_public_names_are_documented(name: str):
     module = imported(name)
     assert module.__doc__, f"{name} has no docstring"
@@ -128,7 +140,7 @@ def submodules(package: ModuleType) -> set[str]:
     return {info.name for info in found if not info.name.startswith("_")}
 
 
-@pytest.mark.parametrize("name", public_modules())
+@one_by_one
 def test_all_lists_what_is_there(name: str):
     module = imported(name)
     # A module inside is not asked for by `hasattr`: that imports it, and a bridge's library need not be installed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 import re
 import sys
 import types
@@ -15,9 +16,11 @@ import torch
 from benchmarks.__main__ import NAMES as BENCHMARKS
 from docs.ranks import PICTURE, drawn, ranks, with_table
 from experiments.registry import EXPERIMENTS
+from tests.checks import of_every
 from tests.contracts.toys import FOLDER, unregistered
 from tests.test_architecture import ROOT, python_files
 from tests.test_documentation import PYTHON_BLOCK
+from tests.workers import _heard
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 LONG = 500
@@ -180,6 +183,45 @@ def test_what_is_raised_is_typed() -> None:
         "structures/auto.py": {"AssertionError"},  # not reached
         "tape/examples.py": {"RuntimeError"},  # caught beside: falls back to loops
     }
+
+
+def test_a_loop_over_cases_looks_at_all_and_names_those_that_fail() -> None:
+    seen: list[int] = []
+
+    def case(number: int) -> None:
+        seen.append(number)
+        if number == 2:  # what pytest itself raises is no Exception
+            with pytest.raises(ValueError, match="nothing"):
+                pass
+        assert number != 4, "an even one"
+        if number == 5:
+            raise KeyError("lost")
+
+    with pytest.raises(AssertionError) as found:
+        of_every(case, [1, 2, 3, 4, 5, 6])
+    assert seen == [1, 2, 3, 4, 5, 6]
+    named = [line.split(":")[0] for line in str(found.value).splitlines() if line[:1].isdigit()]
+    assert named == ["3 of 6 fail", "2", "4", "5"]
+    of_every(case, [1, 3])
+    with pytest.raises(AssertionError, match="no case"):
+        of_every(case, [])
+
+
+def test_processes_leave_out_only_what_says_nothing() -> None:
+    """pytest itself makes the reports: passed, failed and skipped, at each stage, with and without words."""
+    sent: list[str] = []
+    tell = _heard(lambda name, **content: sent.append(name + content.get("data", {}).get("nodeid", "")))
+    for name in ("logstart", "logfinish", "runtest_protocol_complete", "warning_recorded", "workerfinished"):
+        tell(name)
+    for when, outcome, measured, printed in itertools.product(
+        ("setup", "call", "teardown"), ("passed", "failed", "skipped"), ([], [("cpu", 1.0)]), ([], [("stdout", "a")])
+    ):
+        report = pytest.TestReport(f" {when} {outcome} {len(measured)} {len(printed)}", ("", 0, ""), {}, outcome, None,  # type: ignore[arg-type]
+                                   when, printed, user_properties=measured)  # type: ignore[arg-type]  # fmt: skip
+        tell("testreport", data=report._to_json())
+    assert sent[:3] == ["runtest_protocol_complete", "warning_recorded", "workerfinished"]
+    assert len(sent) == 3 + 36 - 2
+    assert not {"testreport setup passed 0 0", "testreport teardown passed 0 0"} & set(sent)
 
 
 def test_every_process_that_runs_tests_has_one_thread() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
+from tests.checks import of_every
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("laplace_kf", "experiments", "benchmarks", "examples", "tests", "configs", "docs")
@@ -34,12 +34,16 @@ def cited(text: str) -> set[str]:
     return {number for match in CITATION.finditer(text) for number in re.findall(NUMBER, match[1])}
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *PAGES[:2]], ids=lambda p: str(p.relative_to(ROOT)))
-def test_cited_sections_exist_and_nobody_needs_to_have_been_there(path: Path):
-    text = path.read_text(encoding="utf-8")
-    missing = cited(text) - sections()
-    assert not missing, f"{path.relative_to(ROOT)} cites sections that docs/methods.md does not have: {sorted(missing)}"
-    assert not WORKSHOP.findall(text), f"{path.relative_to(ROOT)} says {WORKSHOP.findall(text)}"
+def test_cited_sections_exist_and_nobody_needs_to_have_been_there():
+    there = sections()
+
+    def case(path: Path) -> None:
+        text = path.read_text(encoding="utf-8")
+        missing = cited(text) - there
+        assert not missing, f"cites sections that docs/methods.md does not have: {sorted(missing)}"
+        assert not WORKSHOP.findall(text), f"says {WORKSHOP.findall(text)}"
+
+    of_every(case, [*SOURCES, *PAGES[:2]])
 
 
 def test_citations_of_every_form_are_seen():
@@ -53,8 +57,11 @@ def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", sorted(set(PAGES)), ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_between_pages_resolve(page: Path):
+def test_links_between_pages_resolve():
+    of_every(links_resolve, sorted(set(PAGES)))
+
+
+def links_resolve(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     inside = re.findall(
         r"\]\((?!https?:|mailto:)([^)\s]+)\)", re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$", "", text, flags=re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,17 @@ class Part:
         self.outside = None if far is None else Pools(*far, samples)
         self.pools = [self.inside, *([self.outside] if self.outside is not None else [])]
         self.means = [[batch.outputs for batch in batches], *([far[1]] if far is not None else [])]
+        self._repeated: dict[int, Part] = {}
+
+    def repeated(self, count: int) -> Part | None:
+        """This with the targets and weights of every pool so many times; None where targets are not one tensor."""
+        if any(not isinstance(y, Tensor) or len(y) != n for y, n in zip(self.targets, self.inside.sizes, strict=True)):
+            return None
+        if count not in self._repeated:
+            other = self._repeated[count] = copy.copy(self)
+            other.targets = [torch.cat([y] * count) for y in self.targets]
+            other.weights = [None if w is None else torch.cat([w] * count) for w in self.weights]
+        return self._repeated[count]
 
     @property
     def here(self) -> int:

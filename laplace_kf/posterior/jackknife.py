@@ -42,11 +42,14 @@ class Drawn:
         make: likelihood and number of a group, or None for all draws, to predictions.
         samples: S.
         groups: how many groups there are; 0 where S is too small.
+        stacked: likelihood to predictions without group 0, without group 1 and so on, one after the other along the
+            examples; None where that cannot be had, or would not fit.
     """
 
     make: Callable[[Likelihood, int | None], list[Prediction]]
     samples: int
     groups: int
+    stacked: Callable[[Likelihood], list[Prediction]] | None = None
 
     def __call__(self, likelihood: Likelihood) -> list[Prediction]:
         """From all draws."""

@@ -18,7 +18,17 @@ from laplace_kf.errors import IncompatiblePair, InvalidArgument
 from laplace_kf.likelihoods import Prediction
 from laplace_kf.registry import Registry
 
-__all__ = ["OBJECTIVES", "OODContrast", "Objective", "WithinTolerance", "brier", "ece", "missing_entropy", "nll"]
+__all__ = [
+    "OBJECTIVES",
+    "OODContrast",
+    "Objective",
+    "WithinTolerance",
+    "brier",
+    "ece",
+    "missing_entropy",
+    "nll",
+    "scored_alone",
+]
 
 Objective = Callable[[Prediction, Any], "Tensor | float"]
 OBJECTIVES: Registry[Objective] = Registry("tuning objective")
@@ -145,6 +155,13 @@ class WithinTolerance:
         """The score on validation data, ``(N,)`` or 0-dim, lower is better."""
         score = OBJECTIVES[self.of] if isinstance(self.of, str) else self.of
         return score(prediction, targets)
+
+
+def scored_alone(objective: Objective) -> bool:
+    """Whether the score of an example is known not to depend on the others that it is scored with."""
+    if isinstance(objective, WithinTolerance):
+        objective = OBJECTIVES[objective.of] if isinstance(objective.of, str) else objective.of
+    return isinstance(objective, OODContrast) or any(objective is each for each in (nll, brier))
 
 
 def _probabilities(prediction: Prediction, what: str) -> Tensor:

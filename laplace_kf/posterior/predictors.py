@@ -43,6 +43,7 @@ Predictions = Callable[[Likelihood], list[Prediction]]
 """Predictions of every pool of validation data under a likelihood (which carries the noise scale)."""
 
 KEPT_NOISE = 2**26  # numbers of the draws of one ratio that are kept between calls
+STACKED = 2**22  # numbers of outputs that are predicted from at once, without each group of draws
 
 
 def rounded(ratio: float) -> float:
@@ -106,7 +107,13 @@ class TuningPredictor(ABC):
         def make(likelihood: Likelihood, without: int | None) -> list[Prediction]:
             return [likelihood.predict(z if without is None else z[left[without].to(z.device)]) for z in joined]
 
-        return Drawn(make, samples, len(left))
+        def stacked(likelihood: Likelihood) -> list[Prediction]:
+            index = torch.stack(left, 1)  # (S_k, g)
+            return [likelihood.predict(z[index.to(z.device)].flatten(1, 2)) for z in joined]
+
+        numbers = len(left) * sum(z.numel() for z in joined)
+        fits = numbers <= STACKED and len({len(k) for k in left}) == 1
+        return Drawn(make, samples, len(left), stacked if fits else None)
 
 
 TUNING_METHODS: Registry[type[TuningPredictor]] = Registry("prediction method of tune")

@@ -29,7 +29,7 @@ from laplace_kf.batches import (
 )
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch, UnknownName
 from laplace_kf.graphs import check_ignored, of_role
-from laplace_kf.likelihoods import Prediction
+from laplace_kf.likelihoods import Likelihood, Prediction
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved
 from laplace_kf.outputs.weighted import bare
@@ -37,7 +37,7 @@ from laplace_kf.posterior.examples import Batch, Part
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.jackknife import Drawn, extrapolated
 from laplace_kf.posterior.kept_scores import KeptScores
-from laplace_kf.posterior.objectives import Objective, OODContrast
+from laplace_kf.posterior.objectives import Objective, OODContrast, scored_alone
 from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predictions, Shared, rounded
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
@@ -384,24 +384,40 @@ class Scorer:
         value, scores = self._objective_of(predictions(likelihood))
         if rough or not isinstance(predictions, Drawn) or not predictions.groups or scores is None:
             return Score(value if math.isfinite(value) else math.inf, scores, noise)
-        without = [self._objective_of(predictions.make(likelihood, k))[1] for k in range(predictions.groups)]
-        left = torch.stack([each for each in without if each is not None])
-        return score_of(scores, left, predictions.samples, noise)
+        return score_of(scores, self._left_out(predictions, likelihood), predictions.samples, noise)
 
-    def _objective_of(self, found: Sequence[Prediction]) -> tuple[float, Tensor | None]:
-        """The objective of predictions of every pool, and its parts by example if there are such."""
+    def _left_out(self, predictions: Drawn, likelihood: Likelihood) -> Tensor:
+        """Scores by example without each group of draws, ``(g, N)``: all groups at once where that is the same."""
+        count = predictions.groups
+        if predictions.stacked is not None and scored_alone(self.validation.objective):
+            part = self.part.repeated(count)
+            if part is not None:
+                left = self._objective_of(predictions.stacked(likelihood), part, count)[1]
+                assert left is not None
+                return left
+        without = [self._objective_of(predictions.make(likelihood, k))[1] for k in range(count)]
+        return torch.stack([each for each in without if each is not None])
+
+    def _objective_of(
+        self, found: Sequence[Prediction], part: Part | None = None, groups: int = 1
+    ) -> tuple[float, Tensor | None]:
+        """The objective of predictions of every pool, and its parts by example ``(N,)`` if there are such.
+
+        Of several groups of predictions one after the other in every pool, as in ``part``, they are ``(groups, N)``.
+        """
         objective, contrast, sizes = self.validation.objective, self.validation.contrast, self.part.inside.sizes
         inside = len(sizes)
-        parts, given = scores_of(objective, found[:inside], self.part)
+        parts, given = scores_of(objective, found[:inside], part or self.part)
         if given:  # so that the mean over all examples is the weighted mean
             share = torch.cat(given).double().mean()
             parts = [part / share.to(part) for part in parts]
-        value, scores = _combined(parts, sizes)
+        value, scores = _combined(parts, sizes, groups)
         if contrast is not None:
             assert scores is not None
-            far = torch.cat([contrast.outside(p) for p in found[inside:]]).double().cpu()
-            count = len(scores) + len(far)  # weights under which one mean over both is the sum of the two means
-            scores = torch.cat([scores * (count / len(scores)), far * (count / len(far))])
+            far = torch.cat([_by_group(contrast.outside(p), groups) for p in found[inside:]], -1).double().cpu()
+            near, other = scores.shape[-1], far.shape[-1]
+            count = near + other  # weights under which one mean over both is the sum of the two means
+            scores = torch.cat([scores * (count / near), far * (count / other)], -1)
             value = float(scores.mean())
         return value, scores
 
@@ -496,10 +512,14 @@ def _as_scores(value: Tensor | float) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
 
 
-def _combined(parts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[float, Tensor | None]:
-    """Mean over all examples, and the scores by example if there are such."""
+def _by_group(scores: Tensor, groups: int) -> Tensor:
+    return scores if groups == 1 else scores.reshape(groups, -1)
+
+
+def _combined(parts: Sequence[Tensor], sizes: Sequence[int], groups: int = 1) -> tuple[float, Tensor | None]:
+    """Mean over all examples, and the scores by example (by group of them, ``(groups, N)``) if there are such."""
     if all(part.dim() == 1 for part in parts):
-        scores = torch.cat(list(parts)).double().cpu()
+        scores = torch.cat([_by_group(part, groups) for part in parts], -1).double().cpu()
         return float(scores.mean()), scores
     means = [float(part.double().mean()) for part in parts]
     return sum(size * mean for size, mean in zip(sizes, means, strict=True)) / sum(sizes), None

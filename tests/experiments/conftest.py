@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from laplace_kf.reports.html import Picture
 
@@ -13,12 +15,16 @@ ARRANGED = ("test_demo", "test_plots", "test_report")  # the tests of pictures, 
 
 @pytest.fixture(autouse=True, scope="module")
 def _unarranged(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pictures of small runs are drawn, but not arranged: fitting their parts to each other costs most of a run."""
-    drawn = Picture.png
+    """Pictures of small runs are drawn, but not arranged: fitting their parts to each other costs most of a run.
+
+    Nor are they drawn a first time to see how large they are, as ``savefig`` does.
+    """
 
     def png(self: Picture) -> bytes:
         self.figure.set_layout_engine("none")
-        return drawn(self)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(self.figure).print_png(buffer)
+        return buffer.getvalue()
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.module.__name__.split(".")[-1] not in ARRANGED:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
+from laplace_kf.likelihoods import Prediction
 from laplace_kf.posterior.jackknife import CAP, GROUPS, PREDICTED, draw_error, extrapolated, groups
 from laplace_kf.posterior.joint import Joint, JointValidation
-from laplace_kf.posterior.objectives import OBJECTIVES
+from laplace_kf.posterior.objectives import OBJECTIVES, OODContrast, WithinTolerance
 from laplace_kf.posterior.search import compared
 from laplace_kf.posterior.validation import MAP, Score, Validation
 from tests.cases import rng
@@ -105,6 +106,72 @@ def test_a_search_is_told_of_the_error_of_its_draws(objective: str, noise: bool)
         assert folds is None
     else:
         assert folds is not None and folds.shape == (GROUPS,) and float(folds.std()) > 0
+
+
+def sequences() -> tuple[nn.Module, Any, Any]:
+    """Labels of sequences of two lengths, of which some are ignored, one example's all."""
+    y = torch.arange(48).reshape(12, 4) % 3
+    y[0], y[3, 2] = -100, -100
+    x = torch.randn(12, 4, 5, generator=rng(3))
+    return nn.Linear(5, 3), (x, y), [(x[:7], y[:7]), (x[7:, :3], y[7:, :3]), (x[7:, :2], y[7:, :2])]
+
+
+def weighted() -> tuple[nn.Module, Any, Any]:
+    model, (x, y), (far, other) = classification()
+    return model, [(x, y, torch.ones(len(y)))], [(far, other, torch.arange(len(other)) % 4)]
+
+
+@pytest.mark.parametrize(("case", "options", "objective"), [
+    ("regression", {}, "nll"), ("classification", {}, "nll"), ("classification", {}, "brier"),
+    ("classification", {}, WithinTolerance()), ("classification", {}, "ood"), ("sequences", {}, "nll"),
+    ("sequences", {}, "brier"), ("weighted", {"weights": True}, "nll"), ("weighted", {"weights": True}, "brier"),
+])  # fmt: skip
+def test_all_groups_of_draws_are_scored_at_once(case: str, options: Any, objective: Any, monkeypatch: Any) -> None:
+    """As one after the other, by two calls of the objective for each pool of data in place of six."""
+    makers: Any = {"regression": regression, "classification": classification, "sequences": sequences,
+                   "weighted": weighted}  # fmt: skip
+    torch.manual_seed(0)
+    model, train, val = makers[case]()
+    posterior = lk.LaplacePosterior(model, "gaussian" if case == "regression" else "categorical", **options).fit(train)
+    if objective == "ood":
+        objective = OODContrast(5.0 * torch.randn(9, 2, generator=rng(1)))
+    of = OBJECTIVES[objective] if isinstance(objective, str) else objective
+    scored: list[int] = []
+    monkeypatch.setattr(Prediction, "kept", lambda *a, own=Prediction.kept: scored.append(1) or own(*a))
+
+    def score(samples: int) -> tuple[Score, int]:
+        validation = Validation(posterior._fitted("a test"), val, of, samples, rng(0), pairs=True)
+        scorer = validation.scorer("mc")
+        scored.clear()
+        found = scorer([(40.0, 4.0)])[40.0, 4.0]
+        return found, len(scored) // len(scorer.part.inside.sizes)
+
+    together, few = score(20)
+    monkeypatch.setattr("laplace_kf.posterior.predictors.STACKED", 0)
+    singly, many = score(20)
+    assert many >= 3 * few
+    assert together.folds is not None and singly.folds is not None
+    assert together.parts is not None and singly.parts is not None
+    torch.testing.assert_close(together.folds, singly.folds, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(together.parts, singly.parts, rtol=1e-5, atol=1e-6)
+    assert float(singly.folds.std()) > 1e-4
+    monkeypatch.undo()
+    assert score(18)[0].folds is not None  # groups of different sizes
+
+
+def test_an_objective_of_ones_own_sees_one_prediction_at_a_time() -> None:
+    model, train, val = classification()
+    seen: list[tuple[int, ...]] = []
+
+    def own(prediction: Prediction, y: Tensor) -> Tensor:
+        seen.append(tuple(prediction.probs.shape))
+        return -prediction.log_prob(y) / float(prediction.entropy.sum())  # an example's depends on the others
+
+    validation = Validation(
+        lk.LaplacePosterior(model, "categorical").fit(train)._fitted("a test"), val, own, 20, rng(0)
+    )
+    validation.scorer("mc")([(40.0, 4.0)])
+    assert seen == [(len(val[1]), 2)] * (1 + GROUPS)
 
 
 def test_a_mixture_is_corrected_as_one_posterior_is() -> None:
