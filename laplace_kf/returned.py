@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from laplace_kf.errors import LaplaceKFError, ShapeMismatch
+from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
 
 __all__ = ["as_tensor", "both", "explained", "own_loss", "readable"]
 
@@ -25,6 +26,17 @@ def as_tensor(outputs: Any) -> Tensor:
     Raises:
         ShapeMismatch: if it is not clear which one; says what there is.
     """
+    found = _picked(outputs)
+    if found.is_complex():
+        raise ShapeMismatch(
+            f"the model's outputs {tuple(found.shape)} are complex ({found.dtype}), and likelihoods are of real ones; "
+            "put the two parts side by side, torch.view_as_real(outputs).flatten(1), or take outputs.abs(), in the "
+            "model's forward or with forward="
+        )
+    return found
+
+
+def _picked(outputs: Any) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     entries: Mapping[Any, Any] = outputs if isinstance(outputs, Mapping) else {}
@@ -119,6 +131,7 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
     Raises:
         ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
             looks for in vain, and inputs of another number type, device or shape than the model takes.
+        UnsupportedLayer: for an exported program that takes batches of one size only.
     """
     try:
         yield
@@ -130,6 +143,13 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
             raise ShapeMismatch(
                 f"the model was given a {other[1]} where it takes a tensor ({str(error).splitlines()[0]}); give "
                 "tensors or arrays of numbers, torch.as_tensor(x), and text as the tokens of the model's tokenizer"
+            ) from error
+        if forward is None and "positional argument" in str(error) and (named := _by_name(model)):
+            given = ", ".join(f'"{name}": batch[{k}]' for k, name in enumerate(named))
+            raise ShapeMismatch(
+                f"{type(model).__name__}.forward takes {named} by keyword only, and the batch gives them by position "
+                f"({error}); use inputs=lambda batch: {{{given}}}, targets=lambda batch: batch[{len(named)}], and "
+                f"predict a mapping with {named}"
             ) from error
         if not isinstance(batch, (tuple, list)) or forward is not None or "positional argument" not in str(error):
             raise
@@ -143,6 +163,11 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
             "tuple holds the model's arguments: to predict, leave out the targets, predict(x)"
         ) from error
     except (KeyError, IndexError, RuntimeError, ValueError, AssertionError) as error:
+        if isinstance(error, AssertionError) and str(error).startswith("Guard failed"):
+            raise UnsupportedLayer(
+                f"the model is a torch.export program, made for batches of one size ({error}); pass the module it was "
+                'made from, or export with dynamic_shapes=({0: torch.export.Dim("batch")},)'
+            ) from error
         said = _reason(model, batch, error)
         if said is None and forward is not None and isinstance(error, (KeyError, IndexError)):
             said = (
@@ -152,6 +177,15 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
         if said is None:
             raise
         raise ShapeMismatch(said) from error
+
+
+def _by_name(model: nn.Module) -> list[str]:
+    """The arguments without a default that the model's ``forward`` takes by keyword only."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def _reason(model: nn.Module, batch: Any, error: Exception) -> str | None:

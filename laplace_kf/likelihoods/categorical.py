@@ -23,12 +23,20 @@ from laplace_kf.likelihoods.prediction import Prediction, by_position, given
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
 from laplace_kf.outputs.arranged import CHANNELS_FIRST
-from laplace_kf.outputs.checks import refuse_nonfinite, refuse_nonfinite_parameters, refuse_shape, refuse_values
+from laplace_kf.outputs.checks import (
+    known_true,
+    refuse_nonfinite,
+    refuse_nonfinite_parameters,
+    refuse_shape,
+    refuse_values,
+)
 from laplace_kf.outputs.classes import checked_class_weights, class_masses
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
 from laplace_kf.outputs.spread import Spread
 
 __all__ = ["Categorical"]
+
+UNLABELLED = 255  # of segmentation masks
 
 
 def _sum_of_others(x: Tensor) -> Tensor:
@@ -218,7 +226,9 @@ class Categorical(Likelihood):
                 f"y.long() makes them so. Class probabilities have the shape of the outputs."
             )
         y, keep = self._ignore(targets.long())
-        refuse_values("Categorical", targets, (y < 0) | (y >= classes), allowed)
+        bad = (y < 0) | (y >= classes)
+        marked = _ignored_by_others(targets, bad)
+        refuse_values("Categorical", targets, bad, allowed if marked is None else f"{allowed}. {marked}")
         y = y.unsqueeze(-1).flatten(1)
         return y, None if keep is None else keep.reshape(*y.shape, 1)
 
@@ -401,3 +411,12 @@ def _bridge_concentration(mean: Tensor, variance: Tensor, rows: Tensor) -> Tenso
     grown = mean + torch.logsumexp(-mean, -1, keepdim=True) - 2.0 * math.log(classes)
     least = torch.full_like(grown, math.log1p(-2.0 / classes) if classes > 2 else -math.inf)
     return torch.logaddexp(least, grown) - variance.log()
+
+
+def _ignored_by_others(targets: Tensor, bad: Tensor) -> str | None:
+    """The line to paste where all bad targets (of one shape) are one number that marks what has no label elsewhere."""
+    found = targets[bad].unique() if known_true(bad.any()) else targets[:0]
+    if len(found) != 1 or not (found[0] < 0 or found[0] == UNLABELLED):
+        return None
+    mark = int(found[0])
+    return f"If {mark} marks what has no label: likelihood=lk.likelihoods.Categorical(ignore_index={mark})"

@@ -13,6 +13,7 @@ and ``opt.step(x, y)`` is both for one minibatch.
 from __future__ import annotations
 
 import glob
+import inspect
 import math
 import warnings
 from abc import abstractmethod
@@ -27,7 +28,7 @@ from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss, warn_of_links
 from laplace_kf.batches import check_finite, to_device, to_tensors
 from laplace_kf.callers import users_line
-from laplace_kf.errors import NonFinite, NotFitted, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
@@ -77,6 +78,11 @@ class SecondOrder(torch.optim.Optimizer):
             ``model_decrease`` are NaN where nothing asked for them, ``rejected`` counts the updates that were refused
             before one was accepted.
     """
+
+    # a GradScaler leaves .grad as it is, and tells: step refuses, where it would have divided what it never multiplied
+    _step_supports_amp_scaling = True
+    found_inf: Any
+    grad_scale: Any
 
     def __init__(
         self,
@@ -300,14 +306,32 @@ class SecondOrder(torch.optim.Optimizer):
 
         Raises:
             NotFitted: without a minibatch.
+            IncompatiblePair: for a closure, and inside ``GradScaler.step``.
             NonFinite: for a batch, loss or gradient that is not finite.
             NotPositiveDefinite: for a block that is singular with its damping, or whose factorisation fails.
 
         Whatever it raises, weights, buffers, averages, factors, counters and random numbers are what they were before;
         minibatches of :meth:`backward` that were to be used are dropped.
         """
+        self._refuse_habits(x)
         with unless_it_fails(self, drop=True), self.peers.doing("the step"):
             return self._step(x, y)
+
+    def _refuse_habits(self, x: Any) -> None:
+        """Refuses what first-order optimisers take: closures, and gradients that a GradScaler multiplied."""
+        if inspect.isroutine(x):
+            raise IncompatiblePair(
+                "step takes a minibatch and no closure, because it measures curvature besides the gradient; use "
+                "optimizer.step(x, y), or optimizer.backward(x, y) and optimizer.step()"
+            )
+        if "found_inf" in vars(self):  # set by a GradScaler for its call, and left there where that fails
+            del self.found_inf, self.grad_scale
+            self._clear()  # the caller may have divided .grad
+            raise IncompatiblePair(
+                "GradScaler has nothing to scale here: backward and step take the gradient of the loss as it is, in "
+                "full precision outside of the model. Call optimizer.step() in place of scaler.step(optimizer), and "
+                "leave scaler.scale, scaler.unscale_ and scaler.update out"
+            )
 
     def _step(self, x: Any, y: Any) -> Tensor:
         if x is not None:

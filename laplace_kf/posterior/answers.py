@@ -359,7 +359,7 @@ class Answers(Jobs, Shorthands):
                 several positions of an example), naming block and reason; for a link the likelihood does not have.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
-        state = self._fitted("predict")
+        state = self._as_fitted("predict")
         # the posterior's own numbers only for models that are known to write nothing into their weights
         mean = state.mean_by_name(copy=read(self.model) is None)
         if method == AUTO:
@@ -404,7 +404,7 @@ class Answers(Jobs, Shorthands):
             NotFitted: before ``fit``.
             UnknownName: for an unknown kind of draws.
         """
-        self._fitted("predictor")
+        self._as_fitted("predictor")
         noise = DRAWS[draws](samples, generator)
         return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
 
@@ -429,7 +429,7 @@ class Answers(Jobs, Shorthands):
             NotPositiveDefinite: if the precision is singular (λ = 0 with too little data).
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
-        self._fitted("functional_covariance")
+        self._as_fitted("functional_covariance")
         if diagonal_only and joint:
             raise InvalidArgument("diagonal_only and joint exclude each other; pass one of them")
         if is_loader(x) and not joint:
@@ -473,7 +473,7 @@ class Answers(Jobs, Shorthands):
             IncompatiblePair: for a kind that this posterior does not have.
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
-        self._fitted("ood_score")
+        self._as_fitted("ood_score")
         if is_loader(x):
             return self._rows(partial(self.ood_score, kind=kind, layers=layers, samples=samples), x, generator)
         with stage(self.model, self.forward) as (model, forward):

@@ -18,6 +18,7 @@ from laplace_kf.posterior.derivatives import Derivatives, Operator, derivatives
 from laplace_kf.posterior.exporting import exported
 from laplace_kf.posterior.fitted import Fitted
 from laplace_kf.posterior.planning import Plan, planned
+from laplace_kf.posterior.surroundings import Surroundings
 from laplace_kf.predictive.asked import asked
 from laplace_kf.replica import stage
 
@@ -27,9 +28,22 @@ __all__ = ["Jobs"]
 class Jobs(ABC):
     """Jobs of :class:`laplace_kf.LaplacePosterior`; nothing here changes it or its model."""
 
+    model: nn.Module
+    _around: Surroundings
+
     @abstractmethod
     def _in_model(self, what: str) -> Fitted:
         """What ``fit`` found, with the model at the posterior's mean."""
+
+    @abstractmethod
+    def _fitted(self, what: str) -> Fitted:
+        """What ``fit`` found."""
+
+    def _as_fitted(self, what: str) -> Fitted:
+        """The same, for what runs the model: warns where it is not the network of the fit any more."""
+        fitted = self._fitted(what)
+        self._around.warn(self.model)
+        return fitted
 
     @property
     @abstractmethod

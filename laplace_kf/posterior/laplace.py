@@ -42,6 +42,7 @@ from laplace_kf.posterior.prior import (
     positive,
 )
 from laplace_kf.posterior.shared_validation import SharedValidation
+from laplace_kf.posterior.surroundings import Surroundings
 from laplace_kf.posterior.task_chain import TaskChain
 from laplace_kf.posterior.tuning import Options, Settings, TuningResult, searched, tune
 from laplace_kf.posterior.validation import Validation
@@ -368,7 +369,7 @@ class LaplacePosterior(Answers):
 
     def _accept(self, found: Fitted, n_data: float | None) -> None:
         by_parameter(self._prior, found.layout)  # has to cover every parameter
-        self._state = found
+        self._state, self._around = found, Surroundings.of(self.model, found.layout.names)
         self.structure = found.statistics.structure.first()
         self._n_data = found.count if n_data is None or found.reference is not None else float(n_data)
         self._calibration = None
@@ -543,7 +544,7 @@ class LaplacePosterior(Answers):
             ShapeMismatch: if it was made for another posterior, other data or settings; nothing is overwritten.
             DistributedFailure: if another process fails or is lost; nothing is changed then.
         """
-        self._fitted("tune")
+        self._as_fitted("tune")
         one_argument("tune", objective)
         options = Options(
             objective, method, samples, generator, extend, progress, noise, per_block, ood, max_examples, budget
@@ -614,7 +615,7 @@ class LaplacePosterior(Answers):
             IncompatiblePair: for outputs with several positions, whose coverage is not defined.
             NonFinite: for NaN or infinity.
         """
-        self._fitted("calibrate")
+        self._as_fitted("calibrate")
         one_argument("calibrate", method)
         chosen = self.method if method == AUTO else method
         self._calibration = calibrate(self, data, chosen, samples, generator)
@@ -695,6 +696,7 @@ class LaplacePosterior(Answers):
         found = header_of.unpacked(tensors, header, posterior)
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])
+        posterior._around = Surroundings.from_json(header.get("surroundings"), found.layout.names)
         posterior._n_data = positive("n_data", header["n_data"])
         posterior.method, posterior.temperature = header.get("method") or AUTO, header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))

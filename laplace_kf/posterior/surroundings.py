@@ -1,0 +1,135 @@
+"""What of a network a posterior does not hold, and whether it is still what the fit saw.
+
+A posterior keeps the mean of its own parameters. Those that it leaves out (a backbone, frozen ones) and the buffers
+(running statistics) are the model's: where somebody trains on, or loads another state, predictions would be those of a
+network that is half the one and half the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laplace_kf.callers import warn_user
+from laplace_kf.models import named_parameters
+
+__all__ = ["Surroundings"]
+
+KEPT = 2**16  # entries of a tensor of which a copy is kept, to be compared at every call
+ROUNDING = 1e-9  # of sums in float64 on another device or with other threads
+
+
+class _Part:
+    """One tensor as it was: its type, its shape, and sums in place of its numbers.
+
+    Args:
+        dtype, shape: as text and list.
+        sums: of its entries and of their squares.
+    """
+
+    def __init__(self, dtype: str, shape: list[int], sums: list[float]) -> None:
+        self.dtype, self.shape, self.sums = dtype, shape, sums
+        self.seen: tuple[int, int] | None = None  # identity and version of the tensor that was found unchanged last
+        self.copy: Tensor | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Part:
+        """That of a tensor of any shape, as it is now."""
+        made = cls(str(tensor.dtype), list(tensor.shape), _sums(tensor))
+        made._note(tensor)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        self.seen = id(tensor), tensor._version
+        self.copy = tensor.detach().clone() if tensor.numel() <= KEPT else None
+
+    def stands(self, tensor: Tensor) -> bool:
+        """Whether a tensor (of any shape) has these numbers still; in another type that cannot be said, and it has."""
+        if str(tensor.dtype) != self.dtype or tensor.is_meta or tensor.is_inference():
+            return True
+        if list(tensor.shape) != self.shape:
+            return False
+        # batch normalisation writes its running statistics without a new version
+        if self.copy is not None and self.copy.device == tensor.device and torch.equal(self.copy, tensor.detach()):
+            return True
+        if self.copy is None and self.seen == (id(tensor), tensor._version):
+            return True
+        size = math.sqrt(max(1, tensor.numel()) * abs(self.sums[1])) if math.isfinite(self.sums[1]) else 0.0
+        limits = (ROUNDING * size, ROUNDING * abs(self.sums[1]) if size else 0.0)
+        found = zip(_sums(tensor), self.sums, limits, strict=True)
+        if not all(a == b or abs(a - b) <= limit or (math.isnan(a) and math.isnan(b)) for a, b, limit in found):
+            return False
+        self._note(tensor)
+        return True
+
+
+def _sums(tensor: Tensor) -> list[float]:
+    flat = tensor.detach().to_dense().reshape(-1).double()
+    return [float(flat.sum()), float(flat @ flat)]
+
+
+def _tensors(model: nn.Module, held: Collection[str]) -> Iterator[tuple[str, str, Tensor]]:
+    """Kind, name and tensor of every parameter that is not held, and of every floating buffer.
+
+    Tables that renormalise their rows as they look them up (``max_norm``) are the same function before and after.
+    """
+    named = {n: p for n, p in named_parameters(model).items() if n not in held}
+    own = (m._parameters.values() for m in model.modules() if getattr(m, "max_norm", None) is not None)
+    written = {id(p) for values in own for p in values} if named else set()
+    yield from (("parameter", n, p) for n, p in named.items() if id(p) not in written)
+    yield from (("buffer", n, b) for n, b in model.named_buffers() if b.is_floating_point())
+
+
+class Surroundings:
+    """Left-out parameters and floating buffers of a model, by name.
+
+    Args:
+        parts: as they were.
+        held: names of the parameters that the posterior holds itself.
+    """
+
+    def __init__(self, parts: Mapping[str, _Part], held: Collection[str]) -> None:
+        self.parts, self.held = dict(parts), frozenset(held)
+        self.told = False
+
+    @classmethod
+    def of(cls, model: nn.Module, held: Collection[str]) -> Surroundings:
+        """Those of a model as it is now."""
+        plain = ((n, t) for _, n, t in _tensors(model, held) if t.is_floating_point() and not t.is_meta)
+        return cls({name: _Part.of(tensor) for name, tensor in plain}, held)
+
+    def warn(self, model: nn.Module) -> None:
+        """Warns, once, where the model has something else now."""
+        if self.told or not self.parts:
+            return
+        changed = [
+            (kind, name)
+            for kind, name, tensor in _tensors(model, self.held)
+            if name in self.parts and not self.parts[name].stands(tensor)
+        ]
+        if not changed:
+            return
+        self.told = True
+        kind, name = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        path = name.rpartition(".")[0]
+        where = f" of module {path!r}" if path else ""
+        warn_user(
+            f"{kind} {name!r}{where}{more} has other numbers than when the posterior was fitted, and is none of those "
+            "that the posterior keeps: predictions are those of a network that is half the one of the fit, half the "
+            "one of now. Load the state of the fit, model.load_state_dict(state), or fit again, "
+            "posterior.fit(train_loader)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a file."""
+        return {name: [part.dtype, part.shape, part.sums] for name, part in self.parts.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None, held: Collection[str]) -> Surroundings:
+        """The inverse of :meth:`to_json`; of files that say nothing of it, nothing is known."""
+        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held)

@@ -1,0 +1,149 @@
+"""What users bring from other libraries: refused by name with the line to paste, or handled; never a foreign error."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import laplace_kf as lk
+from tests import oracles
+
+X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.arange(8) % 3
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+# -- optimisers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kfac", "hessian_free"])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_grad_scaler_does_not_divide_what_it_never_multiplied(name: str, unscaled: bool) -> None:
+    model = net()
+    optimizer = getattr(lk.optim, name)(model, "categorical")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    before = copy.deepcopy(model.state_dict())
+    scaler.scale(optimizer.backward(X, Y))
+    if unscaled:
+        scaler.unscale_(optimizer)
+    with pytest.raises(lk.errors.IncompatiblePair, match=r"GradScaler.*optimizer\.step\(\) in place of scaler\.step"):
+        scaler.step(optimizer)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(lk.errors.NotFitted):  # what the scaler divided is gone
+        optimizer.step()
+    optimizer.backward(X, Y)
+    optimizer.step()  # the line of the message
+    assert optimizer.steps == 1
+
+
+def test_a_disabled_grad_scaler_is_none() -> None:
+    model, twin = net(), net()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for network in (model, twin):
+        optimizer = lk.optim.kfac(network, "categorical", generator=torch.Generator().manual_seed(1))
+        optimizer.backward(X, Y)
+        scaler.step(optimizer) if network is model else optimizer.step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_closures_are_refused_with_the_line() -> None:
+    optimizer = lk.optim.kfac(net(), "categorical")
+    with pytest.raises(lk.errors.IncompatiblePair, match=r"no closure.*optimizer\.step\(x, y\)"):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+class Complex(nn.Module):
+    """Complex outputs of real weights."""
+
+    def __init__(self, real: bool) -> None:
+        super().__init__()
+        self.layer, self.real = nn.Linear(3, 3, dtype=torch.float64), real
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.complex(self.layer(x), x)
+        return torch.view_as_real(z).flatten(1) if self.real else z
+
+
+CALLS: dict[str, Callable[[nn.Module], Any]] = {
+    "fit": lambda m: lk.LaplacePosterior(m, "gaussian").fit((X, torch.zeros(8, 6, dtype=torch.float64))),
+    "step": lambda m: lk.optim.kfac(m, "gaussian").step(X, torch.zeros(8, 6, dtype=torch.float64)),
+    "product": lambda m: lk.curvature.ggn_vector_product(
+        m, "gaussian", (X, torch.zeros(8, 6, dtype=torch.float64)), torch.ones(12, dtype=torch.float64)
+    ),
+    "jacobian": lambda m: lk.diagnostics.jacobian(m, X),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_complex_outputs(call: Callable[[nn.Module], Any]) -> None:
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"outputs \(8, 3\) are complex.*view_as_real"):
+        call(Complex(False))
+    call(Complex(True))  # the line of the message
+
+
+class ByName(nn.Module):
+    """Takes its input by keyword only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=torch.float64)
+
+    def forward(self, *, x: Tensor, scale: float = 1.0) -> Tensor:
+        return self.layer(x) * scale
+
+
+def test_arguments_by_keyword_only() -> None:
+    model = ByName()
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"\['x'\] by keyword only.*inputs=lambda batch: \{\"x\": batch"):
+        lk.LaplacePosterior(model, "categorical", structure="full").fit((X, Y))
+    posterior = lk.LaplacePosterior(
+        model, "categorical", structure="full", inputs=lambda batch: {"x": batch[0]}, targets=lambda batch: batch[1]
+    ).fit((X, Y))
+    expected = oracles.dense_ggn(model.layer, X, Y, oracles.categorical_nll)
+    torch.testing.assert_close(posterior.curvature.dense(), expected)
+    assert posterior.predict({"x": X}).probs.shape == (8, 3)
+
+
+def test_exported_programs_of_one_batch_size() -> None:
+    def fitted(**settings: Any) -> lk.LaplacePosterior:
+        program = torch.export.export(net(), (X,), **settings).module()
+        return lk.LaplacePosterior(program, "categorical", "diag").fit((X, Y))
+
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"torch\.export program.*dynamic_shapes=\(\{0: torch"):
+        fitted()
+    found = fitted(dynamic_shapes=({0: torch.export.Dim("batch")},)).curvature.dense()
+    torch.testing.assert_close(found, lk.LaplacePosterior(net(), "categorical", "diag").fit((X, Y)).curvature.dense())
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("mark", "dtype"), [(-1, torch.int64), (-1, torch.int8), (255, torch.uint8)])
+def test_marks_of_what_has_no_label(mark: int, dtype: torch.dtype) -> None:
+    marked = torch.where(Y == 1, mark, Y).to(dtype)
+    with pytest.raises(lk.errors.InvalidTarget, match=rf"Categorical\(ignore_index={mark}\)"):
+        lk.LaplacePosterior(net(), "categorical").fit((X, marked))
+    likelihood = lk.likelihoods.Categorical(ignore_index=mark)  # the line of the message
+    found = lk.LaplacePosterior(net(), likelihood).fit((X, marked))
+    expected = lk.LaplacePosterior(net(), "categorical").fit((X, torch.where(Y == 1, -100, Y)))
+    torch.testing.assert_close(found.precision.dense(), expected.precision.dense())
+
+
+def test_other_targets_out_of_range_are_no_marks() -> None:
+    for odd in (7, 3):
+        with pytest.raises(lk.errors.InvalidTarget) as caught:
+            lk.LaplacePosterior(net(), "categorical").fit((X, torch.where(Y == 1, odd, Y)))
+        assert "marks" not in str(caught.value)
