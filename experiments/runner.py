@@ -7,6 +7,8 @@ by the command line. OmegaConf checks names and types; the dataclass's ``__post_
 from __future__ import annotations
 
 import dataclasses
+import json
+import shlex
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -91,7 +93,7 @@ def run(experiment: Experiment, config: Any, out: Path) -> Report:
     return report
 
 
-FREE = ("progress", "threads", "sets", "sources", "splits")
+FREE = ("progress", "threads", "sets", "sources", "splits", "anew")
 """Settings that no number of a result hangs on, and those of which a result has only the last piece's."""
 
 
@@ -99,11 +101,16 @@ def command(name: str, config: Mapping[str, Any]) -> str:
     """What makes a result again: the experiment with the settings in which a run differs from its configuration."""
     usual = dataclasses.asdict(resolve(name)[1])
     own = [
-        f"{key}={value}".replace(" ", "").replace("'", "")
-        for key, value in config.items()
-        if key in usual and key not in FREE and value != usual[key]
+        _word(key, value) for key, value in config.items() if key in usual and key not in FREE and value != usual[key]
     ]
     return " ".join([f"python -m experiments run {name}", *own])
+
+
+def _word(key: str, value: Any) -> str:
+    """A setting as a shell takes it: plain where names of several words or commas do not need quotes."""
+    if any(mark in str(each) for each in (value if isinstance(value, list) else [value]) for mark in " ,"):
+        return shlex.quote(f"{key}={json.dumps(value)}")
+    return f"{key}={value}".replace(" ", "").replace("'", "")
 
 
 def _config_path(name: str) -> Path:

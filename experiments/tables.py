@@ -345,10 +345,9 @@ def recurrent() -> str:
     return "\n\n".join([head, markdown(*recurrent_report.outcome_rows(runs)), _verdicts(result)])
 
 
-PROJECTED = "'methods=[\"Kronecker online, projected\"]'"
 STREAMS = {
     "continual_permuted": "E25",
-    "continual_permuted_50": f"continual_permuted_50 epochs=10 multipliers=[3] {PROJECTED} --out results/E25_50",
+    "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
     "continual_permuted_50_wide": "continual_permuted_50_wide --out results/E25_50_wide",
     "continual_si": "continual_si --out results/E25_si",
     "continual_si_wide": "continual_si_wide --out results/E25_si_wide",
@@ -368,9 +367,10 @@ def stream(name: str) -> str:
     result = load(f"docs/results/{name}.json")
     if result is None:
         return "*Not run yet.*"
+    word, _, rest = STREAMS[name].partition(" ")
     text = (
         f"{result['summary']} {machine_of(result)}, {result['wall_time_s'] / 60:.1f} minutes for what was not there "
-        f"yet. `python -m experiments run {STREAMS[name]}`"
+        f"yet. `{runner.command(word, result['config'])}{' ' * bool(rest)}{rest}`"
     )
     parts = [text]
     for table in result["tables"]:

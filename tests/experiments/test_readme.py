@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def test_the_command_of_a_result_names_what_differs_from_the_configuration() -> 
     assert command == "python -m experiments run labels methods=[BatchBALD,random] most=130"
     _, again = runner.resolve("labels", command.split()[5:])
     assert (again.most, again.methods) == (130, ["BatchBALD", "random"])
+    stream = asdict(runner.resolve("continual_permuted_50")[1])
+    command = runner.command(
+        "continual_permuted_50", {**stream, "methods": ["diagonal online", "Kronecker online, summed"]}
+    )
+    _, again = runner.resolve("continual_permuted_50", shlex.split(command)[5:])  # as a shell has it
+    assert asdict(again) == {**stream, "methods": ["diagonal online", "Kronecker online, summed"]}
 
 
 def test_a_missing_place_is_reported() -> None:
