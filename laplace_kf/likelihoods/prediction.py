@@ -312,6 +312,15 @@ def _normal_distribution(mean: Tensor, log_variance: Tensor, shape: Sequence[int
     return MixtureSameFamily(weights, Independent(Normal(loc, scale), 1))
 
 
+def _normal_entropies(
+    mean: Tensor, log_variance: Tensor, variance: Tensor, shape: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Of the mixture, and the mean of its components'; made when they are asked for."""
+    total = gaussian_entropy(variance).sum(-1)
+    conditional = (0.5 * (LOG_2PI + 1.0 + log_variance)).expand_as(mean).mean(0).sum(-1)
+    return by_position(total, shape), by_position(conditional, shape)
+
+
 def normal_mixture(mean: Tensor, log_variance: Tensor, shape: Sequence[int], density: Density) -> Prediction:
     """Prediction of normal outputs: a mixture of normals, joint over the outputs of a position.
 
@@ -323,8 +332,6 @@ def normal_mixture(mean: Tensor, log_variance: Tensor, shape: Sequence[int], den
     """
     epistemic = mean.var(0, correction=0)
     variance = epistemic + log_variance.exp().expand_as(mean).mean(0)
-    total = gaussian_entropy(variance).sum(-1)
-    conditional = (0.5 * (LOG_2PI + 1.0 + log_variance)).expand_as(mean).mean(0).sum(-1)
     return Prediction(
         values={
             "mean": from_positions(mean.mean(0), shape),
@@ -332,6 +339,6 @@ def normal_mixture(mean: Tensor, log_variance: Tensor, shape: Sequence[int], den
             "epistemic_variance": from_positions(epistemic, shape),
         },
         density=partial(density, partial(normal_density, mean, log_variance)),
-        entropies=partial(given, by_position(total, shape), by_position(conditional, shape)),
+        entropies=partial(_normal_entropies, mean, log_variance, variance, tuple(shape)),
         build=partial(_normal_distribution, mean, log_variance, tuple(shape)),
     )

@@ -35,7 +35,7 @@ def test_the_accuracy_claim_is_two_sided():
 @pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA does not name a folder of data files")
 def test_a_small_run_on_the_real_files(tmp_path):
     words = (
-        "repeats=2 hidden=48 epochs=5 batch=20 lr=0.03 train_size=1500 val_size=200 test_size=150 "
+        "repeats=2 hidden=48 epochs=5 batch=50 lr=0.1 train_size=1500 val_size=200 test_size=150 "
         "ood_size=100 passes=1 samples=5 tune_size=60 tune_samples=2 n_data_factors=[1,1000] "
         "prior_precisions=[0.01,100] mean_field=true dampings=[balanced] progress=false "
         f"networks={tmp_path / 'networks'}"
