@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -126,6 +127,76 @@ def test_exported_programs_of_one_batch_size() -> None:
         fitted()
     found = fitted(dynamic_shapes=({0: torch.export.Dim("batch")},)).curvature.dense()
     torch.testing.assert_close(found, lk.LaplacePosterior(net(), "categorical", "diag").fit((X, Y)).curvature.dense())
+
+
+class Noisy(nn.Module):
+    """Draws in eval mode, or not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 3, dtype=torch.float64), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "dropout":
+            x = nn.functional.dropout(x, 0.5)
+        elif self.how == "told":
+            x = nn.functional.dropout(x, 0.5, training=self.training)
+        elif self.how == "noise":
+            x = x + torch.randn_like(x)
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(("how", "by"), [("dropout", "dropout"), ("noise", "randn_like")])
+def test_random_numbers_in_eval_mode_are_warned_of(how: str, by: str) -> None:
+    with pytest.warns(UserWarning, match=rf"in eval mode \(by {by}\).*F\.dropout\(x, p, training=self\.training\)"):
+        lk.LaplacePosterior(Noisy(how), "categorical").fit([(X[:4], Y[:4]), (X[4:], Y[4:])])
+    with pytest.warns(UserWarning, match="in eval mode"):
+        lk.optim.kfac(Noisy(how), "categorical").step(X, Y)
+
+
+def test_networks_that_draw_nothing_and_forwards_that_do_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lk.LaplacePosterior(Noisy("told"), "categorical").fit((X, Y))
+        lk.LaplacePosterior(
+            Noisy("none"), "categorical", forward=lambda m, b: (m(b[0] + 0.1 * torch.randn_like(b[0])), b[1])
+        ).fit((X, Y))
+
+
+# -- no examples, labels of calibration --------------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[int, Tensor]] = {
+    "categorical": (3, Y),
+    "bernoulli": (2, (X[:, :2] > 0).double()),
+    "gaussian": (2, X[:, :2]),
+    "poisson": (2, (X[:, :2].abs() * 3).round()),
+    "heteroscedastic_gaussian": (2, X[:, :1]),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_predictions_of_no_example(name: str) -> None:
+    outputs, targets = KINDS[name]
+    made = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        made.append(lk.LaplacePosterior(nn.Linear(3, outputs).double(), name).fit((X, targets)))
+    for subject in (made[0], lk.Mixture(made)):
+        for method in ("mc", "linearized", "map"):
+            found = subject.predict(X[:0], method, samples=3)
+            some = subject.predict(X[:2], method, samples=3)
+            assert found.distribution.batch_shape == (0, *some.distribution.batch_shape[1:])
+            assert found.distribution.event_shape == some.distribution.event_shape
+            assert found.entropy.shape == (0,)
+
+
+def test_calibration_takes_one_hot_labels() -> None:
+    posterior = lk.LaplacePosterior(net(), "categorical").fit((X, Y))
+    expected = posterior.calibrate((X, Y)).predict(X).prediction_set(0.7)
+    for rows in (torch.eye(3)[Y], torch.eye(3)[Y].double(), torch.eye(3)[Y].long(), torch.eye(3)[Y].bool()):
+        assert torch.equal(posterior.calibrate((X, rows)).predict(X).prediction_set(0.7), expected)
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"probabilities of several.*targets\.argmax\(-1\)"):
+        posterior.calibrate((X, torch.full((8, 3), 1 / 3, dtype=torch.float64)))
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.draws import Source, categorical
@@ -19,7 +18,7 @@ from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import LIKELIHOODS, Likelihood
 from laplace_kf.likelihoods.mixed import log_mixture
 from laplace_kf.likelihoods.normal import GaussianOutputs, Link, without_components
-from laplace_kf.likelihoods.prediction import Prediction, by_position, given
+from laplace_kf.likelihoods.prediction import Prediction, by_position, given, of_logits
 from laplace_kf.likelihoods.reading import times
 from laplace_kf.likelihoods.roots import Root, SoftmaxRoot
 from laplace_kf.outputs.arranged import CHANNELS_FIRST
@@ -51,7 +50,7 @@ def _sum_of_others(x: Tensor) -> Tensor:
 
 
 def _distribution(log_p: Tensor, shape: Sequence[int]) -> Distribution:
-    return TorchCategorical(logits=log_p.reshape(*scalar_shape(shape), log_p.shape[-1]))
+    return of_logits(log_p.reshape(*scalar_shape(shape), log_p.shape[-1]))
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -345,7 +344,7 @@ class Categorical(Likelihood):
         logits: list[Tensor] = [part.distribution.logits for part in parts]  # type: ignore[attr-defined]
         found = log_mixture(torch.stack(logits), log_weights)
         shape = parts[0].probs.shape
-        return self.from_positions(found.reshape(shape[0], -1, found.shape[-1]), shape)
+        return self.from_positions(found.reshape(shape[0], math.prod(found.shape[1:-1]), found.shape[-1]), shape)
 
     def _mean_density(self, log_p: Tensor, y: Tensor, keep: Tensor | None) -> Tensor:
         return masked(self._entropies_of(log_p, y), keep)

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Categorical as TorchCategorical
 from torch.distributions import Distribution
 
 from laplace_kf.callers import warn_user
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownAttribute
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods.base import Likelihood
-from laplace_kf.likelihoods.prediction import Prediction, by_position, log_mean_exp
+from laplace_kf.likelihoods.prediction import Prediction, by_position, log_mean_exp, of_logits
 from laplace_kf.outputs.checks import known_true, refuse_nonfinite
 from laplace_kf.outputs.derivatives import psd_root, shifted_root
 from laplace_kf.outputs.layout import from_positions, masked, scalar_shape
@@ -359,7 +358,7 @@ def _no_distribution(who: str) -> Distribution:
 
 
 def _labels_distribution(log_p: Tensor, shape: Sequence[int]) -> Distribution:
-    return TorchCategorical(logits=log_p.movedim(0, -1).reshape(*scalar_shape(shape), log_p.shape[0]))
+    return of_logits(log_p.movedim(0, -1).reshape(*scalar_shape(shape), log_p.shape[0]))
 
 
 def _finite_entropies(log_p: Tensor, log_mean: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from torch.distributions import (
 )
 
 from laplace_kf.errors import ShapeMismatch, UnknownAttribute
-from laplace_kf.likelihoods.prediction import NO_INFORMATION, Prediction, gaussian_entropy
+from laplace_kf.likelihoods.prediction import NO_INFORMATION, Prediction, gaussian_entropy, of_logits
 
 __all__ = ["mixed"]
 
@@ -158,8 +158,8 @@ def _total(likelihood: Mixing, parts: Sequence[Prediction], weights: Tensor, val
         raise UnknownAttribute(
             Prediction, "entropy", why="The entropy of this mixture is not known: its components have no variance."
         )
-    value = values[name]
-    rows = (value if value.shape == shape else parts[0].channel_last(value)).reshape(*shape, -1)
+    value = values[name] if values[name].shape == shape else parts[0].channel_last(values[name])
+    rows = value.flatten(len(shape)) if value.dim() > len(shape) else value[..., None]
     if name == "variance":
         return gaussian_entropy(rows).sum(-1)
     if rows.shape[-1] > 1 and bool((rows.detach().sum(-1) - 1).abs().max() < 1e-3):
@@ -216,7 +216,9 @@ def _made(like: Distribution, change: Callable[[str], Tensor]) -> Distribution:
             Prediction, "distribution", why=f"a mixture of several posteriors has no common {type(like).__name__}"
         )
     kind: Any = type(like)
-    made: Distribution = kind(**{name: change(name) for name in names})
+    values = {name: change(name) for name in names}
+    some = all(value.numel() for value in values.values())  # torch cannot check none
+    made: Distribution = kind(**values, validate_args=None if some else False)
     return made
 
 
@@ -250,7 +252,7 @@ def _distribution(parts: Sequence[Prediction], log_weights: Tensor) -> Distribut
         )
     axis = opened[0][0].dim() - 1
     logits = torch.cat([log + weight.to(log) for (log, _), weight in zip(opened, log_weights, strict=True)], axis)
-    return MixtureSameFamily(Categorical(logits=logits), _joined([each for _, each in opened], axis))
+    return MixtureSameFamily(of_logits(logits), _joined([each for _, each in opened], axis))
 
 
 def _normals(prediction: Prediction) -> tuple[Tensor, Tensor, Tensor]:

@@ -203,7 +203,11 @@ def _joint_normal(outputs: GaussianOutputs, noise: Tensor) -> Distribution:
         full = outputs.covariance.covariance() + torch.diag_embed(noise)  # refused where it is too large
     else:
         full = _concatenated(covariance for _, covariance in outputs.covariances(noise))
-    return MultivariateNormal(outputs.mean.reshape(*batch, width), full.reshape(*batch, width, width))
+    mean, checked = (
+        outputs.mean.reshape(*batch, width),
+        None if outputs.mean.numel() else False,
+    )  # torch cannot check none
+    return MultivariateNormal(mean, full.reshape(*batch, width, width), validate_args=checked)
 
 
 def normal_outputs(outputs: GaussianOutputs, noise: Tensor, density: Density) -> Prediction:

@@ -252,7 +252,12 @@ def mixture_batch(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 def uniform_mixture(batch: Sequence[int], samples: int, like: Tensor) -> Categorical:
     """Equal weights over samples."""
-    return Categorical(logits=torch.zeros(*batch, samples, dtype=like.dtype, device=like.device))
+    return of_logits(torch.zeros(*batch, samples, dtype=like.dtype, device=like.device))
+
+
+def of_logits(logits: Tensor) -> Categorical:
+    """Classes with these logits ``(..., C)``; also for no example, of which torch cannot check that they are real."""
+    return Categorical(logits=logits, validate_args=None if logits.numel() else False)
 
 
 # ------------------------------------------------------------------------------------------------- binary variables

@@ -138,11 +138,25 @@ def scores(prediction: Predictive, targets: Any) -> Tensor:
         found = (targets.to(mean) - mean).abs() / values["variance"].sqrt()
         return torch.where(prediction.kept(targets), found, torch.nan)
     probs = _class_probs(prediction)
-    if not isinstance(targets, Tensor) or targets.shape != probs.shape[:1] or targets.is_floating_point():
-        raise ShapeMismatch(f"expected class labels {tuple(probs.shape[:1])}, got {_shape(targets)}")
+    targets = _labels(targets, probs)
     kept = prediction.kept(targets)
     found = _more_probable(probs).gather(1, torch.where(kept, targets, 0)[:, None])
     return torch.where(kept[:, None], found, torch.nan)
+
+
+def _labels(targets: Any, probs: Tensor) -> Tensor:
+    """Class labels ``(N,)`` of any integer type as int64, also given as one-hot rows ``(N, C)``."""
+    if isinstance(targets, Tensor) and targets.shape == probs.shape:
+        hot = targets == 1
+        if bool((hot.sum(-1) == 1).all()) and bool((hot | (targets == 0)).all()):
+            return hot.long().argmax(-1)
+        raise ShapeMismatch(
+            f"coverage is of one label an example, and the targets {tuple(targets.shape)} are probabilities of "
+            "several; calibrate with the labels that were drawn, or with targets.argmax(-1)"
+        )
+    if not isinstance(targets, Tensor) or targets.shape != probs.shape[:1] or targets.is_floating_point():
+        raise ShapeMismatch(f"expected class labels {tuple(probs.shape[:1])}, got {_shape(targets)}")
+    return targets.long()
 
 
 def _shape(targets: Any) -> Any:
