@@ -19,11 +19,14 @@ def attribution() -> str:
     config = result["config"]
     parts = [
         f"784-128-64-10 on halves of {config['train']} digits; {config['subsets']} networks of the truth, trained for "
-        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g}; {machine_of(result)}. "
+        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g} where none is named; "
+        f"{machine_of(result)}. "
         "`python -m experiments run attribution`"
     ]
     for head, rows in (attribution_report.score_rows(result), attribution_report.wrong_rows(result)):
         parts.append(markdown(head, rows))
+    if result.get("tried"):
+        parts += [markdown(*attribution_report.tried_rows(result)), attribution_report.tried_note(result)]
     table = attribution_report.targets_table(result["verdicts"])
     return "\n\n".join([*parts, markdown(list(table.columns), [list(row) for row in table.rows])])
 

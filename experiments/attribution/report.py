@@ -7,7 +7,19 @@ from typing import Any
 
 from laplace_kf.reports.html import Table
 
-__all__ = ["AIMS", "PUBLISHED", "judged", "score_rows", "score_table", "targets_table", "wrong_rows", "wrong_table"]
+__all__ = [
+    "AIMS",
+    "PUBLISHED",
+    "judged",
+    "score_rows",
+    "score_table",
+    "targets_table",
+    "tried_note",
+    "tried_rows",
+    "tried_table",
+    "wrong_rows",
+    "wrong_table",
+]
 
 AIMS = {1: 0.30, 10: 0.45, 50: 0.50}
 """Linear datamodelling scores to reach, by number of networks."""
@@ -37,6 +49,32 @@ def score_table(found: Found) -> Table:
         "scores with the fit. Published, on networks and halves of their own: " + ", ".join(PUBLISHED.values()) + "."
     )
     return Table("Linear datamodelling score", *score_rows(found), note)
+
+
+def tried_rows(found: Found) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: linear datamodelling scores on the development halves by passes and λ."""
+    tried = found["tried"].get("score", {})
+    dampings = list(next(iter(tried.values()))) if tried else []
+    rows = [[epochs, *(f"{each[damping]:.3f}" for damping in dampings)] for epochs, each in tried.items()]
+    return ["epochs of the scores' networks", *(f"λ = {damping}" for damping in dampings)], rows
+
+
+def tried_note(found: Found) -> str:
+    """What the comparison of settings was made with, and how far prediction can go."""
+    tried = found["tried"]
+    if not tried:
+        return "Not compared."
+    return (
+        f"Averages over {tried['networks']} networks, against {tried['halves']} other halves than those of the truth. "
+        "Losses of second networks on the same halves, with another seed, have a correlation of "
+        f"{tried['retrained']:.3f} with those of the first; no prediction from the half alone can be expected above "
+        f"its root, {max(tried['retrained'], 0) ** 0.5:.2f}."
+    )
+
+
+def tried_table(found: Found) -> Table:
+    """Settings compared."""
+    return Table("Settings tried on other halves", *tried_rows(found), tried_note(found))
 
 
 def wrong_rows(found: Found) -> tuple[list[str], list[list[str]]]:

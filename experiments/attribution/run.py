@@ -4,6 +4,8 @@ The recipe is that of dattri's MNIST benchmark (Deng et al. 2024): 5,000 trainin
 784-128-64-10 with dropout on random halves. Truth is made anew: a network on every one of some further halves, and the
 losses of the queries under it. Scores come from networks on halves of their own, one, ten or fifty of them averaged;
 these see their halves a few times only (``score_epochs``): gradients of examples that a network knows by heart vanish.
+An average over many networks wants less damping than one network does, and more passes
+(``small_epochs``): which ones was chosen on halves of their own, in the table of what was tried.
 
 Networks and scores are kept in ``parts`` of the results folder, so that a run can be cut short and taken up again.
 """
@@ -20,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from experiments.attribution import report
-from experiments.attribution.networks import Pair, blank, halves, images, kept, trained
-from experiments.attribution.scores import area, datamodelling_score, found
+from experiments.attribution.networks import TOGETHER, Pair, blank, halves, images, kept, trained
+from experiments.attribution.scores import area, correlations, datamodelling_score, found
 from experiments.common import training
 from experiments.common.checks import require
 from laplace_kf import attribution
@@ -42,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TRUTH = 1000  # numbers of the halves whose losses are the truth; those below are the scores'
 WRONG = 2000  # seed of the network with wrong labels
+DEVELOPMENT = 3000  # numbers of the halves on which settings are compared
+AGAIN = 50_000  # added to their numbers: seeds of second networks on the same halves
 
 
 @dataclass
@@ -58,6 +63,12 @@ class Config:
         epochs: passes of the networks of the truth over their halves.
         score_epochs: passes of the networks that scores come from, tried one after another.
         methods: names of :data:`METHODS`; the first with all of ``score_epochs``, the others with the first of them.
+        small_damping: λ of further rows of the first method, with all ``counts``.
+        small_epochs: their passes; with several, a network is scored after each of them, and these scores are averaged.
+        development: halves, other ones than those of the truth, on which settings are compared; 0 for no comparison.
+        tried_networks: networks of the scores that are compared.
+        tried_epochs: passes tried, each alone and all of them averaged.
+        tried_damping: λ tried.
         few: the first method after the first of ``score_epochs`` gets all ``counts``, everything else these at most.
         damping: λ of the posteriors.
         accuracy: of the scores (relative).
@@ -77,6 +88,12 @@ class Config:
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     few: int = 1
     damping: float = 10.0
+    small_damping: float = 0.3
+    small_epochs: list[list[int]] = field(default_factory=lambda: [[8]])
+    development: int = 50
+    tried_networks: int = 5
+    tried_epochs: list[int] = field(default_factory=lambda: [5, 8, 12])
+    tried_damping: list[float] = field(default_factory=lambda: [0.3, 1.0, 10.0])
     accuracy: float = 1e-2
     wrong: float = 0.1
     wrong_epochs: list[int] = field(default_factory=lambda: [10, 50])
@@ -88,13 +105,41 @@ class Config:
         require("threads", self.threads, self.threads >= 0, "at least 0")
         known = bool(self.counts) and min(self.counts) >= 1 and max(self.counts) <= TRUTH
         require("counts", self.counts, known, "some of 1 to 1000")
-        require("damping", self.damping, self.damping > 0, "above 0")
+        for name in ("damping", "small_damping"):
+            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        require("development", self.development, self.development >= 0, "at least 0")
+        require("tried_networks", self.tried_networks, 1 <= self.tried_networks <= TRUTH, "1 to 1000")
+        require("tried_damping", self.tried_damping, all(value > 0 for value in self.tried_damping), "above 0")
         require("accuracy", self.accuracy, 0 < self.accuracy < 1, "between 0 and 1")
         require("wrong", self.wrong, 0 < self.wrong < 1, "between 0 and 1")
         known = bool(self.methods) and set(self.methods) <= set(METHODS)
         require("methods", self.methods, known, f"some of {list(METHODS)}")
-        for name in ("score_epochs", "wrong_epochs"):
+        for passes in self.small_epochs:
+            require("small_epochs", self.small_epochs, bool(passes) and min(passes) >= 1, "lists of numbers from 1 on")
+        for name in ("score_epochs", "wrong_epochs", "tried_epochs"):
             require(name, value := getattr(self, name), bool(value) and min(value) >= 1, "some numbers from 1 on")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of the table is about.
+
+    Args:
+        method: a name of :data:`METHODS`.
+        epochs: passes of its networks; scores after each of them are averaged.
+        damping: λ.
+        named: whether its title names λ.
+    """
+
+    method: str
+    epochs: tuple[int, ...]
+    damping: float
+    named: bool = False
+
+    @property
+    def title(self) -> str:
+        damping = f", λ = {self.damping:g}" if self.named else ""
+        return f"{self.method}{damping}, {' + '.join(map(str, self.epochs))} epochs"
 
 
 class Bench:
@@ -129,46 +174,106 @@ class Bench:
         """Processor seconds of training one network, the median over the stacks that were trained."""
         return float(statistics.median(json.loads((self.folder / f"seconds_{epochs}.json").read_text())))
 
-    def truth(self) -> tuple[Tensor, Tensor]:
-        """Halves ``(K, N)`` and the losses of the queries under networks trained on them, ``(K, Q)``."""
-        numbers = range(TRUTH, TRUTH + self.config.subsets)
-        x, y = self.queries
-        losses = [
-            nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
-            for model in self.networks(numbers, self.config.epochs)
-        ]
+    def truth(self, first: int = TRUTH, count: int = 0) -> tuple[Tensor, Tensor]:
+        """Halves ``(K, N)`` and the losses of the queries under networks trained on them, ``(K, Q)``.
+
+        Args:
+            first: number of the first half.
+            count: K, 0 for ``subsets``.
+        """
+        numbers = range(first, first + (count or self.config.subsets))
+        losses = [self._losses(model) for model in self.networks(numbers, self.config.epochs)]
         return torch.stack([self.inside(n) for n in numbers]), torch.stack(losses)
 
+    def again(self, numbers: Sequence[int]) -> Tensor:
+        """Losses ``(K, Q)`` under second networks on the same halves, from other weights, orders and dropout."""
+        c = self.config
+        path = self.folder / f"again_{c.seed}_{c.train}_{c.queries}_{c.epochs}_{numbers[0]}_{len(numbers)}.safetensors"
+        if not path.is_file():
+            found = []
+            for start in range(0, len(numbers), TOGETHER):
+                some = numbers[start : start + TOGETHER]
+                inside = torch.stack([self.inside(n) for n in some])
+                models = trained(self.train, inside, c.epochs, [n + AGAIN for n in some])
+                found += [self._losses(model) for model in models]
+            save_file({"losses": torch.stack(found)}, path)
+        return load_file(path)["losses"]
 
-def _scored(bench: Bench, name: str, epochs: int, number: int, model: nn.Module) -> tuple[Tensor, float]:
+    def _losses(self, model: nn.Module) -> Tensor:
+        x, y = self.queries
+        return nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
+
+
+def _scored(bench: Bench, name: str, damping: float, model: nn.Module) -> tuple[Tensor, float]:
     """Scores ``(Q, N)`` by one network, and the processor seconds of fit and scores."""
-    config, options = bench.config, dict(METHODS[name])
+    options = dict(METHODS[name])
     start = time.process_time()
     of = options.pop("of")
-    posterior = LaplacePosterior(model, "categorical", prior_precision=config.damping, **options).fit(bench.train)
-    scores = attribution.influence(posterior, bench.train, bench.queries, of, accuracy=config.accuracy)
+    posterior = LaplacePosterior(model, "categorical", prior_precision=damping, **options).fit(bench.train)
+    scores = attribution.influence(posterior, bench.train, bench.queries, of, accuracy=bench.config.accuracy)
     return scores, time.process_time() - start
 
 
-def _method(bench: Bench, name: str, epochs: int, counts: Sequence[int], truth: tuple[Tensor, Tensor]) -> Any:
-    """Datamodelling scores of one method by number of networks; kept in a file."""
+def _method(bench: Bench, row: Row, counts: Sequence[int], truth: tuple[Tensor, Tensor]) -> Any:
+    """Datamodelling scores of one row by number of networks; kept in a file."""
     config = bench.config
-    decisive = [config.seed, config.train, config.queries, config.subsets, config.epochs, config.damping,
+    decisive = [config.seed, config.train, config.queries, config.subsets, config.epochs, row.damping,
                 config.accuracy, list(counts)]  # fmt: skip
-    path = bench.folder / f"{name}, {epochs}.json"
+    path = bench.folder / f"{row.title}.json"
     if path.is_file() and (before := json.loads(path.read_text()))["settings"] == decisive:
         return before["result"]
     total = torch.zeros(config.queries, config.train)
     result: dict[str, Any] = {"score": {}, "error": {}, "seconds": 0.0}
-    for number, model in enumerate(bench.networks(range(max(counts)), epochs)):
-        scores, seconds = _scored(bench, name, epochs, number, model)
-        total += scores
-        result["seconds"] += seconds / max(counts)
+    stages = (bench.networks(range(max(counts)), epochs) for epochs in row.epochs)
+    for number, models in enumerate(zip(*stages, strict=True)):
+        for model in models:
+            scores, seconds = _scored(bench, row.method, row.damping, model)
+            total += scores
+            result["seconds"] += seconds / max(counts)
         if number + 1 in counts:
             each = datamodelling_score(total, *truth)
             result["score"][str(number + 1)] = float(each.mean())
             result["error"][str(number + 1)] = float(each.std() / len(each) ** 0.5)
-    result["training_seconds"] = bench.training_seconds(epochs)
+    result["training_seconds"] = sum(bench.training_seconds(epochs) for epochs in row.epochs)
+    path.write_text(json.dumps({"settings": decisive, "result": result}))
+    return result
+
+
+def _tried(bench: Bench) -> dict[str, Any]:
+    """Passes and λ compared on halves that are used for nothing else, and how well these can be predicted at all."""
+    config = bench.config
+    numbers = range(DEVELOPMENT, DEVELOPMENT + config.development)
+    subsets, measured = bench.truth(DEVELOPMENT, config.development)
+    decisive = [config.seed, config.train, config.queries, config.epochs, config.accuracy, config.development,
+                config.tried_networks, config.tried_epochs, config.tried_damping, config.methods[0]]  # fmt: skip
+    path = bench.folder / "tried.json"
+    if path.is_file() and (before := json.loads(path.read_text()))["settings"] == decisive:
+        return dict(before["result"])
+    options = dict(METHODS[config.methods[0]])
+    of = options.pop("of")
+    scores: dict[str, dict[str, float]] = {}
+    every = {damping: torch.zeros(config.queries, config.train) for damping in config.tried_damping}
+    for epochs in config.tried_epochs:
+        total = {damping: torch.zeros(config.queries, config.train) for damping in config.tried_damping}
+        for model in bench.networks(range(config.tried_networks), epochs):
+            posterior = LaplacePosterior(model, "categorical", **options).fit(bench.train)
+            for damping in total:
+                total[damping] += attribution.influence(
+                    posterior, bench.train, bench.queries, of, damping=damping, accuracy=config.accuracy
+                )
+        scores[str(epochs)] = {f"{k:g}": float(datamodelling_score(v, subsets, measured).mean())
+                               for k, v in total.items()}  # fmt: skip
+        for damping, found_here in total.items():
+            every[damping] += found_here
+    scores[" + ".join(map(str, config.tried_epochs))] = {
+        f"{k:g}": float(datamodelling_score(v, subsets, measured).mean()) for k, v in every.items()
+    }
+    result = {
+        "score": scores,
+        "networks": config.tried_networks,
+        "halves": config.development,
+        "retrained": float(correlations(-bench.again(numbers), -measured).mean()),
+    }
     path.write_text(json.dumps({"settings": decisive, "result": result}))
     return result
 
@@ -200,22 +305,23 @@ def run(config: Config, folder: Path) -> Report:
     bench = Bench(config, folder)
     truth = bench.truth()
     few = [count for count in config.counts if count <= config.few]
-    first, *others = config.score_epochs
-    plan = [(config.methods[0], first, config.counts)]
-    plan += [(name, first, few) for name in config.methods[1:]]
-    plan += [(config.methods[0], epochs, few) for epochs in others]
+    best, (first, *others) = config.methods[0], config.score_epochs
+    plan = [(Row(best, (first,), config.damping), config.counts)]
+    plan += [(Row(best, tuple(passes), config.small_damping, True), config.counts) for passes in config.small_epochs]
+    plan += [(Row(name, (first,), config.damping), few) for name in config.methods[1:]]
+    plan += [(Row(best, (epochs,), config.damping), few) for epochs in others]
     results: dict[str, Any] = {}
-    for name, epochs, counts in plan:
-        row = f"{name}, {epochs} epochs"
-        results[row] = _method(bench, name, epochs, counts, truth)
+    for row, counts in plan:
+        results[row.title] = _method(bench, row, counts, truth)
         if config.progress:
-            tqdm.write(f"{row}: {results[row]}", file=sys.stderr)
+            tqdm.write(f"{row.title}: {results[row.title]}", file=sys.stderr)
     everything = {
         "scores": results,
         "queries": config.queries,
         "subsets": config.subsets,
         "wrong": {str(epochs): _wrong(bench, epochs) for epochs in config.wrong_epochs},
         "wrong_share": config.wrong,
+        "tried": _tried(bench) if config.development else {},
     }
     verdicts = report.judged(everything)
     return Report(
@@ -229,7 +335,12 @@ def run(config: Config, folder: Path) -> Report:
         seed=config.seed,
         config=asdict(config),
         metrics={name: each["score"] for name, each in results.items()},
-        tables=[report.score_table(everything), report.wrong_table(everything), report.targets_table(verdicts)],
+        tables=[
+            report.score_table(everything),
+            report.wrong_table(everything),
+            report.targets_table(verdicts),
+            report.tried_table(everything),
+        ],
         pictures=[_picture(bench)],
         details={**everything, "verdicts": verdicts, "stand_ins": []},
     )
@@ -240,7 +351,7 @@ def _picture(bench: Bench) -> Picture:
     x, y = bench.queries
     first = bench.config.score_epochs[0]
     (model,) = bench.networks([0], first)
-    scores, _ = _scored(bench, bench.config.methods[0], first, 0, model)
+    scores, _ = _scored(bench, bench.config.methods[0], bench.config.damping, model)
     losses = nn.functional.cross_entropy(training.outputs(model, x), y, reduction="none")
     chosen = losses.topk(min(5, len(losses))).indices
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["area", "datamodelling_score", "found"]
+__all__ = ["area", "correlations", "datamodelling_score", "found"]
 
 
 def datamodelling_score(scores: Tensor, subsets: Tensor, losses: Tensor) -> Tensor:
@@ -20,9 +20,15 @@ def datamodelling_score(scores: Tensor, subsets: Tensor, losses: Tensor) -> Tens
     Returns:
         ``(Q,)``.
     """
-    predicted, measured = _ranks(subsets.to(scores) @ scores.T), _ranks(-losses)
-    predicted, measured = predicted - predicted.mean(0), measured - measured.mean(0)
-    return (predicted * measured).sum(0) / (predicted.norm(dim=0) * measured.norm(dim=0))
+    return correlations(subsets.to(scores) @ scores.T, -losses)
+
+
+def correlations(predicted: Tensor, measured: Tensor) -> Tensor:
+    """Spearman correlations ``(Q,)`` along the first dimension of two ``(K, Q)``; 0 where one of them is constant."""
+    first, second = _ranks(predicted), _ranks(measured)
+    first, second = first - first.mean(0), second - second.mean(0)
+    sizes = first.norm(dim=0) * second.norm(dim=0)
+    return torch.where(sizes > 0, (first * second).sum(0) / sizes, 0.0)
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments.__main__ import main
 from experiments.attribution import networks, report, run
-from experiments.attribution.scores import area, datamodelling_score, found
+from experiments.attribution.scores import area, correlations, datamodelling_score, found
 
 
 def test_datamodelling_score_is_spearmans_correlation():
@@ -24,6 +24,11 @@ def test_datamodelling_score_is_spearmans_correlation():
         predicted = [sum(scores[query, i] for i in range(8) if subset[i]) for subset in subsets]
         expected = spearmanr(torch.stack(predicted).numpy(), -losses[:, query].numpy()).statistic
         assert float(got[query]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_does_not_vary_is_not_predicted():
+    measured = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    assert correlations(measured.flip(1) + measured, measured).tolist() == pytest.approx([1.0, 0.0])
 
 
 def test_measures_of_wrong_labels():
@@ -61,7 +66,8 @@ def digits(monkeypatch):
 
 
 WORDS = ["train=40", "queries=6", "subsets=4", "epochs=2", "counts=[1,2]", "score_epochs=[1,2]", "few=1",
-         "wrong_epochs=[1]", "progress=false", "methods=['Kronecker, margin']"]  # fmt: skip
+         "wrong_epochs=[1]", "small_epochs=[[1,2]]", "development=3", "tried_networks=2", "tried_epochs=[1,2]",
+         "tried_damping=[0.5]", "progress=false", "methods=['Kronecker, margin']"]  # fmt: skip
 
 
 def test_a_small_run_keeps_its_parts(digits, tmp_path, monkeypatch):
@@ -70,6 +76,17 @@ def test_a_small_run_keeps_its_parts(digits, tmp_path, monkeypatch):
     scores = result["scores"]
     assert set(scores["Kronecker, margin, 1 epochs"]["score"]) == {"1", "2"}
     assert set(scores["Kronecker, margin, 2 epochs"]["score"]) == {"1"}
+    several = scores["Kronecker, margin, λ = 0.3, 1 + 2 epochs"]
+    assert set(several["score"]) == {"1", "2"}
+    assert several["training_seconds"] > scores["Kronecker, margin, 1 epochs"]["training_seconds"]
+    tried = result["tried"]["score"]
+    assert list(tried) == ["1", "2", "1 + 2"]
+    assert -1 <= result["tried"]["retrained"] <= 1
+    bench = run.Bench(run.Config(**result["config"]), tmp_path / "parts")
+    subsets, losses = bench.truth(run.DEVELOPMENT, 3)
+    total = sum(run._scored(bench, "Kronecker, margin", 0.5, model)[0]
+                for epochs in (1, 2) for model in bench.networks(range(2), epochs))  # fmt: skip
+    assert tried["1 + 2"]["0.5"] == pytest.approx(float(datamodelling_score(total, subsets, losses).mean()), abs=1e-6)
     assert set(result["wrong"]["1"]) == {"self_influence", "loss", "left_out"}
     assert (tmp_path / "influential.png").is_file()
     monkeypatch.setattr(run, "trained", None)  # nothing is trained again
