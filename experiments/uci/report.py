@@ -32,13 +32,17 @@ def mean(splits: Sequence[Mapping[str, Any]], method: str) -> tuple[float, float
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error (0 for one value)."""
+    """Mean and standard error (0 for one value, NaN where one is infinite: a density of zero at a test row)."""
+    if not all(map(math.isfinite, values)):
+        return statistics.fmean(values), math.nan
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _shown(values: Sequence[float], digits: int) -> str:
     """Mean ± standard error; one value has none."""
     middle, error = _mean(values)
+    if math.isinf(middle):
+        return f"-inf ({sum(map(math.isinf, values))} of {len(values)})"
     return f"{middle:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{middle:.{digits}f}"
 
 
