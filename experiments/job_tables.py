@@ -19,7 +19,7 @@ def attribution() -> str:
     config = result["config"]
     parts = [
         f"784-128-64-10 on halves of {config['train']} digits; {config['subsets']} networks of the truth, trained for "
-        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g} where none is named; "
+        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g}; "
         f"{machine_of(result)}. "
         "`python -m experiments run attribution`"
     ]

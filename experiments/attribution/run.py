@@ -4,8 +4,8 @@ The recipe is that of dattri's MNIST benchmark (Deng et al. 2024): 5,000 trainin
 784-128-64-10 with dropout on random halves. Truth is made anew: a network on every one of some further halves, and the
 losses of the queries under it. Scores come from networks on halves of their own, one, ten or fifty of them averaged;
 these see their halves a few times only (``score_epochs``): gradients of examples that a network knows by heart vanish.
-An average over many networks wants less damping than one network does, and more passes
-(``small_epochs``): which ones was chosen on halves of their own, in the table of what was tried.
+Further rows have networks of more passes, or average scores of one network after several of them (``many_epochs``):
+chosen on halves of their own, in the table of what was tried.
 
 Networks and scores are kept in ``parts`` of the results folder, so that a run can be cut short and taken up again.
 """
@@ -63,8 +63,8 @@ class Config:
         epochs: passes of the networks of the truth over their halves.
         score_epochs: passes of the networks that scores come from, tried one after another.
         methods: names of :data:`METHODS`; the first with all of ``score_epochs``, the others with the first of them.
-        small_damping: λ of further rows of the first method, with all ``counts``.
-        small_epochs: their passes; with several, a network is scored after each of them, and these scores are averaged.
+        many_epochs: passes of further rows of the first method, with all ``counts``; with several, a network is scored
+            after each of them, and these scores are averaged.
         development: halves, other ones than those of the truth, on which settings are compared; 0 for no comparison.
         tried_networks: networks of the scores that are compared.
         tried_epochs: passes tried, each alone and all of them averaged.
@@ -88,8 +88,7 @@ class Config:
     methods: list[str] = field(default_factory=lambda: list(METHODS))
     few: int = 1
     damping: float = 10.0
-    small_damping: float = 0.3
-    small_epochs: list[list[int]] = field(default_factory=lambda: [[8]])
+    many_epochs: list[list[int]] = field(default_factory=lambda: [[8], [3, 5, 8, 12]])
     development: int = 50
     tried_networks: int = 5
     tried_epochs: list[int] = field(default_factory=lambda: [5, 8, 12])
@@ -105,8 +104,7 @@ class Config:
         require("threads", self.threads, self.threads >= 0, "at least 0")
         known = bool(self.counts) and min(self.counts) >= 1 and max(self.counts) <= TRUTH
         require("counts", self.counts, known, "some of 1 to 1000")
-        for name in ("damping", "small_damping"):
-            require(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        require("damping", self.damping, self.damping > 0, "above 0")
         require("development", self.development, self.development >= 0, "at least 0")
         require("tried_networks", self.tried_networks, 1 <= self.tried_networks <= TRUTH, "1 to 1000")
         require("tried_damping", self.tried_damping, all(value > 0 for value in self.tried_damping), "above 0")
@@ -114,8 +112,8 @@ class Config:
         require("wrong", self.wrong, 0 < self.wrong < 1, "between 0 and 1")
         known = bool(self.methods) and set(self.methods) <= set(METHODS)
         require("methods", self.methods, known, f"some of {list(METHODS)}")
-        for passes in self.small_epochs:
-            require("small_epochs", self.small_epochs, bool(passes) and min(passes) >= 1, "lists of numbers from 1 on")
+        for passes in self.many_epochs:
+            require("many_epochs", self.many_epochs, bool(passes) and min(passes) >= 1, "lists of numbers from 1 on")
         for name in ("score_epochs", "wrong_epochs", "tried_epochs"):
             require(name, value := getattr(self, name), bool(value) and min(value) >= 1, "some numbers from 1 on")
 
@@ -128,18 +126,15 @@ class Row:
         method: a name of :data:`METHODS`.
         epochs: passes of its networks; scores after each of them are averaged.
         damping: λ.
-        named: whether its title names λ.
     """
 
     method: str
     epochs: tuple[int, ...]
     damping: float
-    named: bool = False
 
     @property
     def title(self) -> str:
-        damping = f", λ = {self.damping:g}" if self.named else ""
-        return f"{self.method}{damping}, {' + '.join(map(str, self.epochs))} epochs"
+        return f"{self.method}, {' + '.join(map(str, self.epochs))} epochs"
 
 
 class Bench:
@@ -307,7 +302,7 @@ def run(config: Config, folder: Path) -> Report:
     few = [count for count in config.counts if count <= config.few]
     best, (first, *others) = config.methods[0], config.score_epochs
     plan = [(Row(best, (first,), config.damping), config.counts)]
-    plan += [(Row(best, tuple(passes), config.small_damping, True), config.counts) for passes in config.small_epochs]
+    plan += [(Row(best, tuple(passes), config.damping), config.counts) for passes in config.many_epochs]
     plan += [(Row(name, (first,), config.damping), few) for name in config.methods[1:]]
     plan += [(Row(best, (epochs,), config.damping), few) for epochs in others]
     results: dict[str, Any] = {}
