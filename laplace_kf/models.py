@@ -151,7 +151,7 @@ def parameters_of(
         )
     found = {name: named[name] for name in names}
     for name, parameter in found.items():
-        if parameter.is_meta or parameter.is_inference():  # it has become so since
+        if nn.parameter.is_lazy(parameter) or parameter.is_meta or parameter.is_inference():  # it has become so since
             _refuse_parameter(name, parameter)
     return found
 
@@ -179,7 +179,7 @@ def _refuse_module(path: str, module: nn.Module) -> None:
 
 
 def _refuse_inference(kind: str, name: str, tensor: Tensor) -> None:
-    if tensor.is_inference():
+    if not nn.parameter.is_lazy(tensor) and tensor.is_inference():
         path = name.rpartition(".")[0]
         raise UnsupportedLayer(
             f"{kind} {name!r}{f' (module {path!r})' if path else ''} was made inside torch.inference_mode(), and no "

@@ -45,7 +45,8 @@ class _Part:
 
     def _note(self, tensor: Tensor) -> None:
         self.seen = id(tensor), tensor._version
-        self.copy = tensor.detach().clone() if tensor.numel() <= KEPT else None
+        plain = tensor.layout is torch.strided  # others cannot be compared
+        self.copy = tensor.detach().clone() if plain and tensor.numel() <= KEPT else None
 
     def stands(self, tensor: Tensor) -> bool:
         """Whether a tensor (of any shape) has these numbers still; in another type that cannot be said, and it has."""
@@ -54,7 +55,8 @@ class _Part:
         if list(tensor.shape) != self.shape:
             return False
         # batch normalisation writes its running statistics without a new version
-        if self.copy is not None and self.copy.device == tensor.device and torch.equal(self.copy, tensor.detach()):
+        comparable = self.copy is not None and (self.copy.device, self.copy.layout) == (tensor.device, tensor.layout)
+        if comparable and torch.equal(self.copy, tensor.detach()):  # type: ignore[arg-type]
             return True
         if self.copy is None and self.seen == (id(tensor), tensor._version):
             return True
