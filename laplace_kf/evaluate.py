@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from laplace_kf.errors import CorruptFile, ShapeMismatch, UnknownName, UnusableFile
 from laplace_kf.files import require_file, require_room, usable_path
+from laplace_kf.likelihoods import Categorical
 from laplace_kf.posterior import LaplacePosterior
 
 if TYPE_CHECKING:
@@ -55,7 +57,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         UnusableFile: if it is a folder, or may not be read.
         CorruptFile: if it cannot be read.
         UnknownName: for another ending.
-        ShapeMismatch: if it has no ``x``, or ``x`` and ``y`` are not equally long.
+        ShapeMismatch: if it has no ``x``, no examples, or ``x`` and ``y`` are not equally long.
     """
     require_file(path)
     if path.suffix not in READERS:
@@ -66,12 +68,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
         found = READERS[path.suffix](path)
     except UnusableFile:
         raise
-    except (ValueError, OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
     kept = {name: found[name] for name in ("x", "y") if isinstance(found.get(name), Tensor)}
     if "x" not in kept:
         raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")
-    if len({value.shape[:1] for value in kept.values()}) > 1 or not kept["x"].dim():
+    if not kept["x"].dim() or not len(kept["x"]):
+        raise ShapeMismatch(f"{path}: x of shape {tuple(kept['x'].shape)} has no examples; it must have a row for each")
+    if len({value.shape[:1] for value in kept.values()}) > 1:
         raise ShapeMismatch(
             f"{path}: x {tuple(kept['x'].shape)} and y {tuple(kept['y'].shape)} differ in length; they must have a "
             "row for every example"
@@ -108,7 +112,7 @@ def network(name: str) -> nn.Module:
     """The network that the function ``module:function`` makes.
 
     Raises:
-        ShapeMismatch: for another form of name, or if it makes something else.
+        ShapeMismatch: for another form of name, if it takes arguments, or if it makes something else.
         UnknownName: if the module has no such function.
     """
     module, _, function = name.partition(":")
@@ -120,7 +124,14 @@ def network(name: str) -> nn.Module:
     if not hasattr(found, function):
         names = [known for known, value in vars(found).items() if callable(value)]
         raise UnknownName(f"function of {module}", function, names)
-    made = getattr(found, function)()
+    make = getattr(found, function)
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise ShapeMismatch(
+            f"--model {name} takes arguments ({error}); name a function without any, def make(): return {function}(...)"
+        ) from error
+    made = make()
     if not isinstance(made, nn.Module):
         raise ShapeMismatch(f"--model {name} made a {type(made).__name__}; it must be a torch.nn.Module")
     return made
@@ -132,6 +143,10 @@ def batches(data: Mapping[str, Tensor], size: int, like: Tensor) -> Any:
     parts = x.split(size)
     labels = data["y"].split(size) if "y" in data else [torch.zeros(len(part)) for part in parts]
     return list(zip(parts, labels, strict=True))
+
+
+def _is_one_float(labels: Tensor | None) -> bool:
+    return labels is not None and labels.dim() == 1 and labels.is_floating_point()
 
 
 def main(chosen: argparse.Namespace) -> Report:
@@ -156,6 +171,12 @@ def main(chosen: argparse.Namespace) -> Report:
     model = network(chosen.model)
     posterior = LaplacePosterior.load(chosen.posterior, model)
     like = next(iter(posterior.mean.values()))
+    for path, data in ((chosen.inside, inside), (chosen.calibrate, calibration)):
+        if data is not None and isinstance(posterior.likelihood, Categorical) and _is_one_float(data.get("y")):
+            raise ShapeMismatch(
+                f"{path}: the labels y are {data['y'].dtype}, and those of classes are whole numbers; save y.long() "
+                "(or y.astype(int)), or leave y out"
+            )
     if calibration is not None:
         posterior.calibrate(batches(calibration, chosen.batch_size, like), samples=chosen.samples)
     kinds = None if chosen.kinds is None else [kind.strip() for kind in chosen.kinds.split(",") if kind.strip()]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import laplace_kf as lk
 from laplace_kf.__main__ import main
-from laplace_kf.evaluate import read_file
+from laplace_kf.evaluate import network, read_file
 from tests.ood.networks import small
 
 for extra in ("torchmetrics", "jinja2", "matplotlib"):
@@ -194,3 +194,30 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("1")
     with pytest.raises(lk.errors.UnknownName, match=r"'.npz'"):
         read_file(tmp_path / "x.csv")
+
+
+def test_odd_files(tmp_path: Path) -> None:
+    x = data(4)[0].numpy()
+    np.savez(tmp_path / "text.npz", x=np.array(["a", "b"]))
+    with pytest.raises(lk.errors.CorruptFile, match=r"text\.npz cannot be read"):
+        read_file(tmp_path / "text.npz")
+    for name, odd in (("none", x[:0]), ("number", np.float64(1.0))):
+        np.savez(tmp_path / f"{name}.npz", x=odd)
+        with pytest.raises(lk.errors.ShapeMismatch, match=rf"{name}\.npz: x of shape .* has no examples"):
+            read_file(tmp_path / f"{name}.npz")
+
+
+def test_labels_of_classes_as_floats_are_not_left_out_silently(files: dict[str, str], capsys: Any) -> None:
+    x, y = data()
+    np.savez(files["in.npz"], x=x.numpy(), y=y.double().numpy())
+    assert main(command(files)) == 1
+    assert "labels y are torch.float64" in capsys.readouterr().err
+
+
+def with_arguments(width: int) -> None:
+    """A function that is no network's."""
+
+
+def test_functions_with_arguments_are_refused() -> None:
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"takes arguments \(missing a required argument: 'width'\)"):
+        network(f"{__name__}:with_arguments")
