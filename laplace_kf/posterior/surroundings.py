@@ -19,7 +19,7 @@ from laplace_kf.models import named_parameters
 
 __all__ = ["Surroundings"]
 
-KEPT = 2**16  # entries of a tensor of which a copy is kept, to be compared at every call
+KEPT = 2**16  # entries of a tensor of which a copy is kept, to be compared at every call: of larger ones every k-th
 ROUNDING = 1e-9  # of sums in float64 on another device or with other threads
 
 
@@ -34,7 +34,7 @@ class _Part:
     def __init__(self, dtype: str, shape: list[int], sums: list[float]) -> None:
         self.dtype, self.shape, self.sums = dtype, shape, sums
         self.seen: tuple[int, int] | None = None  # identity and version of the tensor that was found unchanged last
-        self.copy: Tensor | None = None
+        self.some: Tensor | None = None  # copies of entries
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Part:
@@ -45,8 +45,7 @@ class _Part:
 
     def _note(self, tensor: Tensor) -> None:
         self.seen = id(tensor), tensor._version
-        plain = tensor.layout is torch.strided  # others cannot be compared
-        self.copy = tensor.detach().clone() if plain and tensor.numel() <= KEPT else None
+        self.some = _some(tensor)
 
     def stands(self, tensor: Tensor) -> bool:
         """Whether a tensor (of any shape) has these numbers still; in another type that cannot be said, and it has."""
@@ -54,11 +53,10 @@ class _Part:
             return True
         if list(tensor.shape) != self.shape:
             return False
-        # batch normalisation writes its running statistics without a new version
-        comparable = self.copy is not None and (self.copy.device, self.copy.layout) == (tensor.device, tensor.layout)
-        if comparable and torch.equal(self.copy, tensor.detach()):  # type: ignore[arg-type]
-            return True
-        if self.copy is None and self.seen == (id(tensor), tensor._version):
+        # batch normalisation and what writes into .data leave the version as it is: entries are looked at, too
+        some, unwritten = _some(tensor), self.seen == (id(tensor), tensor._version)
+        whole = some is not None and len(some) == tensor.numel()
+        if (whole or unwritten) and _alike(some, self.some):
             return True
         size = math.sqrt(max(1, tensor.numel()) * abs(self.sums[1])) if math.isfinite(self.sums[1]) else 0.0
         limits = (ROUNDING * size, ROUNDING * abs(self.sums[1]) if size else 0.0)
@@ -67,6 +65,19 @@ class _Part:
             return False
         self._note(tensor)
         return True
+
+
+def _some(tensor: Tensor) -> Tensor | None:
+    """Copies of at most :data:`KEPT` entries, all where there are no more; None of what is not stored densely."""
+    if tensor.layout is not torch.strided:
+        return None
+    return tensor.detach().reshape(-1)[:: -(-tensor.numel() // KEPT) or 1].clone()
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.device == other.device and torch.equal(one, other)
 
 
 def _sums(tensor: Tensor) -> list[float]:

@@ -95,6 +95,17 @@ def test_another_backbone_is_warned_of(width: int) -> None:
         posterior.predict(X[:2], "map")
 
 
+def test_weights_that_are_written_without_a_new_version_are_warned_of() -> None:
+    """As averages of weights are swapped in, by ``.data``; of a large tensor some entries are looked at."""
+    model = net(width=30000)
+    posterior = lk.LaplacePosterior(model, "categorical", "diag", parameters="last_layer").fit((X, Y))
+    version = model[0].weight._version
+    model[0].weight.data.mul_(0.999)
+    assert model[0].weight._version == version
+    with pytest.warns(UserWarning, match=r"parameter '0\.weight' of module '0' has other numbers"):
+        posterior.predict(X[:2], "map")
+
+
 def test_a_file_knows_its_backbone(tmp_path: Path) -> None:
     posterior = lk.LaplacePosterior(net(), "categorical", parameters="last_layer").fit((X, Y))
     posterior.save(tmp_path / "posterior.st")
