@@ -19,8 +19,7 @@ def attribution() -> str:
     config = result["config"]
     parts = [
         f"784-128-64-10 on halves of {config['train']} digits; {config['subsets']} networks of the truth, trained for "
-        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g}; "
-        f"{machine_of(result)}. "
+        f"{config['epochs']} epochs; {config['queries']} queries; λ = {config['damping']:g}; {machine_of(result)}. "
         "`python -m experiments run attribution`"
     ]
     for head, rows in (attribution_report.score_rows(result), attribution_report.wrong_rows(result)):

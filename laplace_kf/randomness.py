@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["random_states", "same_foreign_states", "same_random_states", "set_random_states"]
+__all__ = ["random_states", "same_foreign_states", "same_random_states", "set_random_states", "torch_states"]
 
 _WORDS = 624  # of the Mersenne twister, 32 bits each; then its position, an int
 _inside = threading.local()
@@ -64,6 +64,16 @@ def _read(raw: bytes) -> tuple[str, Any, int, int, float]:
     """The state in numpy's own form (its half-used normal number is left to the outer guard)."""
     key, position = np.frombuffer(raw, np.uint32, _WORDS), np.frombuffer(raw, np.int32, 1, 4 * _WORDS)
     return "MT19937", key, int(position[0]), 0, 0.0
+
+
+def torch_states(devices: Collection[torch.device] = ()) -> list[Tensor]:
+    """The states of torch's own generators, that of the CPU first, to see whether something has drawn.
+
+    Args:
+        devices: accelerators that are looked at, too; one that is the CPU counts once.
+    """
+    others = (device for device in devices if device.type != "cpu")
+    return [torch.get_rng_state(), *(getattr(torch, device.type).get_rng_state(device) for device in others)]
 
 
 def random_states(devices: Collection[torch.device] = ()) -> dict[str, Tensor]:

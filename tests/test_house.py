@@ -224,6 +224,15 @@ def test_processes_leave_out_only_what_says_nothing() -> None:
     assert not {"testreport setup passed 0 0", "testreport teardown passed 0 0"} & set(sent)
 
 
+def test_a_process_that_is_handed_tests_tells_less(request: pytest.FixtureRequest) -> None:
+    """Of this very run, if it is one of several processes and nobody asked for all that they say."""
+    config = request.config
+    asks = config.getoption("durations") is not None or config.getoption("xmlpath") or config.getoption("verbose") > 0
+    if hasattr(config, "workerinput") and not asks:
+        (told,) = [p for p in config.pluginmanager.get_plugins() if type(p).__name__ == "WorkerInteractor"]
+        assert told.sendevent.__module__ == "tests.workers"
+
+
 def test_every_process_that_runs_tests_has_one_thread() -> None:
     """Set in tests/conftest.py, whether tests run here or are handed out."""
     assert torch.get_num_threads() == 1

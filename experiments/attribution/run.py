@@ -91,7 +91,7 @@ class Config:
     many_epochs: list[list[int]] = field(default_factory=lambda: [[8], [3, 5, 8, 12]])
     development: int = 50
     tried_networks: int = 5
-    tried_epochs: list[int] = field(default_factory=lambda: [5, 8, 12])
+    tried_epochs: list[int] = field(default_factory=lambda: [3, 5, 8, 12])
     tried_damping: list[float] = field(default_factory=lambda: [0.3, 1.0, 10.0])
     accuracy: float = 1e-2
     wrong: float = 0.1

@@ -61,8 +61,8 @@ def described(tasks: Sequence[Task], absent: Mapping[str, str], remarks: Mapping
     return " ".join(text)
 
 
-def methods_table(measure: Measure, runs: Runs) -> Table:
-    """Every method's numbers, averaged over seeds."""
+def methods_table(measure: Measure, runs: Runs, chosen: bool) -> Table:
+    """Every method's numbers, averaged over seeds; ``chosen`` says whether any had more than one strength to choose."""
     shown = {
         "average": "average", "first": "first task", "latest": "latest task", "minimum": "worst task",
         "learned": "when learned",
@@ -75,7 +75,8 @@ def methods_table(measure: Measure, runs: Runs) -> Table:
         seconds = _mean(runs, name, "processor_seconds")
         rows.append([name, *cells, ", ".join(f"{value:g}" for value in strengths), f"{seconds:.0f}"])
     columns = ["method", *shown.values(), "forgetting", "forward transfer", "strength", "processor s"]
-    note = "Strengths were chosen on validation data. When learned: each task right after it, averaged."
+    note = "Strengths were chosen on validation data. " if chosen else "One strength was run. "
+    note += "When learned: each task right after it, averaged."
     return Table(f"Test {measure.name} after the last task", columns, rows, note)
 
 

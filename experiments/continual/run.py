@@ -228,7 +228,7 @@ def run(config: Config, folder: Path) -> Report:
     tasks = given.tasks
     runs = [{name: report.numbers(found[i]) for name, found in best.items()} for i in range(config.repeats)]
     claims = [c.judge(runs) for c in stream.claims if c.method in best and c.other in best]
-    tables = [report.methods_table(stream.measure, runs)]
+    tables = [report.methods_table(stream.measure, runs, chosen=any(len(tried) > 1 for tried in scores.values()))]
     if len(tasks) <= report.FEW:
         last = {name: [one["test"][-1] for one in found] for name, found in best.items()}
         tables.append(report.task_table(stream.measure, tasks, last, stream.published))

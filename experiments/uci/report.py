@@ -41,8 +41,8 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 def _shown(values: Sequence[float], digits: int) -> str:
     """Mean ± standard error; one value has none."""
     middle, error = _mean(values)
-    if math.isinf(middle):
-        return f"-inf ({sum(map(math.isinf, values))} of {len(values)})"
+    if not math.isfinite(middle):
+        return f"{middle} ({sum(not math.isfinite(value) for value in values)} of {len(values)})"
     return f"{middle:.{digits}f} ± {error:.{digits}f}" if len(values) > 1 else f"{middle:.{digits}f}"
 
 

@@ -203,10 +203,8 @@ def _joint_normal(outputs: GaussianOutputs, noise: Tensor) -> Distribution:
         full = outputs.covariance.covariance() + torch.diag_embed(noise)  # refused where it is too large
     else:
         full = _concatenated(covariance for _, covariance in outputs.covariances(noise))
-    mean, checked = (
-        outputs.mean.reshape(*batch, width),
-        None if outputs.mean.numel() else False,
-    )  # torch cannot check none
+    checked = None if outputs.mean.numel() else False  # torch cannot check none
+    mean = outputs.mean.reshape(*batch, width)
     return MultivariateNormal(mean, full.reshape(*batch, width, width), validate_args=checked)
 
 

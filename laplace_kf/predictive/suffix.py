@@ -28,6 +28,7 @@ from laplace_kf.batches import Forward, predicted, tensors_of
 from laplace_kf.models import preserved
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.predictive.calls import require_movable
+from laplace_kf.randomness import torch_states
 from laplace_kf.replica import original
 from laplace_kf.substitution import substituted
 
@@ -367,10 +368,11 @@ def _cut(
     replaced = {n: v if v.is_floating_point() else named[n] for n, v in replaced.items()}
     recorder = _Recorder({id(replaced[name]): name for name in names})
     with preserved(model):
-        before = _random_states(named)
+        devices = {p.device for p in named.values()}
+        before = torch_states(devices)
         with torch.enable_grad(), recorder:
             outputs = substituted(model, replaced, lambda: predicted(model, inputs, forward))
-        if not all(map(torch.equal, before, _random_states(named))):
+        if not all(map(torch.equal, before, torch_states(devices))):
             raise _NoCut("the forward pass draws random numbers")
     if recorder.refused is not None:
         raise _NoCut(recorder.refused)
@@ -420,8 +422,3 @@ def _linear(steps: Sequence[_Step], output: int, features: Mapping[int, Tensor])
         return None
     (feature,) = features.values()
     return None if feature.dim() < 2 else (weight.name, None if bias is None else bias.name)
-
-
-def _random_states(named: Mapping[str, Tensor]) -> list[Tensor]:
-    devices = {p.device for p in named.values() if p.device.type != "cpu"}
-    return [torch.get_rng_state(), *(getattr(torch, d.type).get_rng_state(d) for d in devices)]

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from laplace_kf.callers import warn_user
+from laplace_kf.randomness import torch_states
 
 __all__ = ["noticed"]
-
-
-def _states(devices: Iterable[torch.device]) -> list[Tensor]:
-    return [torch.get_rng_state(), *(getattr(torch, d.type).get_rng_state(d) for d in devices if d.type != "cpu")]
 
 
 class _Who(TorchFunctionMode):
@@ -48,9 +44,9 @@ def noticed(devices: set[torch.device], again: Callable[[], Any]) -> Iterator[No
         devices: of the model's parameters.
         again: the same pass; it is run once more only to name the function that draws.
     """
-    before = _states(devices)
+    before = torch_states(devices)
     yield
-    if all(map(torch.equal, before, _states(devices))):
+    if all(map(torch.equal, before, torch_states(devices))):
         return
     with _Who() as who:
         again()

@@ -30,6 +30,7 @@ def test_a_small_run_on_the_real_files(name, tasks, tmp_path):
     assert main(["run", name, *words, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert list(result["metrics"]) == chosen
+    assert result["tables"][0]["note"].startswith("One strength was run.")  # none was chosen
     for found in result["metrics"].values():
         assert 0.05 < found["average"][0] <= 1
     # an upper bound that has all data, against nothing kept

@@ -1,6 +1,7 @@
 """Stacked training, pairs of image sets and regression tables: oracles and small runs."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -82,6 +83,9 @@ def test_verdicts_on_tables_need_all_of_them():
     assert {v["verdict"] for v in tables.judged({"yacht": [split]})} == {"undecided"}
     assert "9.000 ± 0.000" in tables.rows({"yacht": [split, split]})[1][0]
     assert "9.000" in tables.rows({"yacht": [split]})[1][0]  # one split has no standard error
+    never = {**split, "log likelihood": {**split["log likelihood"], "mixture": -math.inf}}  # a density of zero
+    assert "-inf (1 of 2)" in tables.rows({"yacht": [split, never]})[1][0]
+    assert tables.judged({"yacht": [split, never]})[0]["lost"] == ["yacht"]
     assert tables.conformal_rows({"yacht": [split]})[1][0][:4] == ["yacht", "1", "90.00", "90.00"]
 
 

@@ -27,6 +27,8 @@ def test_every_table_has_a_page() -> None:
 def test_the_command_of_a_result_names_what_differs_from_the_configuration() -> None:
     usual = asdict(runner.resolve("labels")[1])
     assert runner.command("labels", usual) == "python -m experiments run labels"
+    calibration = asdict(runner.resolve("calibration")[1])
+    assert runner.command("calibration", {**calibration, "anew": ["MAP"]}) == "python -m experiments run calibration"
     own = {**usual, "most": 130, "methods": ["BatchBALD", "random"], "progress": not usual["progress"], "gone": 1}
     command = runner.command("labels", own)
     assert command == "python -m experiments run labels methods=[BatchBALD,random] most=130"
