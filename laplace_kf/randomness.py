@@ -67,7 +67,7 @@ def _read(raw: bytes) -> tuple[str, Any, int, int, float]:
 
 
 def torch_states(devices: Collection[torch.device] = ()) -> list[Tensor]:
-    """The states of torch's own generators, that of the CPU first, to see whether something has drawn.
+    """The states of torch's own generators, bytes ``(B,)`` each, that of the CPU first: to see whether something draws.
 
     Args:
         devices: accelerators that are looked at, too; one that is the CPU counts once.
