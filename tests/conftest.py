@@ -34,7 +34,7 @@ def _prepare_torch() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--triples", action="store_true",
-        help="all triples of registered rules in the contract tests, every case of tests marked `pairs`, `meets`, `share`",
+        help="all triples of registered rules in the contract tests, every case of those marked pairs, meets, share",
     )  # fmt: skip
     parser.addoption("--cpu", type=int, default=0, metavar="N", help="CPU seconds of the N dearest files and tests")
 

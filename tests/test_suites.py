@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 from docs.suites import KINDS, PAGE, ROOT, about, files, kinds, page, suite
-
-
 from tests import conftest
 
 
