@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,23 +29,28 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["kfac", "hessian_free"])
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_a_grad_scaler_does_not_divide_what_it_never_multiplied(name: str, unscaled: bool) -> None:
-    model = net()
-    optimizer = getattr(lk.optim, name)(model, "categorical")
+@pytest.mark.parametrize("call", ["unscale_", "step"])
+def test_a_grad_scaler_does_not_divide_what_it_never_multiplied(name: str, call: str) -> None:
+    """``unscale_`` before a plain step, too: it would have been 1024 times too short."""
+    model, twin = net(), net()
+    optimizer, plain = (
+        getattr(lk.optim, name)(m, "categorical", generator=torch.Generator().manual_seed(1)) for m in (model, twin)
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = copy.deepcopy(model.state_dict())
-    scaler.scale(optimizer.backward(X, Y))
-    if unscaled:
-        scaler.unscale_(optimizer)
-    with pytest.raises(lk.errors.IncompatiblePair, match=r"GradScaler.*optimizer\.step\(\) in place of scaler\.step"):
-        scaler.step(optimizer)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(lk.errors.NotFitted):  # what the scaler divided is gone
-        optimizer.step()
-    optimizer.backward(X, Y)
-    optimizer.step()  # the line of the message
-    assert optimizer.steps == 1
+    for each in (optimizer, plain):
+        loss = each.backward(X, Y)
+    scaler.scale(loss)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"GradScaler.*step\(\) in place.*scaler\.unscale_"):
+            getattr(scaler, call)(optimizer)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    for each in (optimizer, plain):
+        each.step()  # the line of the message
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.5  # a scheduler's way
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
 
 
 def test_a_disabled_grad_scaler_is_none() -> None:
@@ -321,6 +327,45 @@ def test_calibration_takes_one_hot_labels() -> None:
         assert torch.equal(posterior.calibrate((X, rows)).predict(X).prediction_set(0.7), expected)
     with pytest.raises(lk.errors.ShapeMismatch, match=r"probabilities of several.*targets\.argmax\(-1\)"):
         posterior.calibrate((X, torch.full((8, 3), 1 / 3, dtype=torch.float64)))
+
+
+def test_calibration_with_noise_of_every_example_is_of_their_observations() -> None:
+    y, noise = X[:, :2], X[:, :1].abs() + 0.1
+    torch.manual_seed(0)
+    posterior = lk.LaplacePosterior(nn.Linear(3, 2).double(), "gaussian").fit((X, (y, noise)))
+    expected = posterior.calibrate((X, y)).predict(X).interval(0.7)
+    found = posterior.calibrate([(X[:5], (y[:5], noise[:5])), (X[5:], (y[5:], noise[5:]))]).predict(X).interval(0.7)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_one_example_without_the_batch_axis(tmp_path: Path) -> None:
+    """A convolution takes ``x[0]``, and its channels were read as examples."""
+    torch.manual_seed(0)
+    images = torch.randn(6, 2, 4, 4).double()
+    model = nn.Conv2d(2, 3, 3, padding=1).double()
+    fitted = lk.LaplacePosterior(model, "categorical").fit((images, images.argmax(1) + 1))
+    fitted.save(tmp_path / "p.safetensors")
+    loaded = lk.LaplacePosterior.load(tmp_path / "p.safetensors", model)
+
+    def case(name: str, posterior: lk.LaplacePosterior) -> None:
+        call: dict[str, Callable[[Any], Any]] = {
+            "predict": lambda x: posterior.predict(x, samples=2),
+            "functional_covariance": lambda x: posterior.functional_covariance(x, diagonal_only=True),
+            "ood_score": lambda x: posterior.ood_score(x, kind="entropy"),
+            "predictor": posterior.predictor(2),
+        }
+        message = r"shape \(2, 4, 4\).*fit had 4 axes.*x\[None\]"
+        for x in (images[0], images[0].numpy()):
+            with pytest.raises(lk.errors.ShapeMismatch, match=message):
+                call[name](x)
+        call[name](images[0][None])  # the line of the message
+
+    names = ("predict", "functional_covariance", "ood_score", "predictor")
+    of_every(case, [(name, posterior) for name in names for posterior in (fitted, loaded)])
+    mixed = lk.LaplacePosterior(nn.Linear(3, 3).double(), "categorical").fit([(X, Y), (X[:, None], Y[:, None])])
+    assert mixed.predict(X).probs.shape == (8, 3)  # a network of any number of axes, shown both
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"x\[None\]"):
+        mixed.predict(X[0])
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
