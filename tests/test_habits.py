@@ -293,6 +293,36 @@ def test_networks_that_draw_nothing_and_forwards_that_do_are_not_warned_of() -> 
         ).fit((X, Y))
 
 
+def test_backward_hooks_have_no_part_in_curvature() -> None:
+    """Masks and clipping of gradients and hooks that only look, of parameters and modules: they stay, and fire later."""
+
+    def case(hook: str, structure: str) -> None:
+        model, twin = net(), net()
+        fired: list[int] = []
+        if hook == "parameter":
+            model[0].weight.register_hook(lambda g: fired.append(1) or g * 0.5)
+        elif hook == "module":
+            model[0].register_full_backward_hook(lambda m, given, found: fired.append(1))
+            model[1].register_full_backward_hook(lambda m, given, found: (given[0] * 0.5,))
+        else:
+            model[1].register_full_backward_pre_hook(lambda m, found: fired.append(1) or (found[0] * 0.5,))
+        vector = torch.linspace(-1, 1, 31).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found, expected = (lk.LaplacePosterior(m, "categorical", structure).fit((X, Y)) for m in (model, twin))
+        torch.testing.assert_close(found.curvature.dense(), expected.curvature.dense())
+        for product in (lk.curvature.ggn_vector_product, lk.curvature.hessian_vector_product):
+            one, other = (product(m, "categorical", (X, Y), vector) for m in (model, twin))
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(found.functional_covariance(X), expected.functional_covariance(X))
+        assert not fired
+        model(X).sum().backward()
+        assert fired
+
+    hooks = ("parameter", "module", "before a module")
+    of_every(case, [(hook, structure) for hook in hooks for structure in ("diag", "kron", "full")])
+
+
 # -- no examples, labels of calibration --------------------------------------------------------------------------------
 
 KINDS: dict[str, tuple[int, Tensor]] = {
