@@ -232,7 +232,8 @@ def _functions(
 def _drawn_from(posterior: LaplacePosterior, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
     """Outputs ``(S, N, C)`` of S functions of one linearised network."""
     with torch.no_grad(), stage(posterior.model, posterior.forward) as (model, forward):
-        network = Linearization(model, forward, posterior.mean, asked(model, forward, x), keep=False)
+        x = asked(model, forward, x, posterior.statistics.axes)
+        network = Linearization(model, forward, posterior.mean, x, keep=False)
         if network.outputs.dim() != 2:
             raise ShapeMismatch(
                 f"acquisition needs outputs (N, C), got {tuple(network.outputs.shape)}: there is one label a point"

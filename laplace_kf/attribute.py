@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from laplace_kf.attribution import OF, Attribution
-from laplace_kf.errors import ShapeMismatch
+from laplace_kf.errors import ShapeMismatch, UnusableFile
 from laplace_kf.evaluate import batches, network, read_file
 from laplace_kf.files import require_folder, usable_path
 from laplace_kf.posterior import LaplacePosterior
@@ -47,7 +47,12 @@ def main(chosen: argparse.Namespace) -> Tensor:
         raise ShapeMismatch("--top and --batch-size must be at least 1")
     if chosen.picture is not None and read_file(chosen.queries)["x"].dim() not in (3, 4):
         raise ShapeMismatch(f"--picture needs images x (N, H, W) or (N, C, H, W), and {chosen.queries} has none")
+    read = {path.resolve() for path in (*chosen.posterior, chosen.train, chosen.queries)}
     for written in filter(None, (chosen.out, chosen.picture)):
+        if written.resolve() in read:
+            raise UnusableFile(
+                f"{written} is read from, and would be written over; give --out and --picture other names"
+            )
         require_folder(written)  # before the work, not after it
     posteriors = [LaplacePosterior.load(path, network(chosen.model)) for path in chosen.posterior]
     like = next(iter(posteriors[0].mean.values()))

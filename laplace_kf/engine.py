@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from laplace_kf.agreement import as_read, require_same_loss, warn_of_links
-from laplace_kf.batches import Forward, to_device
+from laplace_kf.batches import Forward, inputs_of, to_device
 from laplace_kf.callers import warn_user
 from laplace_kf.distributed import First, Ranks, Seen, added_up, merged, refined
 from laplace_kf.draws import ExampleDraws
@@ -84,6 +84,7 @@ class Accumulator:
         self._announced = False
         self._many: tuple[Progress, tuple[int, ...], int] | None = None  # columns that are to be announced
         self._met = False  # whether a minibatch came
+        self._axes: set[int | None] = set()  # of its inputs
         self._agreed = ranks is None  # whether the processes spoke about the first one
         self._patterns: Patterns = {}  # kept no longer than the weights
 
@@ -107,6 +108,8 @@ class Accumulator:
             )
         seen = (self.tracer.model, observation.batch, self.tracer.forward, observation.outputs, observation.targets)
         self.likelihood = as_read(self.likelihood, *seen)
+        inputs = inputs_of(observation.batch, self.tracer.forward)
+        self._axes.add(inputs.dim() if isinstance(inputs, Tensor) else None)
         with read_once():
             self._take(observation)
 
@@ -316,6 +319,7 @@ class Accumulator:
             "place": 0 if self.shard is None else self.shard.place, "seed": self.seed[0],
             "base": None if self.shard is None else self.shard.base,
             "count": self.count, "terms": float(self.terms), "announced": self._announced, "met": self._met,
+            "axes": list(self._axes),
         }  # fmt: skip
         return {"sum": self.log_likelihood, "moments": self.moments, **tensors}, values
 
@@ -330,6 +334,7 @@ class Accumulator:
         self.count, self.terms, self.place = values["count"], values["terms"], values["place"]
         self.seed = values["seed"], self.seed[1]
         self._announced, self._met = values["announced"], values["met"]
+        self._axes = set(values.get("axes", ()))
         self.log_likelihood, self.moments = tensors["sum"].clone(), tensors["moments"].clone()
         if values["layout"] is not None:
             self.likelihood = self.likelihood.with_layout(values["layout"])
@@ -403,7 +408,8 @@ class Accumulator:
         self._warn_of_poorer(blocks)
         layout = self.structure.kept_layout(seen)
         shown = getattr(self.likelihood, "layout", None)
-        known = (float(self.count), self.log_likelihood, self.terms, shown, self.moments)
+        axes = next(iter(self._axes)) if len(self._axes) == 1 else None
+        known = (float(self.count), self.log_likelihood, self.terms, shown, self.moments, axes)
         return Statistics(self.structure, layout, blocks, sums, *known)
 
 

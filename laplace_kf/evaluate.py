@@ -70,6 +70,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise
     except (ValueError, TypeError, OSError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
         raise CorruptFile(f"{path} cannot be read: {error}") from error
+    odd = {name: found[name] for name in ("x", "y") if name in found and not isinstance(found[name], Tensor)}
+    for name, value in odd.items():
+        raise ShapeMismatch(f"{path}: {name} is a {type(value).__name__}; it must be a tensor, torch.tensor({name})")
     kept = {name: found[name] for name in ("x", "y") if isinstance(found.get(name), Tensor)}
     if "x" not in kept:
         raise ShapeMismatch(f"{path} has no inputs under 'x' (it has {sorted(map(str, found))})")

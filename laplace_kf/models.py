@@ -299,6 +299,9 @@ def coarsest(*dtypes: torch.dtype) -> torch.dtype:
 # ---------------------------------------------------------------------------------------------------- guard
 
 
+_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+
+
 class _Snapshot:
     """What one module must look like afterwards."""
 
@@ -314,6 +317,12 @@ class _Snapshot:
         if getattr(module, "max_norm", None) is not None:
             kept += list(module.parameters(recurse=False))
         self.tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in kept]
+
+    def without_backward_hooks(self) -> None:
+        """Until :meth:`restore`: what hooks make of a gradient (masks, clipping) is no derivative of the outputs."""
+        for name in _BACKWARD:
+            if self.attributes.get(name):
+                self.module.__dict__[name] = type(self.attributes[name])()
 
     def restore(self) -> None:
         """Puts attributes, containers and tensors back; tensors only if something wrote to them."""
@@ -405,7 +414,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards the model and the caller's random states are what they were.
 
     Inside, compiled modules run as plain Python, and the caller's autocast is on for the model only
-    (:func:`as_called`).
+    (:func:`as_called`), and backward hooks of parameters and modules do not fire: curvature is that of the outputs,
+    whatever somebody makes of their gradients in training.
 
     Other threads that want the same modules wait (:mod:`laplace_kf.occupied`).
 
@@ -425,18 +435,24 @@ def _preserved(model: nn.Module) -> Iterator[None]:
             yield
         return
     modules = [_Snapshot(module) for module in model.modules()]
+    hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks and original(model) is model]
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
     try:
         for snapshot in modules:
             if snapshot.module.training:
                 snapshot.module.training = False
+            snapshot.without_backward_hooks()
+        for parameter, _ in hooked:
+            parameter._backward_hooks = None
         # curvature needs a graph, also for a caller in inference mode
         with same_random_states(), undisturbed(), torch.inference_mode(False):
             yield
     finally:
         for snapshot in modules:
             snapshot.restore()
+        for parameter, hooks in hooked:
+            parameter._backward_hooks = hooks
         for device, state in states:
             with suppress(RuntimeError):
                 getattr(torch, device.type).set_rng_state(state, device)

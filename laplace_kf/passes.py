@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from laplace_kf.lookups import Plainly
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, usable
 from laplace_kf.outputs.derivatives import usable_by_autograd
+from laplace_kf.sequences import read
 from laplace_kf.tape import FlatLayout, Tracer
+from laplace_kf.tape.chance import FirstPass
 
 __all__ = ["Pass", "columns_of", "walk"]
 
@@ -171,8 +174,14 @@ def walk(
                 if not hasattr(tracer, "layout"):  # the last layer is found by running
                     tracer.observe(batch)
             selected = [named[name] for name in tracer.layout.names]
-            with Plainly():  # its derivatives are those of the function
+            again = lambda other: run(model, other, forward)[0]  # noqa: E731
+            first = FirstPass(model, again, batch) if index == 0 and read(model) is None else None
+            # its derivatives are those of the function
+            with nullcontext() if first is None else first, Plainly():
                 outputs, targets = run(model, batch, forward)
+            if first is not None:
+                with torch.no_grad():
+                    first.require_a_function(outputs, again(batch))
             likelihood = as_read(likelihood, model, batch, forward, outputs, targets)
             likelihood.check(outputs.detach(), targets)
             count = likelihood.counted_examples(outputs.detach(), targets)

@@ -117,7 +117,7 @@ def reached(model: nn.Module, forward: Any, names: Collection[str]) -> bool:
     return all(known[name]() is p for name, p in named_parameters(model).items() if name in names)
 
 
-def require_reached(model: nn.Module, forward: Any, names: Collection[str], call: Callable[[], Tensor]) -> None:
+def require_reached(model: nn.Module, forward: Any, names: Collection[str], call: Callable[[], Tensor]) -> Tensor:
     """Refuses parameters that the forward pass reaches in another way than as attributes of their modules.
 
     One pass with copies of the parameters in their place: not one of the parameters themselves may appear in its
@@ -128,6 +128,9 @@ def require_reached(model: nn.Module, forward: Any, names: Collection[str], call
         forward: the user's ``forward=`` or ``None``; only to remember the answer by (:func:`reached`).
         names: the parameters that are going to be replaced.
         call: runs the model and returns its outputs ``(N, ...)``.
+
+    Returns:
+        These outputs.
 
     Raises:
         UnsupportedLayer: names the parameters and the ways out.
@@ -152,6 +155,7 @@ def require_reached(model: nn.Module, forward: Any, names: Collection[str], call
     if watch.met:
         raise _refused([name for name in own if name in watch.met])
     note_reached(model, forward, own)
+    return outputs
 
 
 class _Watch(TorchFunctionMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from tests import oracles
+from tests.checks import of_every
 
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = torch.arange(8) % 3
@@ -27,23 +29,28 @@ def net() -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["kfac", "hessian_free"])
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_a_grad_scaler_does_not_divide_what_it_never_multiplied(name: str, unscaled: bool) -> None:
-    model = net()
-    optimizer = getattr(lk.optim, name)(model, "categorical")
+@pytest.mark.parametrize("call", ["unscale_", "step"])
+def test_a_grad_scaler_does_not_divide_what_it_never_multiplied(name: str, call: str) -> None:
+    """``unscale_`` before a plain step, too: it would have been 1024 times too short."""
+    model, twin = net(), net()
+    optimizer, plain = (
+        getattr(lk.optim, name)(m, "categorical", generator=torch.Generator().manual_seed(1)) for m in (model, twin)
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    before = copy.deepcopy(model.state_dict())
-    scaler.scale(optimizer.backward(X, Y))
-    if unscaled:
-        scaler.unscale_(optimizer)
-    with pytest.raises(lk.errors.IncompatiblePair, match=r"GradScaler.*optimizer\.step\(\) in place of scaler\.step"):
-        scaler.step(optimizer)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    with pytest.raises(lk.errors.NotFitted):  # what the scaler divided is gone
-        optimizer.step()
-    optimizer.backward(X, Y)
-    optimizer.step()  # the line of the message
-    assert optimizer.steps == 1
+    for each in (optimizer, plain):
+        loss = each.backward(X, Y)
+    scaler.scale(loss)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"GradScaler.*step\(\) in place.*scaler\.unscale_"):
+            getattr(scaler, call)(optimizer)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    for each in (optimizer, plain):
+        each.step()  # the line of the message
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0]["lr"] = 0.5  # a scheduler's way
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
 
 
 def test_a_disabled_grad_scaler_is_none() -> None:
@@ -154,6 +161,129 @@ def test_random_numbers_in_eval_mode_are_warned_of(how: str, by: str) -> None:
         lk.optim.kfac(Noisy(how), "categorical").step(X, Y)
 
 
+FORWARDS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "fit": lambda m, forward: lk.LaplacePosterior(m, "categorical", forward=forward).fit((X, Y)),
+    "step": lambda m, forward: lk.optim.kfac(m, "categorical", forward=forward).step((X, Y)),
+    "Gauss-Newton product": lambda m, forward: lk.curvature.ggn_vector_product(
+        m, "categorical", (X, Y), torch.ones(12).double(), forward=forward
+    ),
+    "Hessian product": lambda m, forward: lk.curvature.hessian_vector_product(
+        m, "categorical", (X, Y), torch.ones(12).double(), forward=forward
+    ),
+}
+
+
+def test_draws_of_the_model_are_told_from_those_of_a_forward() -> None:
+    def case(name: str) -> None:
+        call = FORWARDS[name]
+        for forward in (None, lambda m, b: (m(b[0] + 0.1 * torch.randn_like(b[0])), b[1])):
+            with pytest.warns(UserWarning, match=r"in eval mode \(by dropout in module 'inner'\)"):
+                call(Wrapped(Noisy("dropout")), forward)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                warnings.filterwarnings("ignore", message=".*script.*")  # torch's, of itself
+                call(Wrapped(Noisy("told")).eval(), forward)
+
+    of_every(case, FORWARDS)
+
+
+class Wrapped(nn.Module):
+    """A module inside a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x)
+        return found
+
+
+class Stateful(nn.Module):
+    """Keeps something from pass to pass in eval mode, which may or may not change its outputs."""
+
+    elsewhere = 0
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.layer, self.how = nn.Linear(3, 3, dtype=torch.float64), how
+        self.register_buffer("count", torch.zeros(()).double())
+        self.calls, self.cache, self.seen = 0, None, []
+        self.start = nn.Parameter(torch.zeros(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "buffer in place":
+            self.count += 1
+        elif self.how == "new buffer":
+            self.count = self.count + 1
+        elif self.how == "attribute":
+            self.calls += 1
+        elif self.how == "mean of the first batch":
+            self.cache = x.mean(0) if self.cache is None else self.cache
+            x = x - self.cache
+        elif self.how == "outputs of the first batch":
+            self.cache = x * 2 if self.cache is None else self.cache
+            x = self.cache if len(x) == len(self.cache) else x * 2
+        elif self.how == "list":
+            self.seen.append(x)
+            x = x + torch.cat(self.seen).mean(0)
+        elif self.how == "global":
+            Stateful.elsewhere += 1
+            x = x * Stateful.elsewhere
+        elif self.how == "parameter":
+            self.start.data.copy_(x.mean(0))
+        elif self.how == "harmless":  # what interpretability tools do, and what depends on the width only
+            self.calls, self.last = self.calls + 1, x
+            self.seen.append(x)
+            self.count += 1
+            self.cache = torch.linspace(0, 1, 3).double() if self.cache is None else self.cache
+            return self.layer(x + self.cache) + self.start
+        return self.layer(x) * (1 + self.count) * (1 + 0.1 * self.calls) + self.start
+
+
+STATES = {
+    "buffer in place": r"module 'inner' changes its buffer 'count'.*if self\.training: self\.count",
+    "new buffer": r"module 'inner' changes its buffer 'count'",
+    "attribute": r"module 'inner' changes its attribute 'calls'",
+    "mean of the first batch": r"module 'inner' changes its attribute 'cache'.*initialised by the first batch",
+    "outputs of the first batch": r"module 'inner' changes its attribute 'cache'",
+    "list": r"module 'inner' changes its attribute 'seen'",
+    "global": "other outputs for the same inputs when it runs again",
+    "parameter": r"module 'inner' writes into its parameter 'start'.*model\.eval\(\)\(x\)",
+}
+
+
+def test_what_a_network_keeps_from_pass_to_pass_in_eval_mode() -> None:
+    """Refused by the module's path if outputs hang on it, with everything as it was; else nothing is said."""
+
+    def case(state: str, structure: str) -> None:
+        model = Wrapped(Stateful(state))
+        before = copy.deepcopy(model.state_dict())
+        vector = torch.ones(15).double()
+        for call in (
+            lambda: lk.LaplacePosterior(model, "categorical", structure=structure).fit([(X[:5], Y[:5]), (X, Y)]),
+            lambda: lk.curvature.ggn_vector_product(model, "categorical", (X, Y), vector),
+            lambda: lk.curvature.hessian_vector_product(model, "categorical", (X, Y), vector),
+        ):
+            with pytest.raises(lk.errors.UnsupportedLayer, match=STATES[state]):
+                call()
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert model.inner.calls == 0 and model.inner.cache is None and not model.inner.seen
+
+    of_every(case, [(state, structure) for state in STATES for structure in ("diag", "kron", "full")])
+
+
+def test_harmless_notes_of_a_network_are_nobodys_business() -> None:
+    model = Wrapped(Stateful("harmless"))
+    found = lk.LaplacePosterior(model, "categorical", structure="full").fit([(X[:5], Y[:5]), (X[5:], Y[5:])])
+    twin = nn.Linear(3, 3).double()
+    twin.load_state_dict(model.inner.layer.state_dict())
+    moved = X + torch.linspace(0, 1, 3).double()
+    expected = oracles.dense_ggn(twin, moved, Y, oracles.categorical_nll)
+    torch.testing.assert_close(found.curvature.dense()[3:, 3:], expected)
+    assert model.inner.calls == 0 and float(model.inner.count) == 0
+
+
 def test_networks_that_draw_nothing_and_forwards_that_do_are_not_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -161,6 +291,36 @@ def test_networks_that_draw_nothing_and_forwards_that_do_are_not_warned_of() -> 
         lk.LaplacePosterior(
             Noisy("none"), "categorical", forward=lambda m, b: (m(b[0] + 0.1 * torch.randn_like(b[0])), b[1])
         ).fit((X, Y))
+
+
+def test_backward_hooks_have_no_part_in_curvature() -> None:
+    """Masks and clipping of gradients and hooks that only look, of parameters and modules: they stay, and fire later."""
+
+    def case(hook: str, structure: str) -> None:
+        model, twin = net(), net()
+        fired: list[int] = []
+        if hook == "parameter":
+            model[0].weight.register_hook(lambda g: fired.append(1) or g * 0.5)
+        elif hook == "module":
+            model[0].register_full_backward_hook(lambda m, given, found: fired.append(1))
+            model[1].register_full_backward_hook(lambda m, given, found: (given[0] * 0.5,))
+        else:
+            model[1].register_full_backward_pre_hook(lambda m, found: fired.append(1) or (found[0] * 0.5,))
+        vector = torch.linspace(-1, 1, 31).double()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found, expected = (lk.LaplacePosterior(m, "categorical", structure).fit((X, Y)) for m in (model, twin))
+        torch.testing.assert_close(found.curvature.dense(), expected.curvature.dense())
+        for product in (lk.curvature.ggn_vector_product, lk.curvature.hessian_vector_product):
+            one, other = (product(m, "categorical", (X, Y), vector) for m in (model, twin))
+            torch.testing.assert_close(one, other)
+        torch.testing.assert_close(found.functional_covariance(X), expected.functional_covariance(X))
+        assert not fired
+        model(X).sum().backward()
+        assert fired
+
+    hooks = ("parameter", "module", "before a module")
+    of_every(case, [(hook, structure) for hook in hooks for structure in ("diag", "kron", "full")])
 
 
 # -- no examples, labels of calibration --------------------------------------------------------------------------------
@@ -197,6 +357,45 @@ def test_calibration_takes_one_hot_labels() -> None:
         assert torch.equal(posterior.calibrate((X, rows)).predict(X).prediction_set(0.7), expected)
     with pytest.raises(lk.errors.ShapeMismatch, match=r"probabilities of several.*targets\.argmax\(-1\)"):
         posterior.calibrate((X, torch.full((8, 3), 1 / 3, dtype=torch.float64)))
+
+
+def test_calibration_with_noise_of_every_example_is_of_their_observations() -> None:
+    y, noise = X[:, :2], X[:, :1].abs() + 0.1
+    torch.manual_seed(0)
+    posterior = lk.LaplacePosterior(nn.Linear(3, 2).double(), "gaussian").fit((X, (y, noise)))
+    expected = posterior.calibrate((X, y)).predict(X).interval(0.7)
+    found = posterior.calibrate([(X[:5], (y[:5], noise[:5])), (X[5:], (y[5:], noise[5:]))]).predict(X).interval(0.7)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_one_example_without_the_batch_axis(tmp_path: Path) -> None:
+    """A convolution takes ``x[0]``, and its channels were read as examples."""
+    torch.manual_seed(0)
+    images = torch.randn(6, 2, 4, 4).double()
+    model = nn.Conv2d(2, 3, 3, padding=1).double()
+    fitted = lk.LaplacePosterior(model, "categorical").fit((images, images.argmax(1) + 1))
+    fitted.save(tmp_path / "p.safetensors")
+    loaded = lk.LaplacePosterior.load(tmp_path / "p.safetensors", model)
+
+    def case(name: str, posterior: lk.LaplacePosterior) -> None:
+        call: dict[str, Callable[[Any], Any]] = {
+            "predict": lambda x: posterior.predict(x, samples=2),
+            "functional_covariance": lambda x: posterior.functional_covariance(x, diagonal_only=True),
+            "ood_score": lambda x: posterior.ood_score(x, kind="entropy"),
+            "predictor": posterior.predictor(2),
+        }
+        message = r"shape \(2, 4, 4\).*fit had 4 axes.*x\[None\]"
+        for x in (images[0], images[0].numpy()):
+            with pytest.raises(lk.errors.ShapeMismatch, match=message):
+                call[name](x)
+        call[name](images[0][None])  # the line of the message
+
+    names = ("predict", "functional_covariance", "ood_score", "predictor")
+    of_every(case, [(name, posterior) for name in names for posterior in (fitted, loaded)])
+    mixed = lk.LaplacePosterior(nn.Linear(3, 3).double(), "categorical").fit([(X, Y), (X[:, None], Y[:, None])])
+    assert mixed.predict(X).probs.shape == (8, 3)  # a network of any number of axes, shown both
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"x\[None\]"):
+        mixed.predict(X[0])
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

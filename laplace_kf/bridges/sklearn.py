@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.errors import IncompatiblePair, InvalidTarget, MissingPackage
+from laplace_kf.errors import (
+    IncompatiblePair,
+    InvalidArgument,
+    InvalidTarget,
+    InvalidType,
+    MissingPackage,
+    ShapeMismatch,
+)
 from laplace_kf.likelihoods import Bernoulli, Gaussian, Likelihood, get_likelihood
 from laplace_kf.posterior import LaplacePosterior, TuningResult
 
@@ -143,6 +150,9 @@ class _Laplace(BaseEstimator, ABC):
         """The likelihood that the search for (λ, σ) starts from."""
 
     def _fit(self, x: np.ndarray[Any, Any], y: Tensor, outputs: int, shift: Tensor, scale: Tensor) -> None:
+        self._check_settings()
+        if self._own_loss() is not None:  # what its outputs are (log rates, for instance) has no scale of the targets
+            shift, scale = torch.zeros_like(shift), torch.ones_like(scale)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             torch.manual_seed(seed)
@@ -163,19 +173,49 @@ class _Laplace(BaseEstimator, ABC):
                 found = posterior.tune(objective="evidence", generator=torch.Generator().manual_seed(seed))
         self.module_, self.posterior_, self.tuning_ = model, posterior, found
 
+    def _check_settings(self) -> None:
+        """Raises :class:`InvalidArgument` for settings of the training out of their range."""
+        for name, least in (("epochs", 0), ("batch_size", 1), ("hidden", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise InvalidArgument(f"{name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, np.number)) or not 0 <= float(value) < float("inf"):
+                raise InvalidArgument(f"{name} must be a number of at least 0, got {value!r}")
+
+    def _own_loss(self) -> Likelihood | None:
+        """The likelihood whose loss is trained on, where it is neither normal noise nor that of the default classes."""
+        if self.likelihood is None or self._single:
+            return None
+        found = get_likelihood(self.likelihood)
+        return None if isinstance(found, Gaussian) else found
+
+    @property
+    def _single(self) -> bool:
+        """Whether one output stands for two classes."""
+        return False
+
     def _trained(self, x: np.ndarray[Any, Any], y: Tensor, outputs: int, shift: Tensor, scale: Tensor) -> nn.Module:
         given = self.module
         if given is not None and not isinstance(given, nn.Module) and hasattr(given, "get_params"):
-            return self._by_skorch(given, x, y)
+            return self._by_skorch(given, x, y, outputs)
         if given is None:
             model: nn.Module = _Network(torch.tensor(x, dtype=torch.float64), self.hidden, shift, scale)
         elif isinstance(given, nn.Module):
             model = copy.deepcopy(given)
-        else:
+        elif callable(given):
             model = given(int(np.prod(x.shape[1:])), outputs)
+        else:
+            raise InvalidType(
+                f"module must be an nn.Module, a function (features, outputs) -> nn.Module or a network of skorch, got "
+                f"{given!r}"
+            )
         inputs = self._inputs(model, x)
         targets = y.to(inputs.device, inputs.dtype) if y.is_floating_point() else y.to(inputs.device)
         spread = scale.to(inputs)
+        own = self._own_loss()
+        self._require_outputs(model, inputs, targets, outputs)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, self.lr, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, self.epochs))
@@ -183,11 +223,19 @@ class _Laplace(BaseEstimator, ABC):
         for _ in range(self.epochs):
             for some in torch.randperm(len(inputs)).split(self.batch_size):
                 optimizer.zero_grad()
-                loss = self._loss(self._outputs(model, inputs[some], targets[some]), targets[some], spread)
+                found = self._outputs(model, inputs[some], targets[some])
+                loss = (
+                    self._loss(found, targets[some], spread)
+                    if own is None
+                    else -own.log_prob(found, targets[some]).mean()
+                )
                 loss.backward()
                 optimizer.step()
             schedule.step()
         return model.eval()
+
+    def _require_outputs(self, model: nn.Module, x: Tensor, y: Tensor, outputs: int) -> None:
+        """Raises :class:`ShapeMismatch` where a network cannot be right for this number of outputs."""
 
     def _outputs(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if self.forward is not None:
@@ -196,7 +244,7 @@ class _Laplace(BaseEstimator, ABC):
             found = model(*self.inputs((x, y))) if self.inputs is not None else model(x)
         return found
 
-    def _by_skorch(self, given: Any, x: np.ndarray[Any, Any], y: Tensor) -> nn.Module:
+    def _by_skorch(self, given: Any, x: np.ndarray[Any, Any], y: Tensor, outputs: int) -> nn.Module:
         """A network of skorch, trained by itself; its outputs become what the likelihood takes."""
         net = clone(given)
         wide = x.astype(np.float32) if x.dtype.kind == "f" else x
@@ -209,6 +257,7 @@ class _Laplace(BaseEstimator, ABC):
                 "nn.Module, a function (features, outputs) -> nn.Module, or a network of skorch"
             )
         made = copy.deepcopy(made).eval()
+        self._require_outputs(made, self._inputs(made, wide), target, outputs)
         return _Logarithms(made) if isinstance(getattr(net, "criterion_", None), nn.NLLLoss) else made
 
     @staticmethod
@@ -232,7 +281,7 @@ class LaplaceClassifier(ClassifierMixin, _Laplace):
             network of skorch, or nothing for one hidden layer.
         hidden: width of the hidden layer of the default network.
         epochs, lr, batch_size, weight_decay: training by Adam with a cosine schedule; ``epochs=0`` takes the module as
-            it is.
+            it is. The loss is that of the likelihood.
         tune: choose the prior precision (and the noise scale) by the evidence.
         random_state: seed or ``RandomState`` of the weights, batches and draws.
         likelihood: default ``"categorical"``; ``"bernoulli"`` for a module with one output and two classes.
@@ -279,6 +328,18 @@ class LaplaceClassifier(ClassifierMixin, _Laplace):
     def _single(self) -> bool:
         return isinstance(self.likelihood, str) and isinstance(get_likelihood(self.likelihood), Bernoulli)
 
+    def _require_outputs(self, model: nn.Module, x: Tensor, y: Tensor, outputs: int) -> None:
+        training = model.training
+        with torch.no_grad():
+            found = self._outputs(model.eval(), x[:1], y[:1])
+        model.train(training)
+        if tuple(found.shape) != (1, outputs):
+            raise ShapeMismatch(
+                f"module gives outputs {tuple(found.shape)} of one example, and y has {len(self.classes_)} classes, "
+                f"for which there must be (1, {outputs}): give it {outputs} outputs, or a function for module, "
+                "lambda features, outputs: ..., which is told how many"
+            )
+
     def _loss(self, outputs: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
         if self._single:
             return nn.functional.binary_cross_entropy_with_logits(outputs, targets)
@@ -318,7 +379,7 @@ class LaplaceRegressor(RegressorMixin, _Laplace):
             network of skorch, or nothing for one hidden layer.
         hidden: width of the hidden layer of the default network.
         epochs, lr, batch_size, weight_decay: training by Adam with a cosine schedule; ``epochs=0`` takes the module as
-            it is.
+            it is. The loss is that of the likelihood.
         tune: choose the prior precision and the noise scale by the evidence.
         random_state: seed or ``RandomState`` of the weights, batches and draws.
         likelihood: default a Gaussian one whose scale starts at the residuals' deviation.

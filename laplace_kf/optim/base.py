@@ -15,6 +15,7 @@ from __future__ import annotations
 import glob
 import inspect
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,7 @@ from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["Proposal", "SecondOrder"]
 
+SCALER = "grad_scaler.py"  # torch's file; its unscale_ and step read the groups of what they divide
 BOOST = 10.0  # factor on the damping after a rejected step
 RETRIES = 12
 
@@ -79,10 +81,25 @@ class SecondOrder(torch.optim.Optimizer):
             before one was accepted.
     """
 
-    # a GradScaler leaves .grad as it is, and tells: step refuses, where it would have divided what it never multiplied
-    _step_supports_amp_scaling = True
-    found_inf: Any
-    grad_scale: Any
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of parameters, as of any optimiser of torch.
+
+        Raises:
+            IncompatiblePair: for a ``GradScaler``, which reads them to divide gradients that it never multiplied.
+        """
+        if sys._getframe(1).f_code.co_filename.endswith(SCALER):
+            raise IncompatiblePair(
+                "GradScaler has nothing to scale here: backward and step take the gradient of the loss as it is, in "
+                "full precision outside of the model. Call optimizer.step() in place of scaler.step(optimizer), and "
+                "leave scaler.scale, scaler.unscale_ and scaler.update out"
+            )
+        found: list[dict[str, Any]] = self.__dict__["param_groups"]
+        return found
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = value
 
     def __init__(
         self,
@@ -306,7 +323,7 @@ class SecondOrder(torch.optim.Optimizer):
 
         Raises:
             NotFitted: without a minibatch.
-            IncompatiblePair: for a closure, and inside ``GradScaler.step``.
+            IncompatiblePair: for a closure.
             NonFinite: for a batch, loss or gradient that is not finite.
             NotPositiveDefinite: for a block that is singular with its damping, or whose factorisation fails.
 
@@ -318,19 +335,11 @@ class SecondOrder(torch.optim.Optimizer):
             return self._step(x, y)
 
     def _refuse_habits(self, x: Any) -> None:
-        """Refuses what first-order optimisers take: closures, and gradients that a GradScaler multiplied."""
+        """Refuses what first-order optimisers take: closures."""
         if inspect.isroutine(x):
             raise IncompatiblePair(
                 "step takes a minibatch and no closure, because it measures curvature besides the gradient; use "
                 "optimizer.step(x, y), or optimizer.backward(x, y) and optimizer.step()"
-            )
-        if "found_inf" in vars(self):  # set by a GradScaler for its call, and left there where that fails
-            del self.found_inf, self.grad_scale
-            self._clear()  # the caller may have divided .grad
-            raise IncompatiblePair(
-                "GradScaler has nothing to scale here: backward and step take the gradient of the loss as it is, in "
-                "full precision outside of the model. Call optimizer.step() in place of scaler.step(optimizer), and "
-                "leave scaler.scale, scaler.unscale_ and scaler.update out"
             )
 
     def _step(self, x: Any, y: Any) -> Tensor:

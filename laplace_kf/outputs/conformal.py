@@ -130,6 +130,8 @@ def scores(prediction: Predictive, targets: Any) -> Tensor:
     if "variance" in values and "mean" in values:
         mean = values["mean"]
         _single(mean)
+        if isinstance(targets, (tuple, list)) and len(targets) == 2:
+            targets = targets[0]  # (y, scale): coverage is of new observations, whose own noise nobody knows
         if not isinstance(targets, Tensor) or targets.shape != mean.shape:
             raise ShapeMismatch(
                 f"expected targets {tuple(mean.shape)}, one for every predicted mean, got {_shape(targets)}; reshape "

@@ -373,7 +373,7 @@ class Answers(Jobs, Shorthands):
             )
             return batch_after_batch(one, x, *self._site(), space, generator, progress, joined)
         with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x)
+            x = asked(model, forward, x, self.statistics.axes)
             check_finite(x, 0, "the input")
             found = rule(
                 Request(
@@ -405,8 +405,8 @@ class Answers(Jobs, Shorthands):
             UnknownName: for an unknown kind of draws.
         """
         self._as_fitted("predictor")
-        noise = DRAWS[draws](samples, generator)
-        return Predictor(self.model, self.forward, self.likelihood, self.mean, self.precision, noise)
+        of = (self.likelihood, self.mean, self.precision, DRAWS[draws](samples, generator), self.statistics.axes)
+        return Predictor(self.model, self.forward, *of)
 
     @typed
     @lasting()
@@ -435,7 +435,7 @@ class Answers(Jobs, Shorthands):
         if is_loader(x) and not joint:
             return self._rows(lambda inputs, generator: self.functional_covariance(inputs, diagonal_only), x)
         with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x)
+            x = asked(model, forward, x, self.statistics.axes)
             check_finite(x, 0, "the input")
             network = Linearization(model, forward, self.mean, x, keep=False)
             found = network.variance if diagonal_only else partial(network.covariance, joint=joint)
@@ -477,7 +477,7 @@ class Answers(Jobs, Shorthands):
         if is_loader(x):
             return self._rows(partial(self.ood_score, kind=kind, layers=layers, samples=samples), x, generator)
         with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x)
+            x = asked(model, forward, x, self.statistics.axes)
         return score(self, x, kind, layers, samples, generator)
 
     def leverage(self) -> Leverage:

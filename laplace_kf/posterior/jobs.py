@@ -110,7 +110,7 @@ class Jobs(ABC):
         """
         fitted = self._in_model("derivatives")
         with stage(fitted.model, fitted.forward) as (model, forward):
-            x = asked(model, forward, x)
+            x = asked(model, forward, x, fitted.statistics.axes)
             check_finite(x, 0, "the input")
             return derivatives(model, forward, fitted.mean_by_name(), self.precision, x, operator, joint)
 
@@ -136,7 +136,7 @@ class Jobs(ABC):
         """
         fitted = self._in_model("export")
         with stage(fitted.model, fitted.forward) as (model, forward):
-            x = asked(model, forward, x)
+            x = asked(model, forward, x, fitted.statistics.axes)
             return exported(model, forward, fitted.mean_by_name(), self.precision, x, dynamic)
 
     @typed

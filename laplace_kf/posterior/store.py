@@ -49,6 +49,7 @@ def packed(statistics: Statistics) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "count": statistics.count,
         "terms": statistics.terms,
         "moments": statistics.moments.tolist(),
+        "axes": statistics.axes,
         "names": list(statistics.layout.names),
         "shapes": [list(shape) for shape in statistics.layout.shapes],
         "blocks": [block.to_json() for block in statistics.blocks.values()],
@@ -89,6 +90,7 @@ def unpacked(
         log_likelihood=tensors["log_likelihood"],
         terms=float(described["terms"]),
         moments=torch.tensor(described.get("moments", []), dtype=torch.float64),
+        axes=described.get("axes"),
     )
 
 

@@ -26,7 +26,7 @@ __all__ = ["asked", "labelled"]
 LOOKED_AT = 64  # examples by which the order of rows is found out
 
 
-def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
+def asked(model: nn.Module, forward: Forward | None, x: Any, axes: int | None = None) -> Any:
     """The input with tensors for arrays, refused where it cannot be what it has to be.
 
     A tensor ``(N, ...)`` that goes through the user's ``forward=`` is tried with another number of rows first, two at
@@ -38,10 +38,11 @@ def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
         model: the network; left as it was.
         forward: the user's ``(model, batch) -> (outputs, targets)``, or ``None``.
         x: what ``predict`` was given.
+        axes: how many a tensor of inputs had in the fit, where that is known.
 
     Raises:
-        ShapeMismatch: if a tensor is read as a batch, if rows and examples do not go together, if it holds no tensor,
-            or for a data set without a loader.
+        ShapeMismatch: if a tensor has one axis less than in the fit (an example, not a batch), if one is read as a
+            batch, if rows and examples do not go together, if it holds no tensor, or for a data set without a loader.
     """
     if isinstance(x, Dataset):
         raise ShapeMismatch(
@@ -53,6 +54,12 @@ def asked(model: nn.Module, forward: Forward | None, x: Any) -> Any:
             f"predict was given a {type(x).__name__} of numbers; make it a tensor or an array: torch.tensor(x)"
         )
     x = to_tensors(x, model)
+    if isinstance(x, Tensor) and axes is not None and 0 < x.dim() == axes - 1:
+        or_else = ", or x[:, None] for examples with one entry along their first axis" if axes > 2 else ""
+        raise ShapeMismatch(
+            f"the input has shape {tuple(x.shape)}, and the inputs of the fit had {axes} axes, the first for examples: "
+            f"one example is a batch of one, x[None]{or_else}"
+        )
     by_user = forward is not None and not hasattr(forward, "outputs_at")
     if by_user and isinstance(x, Tensor) and x.dim() and x.shape[0]:
         rows = torch.zeros(2 if x.shape[0] != 2 else 3, dtype=torch.long, device=x.device)

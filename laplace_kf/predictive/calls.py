@@ -56,7 +56,8 @@ def outputs_at(model: nn.Module, forward: Forward | None, weights: Mapping[str, 
         outputs = substituted(model, weights or {}, lambda: predicted(model, inputs, forward))
     if outputs.dim() < 2:
         raise ShapeMismatch(
-            f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}"
+            f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(outputs.shape)}; one example "
+            "is a batch of one, x[None]"
         )
     return outputs
 

@@ -130,7 +130,8 @@ class Linearization:
                 self.outputs = self._first_outputs()
         if self.outputs.dim() < 2:
             raise ShapeMismatch(
-                f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(self.outputs.shape)}"
+                f"the model's outputs must be (N, C), (N, T, C) or (N, C, H, W), got {tuple(self.outputs.shape)}; one "
+                "example is a batch of one, x[None]"
             )
         if not torch.isfinite(self.outputs).all():
             raise NonFinite("the outputs at the posterior mean have NaN or infinite entries; check inputs and weights")

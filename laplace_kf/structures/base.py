@@ -252,6 +252,7 @@ class Statistics:
         terms: number of scalar densities in that sum.
         outputs: layout of the outputs that the targets showed (``likelihood.with_layout``), or ``None``.
         moments: sums of what the likelihood needs to change its noise scale later, ``(K,)`` float64, mostly empty.
+        axes: of the inputs, where they were one tensor ``(N, ...)`` with as many in all minibatches; else ``None``.
     """
 
     structure: Structure
@@ -263,6 +264,7 @@ class Statistics:
     terms: float
     outputs: str | None = None
     moments: Tensor = field(default_factory=no_moments)
+    axes: int | None = None
 
     @property
     def n_data(self) -> float:
@@ -306,6 +308,7 @@ class Statistics:
             self.terms + other.terms,
             self.outputs or other.outputs,
             self.moments + other.moments if len(self.moments) == len(other.moments) else no_moments(),
+            self.axes if self.axes == other.axes else None,
         )
 
     @property

@@ -1,26 +1,231 @@
-"""Whether a model draws random numbers where it should not: in eval mode."""
+"""Whether a model is a function in eval mode: that it draws nothing, and that no pass hangs on earlier ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from laplace_kf.batches import map_examples, tensors_of
 from laplace_kf.callers import warn_user
+from laplace_kf.errors import UnsupportedLayer
+from laplace_kf.memory import storage_of
+from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.randomness import torch_states
+from laplace_kf.substitution import substituted
 
-__all__ = ["noticed"]
+__all__ = ["FirstPass"]
+
+SMALL = 2**16  # entries of a parameter that is compared; of larger ones torch's count of changes is
+Place = tuple[str, str, str]  # kind, path of the module, attribute
+_CALL = nn.Module._call_impl.__code__
+_OTHERS = ("_parameters", "_modules", "_buffers")  # no attributes
+
+
+class FirstPass:
+    """Around the first forward pass in eval mode; then :meth:`require_a_function`.
+
+    Args:
+        model: in eval mode, inside of :func:`laplace_kf.models.preserved`.
+        again: the same pass over a batch, for outputs ``(N, ...)``.
+        batch: of the pass.
+    """
+
+    def __init__(self, model: nn.Module, again: Callable[[Any], Tensor], batch: Any) -> None:
+        self.model, self.again, self.batch = model, again, batch
+        self.devices = {p.device for p in model.parameters()}
+
+    def __enter__(self) -> FirstPass:
+        self.buffers = _buffers(self.model)
+        self.weights = [(n, p, p._version, p.detach().clone() if p.numel() <= SMALL else None) for n, p in self._own()]
+        self.kept = [_Kept(path, module) for path, module in self.model.named_modules()]
+        self.random = torch_states(self.devices)
+        return self
+
+    def _own(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by name, but those of tables that renormalise their rows (``max_norm``) as they are looked up."""
+        tables = (m for m in self.model.modules() if getattr(m, "max_norm", None) is not None)
+        written = {id(p) for m in tables for p in m.parameters(recurse=False)}
+        yield from ((n, p) for n, p in self.model.named_parameters() if id(p) not in written and _held(p))
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        if kind is None:
+            self.drew = not all(map(torch.equal, self.random, torch_states(self.devices)))
+            named = dict(self.model.named_buffers())
+            changed = [n for n, old in self.buffers.items() if n not in named or not torch.equal(named[n], old)]
+            self.changed = [("buffer", *name.rpartition(".")[::2]) for name in changed]
+            self.changed += [place for kept in self.kept for place in kept.changed()]
+
+    def require_a_function(self, outputs: Tensor, second: Tensor | None = None) -> None:
+        """Warns of a model that draws, and refuses one whose outputs hang on how often it ran, or on what before.
+
+        Args:
+            outputs: of the first pass, ``(N, ...)``.
+            second: of another one over the same batch, if there was one.
+
+        Raises:
+            UnsupportedLayer: names the module and what it changes.
+        """
+        with torch.no_grad():
+            self._refuse_written()
+            if self.drew:
+                self._say_who_drew()
+                return
+            self._refuse_state(outputs.detach())
+        if second is not None and not same_outputs(second.detach(), outputs.detach()):
+            raise UnsupportedLayer(
+                "the forward pass gives other outputs for the same inputs when it runs again in eval mode, so that "
+                "curvature and predictions are each of another network. It hangs on something outside of its modules "
+                "(a global variable, numpy's or Python's random numbers, a file): make what it needs an input, or a "
+                "buffer that only training changes (if self.training:)"
+            )
+
+    def _refuse_written(self) -> None:
+        written = []
+        for name, parameter, version, kept in self.weights:
+            if parameter._version != version if kept is None else not torch.equal(parameter, kept):
+                written.append(name)
+                if kept is not None:
+                    parameter.data.copy_(kept)
+        if written:
+            path, _, last = written[0].rpartition(".")
+            raise UnsupportedLayer(
+                f"{f'module {path!r}' if path else 'the model'} writes into its parameter {last!r} while it runs in "
+                "eval mode (an initialisation by the first batch, a constraint), so that its weights are other ones "
+                "after the pass, and draws would not stay what they are. If it does so once, run a batch through it "
+                f"before, model.eval()(x); a constraint goes through a function, for instance self.{last}.clamp(min=0) "
+                "where it is used, or torch.nn.utils.parametrize"
+            )
+
+    def _say_who_drew(self) -> None:
+        with _Who(self.model) as who:
+            self.again(self.batch)
+        if who.outside and who.found is None:
+            return  # a ``forward=`` or ``inputs=`` may draw what it likes
+        by = f" (by {who.found}{who.where})" if who.found else ""
+        warn_user(
+            f"the forward pass draws random numbers in eval mode{by}, so that curvature and predictions are each of "
+            "another network. Dropout by a function is told the mode: F.dropout(x, p, training=self.training), and "
+            "attention dropout_p=p if self.training else 0.0; noise that is meant goes into the batch, as an input"
+        )
+
+    def _at(self, buffers: Mapping[str, Tensor], batch: Any) -> Tensor:
+        """Outputs with copies of these buffers, as what was made of the model's own is in use."""
+        return substituted(self.model, {n: b.clone() for n, b in buffers.items()}, lambda: self.again(batch))
+
+    def _refuse_state(self, outputs: Tensor) -> None:
+        """Where something has changed: whether outputs of other examples hang on it."""
+        if not self.changed:
+            return
+        now = _buffers(self.model)
+        half = (len(outputs) + 1) // 2
+        for rows in (len(outputs), half):  # in another order, and not as many
+            try:
+                other = map_examples(self.batch, len(outputs), lambda t, rows=rows: t[:rows].flip(0))  # type: ignore[misc]
+                after = self._at(now, other)
+            except Exception:  # examples that cannot be cut out, or a model of one batch size
+                other = self.batch
+                after = self._at(now, other)
+            for kept in self.kept:
+                kept.restore()
+            if not same_outputs(after, self._at(self.buffers, other)):
+                break
+        else:
+            return
+        kind, path, name = self.changed[0]
+        more = f" (and {len(self.changed) - 1} more)" if len(self.changed) > 1 else ""
+        raise UnsupportedLayer(
+            f"{f'module {path!r}' if path else 'the model'} changes its {kind} {name!r}{more} while it runs in eval "
+            "mode, and its outputs with it, so that every pass is one of another network and curvature means nothing. "
+            f"Change it in training mode only (if self.training: self.{name} = ...), make it at the start of every "
+            "forward, or hand it over as an input; what is initialised by the first batch has to be before the fit"
+        )
+
+
+class _Kept:
+    """What one module holds, to see whether a pass changes it, and to put it back."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        self.path, self.module = path, module
+        self.plain = {name: value for name, value in module.__dict__.items() if name not in _OTHERS}
+        containers = {name: value for name, value in self.plain.items() if isinstance(value, (dict, list, set))}
+        self.contents = {name: value.copy() for name, value in containers.items()}
+        tensors = filter(_held, tensors_of(list(self.plain.values())))
+        self.tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    def changed(self) -> Iterator[Place]:
+        """Kind, module and name of attributes with another value now."""
+        for name, value in self.module.__dict__.items():
+            if name in _OTHERS:
+                continue
+            old = self.plain.get(name)
+            same = not self._another(old, value)
+            if same and name in self.contents:
+                same = _identities(value) == _identities(self.contents[name])
+            if not same:
+                yield "attribute", self.path, name
+
+    def _another(self, old: Any, new: Any) -> bool:
+        if new is old:
+            mine = {id(tensor) for tensor in tensors_of(new)}
+            return any(not torch.equal(tensor, copy) for tensor, copy in self.tensors if id(tensor) in mine)
+        return not (isinstance(new, (bool, int, float, str, type(None))) and type(new) is type(old) and new == old)
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        own = self.module.__dict__
+        for name in own.keys() - self.plain.keys() - set(_OTHERS):
+            del own[name]
+        own.update(self.plain)
+        for name, contents in self.contents.items():
+            held = own[name]
+            if _identities(held) != _identities(contents):
+                held.clear()
+                held.extend(contents) if isinstance(contents, list) else held.update(contents)
+        for tensor, copy in self.tensors:
+            if not torch.equal(tensor, copy):
+                tensor.data.copy_(copy)
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers by name, but of those that are views of parameters."""
+    memory = {storage_of(p) for p in model.parameters()} - {None}
+    return {n: b.detach().clone() for n, b in model.named_buffers() if _held(b) and storage_of(b) not in memory}
+
+
+def _held(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be compared."""
+    return tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_nested
+
+
+def _identities(container: Collection[Any]) -> list[Any]:
+    if isinstance(container, Mapping):
+        return [(key, id(value)) for key, value in container.items()]
+    return [id(value) for value in container]
 
 
 class _Who(TorchFunctionMode):
-    """Finds the first function that draws."""
+    """Finds the first function that draws inside a module of the model.
 
-    def __init__(self) -> None:
+    Args:
+        model: whose modules count.
+
+    Attributes:
+        found: the function's name.
+        where: the module that it was called in, for a message.
+        outside: whether something else drew.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        self.paths = {id(module): path for path, module in model.named_modules()}
         self.found: str | None = None
+        self.where, self.outside = "", False
 
     def __torch_function__(
         self,
@@ -32,27 +237,21 @@ class _Who(TorchFunctionMode):
         before = None if self.found is not None else torch.get_rng_state()
         result = func(*args, **(kwargs or {}))
         if before is not None and not torch.equal(before, torch.get_rng_state()):
-            self.found = getattr(func, "__name__", None)
+            path = self._module()
+            if path is None:
+                self.outside = True
+            else:
+                self.found = getattr(func, "__name__", "a function")
+                self.where = f" in module {path!r}" if path else ""
         return result
 
-
-@contextmanager
-def noticed(devices: set[torch.device], again: Callable[[], Any]) -> Iterator[None]:
-    """Around a forward pass in eval mode: warns if torch's random numbers have moved.
-
-    Args:
-        devices: of the model's parameters.
-        again: the same pass; it is run once more only to name the function that draws.
-    """
-    before = torch_states(devices)
-    yield
-    if all(map(torch.equal, before, torch_states(devices))):
-        return
-    with _Who() as who:
-        again()
-    by = f" (by {who.found})" if who.found else ""
-    warn_user(
-        f"the forward pass draws random numbers in eval mode{by}, so that curvature and predictions are each of "
-        "another network. Dropout by a function is told the mode: F.dropout(x, p, training=self.training), and "
-        "attention dropout_p=p if self.training else 0.0; noise that is meant goes into the batch, as an input"
-    )
+    def _module(self) -> str | None:
+        """Path of the innermost module that is running; ``None`` outside of all."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is _CALL:
+                path = self.paths.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    return path
+            frame = frame.f_back
+        return None

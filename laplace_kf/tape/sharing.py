@@ -118,12 +118,14 @@ def pulled_back(call: Call, gradients: Tensor, weights: Mapping[str, Tensor]) ->
     columns, count = gradients.shape[:2]
     flat = gradients.reshape(columns * count, source.numel())
     sizes = [w.numel() for w in weights.values()]
-    if source.numel() * sum(sizes) <= ROWS and (source.numel() <= len(flat) or id(source) in call.derivative):
-        if id(source) not in call.derivative:
+    asked = id(source), tuple(weights)  # the parameters of one tensor may be of several blocks
+    if source.numel() * sum(sizes) <= ROWS and (source.numel() <= len(flat) or asked in call.derivative):
+        if asked not in call.derivative:
             unit = torch.eye(source.numel(), dtype=source.dtype, device=source.device)
-            call.derivative.clear()
-            call.derivative[id(source)] = _vjp(source, weights, unit)
-        parts = [flat.to(d.dtype) @ d for d in call.derivative[id(source)]]
+            for other in [key for key in call.derivative if key[0] != id(source)]:
+                del call.derivative[other]
+            call.derivative[asked] = _vjp(source, weights, unit)
+        parts = [flat.to(d.dtype) @ d for d in call.derivative[asked]]
     else:
         step = max(1, WORKING // max(1, source.numel(), *sizes))
         runs = [_vjp(source, weights, flat[k : k + step]) for k in range(0, len(flat), step)]

@@ -82,7 +82,8 @@ class Call:
         covers: calls with a rule that read the parameters on the way to ``source``.
         covered: whether these say all about how ``source`` depends on the parameters.
         kept: something else than copies used what this call made.
-        derivative: of ``source`` by its parameters, kept while the pass is used.
+        derivative: of ``source`` by some of its parameters, by its identity and their names, kept while the pass is
+            used.
     """
 
     rule: LayerRule
@@ -99,7 +100,7 @@ class Call:
     covers: tuple[Call, ...] = ()
     covered: bool = False
     kept: bool = False
-    derivative: dict[int, list[Tensor]] = field(default_factory=dict)
+    derivative: dict[tuple[int, tuple[str, ...]], list[Tensor]] = field(default_factory=dict)
 
     def gradient(self, found: Tensor | None) -> Tensor | None:
         """What autograd found at :attr:`edge`, in the shape of the output."""

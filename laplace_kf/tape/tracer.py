@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout, unused_blocks
 from laplace_kf.tape.chain import Chain, OnStep, derivative
-from laplace_kf.tape.chance import noticed
+from laplace_kf.tape.chance import FirstPass
 from laplace_kf.tape.checked import count_uses, disagreeing
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.known import Known, State, changed
@@ -206,16 +206,17 @@ class Tracer:
             wiring=wiring,
             constants=self._constants(tracked),
         )
-        with self._noticed(batch), torch.enable_grad(), tape:
+        again = lambda other: as_tensor(run(self.model, other, self.forward)[0])  # noqa: E731
+        first = None if self._guarded else FirstPass(self.model, again, batch)
+        with nullcontext() if first is None else first, torch.enable_grad(), tape:
             outputs, targets = run(self.model, batch, self.forward)
         _check_outputs(outputs, index)
         if self._selected is None:
             self._selected = select(self.model, self.parameters, self._reached(outputs, tape.order))
             self.layout = flat_layout(self.named, self._selected)
-        if not self._guarded:
-            require_reached(
-                self.model, self.forward, self._selected, lambda: as_tensor(run(self.model, batch, self.forward)[0])
-            )
+        if first is not None:
+            second = require_reached(self.model, self.forward, self._selected, lambda: again(batch))
+            first.require_a_function(outputs, second)
             self._guarded = True
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
@@ -237,14 +238,6 @@ class Tracer:
                 "the model uses torch.utils.checkpoint with use_reentrant=True, which hides its layers from autograd; "
                 "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
             ) from error
-
-    def _noticed(self, batch: Any) -> AbstractContextManager[None]:
-        """Around the first pass, whose random numbers are the model's; a ``forward=`` may draw what it likes."""
-        mine = self.forward is None or hasattr(self.forward, "outputs_at") or getattr(self.forward, "plain", False)
-        if self._guarded or not mine:
-            return nullcontext()
-        devices = {p.device for p in self.named.values()}
-        return noticed(devices, lambda: run(self.model, batch, self.forward))
 
     def _along(self, batch: Any, index: int) -> Observation | None:
         """As :meth:`observe`, without a tape, of a model whose types say what it does; ``None`` for any other."""

@@ -287,3 +287,28 @@ def test_products_that_torch_refuses_are_refused_in_its_words() -> None:
         model(x)
     with pytest.raises(lk.errors.ShapeMismatch, match="at least 1D"):
         lk.curvature.estimate(model, "categorical", (x, y), structure="diag")
+
+
+class Adapted(nn.Module):
+    """A frozen weight and the product of two others, each in a module of its own (LoRA, merged; deep linear maps)."""
+
+    def __init__(self, wide: int) -> None:
+        super().__init__()
+        self.base, self.up, self.down = (nn.Linear(a, b, bias=False) for a, b in ((D, wide), (2, wide), (D, 2)))
+        self.base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base.weight + self.up.weight @ self.down.weight)
+
+
+@pytest.mark.parametrize("wide", [D, 3])  # factors of one size and of two
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_products_of_weights_of_several_modules(wide: int, structure: str) -> None:
+    """Of the second minibatch the derivatives of the product are kept: those by one factor are not the other's."""
+    torch.manual_seed(0)
+    model = Adapted(wide).double()
+    x, y = torch.randn(60, D).double(), torch.arange(60) % wide
+    found = lk.curvature.estimate(model, "categorical", [(x[:2], y[:2]), (x[2:], y[2:])], structure).mean().dense()
+    expected = oracles.dense_ggn(model, x, y, oracles.categorical_nll)
+    blocks = expected if structure == "full" else torch.diag(expected.diagonal())
+    torch.testing.assert_close(found, blocks)

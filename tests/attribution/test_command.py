@@ -64,6 +64,22 @@ def test_queries_without_labels_are_refused(files, capsys):
     assert "no labels" in capsys.readouterr().err
 
 
+def test_what_is_read_is_not_written_over(files, capsys):
+    for name in ("posterior.safetensors", "train.npz", "queries.npz"):
+        before = Path(name).read_bytes()
+        with torch.random.fork_rng():
+            assert main([*arguments(), "--out", f"../{Path.cwd().name}/{name}"]) == 1
+        assert "would be written over" in capsys.readouterr().err
+        assert Path(name).read_bytes() == before
+
+
+def test_labels_that_are_a_list_are_said_to_be(files, capsys):
+    torch.save({"x": torch.zeros(2, 3), "y": [0, 1]}, "listed.pt")
+    with torch.random.fork_rng():
+        assert main(arguments("listed.pt")) == 1
+    assert "y is a list" in capsys.readouterr().err
+
+
 def test_a_picture_needs_images(files, capsys):
     with torch.random.fork_rng():
         assert main([*arguments(), "--picture", "shown.png"]) == 1

@@ -136,3 +136,31 @@ def test_refusals() -> None:
         LaplaceClassifier(structure="krn", epochs=1).fit(x, y)
     with pytest.raises(ValueError, match="bernoulli"):
         LaplaceClassifier(likelihood="bernoulli").fit(x, np.arange(20) % 3)
+
+
+def test_networks_are_trained_on_the_loss_of_the_likelihood() -> None:
+    """Outputs of a Poisson likelihood are log rates, and those of predicted noise are two."""
+    x = np.linspace(-1, 1, 60)[:, None]
+    rates = np.exp(1 + x[:, 0])
+    counts = np.random.default_rng(0).poisson(rates)
+    found = LaplaceRegressor(likelihood="poisson", epochs=60, random_state=0).fit(x, counts)
+    assert np.abs(found.predict(x) / rates - 1).max() < 0.5
+    spread = np.random.default_rng(0).normal(size=60) * np.where(x[:, 0] > 0, 2.0, 0.1)
+    noisy = LaplaceRegressor(
+        module=lambda features, outputs: nn.Sequential(nn.Linear(features, 8), nn.Tanh(), nn.Linear(8, 2 * outputs)),
+        likelihood="heteroscedastic_gaussian", epochs=60, random_state=0,
+    ).fit(x, spread)  # fmt: skip
+    deviations = noisy.predict(x, return_std=True)[1]
+    assert deviations[-1] > 5 * deviations[0]
+
+
+def test_what_cannot_be_trained_is_refused_by_name() -> None:
+    x, y = moons(30)
+    for outputs in (1, 3):  # with 3, labels were looked up beyond the classes
+        with pytest.raises(lk.errors.ShapeMismatch, match=rf"outputs \(1, {outputs}\).*2 classes.*must be \(1, 2\)"):
+            LaplaceClassifier(module=nn.Linear(2, outputs), epochs=1).fit(x, y)
+    with pytest.raises(lk.errors.InvalidType, match=r"module must be.*got 'mlp'"):
+        LaplaceClassifier(module="mlp").fit(x, y)
+    for wrong in ({"epochs": -1}, {"epochs": 1.5}, {"batch_size": 0}, {"hidden": 0}, {"lr": -1.0}, {"lr": "big"}):
+        with pytest.raises(lk.errors.InvalidArgument, match=next(iter(wrong))):
+            LaplaceClassifier(**wrong).fit(x, y)
