@@ -67,7 +67,7 @@ def _verdicts(result: dict[str, Any]) -> str:
         f"difference {v['difference']['mean']:+.4f}"
         + (f" ± {v['difference']['std']:.4f})" if len(v["value"].get("values", "many")) > 1 else ")")
         for v in result["verdicts"]
-    )
+    ) + "".join(f"\n\n{text}" for text in result.get("sentences", []))
 
 
 def ood_pairs() -> str:
@@ -318,7 +318,7 @@ def optimizers() -> str:
 
 
 def toy_regression() -> str:
-    """Methods and verdicts of E19."""
+    """Verdicts of E19."""
     result = load("docs/results/toy_regression.json")
     if result is None:
         return "*Not run yet.*"
