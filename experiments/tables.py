@@ -431,14 +431,14 @@ def first_order_grid() -> str:
     for name, found in result["metrics"].items():
         widths = "-".join(str(width) for width in result["widths"][name])
         parts += [
-            f"{name.upper()} with hidden widths divided by {config['shrink']} ({widths} and mirrored), "
+            f"{name.upper()} ({widths} and mirrored{'; hidden widths divided' * (config['shrink'] > 1)}), "
             f"{config['budgets'][name]:.0f} s of processor time for every one of the settings; one thread of "
             f"{machine_of(result)}. `python -m experiments run autoencoders_grid --out results/E14_grid`",
             markdown(*autoencoders_report.grids(result["pilots"][name])),
             markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)),
             autoencoders_report.note(name, found),
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
 
 
 def papers() -> str:
