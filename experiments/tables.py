@@ -67,7 +67,7 @@ def _verdicts(result: dict[str, Any]) -> str:
         f"difference {v['difference']['mean']:+.4f}"
         + (f" ± {v['difference']['std']:.4f})" if len(v["value"].get("values", "many")) > 1 else ")")
         for v in result["verdicts"]
-    )
+    ) + "".join(f"\n\n{text}" for text in result.get("sentences", []))
 
 
 def ood_pairs() -> str:
@@ -318,7 +318,7 @@ def optimizers() -> str:
 
 
 def toy_regression() -> str:
-    """Methods and verdicts of E19."""
+    """Verdicts of E19."""
     result = load("docs/results/toy_regression.json")
     if result is None:
         return "*Not run yet.*"
@@ -431,14 +431,14 @@ def first_order_grid() -> str:
     for name, found in result["metrics"].items():
         widths = "-".join(str(width) for width in result["widths"][name])
         parts += [
-            f"{name.upper()} with hidden widths divided by {config['shrink']} ({widths} and mirrored), "
+            f"{name.upper()} ({widths} and mirrored{'; hidden widths divided' * (config['shrink'] > 1)}), "
             f"{config['budgets'][name]:.0f} s of processor time for every one of the settings; one thread of "
             f"{machine_of(result)}. `python -m experiments run autoencoders_grid --out results/E14_grid`",
             markdown(*autoencoders_report.grids(result["pilots"][name])),
             markdown(autoencoders_report.HEAD, autoencoders_report.rows(found)),
             autoencoders_report.note(name, found),
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, markdown(*autoencoders_report.claims_rows(result["verdicts"]))])
 
 
 def papers() -> str:

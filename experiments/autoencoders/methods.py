@@ -18,6 +18,8 @@ from laplace_kf.registry import Registry
 __all__ = ["LIKELIHOOD", "OPTIMISERS", "STANDARD", "Method", "Setting", "Trainer"]
 
 LIKELIHOOD = "bernoulli"
+FEW = 250
+"""Images per update of small problems."""
 EXTRA = 3  # values by which a grid may grow
 
 Setting = Mapping[str, Any]
@@ -34,7 +36,7 @@ class Method:
     Args:
         make: ``(network, l2, settings, generator) -> Trainer``.
         settings: that are the same for every point of the grid.
-        batch: images per update by problem, of the first update if they grow.
+        batch: images per update by problem, of the first update if they grow; :data:`FEW` for a problem without one.
         grid: settings of which the best is chosen; one empty setting for methods that need no tuning. Three or more
             values of one setting, in order, go on at an end where the best one is, by ``EXTRA`` values at most.
         growing: whether minibatches grow, to all images at update 500 (methods 6.3).
@@ -50,7 +52,7 @@ class Method:
 
     def size(self, problem: str, number: int, n_data: int) -> int:
         """Images of update ``number`` (1, 2, ...), ``n_data`` of them at most."""
-        first = min(self.batch[problem], n_data)
+        first = min(self.batch.get(problem, FEW), n_data)
         return optim.batch_size(number, n_data, first) if self.growing else first
 
     def beyond(self, tried: Sequence[Mapping[str, float]], scores: Sequence[float]) -> list[dict[str, float]]:

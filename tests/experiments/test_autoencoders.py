@@ -97,6 +97,27 @@ def test_minibatches_may_grow_to_all_images():
     assert autoencoders.OPTIMISERS["K-FAC"].size("curves", 1, 60) == 60
 
 
+def test_the_published_grid_runs_on_small_images():
+    _, config = runner.resolve("autoencoders_grid")
+    assert config.problems == ["curves14"] and config.shrink == 1
+    assert {name for name in config.methods if autoencoders.OPTIMISERS[name].whole} == {
+        f"{name}, published grid" for name in ("Adam", "NAG", "heavy ball", "SGD")
+    }
+    assert all(len(autoencoders.OPTIMISERS[name].grid) in (1, 40) for name in config.methods)
+    assert {autoencoders.OPTIMISERS[name].size("curves14", 1, 4000) for name in config.methods} == {250}
+    claims = {(claim.method, claim.other) for claim in autoencoders_report.CLAIMS}
+    assert {("K-FAC", "Adam, published grid"), ("KFRA", "SGD, published grid")} <= claims
+
+
+def test_small_images_are_means_of_four_pixels(monkeypatch):
+    images = torch.rand(5100, 784, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(autoencoders, "_curves", lambda seed: (images[:4050], images[4050:]))
+    train, test = autoencoders.PROBLEMS["curves14"].load(0)
+    assert train.shape == (4000, 196) and test.shape == (1000, 196)
+    four = images[-1].reshape(28, 28)[2:4, 4:6]
+    assert float(test[-1].reshape(14, 14)[1, 2]) == pytest.approx(float(four.mean()))
+
+
 def test_the_average_is_the_mean_at_first_and_leaves_the_weights():
     model = nn.Linear(1, 1, bias=False)
     average = autoencoders._Average(model, 0.99)
