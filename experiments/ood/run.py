@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ class Config:
             of a mean loss the pull of each weight's KL is 1/N.
         evaluation: test, validation and letter images binarised once, or grey.
         networks: folder that keeps networks in training after each epoch, so that an interrupted run goes on and E21
-            and E22 find the same ones; empty for none.
+            and E22 find the same ones; empty for one beside the results.
         passes: binary draws of every training image that the curvature is averaged over.
         damping: how a Kronecker posterior adds the prior.
         dampings: further ways, tuned and shown beside that one (E34's forms).
@@ -320,13 +320,36 @@ def tune_posterior(
     return {"best": result.best, "at_edge": result.at_edge, "table": result.table}
 
 
-def run(config: Config) -> Report:
-    """Train, fit, tune, predict and compare, for every seed; writes nothing."""
+FREE = ("seed", "repeats", "threads", "progress", "networks")
+"""Settings that a finished seed does not depend on: its own number is in the name of its file."""
+
+
+def _finished(config: Config, seed: int, folder: Path) -> Outcome:
+    """One repetition, from ``folder`` if it is there with the same settings; kept there otherwise."""
+    path = folder / f"seed-{seed}.pt"
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        if kept.pop("config") == settings:
+            return Outcome(**kept)
+    outcome = _repetition(replace(config, networks=config.networks or str(folder / "networks")), seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    torch.save({"config": settings, **vars(outcome)}, unfinished)
+    unfinished.replace(path)
+    return outcome
+
+
+def run(config: Config, folder: Path) -> Report:
+    """Train, fit, tune, predict and compare, for every seed.
+
+    Finished seeds, and networks in training after each epoch, are kept in ``folder`` and used again.
+    """
     seeds = [config.seed + i for i in range(config.repeats)]
     first: Outcome | None = None
     runs, tuning, seconds = [], {}, {}
     for seed in seeds:
-        outcome = _repetition(config, seed)
+        outcome = _finished(config, seed, folder)
         runs.append(measure(outcome))
         tuning[str(seed)], seconds[str(seed)] = outcome.tuning, outcome.seconds
         first = first or outcome

@@ -33,7 +33,7 @@ def test_the_accuracy_claim_is_two_sided():
 
 @pytest.mark.data
 @pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA does not name a folder of data files")
-def test_a_small_run_on_the_real_files(tmp_path):
+def test_a_small_run_on_the_real_files(tmp_path, monkeypatch):
     words = (
         "repeats=2 hidden=48 epochs=5 batch=50 lr=0.1 train_size=1500 val_size=200 test_size=150 "
         "ood_size=100 passes=1 samples=5 tune_size=60 tune_samples=2 n_data_factors=[1,1000] "
@@ -52,10 +52,23 @@ def test_a_small_run_on_the_real_files(tmp_path):
     assert len(result["verdicts"]) == len(ood.CLAIMS)
     assert len(result["tuning"]["0"]["Kronecker"]["table"]) == 4
     assert result["stand_ins"] == []
-    assert {"training", "Kronecker: curvature", "Kronecker: tuning"} <= set(result["seconds"]["0"])
+    assert {"training", "Kronecker: curvature", "mean field: training", "mean field: prediction"} <= set(
+        result["seconds"]["0"]
+    )
+    assert result["metrics"]["mean field"]["accuracy"]["mean"] > 0.3  # five short epochs; chance is a tenth
+    assert any("mean field" in verdict["claim"] for verdict in result["verdicts"])
     written = sorted(path.name for path in out.iterdir())
-    assert written == ["entropy.png", "reliability.png", "report.html", "result.json"]
+    assert written == ["entropy.png", "parts", "reliability.png", "report.html", "result.json"]
     assert len(list((tmp_path / "networks").iterdir())) == 4  # with dropout and mean field, for two seeds
+    assert sorted(path.name for path in (out / "parts").iterdir()) == ["seed-0.pt", "seed-1.pt"]
+    made = []
+    monkeypatch.setattr(ood, "_repetition", lambda config, seed: made.append(seed))
+    assert main(["run", "E20", *words.split(), "--out", str(out)]) == 0
+    again = json.loads((out / "result.json").read_text())
+    assert not made and again["metrics"] == result["metrics"] and again["seconds"] == result["seconds"]
+    with pytest.raises(TypeError):  # what stands in for a repetition has nothing to keep
+        main(["run", "E20", *words.split(), "samples=6", "--out", str(out)])
+    assert made == [0]
 
 
 def test_the_attacks_find_the_networks_of_e20():
