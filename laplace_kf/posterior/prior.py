@@ -71,7 +71,7 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float |
 
     Raises:
         UnknownName: for a pattern that matches no selected parameter.
-        ValueError: for a parameter without a value.
+        ValueError: for a parameter without a value, or a pattern that comes too late to give one.
     """
     if not isinstance(prior, Mapping):
         return None
@@ -81,6 +81,11 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float |
         hits = hits or [name for name in layout.names if fnmatchcase(plain_name(name), plain_name(pattern))]
         if not hits:
             raise UnknownName("pattern in prior_precision", pattern, layout.names)
+        if all(name in found for name in hits):
+            raise InvalidArgument(
+                f"prior_precision[{pattern!r}] would have no effect: its parameters ({', '.join(hits[:5])}) have a "
+                "value from an earlier pattern, and the first that matches counts; put the widest pattern last"
+            )
         for name in hits:
             found.setdefault(name, value)
     missing = [name for name in layout.names if name not in found]
