@@ -457,12 +457,13 @@ def test_generators_that_are_seeds() -> None:
 
 
 def test_priors_that_would_have_no_effect() -> None:
-    with pytest.raises(lk.errors.InvalidArgument, match=r"\['0\.\*'\] would have no effect.*put the widest pattern last"):
+    with pytest.raises(lk.errors.InvalidArgument, match=r"\['0\.\*'\] would have no effect.*widest pattern last"):
         lk.LaplacePosterior(net(), "categorical", prior_precision={"*": 1.0, "0.*": 2.0}).fit((X, Y))
     posterior = lk.LaplacePosterior(net(), "categorical", prior_precision={"0.*": 2.0, "*": 1.0}).fit((X, Y))
     with pytest.raises(lk.errors.InvalidArgument, match="no effect"):
         posterior.prior_precision = {"*": 1.0, "2.bias": 2.0}
     assert posterior.prior_precision == {"0.*": 2.0, "*": 1.0}
+    posterior.prior_precision = {"0.*": 2.0, "2.*": 3.0, "*": 1.0}  # "and all others", of which there are none
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------
