@@ -10,7 +10,7 @@ from torch import Tensor
 from laplace_kf.operators import Blockwise, DenseBlock
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, Signals
-from laplace_kf.tape.signals import add_gram, symmetrised
+from laplace_kf.tape.grams import add_gram, symmetrised
 
 ROWS = 256  # of a large matrix that are put into another order together
 

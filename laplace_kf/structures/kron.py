@@ -46,7 +46,7 @@ from laplace_kf.tape import (
     Signals,
     TiedSignals,
 )
-from laplace_kf.tape.signals import symmetrised
+from laplace_kf.tape.grams import symmetrised
 
 __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
 

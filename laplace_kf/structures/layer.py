@@ -9,7 +9,7 @@ from torch import Tensor
 from laplace_kf.operators import Blockwise, DenseBlock, DiagonalBlock, Matrix
 from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
 from laplace_kf.tape import Block, FlatLayout, Signals
-from laplace_kf.tape.signals import symmetrised
+from laplace_kf.tape.grams import symmetrised
 
 
 @STRUCTURES.register("layer")

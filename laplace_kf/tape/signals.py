@@ -5,8 +5,8 @@ gradient of column ``v`` of example ``n`` is ``Σ_t g ⊗ [a; 1]``. Positions, a
 along ``T``, so that per-example gradients are added before they are squared. The constant 1 of a bias is never
 materialised.
 
-Accumulators are float tensors in canonical ``(R, O, I)`` layout. Symmetric ones are filled on and below the
-diagonal only (:func:`add_gram`); :func:`symmetrised` completes them.
+Accumulators are float tensors in canonical ``(R, O, I)`` layout; of symmetric ones the lower triangle is filled
+(:mod:`laplace_kf.tape.grams`).
 """
 
 from __future__ import annotations
@@ -19,69 +19,19 @@ import torch
 from torch import Tensor
 
 from laplace_kf.tape.blocks import Block
+from laplace_kf.tape.grams import add_columns, add_gram, add_sketch, widened
 
 __all__ = [
     "GradientSignals",
     "LookupSignals",
     "OuterSignals",
     "Signals",
-    "add_gram",
-    "symmetrised",
 ]
 
-LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
 FEW = 2**14  # numbers that are copied faster than a few more functions are called
+FILLED, GATHERED = 100, 150  # products that take as long as a number of a dense gradient, or of a token's direction
 CACHED = 2**19  # numbers that a processor's cache holds between two passes over them
 WORKING_BYTES = 64 * 2**20  # size of the largest temporary a reduction may build
-
-
-def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:
-    """Adds ``alpha · rowsᵀ rows`` to the lower triangle of ``total`` in place, by strips of columns.
-
-    Args:
-        total: ``(d, d)``; entries above the diagonal are left undefined.
-        rows: ``(K, d)``, cast to the type of ``total`` and moved to its device.
-    """
-    rows = rows.to(total)  # also from another device
-    width = rows.shape[1]
-    if width <= LEAF:
-        total.addmm_(rows.T, rows, alpha=alpha)
-        return
-    for start in range(0, width, LEAF):
-        stop = min(start + LEAF, width)
-        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop], alpha=alpha)
-
-
-def _add_columns(total: Tensor, rows: Tensor) -> None:
-    """Adds ``rowsᵀ rows`` to the lower triangle ``(d, d)``, or its diagonal to ``(d,)``."""
-    if total.dim() == 1:
-        total += rows.to(total).square().sum(0)
-    else:
-        add_gram(total, rows)
-
-
-def _add_sketch(total: Tensor, rows: Tensor, directions: Tensor) -> None:
-    """Adds ``rowsᵀ (rows Ω)`` for rows ``(K, d)`` and ``Ω (d, k)`` to ``total (d, k)``."""
-    total.addmm_(rows.to(total).T, rows.to(total) @ directions)
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """A tensor of any shape in float32 at least: half precision neither sums nor squares safely."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def symmetrised(total: Tensor) -> Tensor:
-    """Completes matrices ``(..., d, d)`` filled on and below the diagonal, in place, and returns them."""
-    width = total.shape[-1]
-    if width <= LEAF:
-        above = total.tril(-1).mT
-        return total.tril_().add_(above)
-    for start in range(0, width, LEAF):
-        stop = min(start + LEAF, width)
-        total[..., :start, start:stop] = total[..., start:stop, :start].transpose(-1, -2)
-        corner = total[..., start:stop, start:stop]
-        corner.copy_(corner.tril() + corner.tril(-1).transpose(-1, -2))
-    return total
 
 
 class Signals(ABC):
@@ -237,12 +187,12 @@ class OuterSignals(Signals):
             total: lower triangles ``(R, O, O)``, or ``(R, O)`` for the diagonal alone.
         """
         for r in range(total.shape[0]):
-            _add_columns(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]))
+            add_columns(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]))
 
     def add_column_sketch(self, total: Tensor, directions: Tensor) -> None:
         """Adds ``Σ_vn Σ_t g (gᵀ Ω)`` to ``total (R, O, k)`` for ``directions`` ``Ω (O, k)``."""
         for r in range(total.shape[0]):
-            _add_sketch(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), directions)
+            add_sketch(total[r], self.g[:, :, :, r].reshape(-1, self.g.shape[-1]), directions)
 
     def add_squares(self, total: Tensor) -> None:
         width = self.a.shape[-1]
@@ -331,7 +281,19 @@ class OuterSignals(Signals):
         step = max(1, WORKING_BYTES // max(1, each))
         return (slice(start, start + step) for start in range(0, count, step))
 
+    def _gradients_first(self, count: int) -> bool:
+        """Whether ``count`` directions take fewer products by per-example gradients than position by position.
+
+        An example's gradients take ``V·T·O·I`` products and then ``V·count·O·I``; its positions take
+        ``count·T·O·I``, in which the columns share, and then ``V·count·T·O``.
+        """
+        columns, positions, width = self.g.shape[0], self.g.shape[2], self.block.shape[2]
+        return positions > 1 and columns * (positions + count) * width < count * positions * (width + columns)
+
     def project(self, directions: Tensor) -> Tensor:
+        """As the base class, or, for many columns and few directions, without gradients: position by position."""
+        if self._gradients_first(len(directions)):
+            return super().project(directions)
         columns, rows = self.count
         a, width = self.a.to(directions), self.a.shape[-1]
         g = self.g.to(directions).transpose(0, 1).flatten(2)  # (N, V, T·R·O)
@@ -347,6 +309,10 @@ class OuterSignals(Signals):
         return torch.cat(parts, 2).transpose(0, 1).reshape(columns * rows, -1)
 
     def add_combined(self, total: Tensor, weights: Tensor) -> None:
+        """As the base class; the way is chosen as in :meth:`project`."""
+        if self._gradients_first(len(total)):
+            super().add_combined(total, weights)
+            return
         a, width = self._inputs().to(total), self.a.shape[-1]
         g = self.g.to(total).transpose(0, 1).flatten(2)
         each = weights.reshape(*self.count, -1).permute(1, 2, 0)  # (N, K, V)
@@ -398,11 +364,11 @@ class LookupSignals(Signals):
 
     def add_column_gram(self, total: Tensor) -> None:
         """Adds ``Σ_vn Σ_t g gᵀ`` to the lower triangle of ``total (1, O, O)``, or to the diagonal ``(1, O)``."""
-        _add_columns(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]))
+        add_columns(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]))
 
     def add_column_sketch(self, total: Tensor, directions: Tensor) -> None:
         """Adds ``Σ_vn Σ_t g (gᵀ Ω)`` to ``total (1, O, k)`` for ``directions`` ``Ω (O, k)``."""
-        _add_sketch(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]), directions)
+        add_sketch(total[0], self.g[:, self._tokens() >= 0].reshape(-1, self.g.shape[-1]), directions)
 
     def add_rotated_squares(self, total: Tensor, inputs: Tensor | None, outputs: Tensor | None) -> None:
         if inputs is not None:
@@ -420,6 +386,10 @@ class LookupSignals(Signals):
         return out.flatten(0, 1)
 
     def project(self, directions: Tensor) -> Tensor:
+        """As the base class for a small vocabulary; otherwise from the rows of the tokens that occur."""
+        (columns, _), count, (_, _, vocabulary) = self.count, len(directions), self.block.shape
+        if columns * vocabulary * (FILLED + count) < count * self.tokens.shape[1] * (GATHERED + 10 * columns):
+            return super().project(directions)
         summed, example, token = self._per_token()
         products = torch.einsum("vjo,koj->vjk", summed.to(directions), directions[:, 0][..., token])
         out = products.new_zeros(*self.count, len(directions))

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import laplace_kf as lk
 from laplace_kf.attribution import pairs, scoring
 from laplace_kf.errors import CorruptFile, IncompatiblePair, NotFitted, ShapeMismatch, UnknownName
+from laplace_kf.tape import OuterSignals
 
 STRUCTURES = ("diag", "kron", "ekfac", "full", "lowrank", "layer", "isotropic")
 
@@ -224,6 +225,64 @@ def test_tokens_of_sequences(structure):
     by_train = torch.stack([whole[0] @ torch.linalg.solve(dense, at(train, t).T) for t in range(4)], 2)
     found = lk.attribution.influence(posterior, train, queries, tokens="train")
     torch.testing.assert_close(found, by_train, rtol=1e-9, atol=1e-12)
+
+
+class Attending(nn.Module):
+    """A causal transformer of two layers: every position looks at all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.places = nn.Embedding(6, 4), nn.Parameter(torch.randn(5, 4))
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(4, 6)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden, length = self.embedding(tokens) + self.places, tokens.shape[1]
+        ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
+        for block in self.blocks:
+            hidden = block(hidden, src_mask=ahead)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac", "diag"])
+def test_tokens_of_transformers_meet_every_example_once(structure, monkeypatch):
+    """Against gradients of every token by ``torch.func``; an example's gradient is made once for all tokens."""
+    model = seeded(Attending).double().eval()
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randint(6, (12, 5), generator=generator) for _ in range(2))
+    train, queries = (x[:8], y[:8]), (x[8:], y[8:])
+    posterior = lk.LaplacePosterior(model, "categorical", structure=structure).fit(train)
+    named = {name: p.detach() for name, p in model.named_parameters()}
+
+    def losses(values: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        z = torch.func.functional_call(model, values, (x[None],))[0]
+        return nn.functional.cross_entropy(z, y, reduction="none")  # (T,)
+
+    def per_token(data: tuple[Tensor, Tensor]) -> Tensor:
+        """``(N, T, P)``."""
+        found = [torch.func.jacrev(losses)(named, *pair) for pair in zip(*data, strict=True)]
+        return torch.stack([torch.cat([part.flatten(1) for part in one.values()], 1) for one in found])
+
+    solved = torch.linalg.solve(posterior.precision.dense(), per_token(train).sum(1).T)
+    by_positions: list[str] = []
+    chosen = OuterSignals._gradients_first
+
+    def watched(self, count):
+        found = chosen(self, count)
+        if self.g.shape[2] > 1 and not found:
+            by_positions.append(self.block.name)
+        return found
+
+    monkeypatch.setattr(OuterSignals, "_gradients_first", watched)
+    gradients: list[str] = []
+    made = OuterSignals.gradients
+    monkeypatch.setattr(
+        OuterSignals, "gradients", lambda self, *rest: gradients.append(self.block.name) or made(self, *rest)
+    )
+    found = lk.attribution.influence(posterior, train, queries, tokens="queries")
+    torch.testing.assert_close(found, per_token(queries) @ solved, rtol=1e-9, atol=1e-12)
+    assert not by_positions
+    assert gradients and all(gradients.count(name) == 2 for name in gradients)  # of the queries and of the examples
 
 
 @pytest.mark.parametrize("parameters", ["last_layer", ["0.*"]])

@@ -67,10 +67,12 @@ def test_adamw_has_the_recipes_rates():
 
 def test_rows_say_when_the_aim_was_reached():
     runs = {"AdamW": {"trace": [[50, 5.0, 2.5], [100, 10.0, 1.8]], "seconds": 10.0, "steps": 100},
-            "K-FAC": {"trace": [[50, 20.0, 2.2]], "seconds": 20.0, "steps": 50}}  # fmt: skip
+            "K-FAC": {"trace": [[50, 20.0, 2.2]], "seconds": 20.0, "steps": 50},
+            "EK-FAC": {"trace": [[20, 4.0, 2.9]], "seconds": 4.0, "steps": 20}}  # fmt: skip
     assert run.rows({"runs": runs}, 1.88)[1] == [
-        ["AdamW", "100", "10", "100", "10", "1.800", "100"],
-        ["K-FAC", "not reached", "", "50", "20", "2.200", "400"],
+        ["AdamW", "100", "10", "100", "10", "1.800", "", "", "100"],
+        ["K-FAC", "not reached", "", "50", "20", "2.200", "2.500", "1.800", "400"],
+        ["EK-FAC", "not reached", "", "20", "4", "2.900", "", "", "200"],  # before the first look at AdamW's loss
     ]
     with pytest.raises(BadSetting, match="AdamW"):
         run.Config(methods=["K-FAC"])
