@@ -67,15 +67,15 @@ class UnsupportedLayer(LaplaceKFError):
 
 
 class UnknownName(LaplaceKFError, ValueError):
-    """A name that is not registered; lists the registered names and the nearest one."""
+    """A name that is not registered; lists the registered names and the nearest one, or says what to write instead."""
 
-    def __init__(self, kind: str, name: object, allowed: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: object, allowed: Iterable[str], instead: str = "") -> None:
         self.kind, self.name, self.allowed = kind, name, tuple(sorted(allowed))
         here = isinstance(name, str) and any(known in self.allowed for known in meanings(name))
         other = ELSEWHERE.get(name.lower()) if isinstance(name, str) and not here else None
         near = None if other else nearest(name, self.allowed)
         hint = f" Did you mean {other or repr(near)}?" if other or near else ""
-        line = number_instead(kind, name)
+        line = instead or number_instead(kind, name)
         hint = f" Use {line}." if line else hint
         super().__init__(f"Unknown {kind} {name!r}; registered: {', '.join(map(repr, self.allowed))}.{hint}")
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from laplace_kf.errors import UnknownOption
+from laplace_kf.errors import InvalidType, UnknownOption
 
 __all__ = ["explained"]
 
@@ -51,6 +51,11 @@ def _explained(call: Callable[..., Any], called: str) -> Callable[..., Any]:
             names = [p.name for p in parameters if p.name in taken and p.name not in ("self", "cls")]
             said = f"is not taken by {called} (arguments: {', '.join(names) or 'none'})"
             raise UnknownOption(name, said, names, kwargs[name])
+        if isinstance(kwargs.get("generator"), int):
+            raise InvalidType(
+                f"generator must be a torch.Generator, and {called} was given {kwargs['generator']!r}: "
+                f"generator=torch.Generator().manual_seed({int(kwargs['generator'])})"
+            )
         return call(*args, **kwargs)
 
     return explained_call

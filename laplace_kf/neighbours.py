@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["ARGUMENTS", "ELSEWHERE", "NAMES", "instead", "meanings", "number_instead"]
+__all__ = ["ARGUMENTS", "ELSEWHERE", "NAMES", "instead", "meanings", "number_instead", "of_loss"]
 
 # What neighbours and torch call the same things.
 NAMES: dict[str, str | tuple[str, ...]] = {  # several, where that depends on what is chosen
@@ -154,6 +154,9 @@ ARGUMENTS: dict[str, _Argument] = {
     "subnetwork_indices": _Argument("", "parameters=lk.Subnetwork(size)"),
     "temperature": _COLD,
     "progress_bar": _Argument("progress", "progress={}"),
+    "seed": _Argument("", "generator=torch.Generator().manual_seed({})"),
+    "random_state": _Argument("", "generator=torch.Generator().manual_seed({})"),
+    "rng": _Argument("generator", "generator=torch.Generator().manual_seed(0)"),
     "verbose": _Argument("progress", "progress={}"),
     "override": _Argument("", "posterior.refit(data) or a new LaplacePosterior"),
     "enable_backprop": _Argument("", "nothing: predictions are differentiable in x"),
@@ -254,3 +257,21 @@ def _shown(name: str, value: object) -> str:
             return _VALUES[name][word]
         return repr((*meanings(word), value)[0]).replace("'", '"')
     return repr(value) if isinstance(value, (bool, int, float)) else "..."
+
+
+def of_loss(loss: object) -> str:
+    """The line for a loss of torch with settings that the likelihood's name alone would drop; else ``""``."""
+    kind = type(loss).__name__
+    weighted = getattr(loss, "weight", None) is not None
+    if kind in ("CrossEntropyLoss", "NLLLoss"):
+        told = {"class_weights": "loss.weight"} if weighted else {}
+        smoothing, ignored = getattr(loss, "label_smoothing", 0.0), getattr(loss, "ignore_index", -100)
+        told.update({"label_smoothing": str(smoothing)} if smoothing else {})
+        told.update({"ignore_index": str(ignored)} if ignored != -100 else {})
+        return f"lk.likelihoods.Categorical({', '.join(f'{k}={v}' for k, v in told.items())})" if told else ""
+    if kind == "BCEWithLogitsLoss" and (weighted or getattr(loss, "pos_weight", None) is not None):
+        return (
+            "lk.likelihoods.FromLoss(lambda z, y: F.binary_cross_entropy_with_logits(z, y, loss.weight, "
+            'pos_weight=loss.pos_weight, reduction="none").sum(-1))'
+        )
+    return ""

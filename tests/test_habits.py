@@ -294,7 +294,7 @@ def test_networks_that_draw_nothing_and_forwards_that_do_are_not_warned_of() -> 
 
 
 def test_backward_hooks_have_no_part_in_curvature() -> None:
-    """Masks and clipping of gradients and hooks that only look, of parameters and modules: they stay, and fire later."""
+    """Masks and clipping of gradients and hooks that only look, of parameters and modules: they stay and fire later."""
 
     def case(hook: str, structure: str) -> None:
         model, twin = net(), net()
@@ -396,6 +396,74 @@ def test_one_example_without_the_batch_axis(tmp_path: Path) -> None:
     assert mixed.predict(X).probs.shape == (8, 3)  # a network of any number of axes, shown both
     with pytest.raises(lk.errors.ShapeMismatch, match=r"x\[None\]"):
         mixed.predict(X[0])
+
+
+def test_densities_take_arrays_and_lists() -> None:
+    prediction = lk.LaplacePosterior(net(), "categorical").fit((X, Y)).predict(X)
+    for labels in (Y.numpy(), Y.tolist(), Y.numpy().astype("int32")):
+        assert torch.equal(prediction.log_prob(labels), prediction.log_prob(Y))
+
+
+# -- choices -----------------------------------------------------------------------------------------------------------
+
+
+def test_parameters_that_are_no_names() -> None:
+    model = net()
+    given: list[tuple[Any, str]] = [
+        (model[2], r'a module, Linear.*parameters=\["2\.\*"\]'),
+        (model[2].parameters(), r'parameters=\["2\.weight", "2\.bias"\]'),
+        (list(model.named_parameters()), "entries of type tuple"),
+        (model[2].weight, r'parameters=\["2\.weight"\]'),
+        (3, "a int was given"),
+        ("2.*", r'Use parameters=\["2\.\*"\]'),
+        ("2", r'Use parameters=\["2\.\*"\]'),
+        (["2"], r'Use parameters=\["2\.\*"\]'),
+    ]
+    for parameters, message in given:
+        with pytest.raises(lk.errors.LaplaceKFError, match=message):
+            lk.LaplacePosterior(model, "categorical", parameters=parameters).fit((X, Y))
+    names = lk.LaplacePosterior(model, "categorical", parameters=["2.*"]).fit((X, Y)).mean.keys()
+    assert list(names) == ["2.weight", "2.bias"]
+
+
+def test_losses_with_settings_are_not_named_without_them() -> None:
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    losses: list[tuple[nn.Module, str]] = [
+        (nn.CrossEntropyLoss(weight=weights), r"Use lk\.likelihoods\.Categorical\(class_weights=loss\.weight\)"),
+        (nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=0), r"\(label_smoothing=0\.1, ignore_index=0\)"),
+        (nn.NLLLoss(weights), r"Categorical\(class_weights=loss\.weight\)"),
+        (nn.BCEWithLogitsLoss(pos_weight=weights), r"FromLoss\(lambda z, y: F\.binary.*pos_weight=loss\.pos_weight"),
+        (nn.CrossEntropyLoss(), "Did you mean 'categorical'"),
+        (nn.BCEWithLogitsLoss(), "Did you mean 'bernoulli'"),
+    ]
+    for loss, message in losses:
+        with pytest.raises(lk.errors.UnknownName, match=message):
+            lk.LaplacePosterior(net(), loss)  # type: ignore[arg-type]
+
+
+def test_generators_that_are_seeds() -> None:
+    posterior = lk.LaplacePosterior(net(), "categorical").fit((X, Y))
+    line = r"generator=torch\.Generator\(\)\.manual_seed\(7\)"
+    calls: tuple[Callable[..., Any], ...] = (
+        lambda **g: posterior.predict(X, "mc", **g),
+        lambda **g: posterior.tune((X, Y), **g),
+        lambda **g: posterior.sample(2, **g),
+        lambda **g: lk.LaplacePosterior(net(), "categorical").fit((X, Y), **g),
+    )
+    for call in calls:
+        for name in ("generator", "seed"):
+            with pytest.raises(lk.errors.LaplaceKFError, match=line):
+                call(**{name: 7})
+
+
+def test_priors_that_would_have_no_effect() -> None:
+    with pytest.raises(lk.errors.InvalidArgument, match=r"\['0\.\*'\] would have no effect.*widest pattern last"):
+        lk.LaplacePosterior(net(), "categorical", prior_precision={"*": 1.0, "0.*": 2.0}).fit((X, Y))
+    posterior = lk.LaplacePosterior(net(), "categorical", prior_precision={"0.*": 2.0, "*": 1.0}).fit((X, Y))
+    with pytest.raises(lk.errors.InvalidArgument, match="no effect"):
+        posterior.prior_precision = {"*": 1.0, "2.bias": 2.0}
+    assert posterior.prior_precision == {"0.*": 2.0, "*": 1.0}
+    posterior.prior_precision = {"0.*": 2.0, "2.*": 3.0, "*": 1.0}  # "and all others", of which there are none
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from laplace_kf.likelihoods.noise import Noise
 from laplace_kf.likelihoods.predicting import Predicting
 from laplace_kf.likelihoods.reading import Given, resolve_generator, root_of, times
 from laplace_kf.likelihoods.roots import DenseRoot, Root, ScaledRoot
+from laplace_kf.neighbours import of_loss
 from laplace_kf.outputs.arranged import arranged
 from laplace_kf.outputs.derivatives import autograd_hessian, usable_by_autograd
 from laplace_kf.outputs.layout import from_positions, masked, to_positions
@@ -494,5 +495,5 @@ def get_likelihood(name_or_object: str | Likelihood) -> Likelihood:
     if isinstance(name_or_object, Likelihood):
         return name_or_object
     if not isinstance(name_or_object, str):
-        raise UnknownName("likelihood", name_or_object, LIKELIHOODS)
+        raise UnknownName("likelihood", name_or_object, LIKELIHOODS, of_loss(name_or_object))
     return LIKELIHOODS[name_or_object]()

@@ -24,6 +24,7 @@ from torch.distributions import (
     Normal,
 )
 
+from laplace_kf.batches import to_tensors
 from laplace_kf.errors import UnknownAttribute
 from laplace_kf.members import Members
 from laplace_kf.outputs.conformal import Conformal, interval, prediction_set
@@ -170,7 +171,9 @@ class Prediction(Members):
         Raises:
             ShapeMismatch, ValueError: if the targets do not fit.
         """
-        found = self.density(y)
+        if isinstance(y, list) and y and all(isinstance(value, (int, float)) for value in y):
+            y = torch.tensor(y)
+        found = self.density(to_tensors(y))
         return found if found.dim() == 1 else found.flatten(1).sum(1)
 
     def interval(self, level: float = 0.9, of: str = "observation") -> tuple[Tensor, Tensor]:

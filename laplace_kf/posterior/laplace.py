@@ -54,7 +54,7 @@ from laplace_kf.shards import Shard
 from laplace_kf.structures import Structure
 from laplace_kf.structures.base import Statistics
 from laplace_kf.subnetwork import Selection, Subnetwork, covered
-from laplace_kf.tape import UNUSED, EntryLayout, select
+from laplace_kf.tape import UNUSED, EntryLayout, patterns, select
 from laplace_kf.weighting import Weights
 
 __all__ = ["LaplacePosterior"]
@@ -133,7 +133,7 @@ class LaplacePosterior(Answers):
             self.likelihood = self.likelihood.with_layout(layout)
         self.structure, self.estimator = make_pair(structure, estimator, dict(options))
         self._asked = self.structure
-        self.parameters = parameters if isinstance(parameters, (str, Subnetwork)) else tuple(parameters)
+        self.parameters = parameters if isinstance(parameters, (str, Subnetwork)) else patterns(model, parameters)
         single = isinstance(self.parameters, Subnetwork)
         within = self.parameters.within if isinstance(self.parameters, Subnetwork) else self.parameters
         if single:

@@ -71,16 +71,24 @@ def by_parameter(prior: PriorPrecision, layout: FlatLayout) -> dict[str, float |
 
     Raises:
         UnknownName: for a pattern that matches no selected parameter.
-        ValueError: for a parameter without a value.
+        ValueError: for a parameter without a value, or a pattern that comes too late to give one.
     """
     if not isinstance(prior, Mapping):
         return None
     found: dict[str, float | Tensor] = {}
+    seen: list[str] = []
     for pattern, value in prior.items():
         hits = [name for name in layout.names if fnmatchcase(name, pattern)]
         hits = hits or [name for name in layout.names if fnmatchcase(plain_name(name), plain_name(pattern))]
         if not hits:
             raise UnknownName("pattern in prior_precision", pattern, layout.names)
+        wider = any(fnmatchcase(earlier, pattern) for earlier in seen)  # "and all others", of which there may be none
+        seen.append(pattern)
+        if not wider and all(name in found for name in hits):
+            raise InvalidArgument(
+                f"prior_precision[{pattern!r}] would have no effect: its parameters ({', '.join(hits[:5])}) have a "
+                "value from an earlier pattern, and the first that matches counts; put the widest pattern last"
+            )
         for name in hits:
             found.setdefault(name, value)
     missing = [name for name in layout.names if name not in found]

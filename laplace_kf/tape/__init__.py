@@ -4,7 +4,7 @@ from laplace_kf.tape.blocks import Block, FlatLayout
 from laplace_kf.tape.chain import Chain
 from laplace_kf.tape.observation import Observation, Patterns
 from laplace_kf.tape.output_signals import OutputSignals
-from laplace_kf.tape.select import select
+from laplace_kf.tape.select import patterns, select
 from laplace_kf.tape.signals import GradientSignals, LookupSignals, OuterSignals, Signals
 from laplace_kf.tape.single_weights import EntryBlock, EntryLayout
 from laplace_kf.tape.tied import MatrixSignals, TiedSignals
@@ -27,5 +27,6 @@ __all__ = [
     "Signals",
     "TiedSignals",
     "Tracer",
+    "patterns",
     "select",
 ]

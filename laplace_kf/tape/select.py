@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-from laplace_kf.errors import InvalidArgument, UnknownName, UnsupportedLayer
+from laplace_kf.errors import InvalidArgument, InvalidType, UnknownName, UnsupportedLayer
 from laplace_kf.models import named_parameters, plain_name
 
-__all__ = ["owner", "select"]
+__all__ = ["owner", "patterns", "select"]
 
 
 def owner(name: str) -> str:
     """The module path of a parameter name (``""`` for the root); a parametrised module owns its original tensors."""
     return name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+
+
+def patterns(model: nn.Module, parameters: object) -> tuple[str, ...]:
+    """Name patterns as they were given; refused with the patterns to write where a module or its tensors were.
+
+    Raises:
+        InvalidType: for anything else than names; gives the line.
+    """
+    if isinstance(parameters, nn.Module):
+        paths = [path for path, module in model.named_modules() if module is parameters]
+        line = ['"*"' if not paths[0] else f'"{paths[0]}.*"'] if paths else ['"head.*"']
+        what = f"a module, {type(parameters).__name__}"
+    else:
+        if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+            parameters = [parameters]
+        given = list(parameters)
+        odd = [entry for entry in given if not isinstance(entry, str)]
+        if not odd:
+            return tuple(given)
+        own = {id(p): name for name, p in model.named_parameters()}
+        line = [f'"{own[id(entry)]}"' for entry in odd if id(entry) in own][:5] or ['"head.*"']
+        what = (
+            f"a {type(odd[0]).__name__}" if len(given) == 1 else f"{len(odd)} entries of type {type(odd[0]).__name__}"
+        )
+    raise InvalidType(
+        f'parameters are chosen by their names, and {what} was given: parameters=[{", ".join(line)}], or "all" or '
+        '"last_layer"'
+    )
 
 
 def select(
@@ -62,7 +90,12 @@ def select(
                     "selection with parameters=[patterns]"
                 )
             return chosen
-        raise UnknownName("parameter selection", parameters, ["all", "last_layer", "a list of name patterns"])
+        some = any(fnmatchcase(name, parameters) or owner(name) == parameters for name in named)
+        line = f'parameters=["{parameters if any(fnmatchcase(n, parameters) for n in named) else f"{parameters}.*"}"]'
+        raise UnknownName(
+            "parameter selection", parameters, ["all", "last_layer", "a list of name patterns"], line if some else ""
+        )
+    parameters = patterns(model, parameters)
     if not parameters:
         raise InvalidArgument("parameters is an empty list; give name patterns, 'all' or 'last_layer'")
     # a tied parameter carries several names; a pattern may use any of them
@@ -74,7 +107,8 @@ def select(
         # a compiled model's names carry a prefix; a pattern may have it or not
         hits = hits or {first[id(p)] for name, p in every if fnmatchcase(plain_name(name), plain_name(pattern))}
         if not hits:
-            raise UnknownName("parameter pattern", pattern, named)
+            inside = any(name.startswith(f"{pattern}.") for name in named)
+            raise UnknownName("parameter pattern", pattern, named, f'parameters=["{pattern}.*"]' if inside else "")
         matched |= hits
     chosen = [name for name in trainable if name in matched]
     if not chosen:
