@@ -422,6 +422,12 @@ def guide(posterior: LaplacePosterior) -> PosteriorGuide:
         A callable that takes the model's arguments; see :class:`PosteriorGuide`.
 
     Raises:
+        InvalidType: for anything else than a posterior.
         NotFitted: before ``fit``.
     """
+    if not isinstance(posterior, LaplacePosterior):
+        raise InvalidType(
+            f"guide takes a fitted posterior, got {type(posterior).__name__}: "
+            "guide(LaplacePosterior(model, likelihood).fit(train_loader))"
+        )
     return PosteriorGuide(posterior)

@@ -267,6 +267,8 @@ def test_refusals():
     posterior = lk.LaplacePosterior(model, "categorical", parameters=["3.*"])
     with pytest.raises(lk.errors.NotFitted):
         bridge.guide(posterior)
+    with pytest.raises(lk.errors.InvalidType, match=r"got Sequential: guide\(LaplacePosterior"):
+        bridge.guide(model)
     with pytest.raises(lk.errors.NotFitted):
         bridge.lift(model, "categorical", prior=posterior)
     posterior.fit((x, y))
