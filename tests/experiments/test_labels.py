@@ -14,6 +14,10 @@ from experiments.labels import run
 WORDS = ["first=1", "batch=2", "most=14", "pool=6", "test=8", "width=1", "steps=2", "samples=5", "progress=false"]
 
 
+CONFIG = {"first": 1, "batch": 2, "most": 10, "pool": 6, "test": 8, "width": 1, "steps": 2, "samples": 5,
+          "progress": False}  # fmt: skip
+
+
 @pytest.fixture
 def digits(monkeypatch):
     generator = torch.Generator().manual_seed(0)
@@ -41,6 +45,26 @@ def test_a_small_run_is_taken_up_again(digits, tmp_path, monkeypatch):
     assert again["known"] == whole["known"] and again["accuracy"] == whole["accuracy"]
     monkeypatch.setattr(run, "trained", None)  # nothing is trained again
     assert main(["run", "labels", *WORDS, "--out", str(tmp_path)]) == 0
+
+
+def test_images_are_standardised_by_the_training_images(digits, tmp_path, monkeypatch):
+    seen: dict[str, torch.Tensor] = {}
+    trained, outputs = run.trained, run.training.outputs
+
+    def watched(config, x, *rest):
+        seen.setdefault("x", x)
+        return trained(config, x, *rest)
+
+    def looked_at(model, x, **rest):
+        seen.setdefault("test", x)
+        return outputs(model, x, **rest)
+
+    monkeypatch.setattr(run, "trained", watched)
+    monkeypatch.setattr(run.training, "outputs", looked_at)
+    found = run._one(run.Config(**CONFIG), "random", 0, tmp_path / "random_0.json")
+    (x, _), (test, _) = run.data.images("mnist", "train"), run.data.images("mnist", "test")
+    torch.testing.assert_close(seen["x"], (x[found["known"][:10]] - x.mean()) / x.std())
+    torch.testing.assert_close(seen["test"], (test[:8] - x.mean()) / x.std())
 
 
 def test_a_run_can_be_made_longer(digits, tmp_path):
