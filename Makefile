@@ -51,8 +51,9 @@ format: $(VENV)/.installed-test ## Let ruff mend and format the code
 pytest: $(VENV)/.installed-test ## All tests (ARGS="-k name" to choose); real data from $LAPLACE_KF_DATA
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-nightly: $(VENV)/.installed-test ## The tests that take minutes (processes killed a hundred times)
+nightly: $(VENV)/.installed-test ## The tests that take long (processes killed a hundred times), then all with every combination
 	$(BIN)/python -m pytest -m nightly $(ARGS)
+	$(BIN)/python -m pytest --triples -n $(WORKERS) --dist worksteal $(ARGS)
 
 mutate: $(VENV)/.installed-test ## One-line mutants against the tests next to them (ARGS="--minutes 25", then "--table")
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
@@ -71,7 +72,7 @@ models: $(VENV)/.installed-models ## docs/models.md: third-party models, fitted 
 	$(BIN)/python -m benchmarks.models $(if $(ARGS),$(ARGS),--out docs/models.md)
 
 bridges: $(VENV)/.installed-bridges ## Tests of the bridges against the newest releases of the other libraries
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bridges tests/continual/test_lightning.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/bridges tests/continual/test_lightning.py -m "" $(ARGS)
 
 site: $(VENV)/.installed-docs ## The documentation as build/site/index.html; warnings are errors
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --builder html --doctree-dir build/doctrees docs build/site

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import zlib
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -32,7 +34,7 @@ def _prepare_torch() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--triples", action="store_true",
-        help="all triples of registered rules in the contract tests, and every combination in tests marked `pairs`",
+        help="all triples of registered rules in the contract tests, every case of those marked pairs, meets, share",
     )  # fmt: skip
     parser.addoption("--cpu", type=int, default=0, metavar="N", help="CPU seconds of the N dearest files and tests")
 
@@ -47,9 +49,29 @@ def pytest_configure(config: pytest.Config) -> None:
         tell_less(config)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that none is begun when all others have ended."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest tests first, so that none is begun when all others have ended.
+
+    ``@pytest.mark.share(n)``: one in n of the cases of a test, unless ``--triples`` asks for all or one is asked for.
+    """
+    if not config.getoption("--triples"):
+        cases = Counter(_function(item) for item in items)
+        left_out = [item for item in items if cases[_function(item)] > 1 and not _in_its_share(item)]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            gone = set(left_out)
+            items[:] = [item for item in items if item not in gone]
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _function(item: pytest.Item) -> str:
+    return item.nodeid.partition("[")[0]
+
+
+def _in_its_share(item: pytest.Item) -> bool:
+    """By a sum of its name: the same cases in every process, and in every run until one is renamed."""
+    mark = item.get_closest_marker("share")
+    return mark is None or zlib.crc32(item.name.encode()) % mark.args[0] == 0
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -143,6 +143,7 @@ def test_every_generator_has_its_effect() -> None:
         assert any(not torch.equal(first, call(shared)) for _ in range(3)), f"{name} does not advance its generator"
 
 
+@pytest.mark.nightly
 @pytest.mark.meets(estimator=["sampled", "projection", "importance"], structure=STRUCTURES)
 def test_monte_carlo_factors_average_out(estimator: str, structure: str) -> None:
     """Monte Carlo factors drawn with one fixed seed re-used for every minibatch, so that averaging never converges."""

@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from docs.suites import KINDS, PAGE, ROOT, about, files, kinds, page, suite
+from tests import conftest
 
 
 def text() -> str:
@@ -35,3 +40,23 @@ def test_the_page_counts_what_was_collected() -> None:
     assert f"collects: {total:,} tests of {total:,}" in made
     mine = str(Path(__file__).relative_to(ROOT))
     assert f"| `{mine}` | {len(kinds(ROOT / mine))} |" in made
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_share_of_long_lists_runs_and_all_where_all_are_asked_for(everything: bool) -> None:
+    class Item:
+        def __init__(self, name: str, *marks: pytest.Mark) -> None:
+            self.name, self.nodeid = name, f"file.py::{name}"
+            self.get_closest_marker = {mark.name: mark for mark in marks}.get
+
+    half = pytest.mark.share(2).mark
+    items: list[Any] = [*(Item(f"long[{k}]", half) for k in range(100)), Item("alone[0]", half)]
+    items += [Item("other[0]"), Item("other[1]")]
+    left_out: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    config: Any = SimpleNamespace(getoption=lambda name: everything and name == "--triples", hook=hook)
+    before = list(items)
+    conftest.pytest_collection_modifyitems(config, items)
+    assert sorted(map(id, items + left_out)) == sorted(map(id, before))
+    assert len(left_out) == 0 if everything else 35 < len(left_out) < 65
+    assert {one.name for one in items} >= {"alone[0]", "other[0]", "other[1]"}

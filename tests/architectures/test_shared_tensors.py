@@ -192,6 +192,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_tensors_are_exact_without_running_single_examples(name: str, runs: dict[str, int]) -> None:
     build, shape = SHARED[name]

@@ -177,6 +177,7 @@ def linear_problem():
 NUTS_DRAWS = 150
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_nuts_on_a_linear_model_has_the_closed_form():
     x, y, truth, model, likelihood = linear_problem()
@@ -196,6 +197,7 @@ def test_nuts_on_a_linear_model_has_the_closed_form():
     assert ((flat.std(0) / deviation - 1).abs() < 4.5 / (2 * effective).sqrt()).all()
 
 
+@pytest.mark.nightly
 def test_mean_field_fit_of_a_linear_model():
     """The best factorised Gaussian has the posterior's mean, and the diagonal of its precision."""
     x, y, truth, model, likelihood = linear_problem()

@@ -102,6 +102,7 @@ def finished(name: str) -> tuple[list[float], Tensor, Tensor]:
     return losses, weights, run.learner.penalty().detach()
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("kill", [(1, 0), (0, 4), (2, 5)])
 @pytest.mark.parametrize("name", [*METHODS, *SAMPLED])
 def test_the_same_numbers(name: str, kill: tuple[int, int]) -> None:

@@ -112,6 +112,7 @@ def test_calls_are_added_before_squaring(case: Case, structure: str) -> None:
         close(estimate(one, structure=structure).mean().dense(), wanted)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 @pytest.mark.parametrize("case", STRICT, ids=by_id)
 def test_empirical_fisher(case: Case, structure: str) -> None:
@@ -335,6 +336,7 @@ def test_ekfac_has_the_exact_trace_and_the_smaller_error(case: Case) -> None:
 PAIRS = [(c, s) for c in STRICT for s in MORE if (c.name, s) != ("conv2d-circular", "ekfac")]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("case", "structure"), PAIRS, ids=str)
 def test_exact_in_the_other_structures(case: Case, structure: str) -> None:
     """Against rotated squares one example at a time, the layers' blocks of the dense matrix, and its eigenvectors."""

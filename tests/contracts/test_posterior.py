@@ -80,6 +80,7 @@ def unflatten(model: nn.Module, names: list[str], flat: Tensor) -> dict[str, Ten
 # ------------------------------------------------------------------------------------------------ precision
 
 
+@pytest.mark.share(2)
 @over_kinds
 @over_core
 def test_precision(case: Case, structure: str, damping: str) -> None:
@@ -123,6 +124,7 @@ def check_matrix(matrix: Any, dense: Tensor) -> None:
     assert not torch.equal(draws, matrix.sample(4, generator=rng(2)))
 
 
+@pytest.mark.share(2)
 @over_kinds
 @over_core
 def test_matrix_methods(case: Case, structure: str, damping: str) -> None:

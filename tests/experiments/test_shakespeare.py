@@ -131,6 +131,7 @@ def test_a_small_run_on_made_up_text(tmp_path, monkeypatch):
     check_small_run(tmp_path, 0)
 
 
+@pytest.mark.nightly
 @pytest.mark.data
 @pytest.mark.skipif("LAPLACE_KF_DATA" not in os.environ, reason="LAPLACE_KF_DATA does not name a folder of data files")
 def test_a_small_run_on_the_real_text(tmp_path):

@@ -88,8 +88,7 @@ def fitted(model: nn.Module, name: str, structure: str, dtype: torch.dtype = tor
     return posterior
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.meets(name=list(CASES), structure=list(STRUCTURES))
 def test_edges_of_data_in_float64(name: str, structure: str) -> None:
     model, (x, y), settings = CASES[name]
     with unchanged(model):

@@ -175,7 +175,7 @@ def test_batches_of_graphs(kind: Library, level: str, batch_size: int) -> None:
 def test_every_structure_and_estimator_sees_the_same_in_any_batch(level: str, estimator: str, structure: str) -> None:
     kind = Library("double")
     graphs, model = several(kind, level), net(Pooled if level == "graph" else Nodes)
-    drawn = {"importance": {"columns": 500.0}, "sampled": {"samples": 100}, "projection": {"samples": 100}}
+    drawn = {"importance": {"columns": 500.0}, "sampled": {"samples": 50}, "projection": {"samples": 50}}
     settings: dict[str, Any] = drawn.get(estimator, {})
     if structure == "lowrank":
         settings = {**settings, "rank": 4}

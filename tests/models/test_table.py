@@ -19,6 +19,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 INSIDE_FLOAT32 = 1e-6  # models that compute RMSNorm or rotary positions in float32 whatever their type
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("row", HERE, ids=lambda row: f"{row.package}-{row.name}")
 def test_fits_and_is_exact(row: Row) -> None:
     result = measure(row, costs=False)

@@ -276,6 +276,7 @@ def test_bad_minibatches_change_nothing() -> None:
     assert torch.equal(oracles.flat_parameters(model), before[0]) and opt.diagnostics == before[1]
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("case", list(CASES), ids=str)
 def test_every_layer_takes_second_order_steps(case: Any) -> None:
     """All cases of the engine: losses go down and every trainable parameter moves."""

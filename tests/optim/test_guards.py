@@ -61,6 +61,7 @@ def test_kfac_inverts_every_twenty_steps() -> None:
     assert made == [1, 2, 3, 20, 20, 20, 40, 40, 40]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
 def test_projections_are_unbiased(noise: str) -> None:
     """E[v vᵀ] = I (methods 4.2): any other scale of the noise is seen."""

@@ -40,6 +40,7 @@ def objective(model: nn.Module, x: Tensor, y: Tensor, l2: float) -> float:
         return float(F.cross_entropy(model(x).double(), y)) + l2 / 2 * square
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize(("size", "damping"), [(64, 1e-4), (256, 1e-8)])  # of 256, K-FAC looks at 128
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_step_ruins_its_own_minibatch(name: str, size: int, damping: float) -> None:

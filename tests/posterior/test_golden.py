@@ -131,6 +131,7 @@ for what in ("write", "read"):
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="counts kilobytes as Linux does")
 def test_memory_is_at_most_twice_the_file(tmp_path: Path) -> None:
     """96 MiB: what writing takes beside the tensors themselves, and what reading takes in all."""

@@ -430,7 +430,10 @@ def test_runaway_weights_leave_map_and_the_temperature() -> None:
     assert all("not finite" in each["left_out"] for each in result.candidates[2:4])
 
 
-@pytest.mark.parametrize(("make", "count"), [("categorical", 60), ("bernoulli", 60), ("categorical", 3000)])
+LARGE = [("categorical", 60), ("bernoulli", 60), pytest.param("categorical", 3000, marks=pytest.mark.nightly)]
+
+
+@pytest.mark.parametrize(("make", "count"), LARGE)
 def test_objectives_keep_their_digits_beside_a_huge_one_of_map(make: str, count: int) -> None:
     """A candidate of about one nat where MAP has 1e29: its objective is its own, and no log-probability is positive."""
     model, (x, y) = ruined(1e15, torch.float64, count)

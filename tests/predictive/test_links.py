@@ -247,6 +247,7 @@ def test_probit_of_a_likelihood_without_one() -> None:
     assert posterior.predict(normal(5, 2), method="linearized", samples=4).probs.shape == (5, 1)
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_predicts(case: Any) -> None:
     """Outputs ``(N, C)``, sequences and images, every likelihood: shapes as of Monte Carlo, log densities finite."""

@@ -84,7 +84,7 @@ def tuned(name: str, path: Path | None = None) -> Any:
     return found, {key: state[key] for key in ("n_data", "prior_precision", "likelihood", "method", "temperature")}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*list(CASES)[:-1], pytest.param("noise", marks=pytest.mark.nightly)])
 def test_stopped_at_many_measurements(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, meter = tmp_path / "tune", Meter(monkeypatch)
     whole = tuned(name)

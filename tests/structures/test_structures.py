@@ -139,6 +139,7 @@ def test_bad_low_rank_options(bad: dict[str, int]) -> None:
 # ------------------------------------------------------------------------------------------------ sums over data
 
 
+@pytest.mark.share(2)
 @pytest.mark.parametrize("structure", MORE)
 @pytest.mark.parametrize("case", tagged("core"), ids=str)
 def test_split_scale_and_totals(case: Case, structure: str) -> None:
