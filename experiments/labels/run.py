@@ -205,14 +205,16 @@ def labels_rows(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: labels needed by method, and accuracies on the way."""
     runs = result["runs"]
     counts = sorted({int(n) for of in runs.values() for run in of for n in run["accuracy"]})
-    shown = [n for n in (counts[0], 70, 120, counts[-1]) if n in counts]
+    shown = sorted({n for n in (counts[0], 50, 70, 120, counts[-1]) if n in counts})
     rows = []
     for method, of in runs.items():
         cells = [method]
         for level in PUBLISHED:
             every = [needed(run["accuracy"], level) for run in of]
             cells.append(", ".join("not reached" if n is None else str(n) for n in every))
-        cells += [f"{100 * statistics.fmean(run['accuracy'][str(n)] for run in of):.1f}" for n in shown]
+        for n in shown:  # runs may be of different lengths
+            there = [run["accuracy"][str(n)] for run in of if str(n) in run["accuracy"]]
+            cells.append(f"{100 * statistics.fmean(there):.1f}" if len(there) == len(of) else "")
         rows.append([*cells, f"{statistics.fmean(run['seconds'] for run in of):.0f}"])
     head = [f"labels to {level:.0%}, by seed" for level in PUBLISHED]
     return ["chosen by", *head, *(f"% at {n}" for n in shown), "processor s"], rows

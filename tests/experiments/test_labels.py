@@ -83,6 +83,10 @@ def test_rows_say_where_levels_are_reached():
     assert head[1:3] == ["labels to 90%, by seed", "labels to 95%, by seed"]
     assert rows == [["a", "70", "190", "50.0", "91.0", "96.0", "3"],
                     ["b", "190", "not reached", "50.0", "80.0", "90.0", "2"]]  # fmt: skip
+    shorter = {**runs, "b": [{"accuracy": {"20": 0.5, "50": 0.8}, "seconds": 1.0}]}
+    head, rows = run.labels_rows({"runs": shorter})
+    assert head[3:] == ["% at 20", "% at 50", "% at 70", "% at 190", "processor s"]
+    assert [row[3:] for row in rows] == [["50.0", "", "91.0", "96.0", "3"], ["50.0", "80.0", "", "", "1"]]
 
 
 def test_settings_are_checked():
