@@ -111,7 +111,10 @@ def sentences(runs: Sequence[Mapping[str, Mapping[str, float]]]) -> list[str]:
         tuned, near = ([run[f"Kronecker, {state}{way}"] for run in runs] for state in ("tuned", SCANNED[2]))
         ratios = [row["grid_over_hmc"] for row in tuned]
         there = [row for row in near if row["grid_over_hmc"] <= LEVEL]
-        out = [row for row in near if row["grid_over_hmc"] > LEVEL or row["val_behind_se"] > ALLOWED]
+        out = [
+            row for row, ratio in zip(near, ratios, strict=True)
+            if ratio > LEVEL and (row["grid_over_hmc"] > LEVEL or row["val_behind_se"] > ALLOWED)
+        ]  # fmt: skip
         behind = ", ".join(f"{row['val_behind']:.2f} ({row['val_behind_se']:.1f})" for row in there)
         price = (
             f"Settings that do exist for {len(there)} of {len(runs)} seeds; the best of them on the validation points "

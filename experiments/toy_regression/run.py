@@ -238,7 +238,7 @@ def _repetition(config: Config, seed: int) -> report.Outcome:
             warnings.simplefilter("ignore", UserWarning)  # a best value on the grid's edge: the table marks it
             result = posterior.tune(
                 val, n_data=[factor * config.points for factor in config.n_data_factors],
-                prior_precision=config.prior_precisions, samples=config.tune_samples, generator=rng,
+                prior_precision=config.prior_precisions, method="mc", samples=config.tune_samples, generator=rng,
             )  # fmt: skip
         tuning[name] = {"best": result.best, "at_edge": result.at_edge, "table": result.table}
         settings[f"{name}, tuned"] = {key: result.best[key] for key in ("n_data", "prior_precision")}

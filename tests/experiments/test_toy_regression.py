@@ -154,3 +154,7 @@ def test_sentences_say_whether_any_tuning_gets_there():
     assert one_is_allowed.endswith("for 1 of 2 seeds.")
     none, _ = report.sentences(runs((1.3, 0.0), (1.3, 0.1)))
     assert "No setting does." in none and none.endswith("for 2 of 2 seeds: no tuning on them gets there.")
+    got_there = runs((1.2, 1.0), (1.1, 0.75))
+    got_there[0]["Kronecker, tuned"] = row(1.0)  # by luck: a search that draws otherwise
+    drawn, _ = report.sentences(got_there)
+    assert "1 of 2 seeds are at most at 1.2" in drawn and drawn.endswith("for 1 of 2 seeds.")
