@@ -99,10 +99,10 @@ def test_nothing_is_left_over(run: Callable[[Path], Callable[[int], None]], tmp_
     once = run(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for k in range(4):
+        for k in range(8):
             once(k)
         before = tensors()
-        for k in range(4, 12):
+        for k in range(8, 16):
             once(k)
     assert tensors() <= before
 
