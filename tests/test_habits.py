@@ -51,6 +51,9 @@ def test_a_grad_scaler_does_not_divide_what_it_never_multiplied(name: str, call:
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.param_groups[0]["lr"] = 0.5  # a scheduler's way
     assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.5
+    own: dict[str, Any] = {"__name__": "mine.grad_scaler"}  # somebody else's file of that name reads them as anybody
+    exec("def rate(optimizer): return optimizer.param_groups[0]['lr']", own)
+    assert own["rate"](optimizer) == 0.5
 
 
 def test_a_disabled_grad_scaler_is_none() -> None:
@@ -251,6 +254,28 @@ STATES = {
     "global": "other outputs for the same inputs when it runs again",
     "parameter": r"module 'inner' writes into its parameter 'start'.*model\.eval\(\)\(x\)",
 }
+
+
+@pytest.mark.parametrize("product", ["ggn_vector_product", "hessian_vector_product"])
+def test_products_ask_once_whether_two_passes_agree(product: str) -> None:
+    """A pass more for each product of conjugate gradients would be a fifth of it; another layer is asked again."""
+    model = Wrapped(Stateful("none"))
+    calls = []
+    model.inner.register_forward_pre_hook(lambda module, args: calls.append(1))
+    x, y, vector = torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 0]), torch.ones(15).double()
+
+    def passes() -> int:
+        calls.clear()
+        getattr(lk.curvature, product)(model, "categorical", (x, y), vector)
+        return len(calls)
+
+    first = passes()
+    assert passes() == first - 1 == passes()
+    model.inner.layer = nn.Sequential(nn.Linear(3, 3, dtype=torch.float64))
+    assert passes() == first
+    model.inner.how = "attribute"  # what a module holds is looked at each time
+    with pytest.raises(lk.errors.UnsupportedLayer, match="attribute 'calls'"):
+        passes()
 
 
 def test_what_a_network_keeps_from_pass_to_pass_in_eval_mode() -> None:

@@ -53,7 +53,6 @@ from laplace_kf.tape.blocks import flat_layout
 
 __all__ = ["Proposal", "SecondOrder"]
 
-SCALER = "grad_scaler.py"  # torch's file; its unscale_ and step read the groups of what they divide
 BOOST = 10.0  # factor on the damping after a rejected step
 RETRIES = 12
 
@@ -88,7 +87,8 @@ class SecondOrder(torch.optim.Optimizer):
         Raises:
             IncompatiblePair: for a ``GradScaler``, which reads them to divide gradients that it never multiplied.
         """
-        if sys._getframe(1).f_code.co_filename.endswith(SCALER):
+        reader = sys._getframe(1).f_globals.get("__name__", "")
+        if reader.startswith("torch.") and reader.endswith("grad_scaler"):  # of FSDP, too
             raise IncompatiblePair(
                 "GradScaler has nothing to scale here: backward and step take the gradient of the loss as it is, in "
                 "full precision outside of the model. Call optimizer.step() in place of scaler.step(optimizer), and "
