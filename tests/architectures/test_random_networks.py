@@ -71,7 +71,7 @@ def owes(plan: Plan) -> None:
 
 @example(Plan("tokens", ("attention", "norm"), "tied", "categorical", 2, 3, 0))
 @example(Plan("sequences", ("used twice", "gru"), "each", "gaussian", 2, 2, 1))
-@settings(max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None, suppress_health_check=SLOW)
 @given(plan=plans())
 def test_random_networks_are_exact(plan: Plan) -> None:
     owes(plan)
