@@ -60,6 +60,11 @@ def dense() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
+def wide() -> nn.Module:
+    """Wider than a strip of a product: sums lie in rows of whole cache lines."""
+    return nn.Sequential(nn.Linear(3, 131), nn.Tanh(), nn.Linear(131, 3)).double()
+
+
 def convolution() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, 3)), nn.Conv1d(1, 3, 2), nn.BatchNorm1d(3), nn.ReLU(), nn.Flatten(), nn.Linear(6, 3)
@@ -107,6 +112,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 # name: network, data, posterior, fit
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
     **{f"kron-{name}": (dense, loader, {"structure": "kron"}, {}) for name, loader in LOADERS.items()},
+    "wide": (wide, LOADERS["list"], {}, {}),
     "sampled": (dense, LOADERS["shuffled"], {"estimator": "sampled"}, {}),
     "projection": (dense, LOADERS["augmented"], {"structure": "diag", "estimator": "projection", "samples": 2}, {}),
     "importance": (convolution, LOADERS["list"], {"estimator": "importance"}, {}),
