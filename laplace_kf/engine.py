@@ -139,7 +139,8 @@ class Accumulator:
         with torch.no_grad():
             if observation.outputs.requires_grad:  # else no selected parameter took part: no curvature
                 counting, early = self.structure.counts_positions, self.structure.inputs_first
-                observation.watches = counting and not early
+                asks = counted is not None or not observation.remembered(self._patterns)
+                observation.watches = counting and not early and asks
                 if counting and early:
                     self.structure.add_inputs(self.sums, observation.input_signals(counted, self._patterns))
                 self.estimator.measure(observation, self.likelihood, self, self._source(numbers))

@@ -161,7 +161,7 @@ def _is_plain(parameter: Tensor) -> bool:
         and parameter.layout is torch.strided
         and parameter.is_floating_point()
         and not parameter.is_meta
-        and parameter._backward_hooks is None
+        and not parameter._backward_hooks  # an empty dictionary after unpickling
         and parameter.is_contiguous()
     )
 

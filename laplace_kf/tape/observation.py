@@ -134,7 +134,7 @@ class Observation:
             counted: which outputs count, bool of the shape of the outputs; ``None`` for all of them.
             patterns: what was found with the same weights, to be used and filled; ``None`` to ask.
         """
-        members = {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
+        members = self._of_matrices()
         found = {name: self._matrix_signals(self.tracer.blocks[name], calls, None) for name, calls in members.items()}
         several = any(_positions(signal) > 1 and not self._is_live(signal) for signal in found.values())
         if counted is None and not several:
@@ -145,6 +145,14 @@ class Observation:
         several = several and self.outputs.requires_grad
         reach = self._pattern(found, members, counted, patterns) if several else {}
         return {name: _marked(signal, reach.get(name), examples) for name, signal in found.items()}
+
+    def remembered(self, patterns: Patterns) -> bool:
+        """Whether it is known of a pass that was wired in the same way which positions it reaches."""
+        return self.wiring is not None and (self.wiring, tuple(self._of_matrices())) in patterns
+
+    def _of_matrices(self) -> dict[str, list[Call]]:
+        """The calls of every matrix block."""
+        return {n: m for n, m in self._by_block().items() if self.tracer.blocks[n].factorises}
 
     def _is_live(self, signal: MatrixSignals) -> bool:
         uses = [signal.straight, signal.turned] if isinstance(signal, TiedSignals) else [signal]
@@ -445,9 +453,10 @@ PROBES = 4  # outputs of a layer that are looked at first
 
 
 def _reaches_all(g: Tensor) -> bool:
-    """Whether columns ``(V, N, T, R, O)`` are seen to be not zero at any position, by a look at some outputs."""
+    """Whether columns ``(V, N, T, R, O)`` are seen to be not zero at any position: some outputs of all, all of some."""
     some = g[..., :: max(1, g.shape[-1] // PROBES)]
-    return bool((some != 0).any(-1).any(-1).any(0).all())
+    left = ~(some != 0).any(-1).any(-1).any(0)
+    return not bool(left.any()) or bool((g[:, left] != 0).flatten(2).any(2).any(0).all())
 
 
 def _reached_positions(signal: MatrixSignals) -> list[Tensor | None]:

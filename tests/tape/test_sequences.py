@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -235,9 +236,20 @@ def test_modes_functions_and_hooks_of_torch_count(monkeypatch: pytest.MonkeyPatc
             plain = getattr(owner, attribute)
             patch.setattr(owner, attribute, lambda *a, plain=plain, **k: plain(*a, **k))
             assert sequences.read(model) is None, attribute
-    model[2].weight.register_hook(lambda grad: 2 * grad)
+    handle = model[2].weight.register_hook(lambda grad: 2 * grad)
     assert sequences.read(model) is None
-    assert sequences.read(net()) is not None
+    handle.remove()
+    assert sequences.read(model) is not None and sequences.read(net()) is not None
+
+
+def test_a_network_from_a_file_is_one(no_tape: None) -> None:
+    """Its parameters have a dictionary of hooks, with none in it."""
+    file = io.BytesIO()
+    torch.save(net(), file)
+    file.seek(0)
+    model = torch.load(file, weights_only=False)
+    assert model[0].weight._backward_hooks is not None
+    assert torch.equal(dense(model, *data()), dense(net(), *data()))
 
 
 SAME = {
