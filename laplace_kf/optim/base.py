@@ -28,11 +28,12 @@ from torch.autograd.graph import GradientEdge
 from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss, warn_of_links
 from laplace_kf.batches import check_finite, to_device, to_tensors
-from laplace_kf.callers import users_line
+from laplace_kf.callers import users_line, warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
+from laplace_kf.lookups import leaves_hooks_out
 from laplace_kf.missing import check_batch
 from laplace_kf.models import lasting, parameters_of, preserved, usable
 from laplace_kf.operators import fresh_generator
@@ -50,6 +51,7 @@ from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
+from laplace_kf.tape.chance import require_a_function
 
 __all__ = ["Proposal", "SecondOrder"]
 
@@ -134,6 +136,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
         self.pending = PendingStep(self.objective, self.tracer, self.named, self.names, self.l2)
+        self._met: set[str] = set()  # parameters that a loss depended on
         self._reached = False  # whether trial steps can put other weights into the model; asked once
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 
@@ -279,6 +282,7 @@ class SecondOrder(torch.optim.Optimizer):
         weights = [self.named[name] for name in self.names]
         wanted: list[Any] = [*weights, *self._edges(observation)]
         grads = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
+        self._met |= {n for n, gradient in zip(self.names, grads, strict=False) if gradient is not None}
         try:
             self._measure(batch, observation, grads[len(weights) :])
             self.pending.add(batch, *self.peers.mean(grads[: len(weights)], weights, float(loss.detach()), batch.count))
@@ -292,9 +296,18 @@ class SecondOrder(torch.optim.Optimizer):
         with preserved(self.model):
             for module, mode in modes:
                 module.training = mode
-            call = lambda: as_tensor(self.objective.runner(data)[0])  # noqa: E731
-            require_reached(self.model, self.user_forward, self.names, call)
+            again = lambda other: as_tensor(self.objective.runner(other)[0])  # noqa: E731
+            if any(mode for _, mode in modes):  # what changes in training mode is the user's business
+                again(data)  # and fills what is kept from pass to pass, by which weights could be reached
+                require_reached(self.model, self.user_forward, self.names, lambda: again(data))
+            else:
+                require_a_function(self.model, self.user_forward, self.names, again, data)
         self._reached = True
+        if leaves_hooks_out(self.model):
+            warn_user(
+                "the forward pass puts hooks on tensors (Tensor.register_hook), and what they make of gradients is left"
+                " out: steps are of the loss itself. Clip or scale .grad between optimizer.backward(x, y) and step()"
+            )
 
     def _require_unchanged(self) -> None:
         """Refuses a model whose layers were replaced since the optimiser was made."""
@@ -349,6 +362,8 @@ class SecondOrder(torch.optim.Optimizer):
             self._take_in(x, y)
         if not self.pending.batches:
             raise NotFitted("step needs a minibatch: call step(x, y), or backward(x, y) before step()")
+        if self.peers.ranks is None:
+            self.tracer.require_all_seen([n for n in self.layout.names if n not in self._met])
         loss = self.pending.regularised(self._zero.double())
         gradient = self.flat({n: gradient_of(self.named[n]) for n in self.layout.names})
         if not all_finite(gradient):

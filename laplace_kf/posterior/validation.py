@@ -42,6 +42,7 @@ from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predicti
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
+from laplace_kf.predictive.calls import require_movable
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 from laplace_kf.resuming import digest
 
@@ -200,12 +201,14 @@ class Validation:
                 batch = of_role(to_device(batch, self.device), "val_mask")
                 if index == 0:
                     require_same_loss(model, batch, read, self.fitted.likelihood)
+                plain = weighting.inputs_without_weights(batch) if getattr(read, "plain", False) else batch
+                if index == 0:  # before anything is kept from a pass
+                    require_movable(model, forward, self.mean, inputs_of(plain, forward))
                 with multiply_adds(not batches) as work:
                     found, wanted = run(model, batch, read)
                 check_ignored(*weighting.without(batch, read)[:1], bare(wanted), self.fitted.likelihood, forward)
                 self.fitted.likelihood.check(found, wanted)
-                batch = weighting.inputs_without_weights(batch) if getattr(read, "plain", False) else batch
-                site = self._site(inputs_of(batch, forward))
+                site = self._site(inputs_of(plain, forward))
                 at_mean = found if self._trained else outputs_at(site[0], site[1], self.mean, site[2])
                 if not batches:
                     self._count_passes(work[0], site, found)
