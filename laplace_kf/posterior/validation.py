@@ -194,7 +194,7 @@ class Validation:
         model, forward = self.fitted.model, self.fitted.forward
         read = weighting.reader(forward, self.fitted.weights)
         batches: list[Batch] = []
-        seen = 0
+        seen, counted = 0, 0
         with preserved(model), torch.no_grad():
             for index, batch in enumerate(weighting.batches(val, self.fitted.weights, model)):
                 check_batch(batch, index, "the validation batch", read, self.fitted.likelihood.nan_is_missing)
@@ -215,12 +215,18 @@ class Validation:
                 made = Batch(site, at_mean, wanted)
                 batches += self._cut(made) if self.mixed else [made]
                 seen += found.shape[0]
+                counted += self.fitted.likelihood.counted_examples(found, wanted)
                 if limit is not None and seen >= limit:
                     break
         if not seen:
             raise ShapeMismatch(
                 "the validation data are empty: no batch was yielded; a generator that was read before is empty: "
                 "give a list or a DataLoader"
+            )
+        if not counted:
+            raise ShapeMismatch(
+                f"all targets of the validation data are ignored ({self.fitted.likelihood!r}), so there is nothing to "
+                "choose by; check the targets, or the ignore_index of the likelihood"
             )
         return batches
 
