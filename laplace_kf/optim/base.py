@@ -39,7 +39,7 @@ from laplace_kf.models import lasting, parameters_of, preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
-from laplace_kf.optim.groups import first_order_step, make_groups
+from laplace_kf.optim.groups import first_order_step, hooks_that_change, make_groups, require_trained
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.peers import peers_of
 from laplace_kf.optim.pending_step import PendingStep, Proposal, gradient_of
@@ -81,6 +81,30 @@ class SecondOrder(torch.optim.Optimizer):
             ``model_decrease`` are NaN where nothing asked for them, ``rejected`` counts the updates that were refused
             before one was accepted.
     """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are made with the optimiser.
+
+        Raises:
+            IncompatiblePair: afterwards.
+        """
+        if "named" in vars(self):
+            raise IncompatiblePair(
+                "groups of parameters are made with the optimiser, whose curvature is of its own ones; make a new one "
+                'for more parameters, with groups=[{"params": patterns, "lr": 0.1}] where rates differ'
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which would hold the model and half of what a step needs.
+
+        Raises:
+            IncompatiblePair: always; says what to do.
+        """
+        raise IncompatiblePair(
+            f"a {type(self).__name__} is neither copied nor pickled, as it goes with its model; copy the model, make "
+            "an optimiser for it with the same settings, and twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))"
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -136,7 +160,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
         self.pending = PendingStep(self.objective, self.tracer, self.named, self.names, self.l2)
-        self._met: set[str] = set()  # parameters that a loss depended on
+        self._met: frozenset[str] = frozenset()  # parameters that a loss depended on
         self._reached = False  # whether trial steps can put other weights into the model; asked once
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 
@@ -281,7 +305,11 @@ class SecondOrder(torch.optim.Optimizer):
             )
         weights = [self.named[name] for name in self.names]
         wanted: list[Any] = [*weights, *self._edges(observation)]
-        grads = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
+        hooked = not self._met and any(weight._backward_hooks for weight in weights)
+        keep = observation is not None
+        grads = torch.autograd.grad(loss, wanted, retain_graph=keep or hooked, allow_unused=True)
+        if hooked:
+            self._say_of_hooks(hooks_that_change(loss, self.named, dict(zip(self.names, grads, strict=False)), keep))
         self._met |= {n for n, gradient in zip(self.names, grads, strict=False) if gradient is not None}
         try:
             self._measure(batch, observation, grads[len(weights) :])
@@ -289,6 +317,15 @@ class SecondOrder(torch.optim.Optimizer):
         except BaseException:
             self._clear()  # its part of the sums cannot be taken out again
             raise
+
+    def _say_of_hooks(self, names: Sequence[str]) -> None:
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            warn_user(
+                f"a hook changes the gradient of parameter {names[0]!r}{more}, and steps are that gradient times an "
+                "inverse curvature: entries that the hook sets to 0 move all the same. Leave weights that have to stay "
+                "out with parameters=[patterns], or set them again after each step"
+            )
 
     def _require_reached(self, data: Any) -> None:
         """Refuses weights that a trial step could not move, by a pass in the mode of the steps."""
@@ -313,6 +350,7 @@ class SecondOrder(torch.optim.Optimizer):
         """Refuses a model whose layers were replaced since the optimiser was made."""
         shapes = [tuple(self.named[name].shape) for name in self.names]
         now = parameters_of(self.model, self.names, shapes, "the optimiser")
+        require_trained(now, self.names)
         replaced = [name for name in self.names if now[name] is not self.named[name]]
         if replaced:
             raise ShapeMismatch(

@@ -82,8 +82,8 @@ def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Seq
     """
     if targets.is_complex():
         raise InvalidTarget(
-            f"{who}: targets are complex ({targets.dtype}), and likelihoods are of real ones; put the two parts side by "
-            "side, torch.view_as_real(targets).flatten(1), and those of the outputs likewise"
+            f"{who}: targets are complex ({targets.dtype}), and likelihoods are of real ones; put the two parts side "
+            "by side, torch.view_as_real(targets).flatten(1), and those of the outputs likewise"
         )
     found = tuple(targets.shape)
     if found not in {tuple(e) for e in expected}:
