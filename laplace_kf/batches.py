@@ -27,6 +27,7 @@ from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, Unsuppor
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called, named_parameters
 from laplace_kf.returned import as_tensor, both, explained, readable
+from laplace_kf.segments import run_once
 
 __all__ = [
     "Forward",
@@ -59,8 +60,7 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
         The output tensor; of a structured output, its ``logits``.
 
     Raises:
-        ShapeMismatch: if a mapping has none of the model's arguments, or lacks one; or if the model returns neither a
-            tensor nor something with ``logits``.
+        ShapeMismatch: if a mapping lacks an argument of the model, or if the model returns nothing with ``logits``.
     """
     if graphs.is_graph(inputs):
         return graphs.outputs(inputs, as_tensor(graphs.call(model, inputs)))
@@ -157,7 +157,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, 
     user's data, or what the next pass sees. Targets come back on the device of the outputs, which may be another one.
     """
     batch = private(_beside(batch, model))
-    with as_called(), as_functions(model), explained(model, batch, forward):
+    with as_called(), as_functions(model), run_once(), explained(model, batch, forward):
         outputs, targets = default_forward(model, batch) if forward is None else both(forward(model, batch))
     outputs = as_tensor(outputs)
     return outputs, to_device(to_tensors(targets, model), outputs.device)
@@ -171,7 +171,7 @@ def predicted(model: nn.Module, inputs: Any, forward: Forward | None) -> Tensor:
             ``inputs`` has examples, or if the model returns no tensor.
     """
     inputs = private(_beside(inputs, model))
-    with as_called(), as_functions(model):
+    with as_called(), as_functions(model), run_once():
         return called(model, inputs, forward)
 
 

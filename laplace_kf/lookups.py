@@ -1,9 +1,10 @@
-"""Tables looked up by tokens, as the functions that they are: what autograd is told of them is not always that.
+"""Calls as the functions that they are, tables looked up by tokens above all: autograd is not always told that.
 
 ``F.embedding(scale_grad_by_freq=True)`` divides gradients by token counts, ``max_norm=`` rewrites rows of the weight in
 the forward pass without telling autograd, ``sparse=True`` gives gradients that cannot be differentiated again, and
 ``F.embedding_bag`` has neither a second derivative nor a batching rule. :func:`plain` is the same function of weight
 and tokens made of ordinary operations, so that derivatives are those of the function, and nothing is written anywhere.
+``Tensor.register_hook`` makes something else of a gradient: it is left out.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-__all__ = ["Plainly", "as_functions", "lookup", "note_plain", "padding_rows", "plain"]
+from laplace_kf.replica import original
+
+__all__ = ["NoHook", "Plainly", "as_functions", "leaves_hooks_out", "lookup", "note_plain", "padding_rows", "plain"]
 
 TINY = 1e-7  # what torch adds to the norm of a row before it divides by it
 _PLAINLY: WeakSet[nn.Module] = WeakSet()  # models met with such a call that none of their modules tells of
+_HOOKED: WeakSet[nn.Module] = WeakSet()  # those whose forward pass puts hooks on tensors
+_WATCHED: WeakSet[nn.Module] = WeakSet()  # models whose first pass was watched for one
 
 
 def lookup(tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -39,13 +44,26 @@ def lookup(tokens: Tensor, weight: Tensor, padding_idx: int | None = None) -> Te
     return rows.masked_fill((tokens < 0)[..., None], 0.0)
 
 
-def plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Tensor] | None:
+def plain(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Any] | None:
     """What a call is as a function of its tensors, of any shape, to be called in its place, or ``None``."""
     if func is F.embedding:
         return _plain_embedding(_EMBEDDING, args, kwargs)
     if func is F.embedding_bag:
         return _plain_bag(_BAG, args, kwargs)
-    return None
+    return NoHook if func is Tensor.register_hook else None
+
+
+class NoHook:
+    """The handle of a hook on a tensor (of any shape) that was left out."""
+
+    def remove(self) -> None:
+        """Nothing is there."""
+
+    def __enter__(self) -> NoHook:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
 
 
 _EMBEDDING = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
@@ -123,7 +141,14 @@ def _bags(offsets: Tensor, count: int, closed: bool) -> tuple[Tensor, Tensor]:
 
 
 class Plainly(TorchFunctionMode):
-    """Runs every lookup as the function that it is."""
+    """Runs every lookup as the function that it is, and leaves hooks on tensors out.
+
+    Attributes:
+        found: whether there was such a call.
+        hooks: whether one of them was for a hook.
+    """
+
+    found, hooks = False, False
 
     def __torch_function__(
         self,
@@ -133,22 +158,36 @@ class Plainly(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         instead = plain(func, args, kwargs or {})
-        return func(*args, **(kwargs or {})) if instead is None else instead()
+        if instead is None:
+            return func(*args, **(kwargs or {}))
+        self.found, self.hooks = True, self.hooks or instead is NoHook
+        return instead()
 
 
 def note_plain(model: nn.Module) -> None:
-    """From now on the lookups of this model run as :func:`plain` ones, although none of its modules tells of them."""
-    _PLAINLY.add(model)
+    """From now on such calls of this model run as :func:`plain` ones, although none of its modules tells of them."""
+    _PLAINLY.add(original(model))
 
 
 @contextmanager
 def as_functions(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's lookups are the functions that they are; costs nothing for a model that has none others."""
-    if model not in _PLAINLY and not any(map(_tells, model.modules())):
+    """Inside, the model's calls are the functions that they are; costs nothing for a model that has none others."""
+    known = original(model)
+    told = known in _PLAINLY or any(map(_tells, model.modules()))
+    if not told and known in _WATCHED:
         yield
         return
-    with Plainly():
+    with Plainly() as mode:
         yield
+    if not told:
+        (_PLAINLY if mode.found else _WATCHED).add(known)
+    if mode.hooks:
+        _HOOKED.add(known)
+
+
+def leaves_hooks_out(model: nn.Module) -> bool:
+    """Whether a pass of the model inside of :func:`as_functions` would have put hooks on tensors."""
+    return original(model) in _HOOKED
 
 
 def padding_rows(model: nn.Module) -> dict[str, int]:

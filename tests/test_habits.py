@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +72,59 @@ def test_closures_are_refused_with_the_line() -> None:
     optimizer = lk.optim.kfac(net(), "categorical")
     with pytest.raises(lk.errors.IncompatiblePair, match=r"no closure.*optimizer\.step\(x, y\)"):
         optimizer.step(lambda: torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ({"weight_decay": 0.1}, "taken by no group.*l2= of the optimiser"),
+        ({"betas": (0.9, 0.99)}, "taken by no group.*keys: params, lr"),
+        ({"momentum": 0.9}, "first_order=True.*momentum=True of the optimiser"),
+    ],
+)
+def test_what_groups_of_other_optimisers_have(group: dict[str, Any], says: str) -> None:
+    with pytest.raises(lk.errors.LaplaceKFError, match=says):
+        lk.optim.kfac(net(), "categorical", groups=[{"params": "0.*", **group}])
+
+
+def test_groups_are_made_with_the_optimiser_and_copies_by_state() -> None:
+    model = net()
+    optimizer = lk.optim.kfac(model, "categorical", parameters=["2.*"])
+    with pytest.raises(lk.errors.IncompatiblePair, match="made with the optimiser"):
+        optimizer.add_param_group({"params": list(model[0].named_parameters())})
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"neither copied nor pickled.*load_state_dict\(copy"):
+            copied(optimizer)
+
+
+@pytest.mark.parametrize("name", ["kfac", "natural_gradient"])
+def test_parameters_that_are_frozen_while_they_are_trained(name: str) -> None:
+    model = net()
+    optimizer = getattr(lk.optim, name)(model, "categorical")
+    optimizer.step(X, Y)
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"'0\.weight' was frozen.*\"first_order\": True, \"lr\": 0\.0"):
+        optimizer.step(X, Y)
+    model[0].weight.requires_grad_()
+    optimizer = getattr(lk.optim, name)(
+        model, "categorical", groups=[{"params": "0.weight", "first_order": True, "lr": 0.0}]
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step(X, Y)  # the line of the message
+    assert [torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)] == [True, False, False, False]
+
+
+def test_hooks_that_mask_gradients_do_not_hold_weights() -> None:
+    """A hook that only looks is nobody's business."""
+    model, seen = net(), []
+    model[0].weight.register_hook(lambda gradient: seen.append(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        lk.optim.kflr(model, "categorical").step(X, Y)
+    model[2].weight.register_hook(lambda gradient: gradient * 0)
+    with pytest.warns(UserWarning, match=r"changes the gradient of parameter '2\.weight'.*parameters=\[patterns\]"):
+        lk.optim.kflr(model, "categorical").step(X, Y)
+    assert len(seen) == 2 and len(model[2].weight._backward_hooks) == 1
 
 
 # -- models ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,3 +197,88 @@ def test_networks_that_draw_nothing_and_forwards_that_do_are_not_warned_of() -> 
         lk.LaplacePosterior(
             Noisy("none"), "categorical", forward=lambda m, b: (m(b[0] + 0.1 * torch.randn_like(b[0])), b[1])
         ).fit((X, Y))
+
+
+# each in place of a fit, which looks for itself; the first call of all that looks at a network it has not seen
+LOADED: dict[str, Callable[[Any], Any]] = {
+    "predict": lambda p: p.predict(X, method="map"),
+    "draws": lambda p: p.predict(X, method="mc", samples=2),
+    "covariance": lambda p: p.functional_covariance(X),
+    "tune": lambda p: p.tune((X, Y), samples=2),
+    "calibrate": lambda p: p.calibrate((X, Y)),
+    "leverage": lambda p: p.ood_score(X, kind="leverage", layers="all"),
+    "influence": lambda p: lk.attribution.influence(p, (X, Y), (X, Y)),
+    "derivatives": lambda p: p.derivatives(X),
+    "export": lambda p: p.export(X, dynamic=False),
+}
+
+
+def test_a_loaded_posterior_looks_at_the_network_it_was_given(tmp_path: Path) -> None:
+    plain = Wrapped(Stateful("none"))
+    lk.LaplacePosterior(plain, "categorical", structure="kron").fit([(X, Y)]).save(tmp_path / "kept.st")
+
+    def case(name: str) -> None:
+        # every call meets two of the states, every state some call
+        first = list(LOADED).index(name)
+        for state in [list(STATES)[(first + k) % len(STATES)] for k in (0, 3)]:
+            model = Wrapped(Stateful(state)).eval()
+            posterior = lk.LaplacePosterior.load(tmp_path / "kept.st", model)
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises(lk.errors.UnsupportedLayer, match=STATES[state]):
+                LOADED[name](posterior)
+            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+            assert model.inner.calls == 0 and model.inner.cache is None and not model.inner.seen
+            assert torch.isfinite(LOADED["predict"](lk.LaplacePosterior.load(tmp_path / "kept.st", plain)).probs).all()
+
+    of_every(case, LOADED)
+
+
+class Keeps(nn.Module):
+    """Makes something of a weight in its first pass, and keeps it."""
+
+    def __init__(self, graph: bool) -> None:
+        super().__init__()
+        self.layer, self.graph, self.kept = nn.Linear(3, 3, dtype=torch.float64), graph, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = 2 * (self.layer.weight if self.graph else self.layer.weight.detach())
+        return nn.functional.linear(x, self.kept, self.layer.bias)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_was_made_of_weights_is_not_kept_from_pass_to_pass(graph: bool, tmp_path: Path) -> None:
+    """Draws and steps would go on with the old one; products differentiate it as it is."""
+    fitted = lk.LaplacePosterior(Wrapped(Keeps(True)), "categorical", parameters=["*.bias"]).fit([(X, Y)])
+    assert len(fitted.mean) == 1  # the weight stays what it is
+    kept = r"another way than|keeps its attribute 'kept', which it made of its weights|never took part"
+    calls: dict[str, Callable[[nn.Module], Any]] = {
+        "fit": lambda m: lk.LaplacePosterior(m, "categorical").fit([(X, Y)]),
+        "kfac": lambda m: lk.optim.kfac(m, "categorical").step(X, Y),
+        "natural_gradient": lambda m: lk.optim.natural_gradient(m, "categorical").step(X, Y),
+    }
+
+    def case(name: str, training: bool) -> None:
+        model = Wrapped(Keeps(graph)).train(training)
+        with pytest.raises(lk.errors.UnsupportedLayer, match=kept):
+            calls[name](model)
+        assert training or model.inner.kept is None
+
+    of_every(case, [(name, training) for name in calls for training in (False, True)])
+    lk.LaplacePosterior(Wrapped(Stateful("none")), "categorical", parameters=["*.layer.*"], structure="kron").fit(
+        [(X, Y)]
+    ).save(tmp_path / "kept.st")
+    for name in ("predict", "draws", "tune", "influence"):
+        posterior = lk.LaplacePosterior.load(tmp_path / "kept.st", Wrapped(Keeps(graph)))
+        with pytest.raises(lk.errors.UnsupportedLayer, match=kept):
+            LOADED[name](posterior)
+
+
+def test_products_of_later_minibatches_see_what_the_first_one_kept() -> None:
+    found = []
+    for data in ([(X, Y)], [(X[:3], Y[:3]), (X[3:], Y[3:])]):
+        model = Wrapped(Keeps(True))
+        torch.nn.init.ones_(model.inner.layer.weight)
+        torch.nn.init.zeros_(model.inner.layer.bias)
+        found.append(lk.curvature.ggn_vector_product(model, "categorical", data, torch.arange(12).double()))
+    torch.testing.assert_close(found[0], found[1])

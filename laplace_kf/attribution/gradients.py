@@ -22,8 +22,9 @@ from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive.covariance_shares import Piece
 from laplace_kf.reading import paired
 from laplace_kf.replica import stage
-from laplace_kf.substitution import reached, require_reached, substituted
+from laplace_kf.substitution import reached, substituted
 from laplace_kf.tape import Observation, Tracer
+from laplace_kf.tape.chance import require_a_function
 
 __all__ = ["Gradients", "at_mean", "batches_of"]
 
@@ -70,7 +71,8 @@ class Gradients:
         check_batch(batch, index, what, self._read, self.likelihood.nan_is_missing)
         names = list(self.forward.weights)
         if not reached(self.model, self._original, names):
-            require_reached(self.model, self._original, names, lambda: run(self.model, batch, self._read)[0])
+            again = lambda other: run(self.model, other, self._read)[0]  # noqa: E731
+            require_a_function(self.model, self._original, names, again, batch)
         observation = self.tracer.observe(batch, index)
         self.likelihood.check(observation.outputs.detach(), observation.targets)
         return observation

@@ -29,6 +29,7 @@ from laplace_kf.batches import Forward, check_finite, map_examples, to_device
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, UnknownName, UnsupportedLayer
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, KroneckerBlock, Matrix, Spectral
+from laplace_kf.predictive.calls import require_movable
 from laplace_kf.predictive.linearized import Stand
 from laplace_kf.replica import current, standing
 from laplace_kf.tape import (
@@ -109,6 +110,7 @@ class Leverage:
         self.sharing = sharing
         self.device = next(iter(mean.values())).device
         leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
+        self._require_movable = lambda x: require_movable(model, forward, mean, x)
         self._new_tracer = lambda: Tracer(model, Stand(model, forward, leaves), weights=leaves)
         self._tracer: Tracer | None = None
         self._blocks: Mapping[str, Block] = {}
@@ -136,7 +138,9 @@ class Leverage:
         """
         check_finite(x, 0, "the input")
         with self._lock, current(self.model), preserved(self.model):
-            observation = self._observed(to_device(x, self.device))
+            x = to_device(x, self.device)
+            self._require_movable(x)
+            observation = self._observed(x)
             with torch.no_grad():
                 signals = observation.input_signals()
             order = [block.name for call in observation.calls for block in observation.blocks_of(call)]

@@ -28,17 +28,18 @@ from torch.autograd.graph import GradientEdge
 from laplace_kf import weighting
 from laplace_kf.agreement import as_read, require_same_loss, warn_of_links
 from laplace_kf.batches import check_finite, to_device, to_tensors
-from laplace_kf.callers import users_line
+from laplace_kf.callers import users_line, warn_user
 from laplace_kf.errors import IncompatiblePair, NonFinite, NotFitted, ShapeMismatch
 from laplace_kf.keywords import explained
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.linalg import all_finite
+from laplace_kf.lookups import leaves_hooks_out
 from laplace_kf.missing import check_batch
 from laplace_kf.models import lasting, parameters_of, preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
-from laplace_kf.optim.groups import first_order_step, make_groups
+from laplace_kf.optim.groups import first_order_step, hooks_that_change, make_groups, require_trained
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.peers import peers_of
 from laplace_kf.optim.pending_step import PendingStep, Proposal, gradient_of
@@ -50,6 +51,7 @@ from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
+from laplace_kf.tape.chance import require_a_function
 
 __all__ = ["Proposal", "SecondOrder"]
 
@@ -79,6 +81,30 @@ class SecondOrder(torch.optim.Optimizer):
             ``model_decrease`` are NaN where nothing asked for them, ``rejected`` counts the updates that were refused
             before one was accepted.
     """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are made with the optimiser.
+
+        Raises:
+            IncompatiblePair: afterwards.
+        """
+        if "named" in vars(self):
+            raise IncompatiblePair(
+                "groups of parameters are made with the optimiser, whose curvature is of its own ones; make a new one "
+                'for more parameters, with groups=[{"params": patterns, "lr": 0.1}] where rates differ'
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which would hold the model and half of what a step needs.
+
+        Raises:
+            IncompatiblePair: always; says what to do.
+        """
+        raise IncompatiblePair(
+            f"a {type(self).__name__} is neither copied nor pickled, as it goes with its model; copy the model, make "
+            "an optimiser for it with the same settings, and twin.load_state_dict(deepcopy(optimizer.state_dict()))"
+        )
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -134,6 +160,7 @@ class SecondOrder(torch.optim.Optimizer):
         self.diagnostics: dict[str, float] = {}
         self._average: dict[str, Tensor] = {}
         self.pending = PendingStep(self.objective, self.tracer, self.named, self.names, self.l2)
+        self._met: frozenset[str] = frozenset()  # parameters that a loss depended on
         self._reached = False  # whether trial steps can put other weights into the model; asked once
         self._direct = False  # inside step(x, y): nobody can change .grad before it is used
 
@@ -278,7 +305,12 @@ class SecondOrder(torch.optim.Optimizer):
             )
         weights = [self.named[name] for name in self.names]
         wanted: list[Any] = [*weights, *self._edges(observation)]
-        grads = torch.autograd.grad(loss, wanted, retain_graph=observation is not None, allow_unused=True)
+        hooked = not self._met and any(weight._backward_hooks for weight in weights)
+        keep = observation is not None
+        grads = torch.autograd.grad(loss, wanted, retain_graph=keep or hooked, allow_unused=True)
+        if hooked:
+            self._say_of_hooks(hooks_that_change(loss, self.named, dict(zip(self.names, grads, strict=False)), keep))
+        self._met |= {n for n, gradient in zip(self.names, grads, strict=False) if gradient is not None}
         try:
             self._measure(batch, observation, grads[len(weights) :])
             self.pending.add(batch, *self.peers.mean(grads[: len(weights)], weights, float(loss.detach()), batch.count))
@@ -286,20 +318,39 @@ class SecondOrder(torch.optim.Optimizer):
             self._clear()  # its part of the sums cannot be taken out again
             raise
 
+    def _say_of_hooks(self, names: Sequence[str]) -> None:
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            warn_user(
+                f"a hook changes the gradient of parameter {names[0]!r}{more}, and steps are that gradient times an "
+                "inverse curvature: entries that the hook sets to 0 move all the same. Leave weights that have to stay "
+                "out with parameters=[patterns], or set them again after each step"
+            )
+
     def _require_reached(self, data: Any) -> None:
         """Refuses weights that a trial step could not move, by a pass in the mode of the steps."""
         modes = [(module, module.training) for module in self.model.modules()]
         with preserved(self.model):
             for module, mode in modes:
                 module.training = mode
-            call = lambda: as_tensor(self.objective.runner(data)[0])  # noqa: E731
-            require_reached(self.model, self.user_forward, self.names, call)
+            again = lambda other: as_tensor(self.objective.runner(other)[0])  # noqa: E731
+            if any(mode for _, mode in modes):  # what changes in training mode is the user's business
+                again(data)  # and fills what is kept from pass to pass, by which weights could be reached
+                require_reached(self.model, self.user_forward, self.names, lambda: again(data))
+            else:
+                require_a_function(self.model, self.user_forward, self.names, again, data)
         self._reached = True
+        if leaves_hooks_out(self.model):
+            warn_user(
+                "the forward pass puts hooks on tensors (Tensor.register_hook), and what they make of gradients is left"
+                " out: steps are of the loss itself. Clip or scale .grad between optimizer.backward(x, y) and step()"
+            )
 
     def _require_unchanged(self) -> None:
         """Refuses a model whose layers were replaced since the optimiser was made."""
         shapes = [tuple(self.named[name].shape) for name in self.names]
         now = parameters_of(self.model, self.names, shapes, "the optimiser")
+        require_trained(now, self.names)
         replaced = [name for name in self.names if now[name] is not self.named[name]]
         if replaced:
             raise ShapeMismatch(
@@ -349,6 +400,8 @@ class SecondOrder(torch.optim.Optimizer):
             self._take_in(x, y)
         if not self.pending.batches:
             raise NotFitted("step needs a minibatch: call step(x, y), or backward(x, y) before step()")
+        if self.peers.ranks is None:
+            self.tracer.require_all_seen([n for n in self.layout.names if n not in self._met])
         loss = self.pending.regularised(self._zero.double())
         gradient = self.flat({n: gradient_of(self.named[n]) for n in self.layout.names})
         if not all_finite(gradient):

@@ -23,6 +23,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.optim.peers import Alone
+from laplace_kf.outputs.derivatives import one_jacobian
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
@@ -114,7 +115,7 @@ class Objective:
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
         self.listened: list[nn.Module] = []  # the one behind every activity of the last pass
         self.peers = peers  # whose minibatches all means are taken over
-        self._forward_mode = True
+        self._forward_mode: bool | None = None  # None: to be checked
 
     def random_state(self) -> dict[str, Tensor]:
         """States of the global generators that a pass may draw from, by device name (opaque, of any shape)."""
@@ -208,16 +209,30 @@ class Objective:
     def push_all(self, batch: Batch, directions: Mapping[str, Tensor]) -> tuple[list[Tensor], Any, list[list[Tensor]]]:
         """As :meth:`push` for the outputs and the hidden activities (any shapes), one list of products a direction.
 
-        Forward-mode differentiation; where an operation has no rule for it, two backward passes instead.
+        Forward-mode differentiation; where an operation has no rule for it, or where it is that of another function
+        (:func:`laplace_kf.outputs.derivatives.one_jacobian`), two backward passes instead.
         """
-        if self._forward_mode:
+        if self._forward_mode is not False:
             try:
-                return self._push_forward(batch, directions)
+                found = self._push_forward(batch, directions)
             except (NotImplementedError, RuntimeError) as error:
                 if "orward" not in str(error) and "jvp" not in str(error):
                     raise
                 self._forward_mode = False
+            else:
+                if self._forward_mode is None:
+                    self._forward_mode = self._agrees(batch, directions, found[2][0])
+                if self._forward_mode is not False:
+                    return found
         return self._push_twice(batch, directions)
+
+    def _agrees(self, batch: Batch, directions: Mapping[str, Tensor], pushed: Sequence[Tensor]) -> bool | None:
+        """Whether products by forward mode with the first direction, one a value, are those of a backward pass."""
+        named = dict(self.model.named_parameters())
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            leaves = {name: named[name].detach().requires_grad_() for name in directions}
+            values, _ = self.with_hidden(batch, leaves)
+        return one_jacobian(values, list(leaves.values()), pushed, [part[0] for part in directions.values()])
 
     def with_hidden(self, batch: Batch, weights: Mapping[str, Tensor] | None = None) -> tuple[list[Tensor], Any]:
         """Outputs followed by what the hidden modules gave, call by call (any shapes), and targets."""

@@ -76,7 +76,15 @@ def refuse_nonfinite(who: str, targets: Tensor) -> None:
 
 
 def refuse_shape(who: str, shape: Sequence[int], targets: Tensor, *expected: Sequence[int]) -> None:
-    """Raises :class:`ShapeMismatch` with both shapes unless the targets have one of the ``expected`` shapes."""
+    """Raises :class:`ShapeMismatch` with both shapes unless the targets have one of the ``expected`` shapes.
+
+    And :class:`InvalidTarget` for complex ones.
+    """
+    if targets.is_complex():
+        raise InvalidTarget(
+            f"{who}: targets are complex ({targets.dtype}), and likelihoods are of real ones; put the two parts side "
+            "by side, torch.view_as_real(targets).flatten(1), and those of the outputs likewise"
+        )
     found = tuple(targets.shape)
     if found not in {tuple(e) for e in expected}:
         hint = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from laplace_kf.errors import IncompatiblePair, NonFinite
 from laplace_kf.outputs.rows import map_rows
 
-__all__ = ["autograd_hessian", "psd_root", "shifted_root", "usable_by_autograd"]
+__all__ = ["autograd_hessian", "one_jacobian", "psd_root", "shifted_root", "usable_by_autograd"]
 
 
 def psd_root(matrix: Tensor, rectify: Callable[[Tensor], Tensor] = torch.relu) -> Tensor:
@@ -79,3 +79,39 @@ def autograd_hessian(objective: Callable[[Tensor], Tensor], z: Tensor) -> Tensor
             for c in range(z.shape[-1])
         ]
     return torch.stack(columns, -1)
+
+
+def one_jacobian(
+    values: Sequence[Tensor], leaves: Sequence[Tensor], pushed: Sequence[Tensor], direction: Sequence[Tensor]
+) -> bool | None:
+    """Whether forward mode differentiated what a backward pass does, by one random ``u``: ``u · (J v) = (Jᵀ u) · v``.
+
+    It does not where a model computes under ``torch.no_grad()``, which forward mode looks into.
+
+    Args:
+        values: what the model gives (any shapes), with its graph to the leaves.
+        leaves: parameters.
+        pushed: ``J v`` by forward mode, one a value.
+        direction: ``v``, one tensor a leaf.
+
+    Returns:
+        ``None`` where both sides are zero.
+    """
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value) for value in values]
+    used = [(value, seed) for value, seed in zip(values, seeds, strict=True) if value.requires_grad]
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if used:
+        outputs, columns = zip(*used, strict=True)
+        found = torch.autograd.grad(outputs, leaves, columns, allow_unused=True)
+    along = sum(_product(u, p) for u, p in zip(seeds, pushed, strict=True))
+    back = sum(_product(g, v) for g, v in zip(found, direction, strict=True) if g is not None)
+    size = max(sum(float(p.double().square().sum()) for p in pushed) ** 0.5, abs(back))
+    if size == 0:
+        return None
+    rounding = max(torch.finfo(tensor.dtype).eps for tensor in (*values, *leaves))
+    return abs(along - back) <= 10 * rounding**0.5 * size
+
+
+def _product(one: Tensor, other: Tensor) -> float:
+    return float((one.double() * other.double()).sum())

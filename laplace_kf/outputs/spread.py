@@ -44,6 +44,8 @@ def covariance_root(covariance: Tensor) -> Tensor:
 
     The root of a matrix does not depend on the others.
     """
+    if covariance.dim() == 2:
+        return covariance_root(covariance[None])[0]
     lower, failed = torch.linalg.cholesky_ex(covariance)
     singular = failed != 0
     if not bool(singular.any()):

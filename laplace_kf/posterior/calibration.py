@@ -20,6 +20,7 @@ from laplace_kf.ood.scores import Subject, reference_scores
 from laplace_kf.outputs import conformal
 from laplace_kf.outputs.conformal import Conformal
 from laplace_kf.predictive import draw_seeds
+from laplace_kf.predictive.calls import require_movable
 from laplace_kf.replica import stage
 
 __all__ = ["Calibration", "Seen", "calibrate", "references_of"]
@@ -125,13 +126,15 @@ def calibrate(
             read = weighting.reader(forward, posterior.weights if weighted else False)
             check_batch(batch, index, "the calibration batch", read, posterior.likelihood.nan_is_missing)
             batch = of_role(to_device(batch, device), "val_mask")
+            plain = weighting.inputs_without_weights(batch) if weighted and posterior.forward is None else batch
+            inputs = inputs_of(plain, posterior.forward)
+            if index == 0:  # before anything is kept from a pass
+                require_movable(model, forward, posterior.mean, inputs)
             with torch.no_grad():
                 outputs, targets = run(model, batch, read)
             posterior.likelihood.check(outputs, targets)
             targets = weighting.counted_alike(targets)
-            batch = weighting.inputs_without_weights(batch) if weighted and posterior.forward is None else batch
-            check_ignored(batch, targets, posterior.likelihood, posterior.forward)
-            inputs = inputs_of(batch, posterior.forward)
+            check_ignored(plain, targets, posterior.likelihood, posterior.forward)
             found = posterior.predict(inputs, method, samples, generator=torch.Generator().manual_seed(seed))
             scores.append(conformal.scores(found, targets).detach())
             taken.append(inputs)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from laplace_kf.batches import Forward
+from laplace_kf.batches import Forward, run
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise
+from laplace_kf.predictive.calls import require_movable
 from laplace_kf.predictive.linearized import Stand
 
 __all__ = ["Derivatives", "Operator", "derivatives"]
@@ -67,8 +68,9 @@ def derivatives(
     with preserved(model), torch.enable_grad():
         leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
         stand = Stand(model, forward, leaves)
+        require_movable(model, forward, mean, x)
         inputs = x.detach().clone().requires_grad_()
-        values = (gradient if operator is None else operator)(lambda z: stand(model, z)[0], inputs)
+        values = (gradient if operator is None else operator)(lambda z: run(model, z, stand)[0], inputs)
         if not isinstance(values, Tensor):
             raise ShapeMismatch(f"operator= must return a tensor of values, got {type(values).__name__}")
         if not values.requires_grad:

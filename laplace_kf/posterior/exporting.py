@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from laplace_kf.batches import Forward
+from laplace_kf.batches import Forward, run
 from laplace_kf.errors import IncompatiblePair, LaplaceKFError, ShapeMismatch, UnsupportedLayer
 from laplace_kf.linalg import cholesky
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, LowRank, Spectral
+from laplace_kf.predictive.calls import require_movable
 from laplace_kf.predictive.linearized import Stand
 from laplace_kf.tape import Block
 
@@ -53,7 +54,7 @@ def exported(
     leaves = {name: value.detach().clone() for name, value in mean.items()}
 
     def outputs(weights: dict[str, Tensor], *given: Tensor) -> Tensor:
-        return Stand(model, forward, weights)(model, given[0] if len(given) == 1 else given)[0]
+        return run(model, given[0] if len(given) == 1 else given, Stand(model, forward, weights))[0]
 
     def both(*given: Tensor) -> tuple[Tensor, Tensor]:
         def single(*one: Tensor) -> dict[str, Tensor]:
@@ -86,6 +87,7 @@ def exported(
         }
         return found, inverse.variances(rows, found)
 
+    require_movable(model, forward, mean, x)
     with preserved(model), torch.no_grad():
         try:
             wanted = both(*inputs)

@@ -42,6 +42,7 @@ from laplace_kf.posterior.predictors import MAP, TUNING_METHODS, Point, Predicti
 from laplace_kf.posterior.prior import positive
 from laplace_kf.posterior.work import EPOCH, multiply_adds
 from laplace_kf.predictive import draw_seeds, outputs_at
+from laplace_kf.predictive.calls import require_movable
 from laplace_kf.predictive.suffix import FEATURE_BYTES, Site, cut, feature_bytes
 from laplace_kf.resuming import digest
 
@@ -193,31 +194,39 @@ class Validation:
         model, forward = self.fitted.model, self.fitted.forward
         read = weighting.reader(forward, self.fitted.weights)
         batches: list[Batch] = []
-        seen = 0
+        seen, counted = 0, 0
         with preserved(model), torch.no_grad():
             for index, batch in enumerate(weighting.batches(val, self.fitted.weights, model)):
                 check_batch(batch, index, "the validation batch", read, self.fitted.likelihood.nan_is_missing)
                 batch = of_role(to_device(batch, self.device), "val_mask")
                 if index == 0:
                     require_same_loss(model, batch, read, self.fitted.likelihood)
+                plain = weighting.inputs_without_weights(batch) if getattr(read, "plain", False) else batch
+                if index == 0:  # before anything is kept from a pass
+                    require_movable(model, forward, self.mean, inputs_of(plain, forward))
                 with multiply_adds(not batches) as work:
                     found, wanted = run(model, batch, read)
                 check_ignored(*weighting.without(batch, read)[:1], bare(wanted), self.fitted.likelihood, forward)
                 self.fitted.likelihood.check(found, wanted)
-                batch = weighting.inputs_without_weights(batch) if getattr(read, "plain", False) else batch
-                site = self._site(inputs_of(batch, forward))
+                site = self._site(inputs_of(plain, forward))
                 at_mean = found if self._trained else outputs_at(site[0], site[1], self.mean, site[2])
                 if not batches:
                     self._count_passes(work[0], site, found)
                 made = Batch(site, at_mean, wanted)
                 batches += self._cut(made) if self.mixed else [made]
                 seen += found.shape[0]
+                counted += self.fitted.likelihood.counted_examples(found, wanted)
                 if limit is not None and seen >= limit:
                     break
         if not seen:
             raise ShapeMismatch(
                 "the validation data are empty: no batch was yielded; a generator that was read before is empty: "
                 "give a list or a DataLoader"
+            )
+        if not counted:
+            raise ShapeMismatch(
+                f"all targets of the validation data are ignored ({self.fitted.likelihood!r}), so there is nothing to "
+                "choose by; check the targets, or the ignore_index of the likelihood"
             )
         return batches
 

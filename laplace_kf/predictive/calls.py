@@ -18,7 +18,8 @@ from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.models import autocasting, parameters_of, preserved
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.replica import Shared, original
-from laplace_kf.substitution import reached, require_reached, substituted
+from laplace_kf.substitution import reached, substituted
+from laplace_kf.tape.chance import require_a_function
 
 __all__ = ["Uses", "outputs_at", "over_draws", "require_movable"]
 
@@ -76,7 +77,7 @@ def require_movable(model: nn.Module, forward: Forward | None, names: Collection
     """
     if not reached(model, forward, names):
         with preserved(model):
-            require_reached(model, forward, names, lambda: predicted(model, inputs, forward))
+            require_a_function(model, forward, names, lambda other: predicted(model, other, forward), inputs)
 
 
 class Uses(TorchFunctionMode):

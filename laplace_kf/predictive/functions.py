@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from laplace_kf.batches import run
 from laplace_kf.errors import LaplaceKFError
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, standard_normal
+from laplace_kf.outputs.derivatives import one_jacobian
 from laplace_kf.outputs.spread import covariance_root
 from laplace_kf.predictive.calls import over_draws
 from laplace_kf.predictive.draws import draw_seeds
@@ -54,7 +56,11 @@ def function_draws(
                     drawn = precision.draws(seeds[start : start + size])
                     stacked = {n: drawn[n].to(value) for n, value in mean.items()}
                     parts.append(over_draws(network.model, rule(network, mean), stacked, rule.__name__))
-            return network.outputs + torch.cat(parts)
+                    first = {name: value[0] for name, value in stacked.items()}
+                    if start == 0 and rule is _forward_mode and not _agrees(network, mean, first, parts[0][0]):
+                        break
+                else:
+                    return network.outputs + torch.cat(parts)
         except LaplaceKFError:
             raise
         except (RuntimeError, NotImplementedError):  # an operation has no such derivative
@@ -64,7 +70,7 @@ def function_draws(
 
 def _at(network: Linearization, weights: Mapping[str, Tensor]) -> Tensor:
     """Outputs ``(N, ...)`` at other weights."""
-    return Stand(network.model, network.forward.forward, weights)(network.model, network.x)[0]
+    return run(network.model, network.x, Stand(network.model, network.forward.forward, weights))[0]
 
 
 def _forward_mode(network: Linearization, mean: Weights) -> Callable[[Weights], Tensor]:
@@ -73,6 +79,14 @@ def _forward_mode(network: Linearization, mean: Weights) -> Callable[[Weights], 
         return found
 
     return product
+
+
+def _agrees(network: Linearization, mean: Weights, noise: Weights, pushed: Tensor) -> bool:
+    """Whether ``J ε (N, ...)`` by forward mode is the product that a backward pass says it is."""
+    with torch.enable_grad():
+        leaves = {name: value.clone().requires_grad_() for name, value in mean.items()}
+        outputs = _at(network, leaves)
+    return one_jacobian([outputs], list(leaves.values()), [pushed], list(noise.values())) is not False
 
 
 def _two_backward(network: Linearization, mean: Weights) -> Callable[[Weights], Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -17,9 +18,9 @@ from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.memory import storage_of
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.randomness import torch_states
-from laplace_kf.substitution import substituted
+from laplace_kf.substitution import require_reached, substituted
 
-__all__ = ["FirstPass"]
+__all__ = ["FirstPass", "require_a_function"]
 
 SMALL = 2**16  # entries of a parameter that is compared; of larger ones torch's count of changes is
 Place = tuple[str, str, str]  # kind, path of the module, attribute
@@ -61,12 +62,13 @@ class FirstPass:
             self.changed = [("buffer", *name.rpartition(".")[::2]) for name in changed]
             self.changed += [place for kept in self.kept for place in kept.changed()]
 
-    def require_a_function(self, outputs: Tensor, second: Tensor | None = None) -> None:
+    def require_a_function(self, outputs: Tensor, second: Tensor | None = None, names: Collection[str] = ()) -> None:
         """Warns of a model that draws, and refuses one whose outputs hang on how often it ran, or on what before.
 
         Args:
             outputs: of the first pass, ``(N, ...)``.
             second: of another one over the same batch, if there was one.
+            names: parameters in whose place other values will be put.
 
         Raises:
             UnsupportedLayer: names the module and what it changes.
@@ -76,7 +78,10 @@ class FirstPass:
             if self.drew:
                 self._say_who_drew()
                 return
-            self._refuse_state(outputs.detach())
+            try:
+                self._refuse_state(outputs.detach(), names)
+            finally:  # a pass without a graph leaves nothing that one with a graph could go on with
+                self._restore()
         if second is not None and not same_outputs(second.detach(), outputs.detach()):
             raise UnsupportedLayer(
                 "the forward pass gives other outputs for the same inputs when it runs again in eval mode, so that "
@@ -114,37 +119,83 @@ class FirstPass:
             "attention dropout_p=p if self.training else 0.0; noise that is meant goes into the batch, as an input"
         )
 
-    def _at(self, buffers: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Outputs with copies of these buffers, as what was made of the model's own is in use."""
-        return substituted(self.model, {n: b.clone() for n, b in buffers.items()}, lambda: self.again(batch))
+    def _at(self, buffers: Mapping[str, Tensor], batch: Any, weights: Mapping[str, Tensor]) -> Tensor:
+        """Outputs with copies of these buffers, as what was made of the model's own is in use, and other weights."""
+        copies = {n: b.clone() for n, b in buffers.items()}
+        return substituted(self.model, {**copies, **weights}, lambda: self.again(batch))
 
-    def _refuse_state(self, outputs: Tensor) -> None:
-        """Where something has changed: whether outputs of other examples hang on it."""
+    def _refuse_state(self, outputs: Tensor, names: Collection[str]) -> None:
+        """Where something has changed: whether outputs of other examples, or at other weights, hang on it."""
         if not self.changed:
-            return
-        now = _buffers(self.model)
-        half = (len(outputs) + 1) // 2
-        for rows in (len(outputs), half):  # in another order, and not as many
-            try:
-                other = map_examples(self.batch, len(outputs), lambda t, rows=rows: t[:rows].flip(0))  # type: ignore[misc]
-                after = self._at(now, other)
-            except Exception:  # examples that cannot be cut out, or a model of one batch size
-                other = self.batch
-                after = self._at(now, other)
-            for kept in self.kept:
-                kept.restore()
-            if not same_outputs(after, self._at(self.buffers, other)):
-                break
-        else:
             return
         kind, path, name = self.changed[0]
         more = f" (and {len(self.changed) - 1} more)" if len(self.changed) > 1 else ""
-        raise UnsupportedLayer(
-            f"{f'module {path!r}' if path else 'the model'} changes its {kind} {name!r}{more} while it runs in eval "
-            "mode, and its outputs with it, so that every pass is one of another network and curvature means nothing. "
-            f"Change it in training mode only (if self.training: self.{name} = ...), make it at the start of every "
-            "forward, or hand it over as an input; what is initialised by the first batch has to be before the fit"
-        )
+        who = f"module {path!r}" if path else "the model"
+        now, half = _buffers(self.model), (len(outputs) + 1) // 2
+        for rows in (len(outputs), half):  # in another order, and not as many
+            try:
+                other = map_examples(self.batch, len(outputs), lambda t, rows=rows: t[:rows].flip(0))  # type: ignore[misc]
+                same = self._hangs_not(now, other, {})
+            except Exception:  # examples that cannot be cut out, or a model of one batch size
+                same = self._hangs_not(now, self.batch, {})
+            if not same:
+                raise UnsupportedLayer(
+                    f"{who} changes its {kind} {name!r}{more} while it runs in eval mode, and its outputs with it, so "
+                    "that every pass is one of another network and curvature means nothing. Change it in training mode "
+                    f"only (if self.training: self.{name} = ...), make it at the start of every forward, or hand it "
+                    "over as an input; what is initialised by the first batch has to be before the fit"
+                )
+        with suppress(Exception):  # numbers that the model does not take for weights
+            same = self._hangs_not(now, self.batch, self._moved(names))
+        if not same:
+            raise UnsupportedLayer(
+                f"{who} keeps its {kind} {name!r}{more}, which it made of its weights, from pass to pass in eval mode, "
+                "so that draws and steps, which put other weights there, would go on with the old ones. Make it at the "
+                "start of every forward (torch.nn.utils.parametrize does), or of a constant"
+            )
+
+    def _hangs_not(self, now: Mapping[str, Tensor], batch: Any, weights: Mapping[str, Tensor]) -> bool:
+        """Whether what the last pass left makes no difference to another one; what that leaves is left afterwards."""
+        after = self._at(now, batch, weights)
+        self._restore()
+        fresh = self._at(self.buffers, batch, weights)
+        return same_outputs(after, fresh) or not bool(fresh.isfinite().all())
+
+    def _restore(self) -> None:
+        for kept in self.kept:
+            kept.restore()
+
+    def _moved(self, names: Collection[str]) -> dict[str, Tensor]:
+        """These parameters with other numbers."""
+        generator = torch.Generator().manual_seed(1)
+        moved = {}
+        for name, p in self.model.named_parameters():
+            if name in names and p.is_floating_point() and _held(p):
+                noise = torch.randn(p.shape, generator=generator).to(p)
+                moved[name] = p.detach() + 0.3 * (p.detach().abs().mean() + 0.1) * noise
+        return moved
+
+
+def require_a_function(
+    model: nn.Module, forward: Any, names: Collection[str], again: Callable[[Any], Tensor], batch: Any
+) -> None:
+    """Refuses a model that is no function, or in whose parameters' place no other values can be put.
+
+    Args:
+        model: in eval mode, inside of :func:`laplace_kf.models.preserved`.
+        forward: the user's ``forward=`` or ``None``; only to remember the answer by.
+        names: the parameters that are going to be replaced.
+        again: a pass over a batch, for outputs ``(N, ...)``.
+        batch: of the pass.
+
+    Raises:
+        UnsupportedLayer: names the module, and the parameters or what it keeps from pass to pass.
+    """
+    first = FirstPass(model, again, batch)
+    with first, torch.enable_grad():  # what is kept from pass to pass has its graph, by which it is recognised
+        outputs = again(batch)
+    second = require_reached(model, forward, names, lambda: again(batch))
+    first.require_a_function(outputs, second, names)
 
 
 class _Kept:

@@ -27,6 +27,7 @@ from laplace_kf.layers.base import RULES, BoundCall, LayerRule
 from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
 from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, meeting
+from laplace_kf.lookups import NoHook
 from laplace_kf.tape.edges import activates_view, edge_of
 from laplace_kf.tape.made import Made, MadeTensors, writes
 from laplace_kf.tape.row_picks import NUMBERS, picks_rows
@@ -212,6 +213,8 @@ class Tape(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.register_hook:
+            return NoHook()
         parts = PARTS.get(func)
         if parts is not None and any(self._root(t) is not None for t in _tensors((args, kwargs))):
             replacement = parts(func, args, kwargs)

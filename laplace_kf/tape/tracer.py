@@ -216,7 +216,7 @@ class Tracer:
             self.layout = flat_layout(self.named, self._selected)
         if first is not None:
             second = require_reached(self.model, self.forward, self._selected, lambda: again(batch))
-            first.require_a_function(outputs, second)
+            first.require_a_function(outputs, second, self._selected)
             self._guarded = True
         keep = set(self._selected)
         tape.opaque = {name: why for name, why in tape.opaque.items() if name in keep}
@@ -229,15 +229,7 @@ class Tracer:
         self._note_constants(tape)
         if not outputs.requires_grad and not self.unused and not self.shared:
             self.require_all_seen()
-        try:
-            return self._observation(batch, tape, outputs, targets)
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise UnsupportedLayer(
-                "the model uses torch.utils.checkpoint with use_reentrant=True, which hides its layers from autograd; "
-                "pass use_reentrant=False to checkpoint, or turn gradient checkpointing off for the fit"
-            ) from error
+        return self._observation(batch, tape, outputs, targets)
 
     def _along(self, batch: Any, index: int) -> Observation | None:
         """As :meth:`observe`, without a tape, of a model whose types say what it does; ``None`` for any other."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 import laplace_kf as lk
-from laplace_kf.errors import IncompatiblePair, NonFinite, ShapeMismatch
+from laplace_kf.errors import IncompatiblePair, InvalidTarget, NonFinite, ShapeMismatch
 from laplace_kf.likelihoods import (
     LIKELIHOODS,
     Categorical,
@@ -205,6 +205,14 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("name", ["gaussian", "bernoulli", "categorical", "poisson", "heteroscedastic_gaussian"])
+def test_complex_targets_are_not_cut_to_their_real_parts(name: str) -> None:
+    outputs = randn(4, 2)
+    targets = torch.ones(4, 1 if name == "heteroscedastic_gaussian" else 2, dtype=torch.complex128)
+    with pytest.raises(InvalidTarget, match=r"complex.*torch\.view_as_real\(targets\)"):
+        LIKELIHOODS[name]().log_prob(outputs, targets)
 
 
 def network(outputs: int = 3) -> nn.Module:

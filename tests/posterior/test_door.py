@@ -363,6 +363,16 @@ def test_metrics_leave_ignored_labels_out() -> None:
         metrics.classification(probs, torch.full_like(y, -100))
 
 
+def test_validation_data_without_a_target_are_named() -> None:
+    fitted = lk.LaplacePosterior(nn.Linear(4, C).double(), "categorical", weights=True)
+    x, y = normal(N, 4), labels(C, N)
+    fitted.fit([(x, y, torch.ones(N))])
+    for nothing in ((x, torch.full_like(y, -100), torch.ones(N)), (x, y, torch.zeros(N))):
+        with pytest.raises(lk.errors.ShapeMismatch, match="all targets of the validation data are ignored"):
+            fitted.tune([nothing], samples=2)
+    assert fitted.n_data == N
+
+
 def test_masks_of_minus_infinity_name_the_way_out() -> None:
     mask = torch.zeros(N, 4).double().masked_fill(torch.arange(4) == 2, -torch.inf)
     with pytest.raises(lk.errors.NonFinite, match=r"a boolean mask, or torch\.finfo\(mask\.dtype\)\.min"):

@@ -86,8 +86,10 @@ def test_a_head_is_drawn_without_the_backbone(monkeypatch: pytest.MonkeyPatch) -
     passes: list[int] = []
     forward = nn.Tanh.forward
     monkeypatch.setattr(nn.Tanh, "forward", lambda self, h: (passes.append(1), forward(self, h))[1])
+    posterior.predict(x, method="map")  # looks once at a network that it does not know any more
+    passes.clear()
     posterior.predict(x, method="linearized", samples=50, generator=rng(1), keep_samples=True)
-    assert len(passes) <= 2
+    assert len(passes) <= 1
     assert "cut" in suffix.verdicts(model).values()
 
 
