@@ -19,7 +19,7 @@ from benchmarks.timing import epoch, in_turn, ratios
 from experiments.common import data, training
 from laplace_kf.operators import KroneckerBlock
 
-IMAGES, BATCH, DRAWS, WANTED = 2000, 250, 2, 0.992
+IMAGES, BATCH, DRAWS, WANTED = 10_000, 250, 2, 0.992
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
     "sampled, 1": {"estimator": "sampled", "samples": 1},

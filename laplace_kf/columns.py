@@ -9,7 +9,7 @@ least for ``π_i = min(1, c w_i)``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from laplace_kf.likelihoods.roots import Root
 from laplace_kf.tape import Observation, Signals
 
 __all__ = [
+    "OutputCurvature",
     "Sink",
     "at_closed_forms",
     "counted_columns",
@@ -50,30 +51,36 @@ class Sink(Protocol):
         """How many columns of this minibatch fit into the memory budget (at least 1)."""
 
 
-@dataclass(frozen=True)
 class OutputCurvature:
     """A likelihood's curvature at the outputs ``(N, ...)`` of one minibatch."""
 
-    likelihood: Likelihood
-    outputs: Tensor
-    targets: Any
+    def __init__(self, likelihood: Likelihood, outputs: Tensor, targets: Any) -> None:
+        self.likelihood, self.outputs, self.targets = likelihood, outputs, targets
+
+    @cached_property
+    def _total(self) -> Tensor:
+        return self.likelihood.summed_curvature(self.outputs, self.targets)
 
     def total(self, directions: Tensor | None = None) -> Tensor:
+        """``Σ_n Σ_t H_nt (C, C)``, computed once and not to be changed; or its product with ``directions (C, K)``."""
+        if directions is None:
+            return self._total
         return self.likelihood.summed_curvature(self.outputs, self.targets, directions)
 
     def diagonal(self) -> Tensor:
+        """``diag(H_nt)``, ``(N, T, C)``."""
         return self.likelihood.curvature_diagonal(self.outputs, self.targets)
 
     def rows(self, output: int) -> Tensor:
+        """Row ``output`` of every ``H_nt``, ``(N, T, C)``."""
         return self.likelihood.curvature_rows(output, self.outputs, self.targets)
 
 
-def at_closed_forms(observation: Observation, likelihood: Likelihood, outputs: Tensor, sink: Sink) -> set[str]:
+def at_closed_forms(observation: Observation, curvature: OutputCurvature, sink: Sink) -> set[str]:
     """Hands on the blocks whose layer's output is the network's, ``(N, ...)``, without columns; their names."""
     if not sink.takes_output_signals():
         return set()
-    curvature = OutputCurvature(likelihood, outputs, observation.targets)
-    found = observation.output_signals(likelihood.to_positions, curvature)
+    found = observation.output_signals(curvature.likelihood.to_positions, curvature)
     if found:
         sink.add_columns(found)
     return set(found)

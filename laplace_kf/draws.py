@@ -21,17 +21,23 @@ _BITS = 53  # of a float64's fraction
 _SIGNS = 32  # signs that one number gives
 
 
-def mixed(keys: Tensor, more: Tensor | int) -> Tensor:
-    """Keys (int64, any shape) hashed together with other numbers that broadcast to them; int64."""
-    z = keys + (torch.as_tensor(more, device=keys.device) + 1) * _INCREMENT
-    z = (z ^ _shifted(z, 30)) * _FIRST
-    z = (z ^ _shifted(z, 27)) * _SECOND
+def mixed(keys: Tensor | int, more: Tensor | int) -> Tensor:
+    """Keys (int64, any shape) hashed together with other numbers that broadcast to them; one of both is a tensor."""
+    z = keys + (_signed((more + 1) * _INCREMENT) if isinstance(more, int) else (more + 1) * _INCREMENT)
+    assert isinstance(z, Tensor)
+    z = (z ^ _shifted(z, 30)).mul_(_FIRST)
+    z = (z ^ _shifted(z, 27)).mul_(_SECOND)
     return z ^ _shifted(z, 31)
+
+
+def _signed(number: int) -> int:
+    """What 64 bits hold of it, as torch's signed numbers have it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
     """Without the sign, which torch's shift to the right would keep."""
-    return (z >> by) & ((1 << (64 - by)) - 1)
+    return (z >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 class RowDraws:
@@ -77,7 +83,7 @@ class ExampleDraws:
 
     def __init__(self, seed: int, index: Tensor, turn: int = 0) -> None:
         self.seed, self.index = seed, index
-        self._keys = mixed(mixed(torch.full_like(index, seed), index), turn)
+        self._keys = mixed(mixed(seed, index), turn)
         self._sample = 0
 
     def rows(self, kept: Tensor) -> RowDraws:

@@ -11,6 +11,7 @@ import copy
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -465,6 +466,11 @@ def memory_bytes(device: torch.device) -> int:
     """All the memory of a device in bytes, used or not: more can certainly not be had."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
+    return _machine_bytes(int(time.monotonic()))
+
+
+@functools.lru_cache(maxsize=1)  # every minibatch asks, and a container's limit may change meanwhile
+def _machine_bytes(second: int) -> int:
     limits = [FALLBACK_BYTES]
     with suppress(AttributeError, ValueError, OSError):
         limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
@@ -479,8 +485,7 @@ def require_memory(needed: int, device: torch.device, what: str, instead: str) -
     Args:
         needed: bytes.
         device: where.
-        what: what needs them, for the message.
-        instead: the way out, for the message.
+        what, instead: for the message, what needs them and the way out.
 
     Raises:
         IncompatiblePair: if the device does not have that much memory; gives both numbers.

@@ -94,9 +94,9 @@ def _recursion(seen: Observation, rule: Likelihood, chain: Chain, bends: Chain, 
     for link, bend in zip(reversed(chain.links), reversed(bends.links), strict=True):
         if link.weight is None:
             assert link.slope is not None and bend.slope is not None
-            slope = link.slope
-            straight = straight and not bool(bend.slope.any())
-            hessian = slope[:, :, None] * hessian * slope[:, None, :] + torch.diag_embed(g * bend.slope)
+            slope, bent = link.slope.whole(), bend.slope.whole()
+            straight = straight and not bool(bent.any())
+            hessian = slope[:, :, None] * hessian * slope[:, None, :] + torch.diag_embed(g * bent)
             ggn = slope[:, :, None] * ggn * slope[:, None, :]
             g = g * slope
             lower = [(k, through * slope[:, None, :]) for k, through in lower]

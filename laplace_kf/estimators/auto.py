@@ -16,6 +16,7 @@ from torch import Tensor
 
 from laplace_kf.callers import warn_user
 from laplace_kf.columns import (
+    OutputCurvature,
     at_closed_forms,
     counted_columns,
     error_probabilities,
@@ -66,12 +67,13 @@ class Automatic(Estimator):
 
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         outputs = widened(observation.outputs)
-        closed = at_closed_forms(observation, likelihood, outputs, sink)
+        curvature = OutputCurvature(likelihood, outputs, observation.targets)
+        closed = at_closed_forms(observation, curvature, sink)
         if observation.block_names() <= closed:
             return
         root = likelihood.root(outputs, observation.targets)
         place, examples = counted_columns(likelihood, outputs, observation.targets, root)
-        weights, norm = _weighed(observation, likelihood, outputs, root)
+        weights, norm = _weighed(observation, curvature, root)
         weights = weights.reshape(-1)[place]
         probability = error_probabilities(weights, self.tolerance**2 * norm)
         wanted = float(probability.sum())
@@ -101,14 +103,14 @@ class Automatic(Estimator):
         )
 
 
-def _weighed(observation: Observation, likelihood: Likelihood, outputs: Tensor, root: Root) -> tuple[Tensor, float]:
+def _weighed(observation: Observation, curvature: OutputCurvature, root: Root) -> tuple[Tensor, float]:
     """Squared norms of all columns after the last layer, ``(N, T, K)``, and that of the curvature there."""
     width = root.shape[2]
-    weight = observation.output_weight(likelihood.to_positions) if width <= MANY else None
+    weight = observation.output_weight(curvature.likelihood.to_positions) if width <= MANY else None
     if width > MANY:  # no (C, C); the diagonal alone is no more than the whole
-        diagonal = likelihood.curvature_diagonal(outputs, observation.targets).double().sum((0, 1))
+        diagonal = curvature.diagonal().double().sum((0, 1))
         return root.norms(), float(diagonal.square().sum())
-    total = likelihood.summed_curvature(outputs, observation.targets).double()
+    total = curvature.total().double()
     if weight is None:
         return root.norms(), float(total.square().sum())
     weight = weight.double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from laplace_kf.columns import at_closed_forms, send_all
+from laplace_kf.columns import OutputCurvature, at_closed_forms, send_all
 from laplace_kf.estimators.base import ESTIMATORS, Estimator, Sink, widened
 from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.tape import Observation
@@ -21,7 +21,7 @@ class Exact(Estimator):
 
     def measure(self, observation: Observation, likelihood: Likelihood, sink: Sink, generator: torch.Generator) -> None:
         outputs = widened(observation.outputs)
-        closed = at_closed_forms(observation, likelihood, outputs, sink)
+        closed = at_closed_forms(observation, OutputCurvature(likelihood, outputs, observation.targets), sink)
         if observation.block_names() <= closed:
             return
         send_all(observation, likelihood, outputs, likelihood.root(outputs, observation.targets), sink, closed)

@@ -35,5 +35,5 @@ class Recursive(Estimator):
                 factor = weight.T @ factor @ weight
             else:
                 assert link.slope is not None
-                slope = link.slope.to(factor.dtype)
+                slope = link.slope.whole().to(factor.dtype)
                 factor = factor * (slope.T @ slope / observation.count)

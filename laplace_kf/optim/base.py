@@ -103,8 +103,7 @@ class SecondOrder(torch.optim.Optimizer):
         """
         raise IncompatiblePair(
             f"a {type(self).__name__} is neither copied nor pickled, as it goes with its model; copy the model, make "
-            "an optimiser for it with the same settings, and give it the state: "
-            "twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))"
+            "an optimiser for it with the same settings, and twin.load_state_dict(deepcopy(optimizer.state_dict()))"
         )
 
     @property

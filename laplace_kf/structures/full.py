@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from laplace_kf.operators import Blockwise, DenseBlock
-from laplace_kf.structures.base import STRUCTURES, Structure, Sums, zeros
+from laplace_kf.structures.base import STRUCTURES, Structure, Sums
 from laplace_kf.tape import Block, EntryLayout, FlatLayout, Signals
-from laplace_kf.tape.grams import add_gram, symmetrised
+from laplace_kf.tape.grams import add_gram, symmetrised, triangles
 
 ROWS = 256  # of a large matrix that are put into another order together
 
@@ -39,7 +39,7 @@ class Full(Structure):
 
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         if self.KEY not in sums:
-            sums[self.KEY] = (zeros(like, layout.size, layout.size),)
+            sums[self.KEY] = (triangles(like, layout.size, layout.size),)
 
     def add_columns(self, sums: Sums, signals: Mapping[str, Signals], blocks: Mapping[str, Block]) -> None:
         total = sums[self.KEY][0]
@@ -103,7 +103,7 @@ class DenseEntries(Structure):
     def prepare(self, sums: Sums, blocks: Mapping[str, Block], layout: FlatLayout, like: Tensor) -> None:
         size = self.entries.size
         if Full.KEY not in sums:
-            sums[Full.KEY] = (zeros(like, size, size),)
+            sums[Full.KEY] = (triangles(like, size, size),)
         place: Tensor | None = None
         for name, block in blocks.items():
             if name in self._of_block:

@@ -46,7 +46,7 @@ from laplace_kf.tape import (
     Signals,
     TiedSignals,
 )
-from laplace_kf.tape.grams import symmetrised
+from laplace_kf.tape.grams import row_length, symmetrised, triangles
 
 __all__ = ["SHARINGS", "VECTOR_FORMS", "Kronecker", "VectorForm"]
 
@@ -105,7 +105,7 @@ class _DenseForm(VectorForm):
     dense = True
 
     def start(self, block: Block, like: Tensor) -> Tensor:
-        return zeros(like, block.size, block.size)
+        return triangles(like, block.size, block.size)
 
     def memory(self, block: Block) -> int:
         return 3 * block.size**2
@@ -203,7 +203,8 @@ class Kronecker(Structure):
 
     def memory(self, blocks: Mapping[str, Block], layout: FlatLayout, itemsize: int) -> int:
         def side(width: int, diagonal: bool = False) -> int:
-            return width if diagonal or width > self.max_side else width**2
+            """A factor and its eigenvectors."""
+            return 2 * width if diagonal or width > self.max_side else width * (row_length(width, itemsize) + width)
 
         total = 0
         for block in blocks.values():
@@ -216,7 +217,7 @@ class Kronecker(Structure):
                 factors += side(inp) + side(out, block.turned)
             sketch = groups * out * self._sketched(block)
             total += 3 * sketch  # and the low rank that it becomes, in float64
-            total += 2 * factors + block.size  # factors, their eigenvectors, and the grid of a precision
+            total += factors + block.size  # and the grid of a precision
         return total * itemsize
 
     def sides(self, blocks: Mapping[str, Block], layout: FlatLayout) -> list[int]:
@@ -269,7 +270,7 @@ class Kronecker(Structure):
 
     def _side(self, like: Tensor, groups: int, width: int, diagonal: bool) -> Tensor:
         wide = diagonal or width > self.max_side
-        return zeros(like, groups, width) if wide else zeros(like, groups, width, width)
+        return zeros(like, groups, width) if wide else triangles(like, groups, width, width)
 
     def takes_output_signals(self, blocks: Mapping[str, Block], layout: FlatLayout) -> bool:
         return True

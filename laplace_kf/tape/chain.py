@@ -18,7 +18,7 @@ from torch import Tensor
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.tape.tape import Call, Step, Tape
 
-__all__ = ["Chain", "ChainLink", "OnStep", "derivative", "second_derivative", "slope_between"]
+__all__ = ["Chain", "ChainLink", "OnStep", "Slope", "derivative", "second_derivative", "slope_between"]
 
 OnStep = Callable[[Callable[..., Any], Sequence[Any], Mapping[str, Any]], "Tensor | None"]
 """What is kept of a function call, of its argument's shape; ``None`` for functions that are not elementwise."""
@@ -85,10 +85,36 @@ def derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
         return None
 
 
-def slope_between(function: Callable[..., Any], x: Tensor, result: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """As :func:`derivative` at an argument ``x``, where ``result`` of its shape is known."""
+class Slope:
+    """What is kept of an activation, ``(N, d)``: numbers, or what they are made from once it is known of which rows.
+
+    Args:
+        given: the numbers, or what ``make`` takes; does not change any more.
+        make: a function of single entries; ``None`` for the identity.
+    """
+
+    def __init__(self, given: Tensor, make: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._given, self._make = given, make
+
+    def whole(self) -> Tensor:
+        """All rows ``(N, d)``."""
+        if self._make is not None:
+            self._given, self._make = self._make(self._given), None
+        return self._given
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """Those of the examples ``rows (M,)``, which may come again: ``(M, d)``."""
+        picked = self._given.index_select(0, rows)
+        return picked if self._make is None else self._make(picked)
+
+
+def slope_between(function: Callable[..., Any], x: Tensor, result: Tensor, kwargs: Mapping[str, Any]) -> Slope | None:
+    """As :func:`derivative` at an argument ``x``, where ``result`` of its shape is known and stays as it is."""
     known = _AT_RESULT.get(function)
-    return derivative(function, (x,), kwargs) if known is None else known(result.detach())
+    if known is not None:
+        return Slope(result.detach(), known)
+    found = derivative(function, (x,), kwargs)
+    return None if found is None else Slope(found)
 
 
 def second_derivative(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -115,11 +141,11 @@ def second_derivative(function: Callable[..., Any], args: Sequence[Any], kwargs:
 
 @dataclass
 class ChainLink:
-    """One link: a linear map (``weight (O, I)``, with its ``call`` if tracked) or an activation (``slope (N, d)``)."""
+    """One link: a linear map (``weight (O, I)``, with its ``call`` if tracked) or an activation (its ``slope``)."""
 
     weight: Tensor | None = None
     call: Call | None = None
-    slope: Tensor | None = None
+    slope: Slope | None = None
 
 
 class Chain:
@@ -173,7 +199,7 @@ class Chain:
             weight = step.args[1] if len(step.args) > 1 else step.kwargs["weight"]
             return ChainLink(weight=weight.detach(), call=step.call)
         if step.before is not None and step.output.dim() == 2:
-            return ChainLink(slope=step.before)
+            return ChainLink(slope=Slope(step.before))
         rows_kept = (
             step.source is not None and step.output.dim() == 2 and step.source.shape[:1] == step.output.shape[:1]
         )
@@ -192,7 +218,7 @@ class Chain:
             ChainLink(
                 link.weight,
                 None if link.call is None else link.call.part(rows),
-                None if link.slope is None else link.slope.index_select(0, rows),
+                None if link.slope is None else Slope(link.slope.rows(rows)),
             )
             for link in self.links
         ]
@@ -221,7 +247,7 @@ class Chain:
                 g, fresh = torch.matmul(g.to(link.weight.dtype), link.weight), True  # autocast mixes types
             else:
                 assert link.slope is not None
-                slope = link.slope if example is None else link.slope.index_select(0, example)
+                slope = link.slope.whole() if example is None else link.slope.rows(example)
                 g = g.mul_(slope) if fresh else g * slope  # columns already handed out must not change
         return found
 
@@ -253,7 +279,7 @@ class Chain:
                 tangent = _added(terms) if terms else None
             elif tangent is not None:
                 assert link.slope is not None
-                tangent = tangent.mul_(link.slope)
+                tangent = tangent.mul_(link.slope.whole())
         return tangent
 
 

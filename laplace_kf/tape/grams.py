@@ -5,9 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_columns", "add_gram", "add_sketch", "symmetrised", "widened"]
+__all__ = ["add_columns", "add_gram", "add_sketch", "row_length", "symmetrised", "triangles", "widened"]
 
 LEAF = 128  # columns per strip of a half Gram; smaller strips save more products but feed the BLAS less well
+LINE = 64  # bytes; products of float32 whose rows begin within a cache line take half as long again to write
+
+
+def row_length(width: int, itemsize: int) -> int:
+    """Numbers from one row to the next of sums ``(width, width)``: whole cache lines, but for small ones."""
+    line = LINE // itemsize
+    return width if width <= LEAF else -(-width // line) * line
+
+
+def triangles(like: Tensor, *shape: int) -> Tensor:
+    """Zeros ``(..., d, d)`` for sums of :func:`add_gram`, in the type and on the device of ``like``.
+
+    Their rows begin at whole cache lines, which those of ``d = 1025`` (1024 inputs and the constant 1) would not.
+    """
+    length = row_length(shape[-1], like.element_size())
+    return torch.zeros((*shape[:-1], length), dtype=like.dtype, device=like.device)[..., : shape[-1]]
 
 
 def add_gram(total: Tensor, rows: Tensor, alpha: float = 1.0) -> None:

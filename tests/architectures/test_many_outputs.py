@@ -265,3 +265,15 @@ def test_columns_that_cannot_fit_are_refused_with_the_numbers(monkeypatch: pytes
 
 def test_the_memory_of_this_machine_is_known() -> None:
     assert 2**28 < models.memory_bytes(torch.device("cpu")) < 2**50
+
+
+def test_the_memory_of_this_machine_is_read_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every minibatch asks; a limit that changes is seen soon."""
+    cpu, reads, now = torch.device("cpu"), [], [5.0]
+    monkeypatch.setattr(models.Path, "read_text", lambda path: (reads.append(path), str(2**20 * len(reads)))[1])
+    monkeypatch.setattr(models.time, "monotonic", lambda: now[0])
+    models._machine_bytes.cache_clear()
+    assert [models.memory_bytes(cpu) for _ in range(3)] == [2**20] * 3 and len(reads) == 1
+    now[0] = 6.1
+    assert models.memory_bytes(cpu) == 2**21 and len(reads) == 2
+    models._machine_bytes.cache_clear()

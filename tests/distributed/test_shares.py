@@ -15,7 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subse
 import laplace_kf as lk
 from laplace_kf.distributed import assigned, merged
 from laplace_kf.distributed.ranks import _buckets
-from laplace_kf.draws import ExampleDraws, RowDraws, bernoulli, categorical, normal, signs
+from laplace_kf.draws import ExampleDraws, RowDraws, bernoulli, categorical, mixed, normal, signs
 from laplace_kf.posterior.shared_validation import interleaved
 from laplace_kf.shards import Shard
 from tests.distributed import jobs
@@ -192,6 +192,24 @@ def test_the_first_examples_are_the_first_of_every_share() -> None:
 
 
 # -- draws -------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_hashed_as_on_paper() -> None:
+    """splitmix64 (Steele, Lea, Flood 2014) of plain integers, one at a time."""
+
+    def plain(key: int, more: int) -> int:
+        z = (key + (more + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        return z ^ (z >> 31)
+
+    keys = [0, 1, 2**62, -1, -(2**63), 12345]
+    for more in (0, 1, 7, 2**20, 2**62 + 5, -3):
+        wanted = [plain(key, more) for key in keys]
+        for found in (mixed(torch.tensor(keys), more), mixed(torch.tensor(keys), torch.tensor(more))):
+            assert [n % 2**64 for n in found.tolist()] == wanted
+        other = mixed(more, torch.tensor(keys))
+        assert [n % 2**64 for n in other.tolist()] == [plain(more, key) for key in keys]
 
 
 def test_draws_are_spread_as_they_should_be() -> None:

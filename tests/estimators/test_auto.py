@@ -211,7 +211,7 @@ def test_the_size_of_the_curvature_is_its_diagonals_where_outputs_are_many(
     observation = Tracer(model, None).observe((x, y))
     outputs = observation.outputs.detach()
     root = likelihood.root(outputs, y)
-    weights, size = auto._weighed(observation, likelihood, outputs, root)
+    weights, size = auto._weighed(observation, columns.OutputCurvature(likelihood, outputs, observation.targets), root)
     hessian = likelihood.hessian(outputs, y).sum(0)
     if many < 6:
         assert size == pytest.approx(float(hessian.diagonal().square().sum()))
@@ -239,3 +239,17 @@ def test_posteriors_and_optimisers_take_it(tmp_path: Any) -> None:
     optimizer = lk.optim.GaussNewton(model, "categorical", estimator="auto", tolerance=0.05, generator=rng())
     losses = [float(optimizer.step(x, y)) for _ in range(5)]
     assert losses[-1] < losses[0]
+
+
+def test_a_minibatch_is_added_up_once(monkeypatch: pytest.MonkeyPatch, sent: list[str]) -> None:
+    """The output's curvature is the last layer's factor, and what the error is measured by."""
+    model, x, y = linear_net()
+    wanted = lk.curvature.estimate(model, "categorical", [(x, y)], estimator="auto", generator=rng()).mean().dense()
+    found: list[int] = []
+    likelihood = lk.likelihoods.Categorical()
+    real = likelihood.summed_curvature
+    monkeypatch.setattr(likelihood, "summed_curvature", lambda z, *more: (found.append(len(z)), real(z, *more))[1])
+    both = lk.curvature.estimate(model, likelihood, [(x[:50], y[:50]), (x[50:], y[50:])], estimator="auto")
+    assert found == [50, 30] and both.count == 80
+    again = lk.curvature.estimate(model, likelihood, [(x, y)], estimator="auto", generator=rng()).mean().dense()
+    assert torch.equal(again, wanted) and sent

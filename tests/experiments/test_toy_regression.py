@@ -144,17 +144,26 @@ def test_sentences_say_whether_any_tuning_gets_there():
 
     def runs(*pairs):
         rows = [("tuned", row(9.0)), ("tuned, linearised", row(1.1)), ("at HMC's level, linearised", row(1.1))]
-        return [{f"Kronecker, {name}": of for name, of in (*rows, ("at HMC's level", row(*pair)))} for pair in pairs]
+        rows += [("best on the grid, linearised", row(0.4))]
+        return [
+            {
+                f"Kronecker, {name}": of
+                for name, of in (*rows, ("best on the grid", row(best)), ("at HMC's level", row(*at)))
+            }
+            for best, *at in pairs
+        ]
 
-    drawn, linear = report.sentences(runs((1.2, 1.0), (1.1, 0.75)))
+    drawn, linear = report.sentences(runs((0.5, 1.2, 1.0), (0.4, 1.1, 0.75)))
     assert "9.00, 9.00 times HMC's" in drawn and "0 of 2 seeds are at most at 1.2" in drawn
     assert "1.00 (4.0), 0.75 (3.0) nats" in drawn and drawn.endswith("no tuning on them gets there.")
     assert "2 of 2 seeds are at most at 1.2" in linear and linear.endswith("for 0 of 2 seeds.")
-    one_is_allowed, _ = report.sentences(runs((1.2, 1.0), (1.1, 0.5)))
+    one_is_allowed, _ = report.sentences(runs((0.5, 1.2, 1.0), (0.4, 1.1, 0.5)))
     assert one_is_allowed.endswith("for 1 of 2 seeds.")
-    none, _ = report.sentences(runs((1.3, 0.0), (1.3, 0.1)))
+    none, _ = report.sentences(runs((1.3, 1.3, 0.0), (1.3, 1.3, 0.1)))
     assert "No setting does." in none and none.endswith("for 2 of 2 seeds: no tuning on them gets there.")
-    got_there = runs((1.2, 1.0), (1.1, 0.75))
+    redrawn, _ = report.sentences(runs((0.5, 1.21, 1.0), (0.4, 1.1, 0.75)))
+    assert redrawn == drawn
+    got_there = runs((0.5, 1.2, 1.0), (0.4, 1.1, 0.75))
     got_there[0]["Kronecker, tuned"] = row(1.0)  # by luck: a search that draws otherwise
     drawn, _ = report.sentences(got_there)
     assert "1 of 2 seeds are at most at 1.2" in drawn and drawn.endswith("for 1 of 2 seeds.")

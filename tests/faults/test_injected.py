@@ -186,7 +186,7 @@ def same(one: Any, two: Any, rtol: float = 0.0) -> bool:
     return one == two or (isinstance(one, float) and one == pytest.approx(two, rel=rtol))
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize(("name", "structure"), PAIRS)
 def test_a_failure_anywhere_leaves_no_trace(name: str, structure: str, fuses: dict[str, Fuse], tmp_path: Path) -> None:
     operation, old, path = OPERATIONS[name], tmp_path / "old", tmp_path / "new"

@@ -78,7 +78,7 @@ def refused(call: Callable[[], Any], posterior: lk.LaplacePosterior, folder: Pat
     assert (folder / "there").read_bytes() == kept and [path.name for path in folder.iterdir()] == ["there"]
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("place", ["inputs", "weights"])
 @pytest.mark.parametrize("name", CALLS)
@@ -137,7 +137,7 @@ def test_settings_that_are_no_numbers(name: str, value: str, tmp_path: Path) -> 
             lk.LaplacePosterior(model, "gaussian", **{name: VALUES[value]})
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("place", ["inputs", "weights"])
 @pytest.mark.parametrize("optimiser", ["kflr", "kfac", "ekfac", "hessian_free"])

@@ -81,7 +81,7 @@ def sampled(
 POINTS = [(9.0, 1.0), (90.0, 10.0), (4.0, 8.0)]  # two of one ratio
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 100])
 @pytest.mark.parametrize(("seeds", "pairs"), [(5, False), (5, True), (8, True)])
 @pytest.mark.parametrize("kept", [True, False])

@@ -90,7 +90,7 @@ def test_covariance_of_more_kinds(case: Case, kind: tuple[str, str]) -> None:
     check_covariance(case, *kind)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @over_cases
 def test_both_ways_over_positions(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost model only chooses: the way that ``test_covariance`` does not go gives the same covariance."""
@@ -109,7 +109,7 @@ def _tiny_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quadratic, "WORKING", 1)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.usefixtures("_tiny_runs")
 @pytest.mark.parametrize(
     ("case", "structure"), [*((case, "kron") for case in CASES), *((case, "full") for case in tagged("core"))], ids=str
@@ -195,7 +195,7 @@ def whole(posterior: Any, matrix: Matrix) -> Blockwise:
     return Blockwise(layout, [(block, matrix)])
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize(
     ("case", "equal"), [*((case, False) for case in CASES), *((case, True) for case in tagged("core"))], ids=str
 )

@@ -56,8 +56,8 @@ class Experts(nn.Module):
         return self.head(h.mean(1))
 
 
-def dense() -> nn.Module:
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+def dense(hidden: int = 5) -> nn.Module:
+    return nn.Sequential(nn.Linear(3, hidden), nn.Tanh(), nn.Linear(hidden, 3)).double()
 
 
 def convolution() -> nn.Module:
@@ -107,6 +107,7 @@ LOADERS: dict[str, Callable[[], Any]] = {
 # name: network, data, posterior, fit
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, Any], dict[str, Any]]] = {
     **{f"kron-{name}": (dense, loader, {"structure": "kron"}, {}) for name, loader in LOADERS.items()},
+    "wide": (lambda: dense(131), LOADERS["list"], {}, {}),  # sums in rows of whole cache lines
     "sampled": (dense, LOADERS["shuffled"], {"estimator": "sampled"}, {}),
     "projection": (dense, LOADERS["augmented"], {"structure": "diag", "estimator": "projection", "samples": 2}, {}),
     "importance": (convolution, LOADERS["list"], {"estimator": "importance"}, {}),

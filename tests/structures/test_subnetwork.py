@@ -94,7 +94,7 @@ def test_samples_move_the_chosen_weights_only(case: Case, tmp_path: Path) -> Non
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.share(2)
+@pytest.mark.share(3)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_kind_of_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Entries of weights and biases of every layer family, embeddings and parameters without a rule included."""

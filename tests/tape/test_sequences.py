@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf import sequences
-from laplace_kf.tape import tracer
+from laplace_kf.tape import chain, tracer
 from tests.checks import close
 
 
@@ -99,6 +99,34 @@ def test_every_activation_has_the_slope_of_autograd(activation: type[nn.Module],
         p = out.softmax(0).detach()
         total += jac.T @ (torch.diag(p) - p[:, None] * p) @ jac
     close(found, total / len(x), 1e-11)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid])
+def test_slopes_are_made_of_the_rows_that_go_back(
+    activation: type[nn.Module], no_tape: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen columns need those of their examples, single columns all, once."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), activation(), nn.Linear(4, 3)).double()
+    made: list[int] = []
+    for function, real in list(chain._AT_RESULT.items()):
+        watched = lambda y, real=real: (made.append(len(y)), real(y))[1]  # noqa: E731
+        monkeypatch.setitem(chain._AT_RESULT, function, watched)
+    x, y = data()
+    observation = tracer.Tracer(model, None).observe((x, y))
+    assert observation.chain is not None and not made
+    rows, some = torch.tensor([6, 1, 6]), torch.randn(1, 3, 3, generator=torch.Generator().manual_seed(4)).double()
+    spread = torch.zeros(3, 7, 3).double()
+    spread[torch.arange(3), rows] = some[0]
+    for _ in range(2):
+        _, (_, few) = observation.chain.backward(some, rows)
+    assert made == [3, 3]
+    for _ in range(2):
+        _, (_, whole) = observation.chain.backward(spread)
+        _, (_, again) = observation.chain.backward(some, rows)
+    assert made == [3, 3, 7]
+    assert torch.equal(again, few)
+    close(few[0], whole[torch.arange(3), rows])
 
 
 def test_fits_and_predictions_need_no_tape(no_tape: None) -> None:
