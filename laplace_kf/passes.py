@@ -22,7 +22,7 @@ from laplace_kf.models import preserved, usable
 from laplace_kf.outputs.derivatives import usable_by_autograd
 from laplace_kf.sequences import read
 from laplace_kf.tape import FlatLayout, Tracer
-from laplace_kf.tape.chance import FirstPass
+from laplace_kf.tape.chance import FirstPass, require_derivatives
 from laplace_kf.tape.verdicts import note, remembered
 
 __all__ = ["Pass", "columns_of", "walk"]
@@ -81,7 +81,7 @@ class Pass:
         found = []
         for direction in directions:
             parts = [part[0] for part in self.layout.split(direction[None]).values()]
-            used = [(p, d.to(p)) for p, d in zip(pulled, parts, strict=True) if p is not None]
+            used = [(p, d.to(p)) for p, d in zip(pulled, parts, strict=True) if p is not None and p.requires_grad]
             if not used:
                 found.append(torch.zeros_like(self.outputs))
                 continue
@@ -185,6 +185,8 @@ def walk(
                 with torch.no_grad():  # a pass more, not for each product of conjugate gradients
                     known = (remembered(model, key) or ((),))[0] is forward
                     first.require_a_function(outputs, None if known else again(batch))
+                    if not known:
+                        require_derivatives(model, tracer.layout.names, again, batch, outputs)
                 note(model, key, (forward,))  # kept, so that no other one gets its identity
             likelihood = as_read(likelihood, model, batch, forward, outputs, targets)
             likelihood.check(outputs.detach(), targets)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import laplace_kf as lk
 from laplace_kf.errors import UnknownName, UnsupportedLayer
 from tests import oracles
 from tests.cases import labels, normal, rng
-from tests.checks import close
+from tests.checks import close, of_every
 
 STRUCTURES = ["diag", "kron", "full", "ekfac", "lowrank", "isotropic", "layer"]
 
@@ -203,3 +205,70 @@ def test_stages_that_nothing_is_taken_from_are_as_if_they_were_not_there(structu
         found, wanted = (each.predict(x, method=method, generator=rng(7)).probs for each in (deep, short))
         assert found is not None and wanted is not None and found.shape == (3, 3, 4, 4)
         close(found, wanted)
+
+
+def under_no_grad(net: Any, x: Tensor) -> Tensor:
+    with torch.set_grad_enabled(net.training):
+        h = torch.tanh(net.body(x))
+    return net.head(h)
+
+
+def as_numbers(net: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(nn.functional.linear(x, net.body.weight.data, net.body.bias))
+    return net.head(h)
+
+
+def in_numpy(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(x @ torch.from_numpy(net.body.weight.detach().numpy()).T + net.body.bias))
+
+
+def cut_off(net: Any, x: Tensor) -> Tensor:
+    return net.head(torch.tanh(net.body(x))).detach()
+
+
+class Joined(nn.Module):
+    """Two layers, joined in a way that autograd does not see through."""
+
+    def __init__(self, how: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body, self.head, self.how = nn.Linear(3, 4), nn.Linear(4, 3), how
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.how(self, x)
+
+
+def test_parameters_without_a_derivative_are_no_unused_ones() -> None:
+    """Their prior would be all that draws know of them, and outputs go wherever these are."""
+    x, y = torch.randn(5, 3, generator=rng()).double(), torch.tensor([0, 1, 2, 0, 1])
+    calls: dict[str, Callable[[nn.Module, str], Any]] = {
+        "fit": lambda net, unused: lk.LaplacePosterior(net, "categorical", unused=unused).fit([(x, y)]),
+        "kfac": lambda net, unused: lk.optim.kfac(net, "categorical", unused=unused).step(x, y),
+        "natural_gradient": lambda net, unused: lk.optim.natural_gradient(net, "categorical", unused=unused).step(x, y),
+        "product": lambda net, unused: lk.curvature.ggn_vector_product(
+            net, "categorical", [(x, y)], torch.ones(31).double()
+        ),
+    }
+
+    def case(how: Callable[..., Tensor], name: str, unused: str) -> None:
+        with pytest.raises(lk.errors.UnsupportedLayer, match="hang on parameter 'weight' of module 'body', but have"):
+            calls[name](Joined(how).eval(), unused)
+
+    ways = (under_no_grad, as_numbers, in_numpy, cut_off)
+    of_every(case, [(how, name, unused) for how in ways for name in calls for unused in ("error", "prior")])
+    body = ["head.*"]  # the line of the message
+    posterior = lk.LaplacePosterior(Joined(under_no_grad), "categorical", parameters=body).fit([(x, y)])
+    assert list(posterior.mean) == ["head.weight", "head.bias"]
+
+
+def test_derivatives_that_are_zero_are_zero() -> None:
+    net = Joined(lambda net, x: net.head(torch.sign(net.body(x))))
+    x, y = torch.randn(5, 3, generator=rng()).double(), torch.tensor([0, 1, 2, 0, 1])
+    v = torch.linspace(-1, 1, 31).double()
+    product = lk.curvature.ggn_vector_product(net, "categorical", [(x, y)], v)
+    dense = lk.curvature.estimate(net, "categorical", [(x, y)], "full").mean().dense()
+    torch.testing.assert_close(product, dense @ v)
+    assert not bool(product[:16].any()) and bool(product[16:].all())
+    lk.optim.natural_gradient(net, "categorical").step(x, y)

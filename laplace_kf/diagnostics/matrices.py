@@ -104,7 +104,8 @@ def quadratic_form(
 ) -> Tensor:
     """``uᵀ G v`` with the mean Gauss-Newton matrix, one Jacobian product a vector (methods 2.7; Martens 2016, B.3).
 
-    Forward-mode differentiation, no backward pass (two where an operation has no rule for it).
+    Forward-mode differentiation, no backward pass: two where an operation has no rule for it, or where the first
+    product shows that it is the derivative of another function.
 
     Args:
         model, likelihood, data, parameters, forward: as for :func:`laplace_kf.curvature.estimate`.
@@ -118,10 +119,12 @@ def quadratic_form(
         ShapeMismatch: if a vector does not have one entry for every parameter, or the data are empty.
     """
     total: list[Tensor] = []
+    objective: Objective | None = None
 
     def visit(seen: Pass) -> None:
+        nonlocal objective
         rows = torch.cat([columns_of(part.reshape(-1), seen.layout) for part in ([u] if v is None else [u, v])])
-        objective = Objective(model, seen.likelihood, forward)
+        objective = Objective(model, seen.likelihood, forward) if objective is None else objective
         batch = Batch(seen.batch, 1, objective.random_state())
         found = objective.products([batch], seen.layout.split(rows))[0, -1]
         total[:] = [found if not total else total[0] + found]

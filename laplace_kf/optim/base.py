@@ -51,7 +51,7 @@ from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
 from laplace_kf.tape import FlatLayout, Observation, Tracer
 from laplace_kf.tape.blocks import flat_layout
-from laplace_kf.tape.chance import require_a_function
+from laplace_kf.tape.chance import require_a_function, require_derivatives
 
 __all__ = ["Proposal", "SecondOrder"]
 
@@ -335,10 +335,13 @@ class SecondOrder(torch.optim.Optimizer):
                 module.training = mode
             again = lambda other: as_tensor(self.objective.runner(other)[0])  # noqa: E731
             if any(mode for _, mode in modes):  # what changes in training mode is the user's business
-                again(data)  # and fills what is kept from pass to pass, by which weights could be reached
+                outputs = again(data)  # and fills what is kept from pass to pass, by which weights could be reached
                 require_reached(self.model, self.user_forward, self.names, lambda: again(data))
             else:
-                require_a_function(self.model, self.user_forward, self.names, again, data)
+                outputs = require_a_function(self.model, self.user_forward, self.names, again, data)
+            require_derivatives(self.model, self.names, again, data, outputs)
+            if not outputs.requires_grad:
+                self.tracer.require_all_seen(self.layout.names)
         self._reached = True
         if leaves_hooks_out(self.model):
             warn_user(

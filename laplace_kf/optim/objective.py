@@ -24,6 +24,7 @@ from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.optim.peers import Alone
 from laplace_kf.outputs.derivatives import one_jacobian
+from laplace_kf.sequences import read
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
 from laplace_kf.tape.chain import Chain
@@ -115,7 +116,8 @@ class Objective:
         self.hidden: list[nn.Module] = []  # modules whose outputs structural damping looks at
         self.listened: list[nn.Module] = []  # the one behind every activity of the last pass
         self.peers = peers  # whose minibatches all means are taken over
-        self._forward_mode: bool | None = None  # None: to be checked
+        # None: to be checked; there is nothing that could hide a derivative in a list of torch's own modules
+        self._forward_mode: bool | None = True if forward is None and read(model) is not None else None
 
     def random_state(self) -> dict[str, Tensor]:
         """States of the global generators that a pass may draw from, by device name (opaque, of any shape)."""
@@ -281,7 +283,14 @@ class Objective:
             pulled = torch.autograd.grad(values, list(leaves.values()), seeds, create_graph=True, allow_unused=True)
             pushed: list[list[Tensor]] = []
             for k in range(_count(directions)):
-                used = [(p, directions[n][k].to(p)) for n, p in zip(names, pulled, strict=True) if p is not None]
+                used = [
+                    (p, directions[n][k].to(p))
+                    for n, p in zip(names, pulled, strict=True)
+                    if p is not None and p.requires_grad
+                ]
+                if not used:
+                    pushed.append([torch.zeros_like(value) for value in values])
+                    continue
                 tangents = torch.autograd.grad(
                     [p for p, _ in used], seeds, [d for _, d in used], retain_graph=True, materialize_grads=True
                 )

@@ -21,6 +21,7 @@ from laplace_kf.outputs.spread import covariance_root
 from laplace_kf.predictive.calls import over_draws
 from laplace_kf.predictive.draws import draw_seeds
 from laplace_kf.predictive.linearized import Linearization, Stand
+from laplace_kf.sequences import read
 
 __all__ = ["function_draws"]
 
@@ -83,6 +84,8 @@ def _forward_mode(network: Linearization, mean: Weights) -> Callable[[Weights], 
 
 def _agrees(network: Linearization, mean: Weights, noise: Weights, pushed: Tensor) -> bool:
     """Whether ``J ε (N, ...)`` by forward mode is the product that a backward pass says it is."""
+    if network.forward.plain and read(network.model) is not None:
+        return True  # nothing in a list of torch's own modules could hide a derivative
     with torch.enable_grad():
         leaves = {name: value.clone().requires_grad_() for name, value in mean.items()}
         outputs = _at(network, leaves)
@@ -98,7 +101,11 @@ def _two_backward(network: Linearization, mean: Weights) -> Callable[[Weights], 
             outputs = _at(network, leaves)
             u = torch.zeros_like(outputs, requires_grad=True)
             rows = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
-            parts = [(row * noise[name]).sum() for name, row in zip(leaves, rows, strict=True) if row is not None]
+            parts = [
+                (row * noise[name]).sum()
+                for name, row in zip(leaves, rows, strict=True)
+                if row is not None and row.requires_grad
+            ]
             if not parts:
                 return torch.zeros_like(outputs).detach()
             return torch.autograd.grad(torch.stack(parts).sum(), u)[0].detach()

@@ -16,11 +16,12 @@ from laplace_kf.batches import map_examples, tensors_of
 from laplace_kf.callers import warn_user
 from laplace_kf.errors import UnsupportedLayer
 from laplace_kf.memory import storage_of
+from laplace_kf.models import named_parameters
 from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.randomness import torch_states
-from laplace_kf.substitution import require_reached, substituted
+from laplace_kf.substitution import leaves_of, require_reached, substituted
 
-__all__ = ["FirstPass", "require_a_function"]
+__all__ = ["FirstPass", "require_a_function", "require_derivatives"]
 
 SMALL = 2**16  # entries of a parameter that is compared; of larger ones torch's count of changes is
 Place = tuple[str, str, str]  # kind, path of the module, attribute
@@ -146,7 +147,7 @@ class FirstPass:
                     "over as an input; what is initialised by the first batch has to be before the fit"
                 )
         with suppress(Exception):  # numbers that the model does not take for weights
-            same = self._hangs_not(now, self.batch, self._moved(names))
+            same = self._hangs_not(now, self.batch, _moved(self.model, names))
         if not same:
             raise UnsupportedLayer(
                 f"{who} keeps its {kind} {name!r}{more}, which it made of its weights, from pass to pass in eval mode, "
@@ -165,20 +166,21 @@ class FirstPass:
         for kept in self.kept:
             kept.restore()
 
-    def _moved(self, names: Collection[str]) -> dict[str, Tensor]:
-        """These parameters with other numbers."""
-        generator = torch.Generator().manual_seed(1)
-        moved = {}
-        for name, p in self.model.named_parameters():
-            if name in names and p.is_floating_point() and _held(p):
-                noise = torch.randn(p.shape, generator=generator).to(p)
-                moved[name] = p.detach() + 0.3 * (p.detach().abs().mean() + 0.1) * noise
-        return moved
+
+def _moved(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """These parameters with other numbers."""
+    generator = torch.Generator().manual_seed(1)
+    moved = {}
+    for name, p in model.named_parameters():
+        if name in names and p.is_floating_point() and _held(p):
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            moved[name] = p.detach() + 0.3 * (p.detach().abs().mean() + 0.1) * noise
+    return moved
 
 
 def require_a_function(
     model: nn.Module, forward: Any, names: Collection[str], again: Callable[[Any], Tensor], batch: Any
-) -> None:
+) -> Tensor:
     """Refuses a model that is no function, or in whose parameters' place no other values can be put.
 
     Args:
@@ -188,6 +190,9 @@ def require_a_function(
         again: a pass over a batch, for outputs ``(N, ...)``.
         batch: of the pass.
 
+    Returns:
+        The outputs, with their graph.
+
     Raises:
         UnsupportedLayer: names the module, and the parameters or what it keeps from pass to pass.
     """
@@ -196,6 +201,45 @@ def require_a_function(
         outputs = again(batch)
     second = require_reached(model, forward, names, lambda: again(batch))
     first.require_a_function(outputs, second, names)
+    return outputs
+
+
+@torch.no_grad()
+def require_derivatives(
+    model: nn.Module, names: Sequence[str], again: Callable[[Any], Tensor], batch: Any, outputs: Tensor
+) -> None:
+    """Refuses parameters that outputs hang on, but have no derivative by: to be unused is something else.
+
+    Args:
+        model: in eval mode, inside of :func:`laplace_kf.models.preserved`.
+        names: parameters.
+        again: a pass over a batch, for outputs ``(N, ...)``.
+        batch: of a pass.
+        outputs: of the pass, with its graph, which says by which parameters there are derivatives.
+
+    Raises:
+        UnsupportedLayer: names the first one.
+    """
+    known = {id(leaf) for leaf in leaves_of(outputs)}
+    named = named_parameters(model)
+    names = [name for name in names if id(named[name]) not in known]
+
+    def at(some: Collection[str]) -> Tensor:
+        return substituted(model, _moved(model, some), lambda: again(batch))
+
+    if not names:
+        return
+    outputs, moved = again(batch), at(names)
+    if same_outputs(moved, outputs) or not bool(moved.isfinite().all()) or not same_outputs(again(batch), outputs):
+        return
+    name = next((name for name in names if not same_outputs(at([name]), outputs)), names[0])
+    path, _, last = name.rpartition(".")
+    raise UnsupportedLayer(
+        f"the outputs hang on parameter {last!r} of {f'module {path!r}' if path else 'the model'}, but have no "
+        "derivative by it: forward reads it under torch.no_grad(), set_grad_enabled(self.training) or inference_mode, "
+        "through detach() or .data, or outside of torch. Take that out of forward (callers have no_grad), or leave the "
+        f"parameter out: parameters=[patterns] without {name!r}, or requires_grad_(False)"
+    )
 
 
 class _Kept:

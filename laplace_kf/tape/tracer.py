@@ -21,7 +21,7 @@ from laplace_kf.returned import as_tensor
 from laplace_kf.substitution import require_reached
 from laplace_kf.tape.blocks import Block, FlatLayout, flat_layout, unused_blocks
 from laplace_kf.tape.chain import Chain, OnStep, derivative
-from laplace_kf.tape.chance import FirstPass
+from laplace_kf.tape.chance import FirstPass, require_derivatives
 from laplace_kf.tape.checked import count_uses, disagreeing
 from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.known import Known, State, changed
@@ -227,6 +227,8 @@ class Tracer:
         for step in tape.steps:
             step.call = step.call if step.call is not None and step.call.portions else None
         self._note_constants(tape)
+        if first is not None:
+            require_derivatives(self.model, self.layout.names, again, batch, outputs)
         if not outputs.requires_grad and not self.unused and not self.shared:
             self.require_all_seen()
         return self._observation(batch, tape, outputs, targets)

@@ -4,7 +4,7 @@ A rule's gradient is a statement about functions, not about numbers: what passed
 other one in which the same functions were called on the same parameters, shapes and plain arguments, wired in the same
 way (the form of a pass, :mod:`laplace_kf.tape.wiring`). So the answer is remembered by just that. It cannot become
 stale: a replaced layer, another forward, mode, attribute or shape is another key, and a pass with anything in it that
-has no key (an own autograd function, a hook, a gradient taken in the forward pass) is checked every time.
+has no key (an own autograd function, a gradient taken in the forward pass) is checked every time.
 
 Which rows of a layer belong to which example is such a statement too, where no rows are picked or ordered by the data.
 """
