@@ -194,7 +194,7 @@ def test_few_columns_need_nothing_of_classes_squared_per_example(
             model, "categorical", [(normal(n, 6), labels(classes, n))], structure, estimator, parameters
         )
     # the output factor itself, or a few times the outputs
-    assert largest.numel <= max(classes**2, 4 * n * classes)
+    assert largest.numel <= max(classes * (classes + 16), 4 * n * classes)  # a factor's rows are whole cache lines
 
 
 @pytest.mark.parametrize("structure", ["diag", "kron"])
@@ -205,7 +205,7 @@ def test_exact_last_layer_needs_nothing_of_classes_squared_per_example(structure
         lk.curvature.estimate(
             model, "categorical", [(normal(n, 6), labels(classes, n))], structure, parameters="last_layer"
         )
-    assert largest.numel <= max(classes**2, 4 * n * classes)
+    assert largest.numel <= max(classes * (classes + 16), 4 * n * classes)  # a factor's rows are whole cache lines
 
 
 def test_exact_columns_are_made_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
