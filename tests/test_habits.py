@@ -93,7 +93,7 @@ def test_groups_are_made_with_the_optimiser_and_copies_by_state() -> None:
     with pytest.raises(lk.errors.IncompatiblePair, match="made with the optimiser"):
         optimizer.add_param_group({"params": list(model[0].named_parameters())})
     for copied in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(lk.errors.IncompatiblePair, match=r"neither copied nor pickled.*load_state_dict\(copy"):
+        with pytest.raises(lk.errors.IncompatiblePair, match=r"neither copied nor pickled.*load_state_dict\(deepcopy"):
             copied(optimizer)
 
 

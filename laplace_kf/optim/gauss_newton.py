@@ -213,7 +213,7 @@ class GaussNewton(SecondOrder):
                 self._outer = gradient_factors(observation, self._shortcut, caught)
 
     def _accumulating(self, structure: Structure) -> Accumulator:
-        return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator)
+        return Accumulator(self.tracer, self.likelihood, self.estimator, structure, self.generator, self.dtype)
 
     @contextmanager
     def _calm(self, seen: Observation | None) -> Iterator[None]:

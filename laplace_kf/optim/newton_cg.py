@@ -218,7 +218,7 @@ class HessianFree(SecondOrder):
         """Structured curvature of the curvature data, measured once a step."""
         if key not in self._structures:
             structure, estimator = pair
-            accumulator = Accumulator(self.tracer, self.likelihood, estimator, structure, self.generator)
+            accumulator = Accumulator(self.tracer, self.likelihood, estimator, structure, self.generator, self.dtype)
             with preserved(self.model), torch.enable_grad(), torch.autocast(self.tracer.device.type, enabled=False):
                 for batch in self._curved:
                     accumulator.add(batch.data, self.steps)

@@ -215,7 +215,8 @@ def _by_rows(piece: Piece, block: Block, rule: PrecisionFamily | Solver, width: 
 def solver_of(matrix: Matrix) -> Solver:
     """``rows (K, P_b)`` to ``rows matrix⁻¹``; a matrix without a solve of its own is factorised once."""
     if type(matrix).solve is not Matrix.solve:
-        return lambda rows: matrix.solve(rows.to(matrix.like.dtype if isinstance(matrix, Spectral) else rows.dtype).T).T
+        kind = matrix.like.dtype if isinstance(matrix, Spectral) else matrix.diag().dtype
+        return lambda rows: matrix.solve(rows.to(kind).T).T
     factor = cholesky(matrix.dense(), matrix.label)
     return lambda rows: torch.cholesky_solve(rows.to(factor.dtype).T, factor).T
 

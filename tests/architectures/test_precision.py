@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import laplace_kf as lk
 from laplace_kf import models
 from tests.cases import build, labels, mlp, normal, rng
+from tests.checks import of_every
 
 STRUCTURES = ["diag", "kron", "full"]
 over_structures = pytest.mark.parametrize("structure", STRUCTURES)
@@ -337,3 +338,46 @@ def test_parametrised_weights(structure: str, make: Callable[[], nn.Module]) -> 
     behind = torch.cat([torch.full((k,), "original" in name) for name, k in zip(names, sizes, strict=True)])
     assert error(found.diagonal()[behind], exact.diagonal()[behind]) < 1e-10
     assert torch.isfinite(posterior.predict(x, method="mc", samples=3).probs).all()
+
+
+class Cast(nn.Module):
+    """Outputs of another floating type than the weights, as of logits that are made float."""
+
+    def __init__(self, weights: torch.dtype, outputs: torch.dtype) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body, self.head, self.kind = nn.Linear(4, 5), nn.Linear(5, 3), outputs
+        self.to(weights)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.body(x))).to(self.kind)
+
+
+CASTS = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("weights", "outputs"), CASTS)
+def test_outputs_of_another_type_than_the_weights(weights: torch.dtype, outputs: torch.dtype) -> None:
+    """Steps, and predictions of a chain of kept terms, are those of the network whose outputs are not cast."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, generator=generator, dtype=torch.float64).to(weights)
+    y = torch.arange(6) % 3
+
+    def step(make: Callable[..., Any], kind: torch.dtype, **settings: Any) -> Tensor:
+        net = Cast(weights, kind)
+        make(net, "categorical", generator=torch.Generator().manual_seed(1), **settings).step(x, y)
+        return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+    def case(name: str) -> None:
+        settings = {"inverse": "block_tridiagonal"} if name == "linked" else {}
+        make = lk.optim.kflr if name == "linked" else getattr(lk.optim, name)
+        mine, theirs = step(make, outputs, **settings), step(make, weights, **settings)
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 if outputs == torch.bfloat16 else 1e-4)
+
+    of_every(case, ["kflr", "linked", "ekfac", "diagonal", "hessian_free"])
+    spreads = []
+    for kind in (outputs, weights):
+        chained = lk.LaplacePosterior(Cast(weights, kind), "categorical").fit([(x, y)]).update([(x[:4], y[:4])])
+        spreads.append(chained.functional_covariance(x).double())
+    torch.testing.assert_close(spreads[0], spreads[1], rtol=0.03, atol=0.03 * float(spreads[1].max()))
