@@ -54,13 +54,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, pytest.CollectReport]:
     """Every other process reads the files from the last to the first, so that it finds half of them compiled."""
     report: pytest.CollectReport = yield
-    if _backwards(collector.config) and isinstance(collector, pytest.Directory | pytest.Session):
+    if _number(collector.config) % 2 and isinstance(collector, pytest.Directory):
         report.result.reverse()
     return report
 
 
-def _backwards(config: pytest.Config) -> bool:
-    return int(getattr(config, "workerinput", {}).get("workerid", "gw0")[2:]) % 2 == 1
+def _number(config: pytest.Config) -> int:
+    """Of a process that is handed tests; 0 of one alone."""
+    return int(getattr(config, "workerinput", {}).get("workerid", "gw0")[2:])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -68,7 +69,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     ``@pytest.mark.share(n)``: one in n of the cases of a test, unless ``--triples`` asks for all or one is asked for.
     """
-    if _backwards(config):  # as the others have them: by folder and file, inside a file as they stand there
+    if hasattr(config, "workerinput"):  # in all processes alike, whichever files were read first
         items.sort(key=lambda item: item.path.parts)
     if not config.getoption("--triples"):
         cases = Counter(_function(item) for item in items)
