@@ -459,7 +459,7 @@ def ended(name: str, path: Path, after: float) -> tuple[bool, float]:
 
 
 def ended_and_gone_on(folder: Path, names: list[str], points: int) -> None:
-    """Fits ended before their end at so many random points, some once more after going on, and each then gone on with."""
+    """Fits ended before their end, so many in all, at random points, and each then gone on with to the same result."""
     chance, stopped, number = random.Random(0), 0, 0
     whole = {name: (fitted(name), ended(name, folder / name, 1e3)[1]) for name in names}
     while stopped < points:  # one that is faster than the first was is at its end before it would have been ended
@@ -468,9 +468,8 @@ def ended_and_gone_on(folder: Path, names: list[str], points: int) -> None:
         for _ in range(2):
             stopped += ended(name, path, chance.uniform(1e-4, whole[name][1]))[0]
         same(fitted(name, path), whole[name][0])
-        assert (
-            not path.exists()
-        )  # what a process that was ended as it wrote left behind stays: nobody knows whose it is
+        assert not path.exists()
+        # what a process that was ended as it wrote left behind stays: nobody knows whose it is
         assert all(file.name.endswith(".part") or file.name.startswith(".tmp") for file in folder.iterdir())
 
 
