@@ -17,7 +17,10 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """Images ``(N, 784)`` and labels ``(N,)`` to train, tune and test on, and strangers ``(N, 784)`` by name."""
+    """Images and labels ``(N,)`` to train, tune and test on, and strangers by name.
+
+    Images are ``(N, 784)``, those in colour ``(N, 3, 32, 32)``.
+    """
 
     train: Pair
     val: Pair
@@ -34,11 +37,17 @@ class Source:
         name: of the image set.
         classes: those it sees, the first so many.
         strangers: names of image sets, or ``"rest"`` for the test images of the other classes.
+        colour: whether its images stay as they are, for a network of convolutions.
     """
 
     name: str
     classes: int
     strangers: tuple[str, ...]
+    colour: bool = False
+
+    def images(self, name: str, split: str) -> Pair:
+        """Images of any set and their labels, as this source's networks read them."""
+        return data.images(name, split) if self.colour else _grey(name, split)
 
 
 SOURCES = {
@@ -47,6 +56,7 @@ SOURCES = {
     "digits 0-4": Source("mnist", 5, ("rest",)),
     "letters A-E": Source("notmnist", 5, ("rest", "mnist", "fashion-mnist")),
     "fashion 0-4": Source("fashion-mnist", 5, ("rest", "mnist", "notmnist")),
+    "cifar10": Source("cifar10", 10, ("cifar100",), colour=True),
 }
 DEVELOPMENT = ("letters A-E", "fashion 0-4")
 """Sources on which constants of the scores may be settled; they are not judged."""
@@ -63,9 +73,9 @@ def problem(source: str, *, seed: int, val_most: int, train_most: int, test_most
         raise UnknownName("source", source, SOURCES)
     about, rng = SOURCES[source], training.generator(seed)
     first = "train" if "train" in data.splits(about.name) else "test"
-    known = _chosen(*_grey(about.name, first), 0, about.classes, rng)
+    known = _chosen(*about.images(about.name, first), 0, about.classes, rng)
     if first == "train":
-        test = _chosen(*_grey(about.name, "test"), 0, about.classes, rng)
+        test = _chosen(*about.images(about.name, "test"), 0, about.classes, rng)
         held = min(val_most, len(known[0]) // 5)
     else:
         cut, held = len(known[0]) * 8 // 10, min(val_most, len(known[0]) // 10)
@@ -74,7 +84,7 @@ def problem(source: str, *, seed: int, val_most: int, train_most: int, test_most
     for name in about.strangers:
         other = about.name if name == "rest" else name
         least = about.classes if name == "rest" else 0
-        strangers[name] = _chosen(*_grey(other, "test"), least, 10, rng)[0][:test_most]
+        strangers[name] = _chosen(*about.images(other, "test"), least, 100, rng)[0][:test_most]
     val, train = _rows(known, 0, held), _rows(known, held, held + train_most)
     return Problem(train, val, _rows(test, 0, test_most), strangers, about.classes)
 

@@ -1,8 +1,9 @@
 """Which score tells strange images from known ones? One network, its posterior, an ensemble and a mixture of five.
 
-Fully connected ReLU networks are trained on one set of images; every score then ranks test images of that set and
-images of another one, and AUROC says how well it tells them apart. Nothing is tuned on strangers: (N, λ), the method
-and the references of ``kind="auto"`` come from held-out images of the known set.
+Fully connected ReLU networks, or small residual ones where images stay in colour, are trained on one set of images;
+every score then ranks test images of that set and images of another one, and AUROC says how well it tells them apart.
+Nothing is tuned on strangers: (N, λ), the method and the references of ``kind="auto"`` come from held-out images of the
+known set.
 
 The scores: entropy of the network (MAP), of the tuned default prediction, and of the ensemble's mean; mutual
 information of the posterior and of the ensemble; leverages of the last and of all layers, and of their inputs'
@@ -31,6 +32,7 @@ from experiments.common.stacked import train_stacked
 from experiments.continual.report import quoted
 from experiments.ood_pairs.problems import SOURCES, Problem, problem
 from experiments.ood_pairs.report import judged, pairs_table, quality_table, targets_table
+from experiments.photographs.network import wide_residual
 from laplace_kf.posterior import LaplacePosterior, Mixture
 from laplace_kf.reports import machine, metrics, versions
 from laplace_kf.reports.html import Report
@@ -100,12 +102,22 @@ class Config:
 
 def _networks(config: Config, given: Problem, path: Path) -> list[nn.Sequential]:
     """The trained members, from ``path`` if they are there."""
+    seeds = [1000 * config.seed + k for k in range(config.members)]
     widths = [784, config.hidden, config.hidden, given.classes]
-    models = [training.mlp(widths, seed=1000 * config.seed + k) for k in range(config.members)]
+    colour = given.train[0].dim() == 4
+    if colour:
+        models = [wide_residual(given.classes, blocks=1, factor=1, seed=seed) for seed in seeds]
+    else:
+        models = [training.mlp(widths, seed=seed) for seed in seeds]
     if path.is_file():
         for model, state in zip(models, torch.load(path, weights_only=True), strict=True):
             model.load_state_dict(state)
             model.eval()
+        return models
+    if colour:
+        for model, seed in zip(models, seeds, strict=True):
+            _train_alone(config, model, given, seed, path.with_name(f"{path.stem}-{seed}.pt"))
+        torch.save([model.state_dict() for model in models], path)
         return models
     train_stacked(
         models, [given.train], [0] * len(models), loss=_cross_entropy, epochs=config.epochs, batch=config.batch,
@@ -114,6 +126,16 @@ def _networks(config: Config, given: Problem, path: Path) -> list[nn.Sequential]
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save([model.state_dict() for model in models], path)
     return models
+
+
+def _train_alone(config: Config, model: nn.Module, given: Problem, seed: int, kept: Path) -> None:
+    """The same training as :func:`train_stacked`'s of a network that is not stacked; ``kept`` has what is finished."""
+    batches = training.Batches(*given.train, config.batch, training.generator(seed))
+    decay = config.prior_precision / len(given.train[0])
+    optimizer = torch.optim.Adam(model.parameters(), config.lr, weight_decay=decay)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.epochs)
+    text = f"network {seed}" if config.progress else None
+    training.train(model, batches, optimizer, config.epochs, scheduler=scheduler, progress=text, kept=kept)
 
 
 def _cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -152,7 +174,7 @@ SEVERAL: dict[str, dict[str, Any]] = {
 def _asked(
     config: Config, posterior: LaplacePosterior | Mixture, x: Tensor, scores: dict[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
-    """Scores ``(N,)`` of images ``(N, 784)``, larger is stranger."""
+    """Scores ``(N,)`` of images ``(N, ...)``, larger is stranger."""
     found = {}
     for name, settings in scores.items():
         rng, settings = training.generator(config.seed), {"samples": config.samples, **settings}

@@ -115,7 +115,22 @@ def test_a_small_run_over_pairs(tmp_path, monkeypatch):
         "mnist": ["notmnist", "fashion-mnist", "cifar10"], "letters A-E": ["rest", "mnist", "fashion-mnist"]
     }  # fmt: skip
     assert all(0 <= each["auroc"] <= 1 for each in result["metrics"]["mnist"]["cifar10"].values())
-    assert result["not_run"] == ["fashion-mnist", "digits 0-4", "fashion 0-4"]
+    assert result["not_run"] == ["fashion-mnist", "digits 0-4", "fashion 0-4", "cifar10"]
+
+
+def test_a_small_run_in_colour(tmp_path, monkeypatch):
+    """Images stay in colour for residual networks, and each member's training is kept."""
+    monkeypatch.setattr(data, "images", lambda name, split: (random_images("cifar10", split)[0][..., ::4, ::4],
+                                                             random_images(name, split)[1]))  # fmt: skip
+    words = ["epochs=1", "members=2", "batch=40", "test_most=20", "samples=2", "mixture=false", "progress=false"]
+    assert main(["run", "ood_pairs", *words, 'sources=["cifar10"]', "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert list(result["metrics"]["cifar10"]) == ["cifar100"]
+    states = torch.load(tmp_path / "parts" / "cifar10.pt", weights_only=True)
+    alone = [torch.load(tmp_path / "parts" / f"cifar10-{k}.pt", weights_only=True)["model"] for k in range(2)]
+    for state, kept in zip(states, alone, strict=True):
+        assert state["0.weight"].shape == (16, 3, 3, 3) and torch.equal(state["0.weight"], kept["0.weight"])
+    assert not torch.equal(states[0]["0.weight"], states[1]["0.weight"])
 
 
 def noisy_table(count=300):
