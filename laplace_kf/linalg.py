@@ -14,7 +14,7 @@ from torch import Tensor
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotPositiveDefinite
 
-__all__ = ["all_finite", "cholesky", "eigh", "require_positive", "typed"]
+__all__ = ["all_finite", "cholesky", "eigh", "eigvalsh", "require_positive", "typed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,20 +39,32 @@ def eigh(matrix: Tensor, block: str) -> tuple[Tensor, Tensor]:
         NonFinite: if the matrix has NaN or infinite entries.
         NotPositiveDefinite: if an eigenvalue is negative beyond rounding, or no decomposition converges.
     """
+    values, vectors = _eigen(matrix, block, torch.linalg.eigh)
+    return values, vectors
+
+
+def eigvalsh(matrix: Tensor, block: str) -> Tensor:
+    """The eigenvalues of :func:`eigh` alone, ``(..., d)``, at a fraction of the cost; its errors."""
+    return _eigen(matrix, block, lambda candidate: (torch.linalg.eigvalsh(candidate),))[0]
+
+
+def _eigen(matrix: Tensor, block: str, decompose: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """What ``decompose`` gives, eigenvalues first, in the type of the matrix."""
     _require_finite(matrix, block)
     for attempt, candidate in enumerate(_attempts(matrix)):
         try:
-            values, vectors = torch.linalg.eigh(candidate)
+            found = tuple(decompose(candidate))
         except RuntimeError:  # torch.linalg.LinAlgError is one
             continue
-        if not bool(torch.isfinite(vectors).all()):  # float32 solvers can do this to a well-conditioned matrix
+        values = found[0]
+        if not bool(torch.isfinite(found[-1]).all()):  # float32 solvers can do this to a well-conditioned matrix
             continue
         if attempt == 2:
             _report(block)
         largest = values[..., -1:].clamp_min(torch.finfo(values.dtype).tiny)
         if bool((values < -1e-3 * largest).any()):
             raise NotPositiveDefinite(block, float(values.min()), "A curvature factor must not have this; " + KNOB)
-        return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)
+        return tuple(part.to(matrix.dtype) for part in (values.clamp_min(0), *found[1:]))
     raise NotPositiveDefinite(block, float("nan"), "Its eigendecomposition does not converge. " + KNOB)
 
 

@@ -13,7 +13,17 @@ from torch import Tensor
 from laplace_kf import linalg
 from laplace_kf.errors import NonFinite, NotPositiveDefinite, ShapeMismatch
 from laplace_kf.linalg import cholesky, eigh
-from laplace_kf.operators import DAMPINGS, DenseBlock, DiagonalBlock, Isotropic, KroneckerBlock, Matrix, Spectral, Sum
+from laplace_kf.operators import (
+    DAMPINGS,
+    DenseBlock,
+    DiagonalBlock,
+    Isotropic,
+    KroneckerBlock,
+    Matrix,
+    Spectral,
+    Sum,
+    curvature,
+)
 from laplace_kf.operators.conjugate import conjugate_gradients
 from laplace_kf.operators.eigenbasis import SpectralBlock
 from laplace_kf.operators.kept_terms import KeptTerms
@@ -240,6 +250,67 @@ def test_decompositions_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in (1.0, 10.0, 100.0):
         block.scaled(2.0).precision(n, torch.tensor(0.1, dtype=torch.float64), "exact").logdet()
     assert calls == [(1, 5, 5), (1, 4, 4)]
+
+
+@pytest.fixture
+def large_from_three(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Dense blocks of more than two parameters count as large; the names of the decompositions that are made."""
+    made: list[str] = []
+
+    def noted(name: str) -> None:
+        original = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda m: made.append(name) or original(m))
+
+    monkeypatch.setattr(curvature, "LARGE", 2)
+    for name in ("eigh", "eigvalsh", "cholesky_ex"):
+        noted(name)
+    return made
+
+
+@pytest.mark.parametrize("prior", [torch.tensor(0.3), torch.arange(1.0, 6.0)], ids=["number", "diagonal"])
+def test_one_precision_of_a_large_dense_block_needs_no_eigenbasis(large_from_three: list[str], prior: Tensor) -> None:
+    prior = prior.double().reshape(() if prior.dim() == 0 else (1, 5, 1)).requires_grad_()
+    matrix = psd(torch.Generator().manual_seed(0), 1, 5, 4)[0]
+    block = DenseBlock(matrix, "block")
+    precision = block.precision(3.0, prior.detach(), "exact")
+    assert large_from_three == ["cholesky_ex"]
+    wanted = 3 * matrix + torch.diag(prior.detach().reshape(-1).expand(5))
+    torch.testing.assert_close(precision.dense(), wanted)
+    agrees(precision, 0)
+    found = torch.autograd.grad(block.precision(3.0, prior, "exact").logdet(), prior)[0]
+    inverse = torch.linalg.inv(wanted).diagonal()
+    torch.testing.assert_close(found.reshape(-1), inverse.sum().reshape(-1) if prior.dim() == 0 else inverse)
+
+
+def test_many_precisions_of_a_large_dense_block_share_one_eigenbasis(large_from_three: list[str]) -> None:
+    block = DenseBlock(psd(torch.Generator().manual_seed(0), 1, 5, 4)[0], "block")
+    lam, noise = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    before = block.precision(2.0, lam, "exact").colour(noise)
+    assert list(block.undecomposed()) == ["full"] and not block.undecomposed(many=False)
+    many = [block.one_of_many(n, lam, "exact") for n in (1.0, 2.0, 3.0)]
+    assert large_from_three == ["cholesky_ex", "eigh"]
+    assert many[0].outputs.dual is many[2].outputs.dual  # type: ignore[attr-defined]
+    torch.testing.assert_close(many[1].dense(), block.precision(2.0, lam, "exact").dense())
+    assert torch.equal(block.precision(2.0, lam, "exact").colour(noise), before)  # whatever was asked for in between
+
+
+def test_the_spectrum_of_a_large_dense_block_needs_no_vectors(large_from_three: list[str]) -> None:
+    matrix = psd(torch.Generator().manual_seed(0), 1, 5, 4)[0]
+    block = DenseBlock(matrix, "block")
+    assert torch.equal(block.spectrum(), block.spectrum())
+    assert large_from_three == ["eigvalsh"]
+    torch.testing.assert_close(block.spectrum().reshape(-1), eigh(matrix, "block")[0])
+    with pytest.raises(NotPositiveDefinite, match="factor"):
+        DenseBlock(torch.diag(torch.tensor([1.0, 0.2, -0.5])), "block (factor)").spectrum()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 4), (1, 3, 40), (1, 40, 3), (2, 3, 4)])
+def test_draws_of_any_shape_are_rotated_together(shape: tuple[int, int, int]) -> None:
+    precision = kronecker(shape, 0, definite=True).precision(2.0, torch.tensor(0.1, dtype=torch.float64), "exact")
+    assert isinstance(precision, Spectral)
+    noise = torch.randn(5, precision.size, dtype=torch.float64)
+    torch.testing.assert_close(precision.colour(noise), torch.cat([precision.colour(one[None]) for one in noise]))
+    torch.testing.assert_close(precision.rotate(precision.rotate_back(noise.reshape(5, *shape))).flatten(1), noise)
 
 
 def test_singular_precision_names_block_and_knob() -> None:

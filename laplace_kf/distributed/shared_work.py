@@ -42,7 +42,7 @@ def done(ranks: Ranks, work: Mapping[str, Work], where: str) -> dict[str, tuple[
 
 
 def decomposed(ranks: Ranks, curvature: Blockwise) -> None:
-    """Gives every block of a curvature (the same in all processes) its eigenbasis, which it would make on first need.
+    """Gives every block of a curvature (the same in all processes) the eigenbasis that its precision needs.
 
     Raises:
         DistributedFailure: where another process failed.
@@ -51,7 +51,7 @@ def decomposed(ranks: Ranks, curvature: Blockwise) -> None:
     place: dict[str, tuple[CurvatureBlock, str]] = {}
     for number, (_, matrix) in enumerate(curvature.entries):
         assert isinstance(matrix, CurvatureBlock)
-        for key, factor in matrix.undecomposed().items():
+        for key, factor in matrix.undecomposed(many=False).items():
             name = f"{number} {key}"
             place[name] = matrix, key
             work[name] = Work(

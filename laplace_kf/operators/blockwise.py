@@ -121,14 +121,19 @@ class Blockwise(Matrix):
         pairs = zip(self.entries, others, strict=True)
         return Blockwise(self.layout, [(block, matrix.plus(more)) for (block, matrix), more in pairs])
 
-    def precision(self, n: float | Tensor, prior: Tensor | dict[str, Tensor], damping: str) -> Blockwise:
+    def precision(
+        self, n: float | Tensor, prior: Tensor | dict[str, Tensor], damping: str, many: bool = False
+    ) -> Blockwise:
         """``n · C̄ + prior`` block by block.
 
         Args:
             n: data count ``N``.
             prior: λ as a 0-dim tensor, or one 0-dim tensor for every parameter name.
             damping: how Kronecker blocks are damped.
+            many: whether there will be many of them, in bases that they share.
         """
+        if many:
+            return self._shifted(prior, lambda matrix, own: matrix.one_of_many(n, own, damping))
         return self._shifted(prior, lambda matrix, own: matrix.precision(n, own, damping))
 
     def products(self, n: float | Tensor, prior: Tensor | dict[str, Tensor], damping: str) -> Blockwise:

@@ -1,7 +1,9 @@
 """Curvature blocks as estimated, each able to become a precision for any (N, λ): the contract, diagonal and dense ones.
 
 ``block.precision(n, prior, damping)`` is ``n · C̄ + prior`` as a :class:`Spectral`; its eigendecomposition is made once
-per block and shared by every ``(n, prior)``, so that changing them costs one grid of size ``O · I``.
+per block and shared by every ``(n, prior)``, so that changing them costs one grid of size ``O · I``. Of a large dense
+block one ``(n, prior)`` takes a Cholesky factor, a thirtieth of the work, and only many of them the eigenbasis
+(:meth:`CurvatureBlock.one_of_many`).
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from laplace_kf.linalg import eigh
+from laplace_kf.linalg import cholesky, eigh, eigvalsh
 from laplace_kf.operators.base import Isotropic, Matrix, Sum
 from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis, Spectral
 
 __all__ = ["CurvatureBlock", "DenseBlock", "DiagonalBlock", "ridged"]
+
+LARGE = 1024  # rows of a dense matrix from which on its eigenbasis is made for many (N, λ) only
 
 
 class CurvatureBlock(Matrix):
@@ -45,8 +49,12 @@ class CurvatureBlock(Matrix):
         """The exact sum with a block of the same size as one block of the same kind, where there is one."""
         return None
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        """The symmetric matrices ``(..., d, d)`` whose eigenbases are made on first need and are not there yet."""
+    def undecomposed(self, many: bool = True) -> dict[str, Tensor]:
+        """The symmetric matrices ``(..., d, d)`` whose eigenbases are made on first need and are not there yet.
+
+        Args:
+            many: those that many (N, λ) need; else those that :meth:`precision` at a single one needs.
+        """
         return {}
 
     def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
@@ -70,6 +78,10 @@ class CurvatureBlock(Matrix):
             prior: λ, 0-dim, or one value for every parameter ``(R, O, I)``.
             damping: a name of :data:`DAMPINGS`; only Kronecker blocks have a choice.
         """
+
+    def one_of_many(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        """The matrix of :meth:`precision`, its arguments, in bases that all ``(n, prior)`` share."""
+        return self.precision(n, prior, damping)
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """The matrix of :meth:`precision`, its arguments, in the form that is cheapest to multiply ``(P_b,)`` with."""
@@ -167,7 +179,11 @@ class DiagonalBlock(CurvatureBlock):
 
 
 class DenseBlock(CurvatureBlock):
-    """A dense block ``(P_b, P_b)``; the eigenbasis is made on first need and kept."""
+    """A dense block ``(P_b, P_b)``; the eigenbasis is made on first need and kept.
+
+    The precision of more than :data:`LARGE` parameters is kept by its Cholesky factor ``L``, as a basis that is not
+    orthogonal: ``L I Lᵀ``.
+    """
 
     kind = "full"
 
@@ -175,6 +191,8 @@ class DenseBlock(CurvatureBlock):
         self.matrix, self.label = matrix, label
         self.shape = (1, matrix.shape[0], 1)
         self._eigen: list[tuple[Tensor, Tensor]] = eigen if eigen is not None else []
+        self._values: Tensor | None = None
+        self._basis: Basis | None = None  # one object, by which precisions are known to share it
 
     def dense(self) -> Tensor:
         return self.matrix
@@ -183,18 +201,40 @@ class DenseBlock(CurvatureBlock):
         return self.matrix @ self._checked(v)
 
     def spectrum(self) -> Tensor:
+        if self.size > LARGE and not self._eigen:
+            if self._values is None:
+                self._values = eigvalsh(self.matrix, self.label)
+            return self._values.reshape(self.shape)
         return self._decomposed()[0].reshape(self.shape)
 
     def scaled(self, factor: float | Tensor) -> DenseBlock:
         return DenseBlock(self.matrix * factor, self.label)
 
     def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
+        # not if the eigenbasis is there: draws of one (N, λ) do not depend on what was asked before
+        return self._factorised(n, prior) if self.size > LARGE else self.one_of_many(n, prior, damping)
+
+    def one_of_many(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         if prior.dim():
-            return DenseBlock(n * self.matrix + torch.diag_embed(prior.reshape(-1)), self.label)
+            return self._factorised(n, prior)
         values, vectors = self._decomposed()
-        return Spectral(
-            Basis.identity(), Basis.orthogonal(vectors[None]), (n * values + prior).reshape(self.shape), self.label
-        )
+        if self._basis is None:
+            self._basis = Basis.orthogonal(vectors[None])
+        return Spectral(Basis.identity(), self._basis, (n * values + prior).reshape(self.shape), self.label)
+
+    def _factorised(self, n: float | Tensor, prior: Tensor) -> Spectral:
+        """``n · C̄ + diag(prior)`` as ``L I Lᵀ``."""
+        total = n * self.matrix
+        diagonal = prior.reshape(-1).expand(self.size)
+        if total.requires_grad or diagonal.requires_grad:
+            total = total + torch.diag_embed(diagonal)
+        else:
+            total.diagonal().add_(diagonal)
+        lower = cholesky(total, self.label)
+        eye = torch.eye(self.size, dtype=lower.dtype, device=lower.device)
+        dual = torch.linalg.solve_triangular(lower, eye, upper=False).transpose(-1, -2)
+        basis = Basis(lower[None], dual[None], lower.diagonal().log().sum()[None])
+        return Spectral(Basis.identity(), basis, torch.ones_like(lower[:, 0]).reshape(self.shape), self.label)
 
     def products(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         """One product with the dense matrix for ``(P_b,)``; no eigenbasis."""
@@ -209,8 +249,9 @@ class DenseBlock(CurvatureBlock):
             return DenseBlock(self.matrix + other.dense(), self.label)
         return super().plus(other)
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        return {} if self._eigen else {self.kind: self.matrix}
+    def undecomposed(self, many: bool = True) -> dict[str, Tensor]:
+        needed = not self._eigen and (many or self.size <= LARGE)
+        return {self.kind: self.matrix} if needed else {}
 
     def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
         self._eigen.append((values, vectors))

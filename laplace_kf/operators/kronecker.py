@@ -78,7 +78,7 @@ class KroneckerBlock(CurvatureBlock):
         values, vectors = self._eigen["G"]
         return values, Basis.orthogonal(vectors)
 
-    def undecomposed(self) -> dict[str, Tensor]:
+    def undecomposed(self, many: bool = True) -> dict[str, Tensor]:
         sides = {"A": self.inputs, "G": self.outputs}
         return {key: side for key, side in sides.items() if side.dim() == 3 and key not in self._eigen}
 

@@ -20,6 +20,7 @@ from laplace_kf.operators.base import Isotropic, Matrix, standard_normal
 __all__ = ["Basis", "Ridge", "Spectral"]
 
 
+FEW = 32  # rows or columns of one draw below which products of several draws are one
 LITTLE = 4096  # entries of a grid that are looked at faster than the numbers it is made of
 
 
@@ -53,13 +54,21 @@ class Basis:
 def _left(matrix: Tensor | None, v: Tensor, transpose: bool) -> Tensor:
     if matrix is None:
         return v
-    return torch.matmul(matrix.transpose(-1, -2) if transpose else matrix, v)
+    matrix = matrix.transpose(-1, -2) if transpose else matrix
+    n, groups, out, inp = v.shape
+    if groups == 1 and n > 1 and inp < FEW:  # one product, where matmul would read the basis once for every draw
+        flat = matrix[0] @ v[:, 0].permute(1, 0, 2).reshape(out, -1)
+        return flat.reshape(-1, n, inp).transpose(0, 1)[:, None]
+    return torch.matmul(matrix, v)
 
 
 def _right(v: Tensor, matrix: Tensor | None, transpose: bool) -> Tensor:
     if matrix is None:
         return v
-    return torch.matmul(v, matrix.transpose(-1, -2) if transpose else matrix)
+    matrix = matrix.transpose(-1, -2) if transpose else matrix
+    if v.shape[1] == 1 and v.shape[0] > 1 and v.shape[2] < FEW:
+        return (v.reshape(-1, v.shape[-1]) @ matrix[0]).reshape(v.shape)
+    return torch.matmul(v, matrix)
 
 
 @dataclass(frozen=True)

@@ -264,8 +264,8 @@ class WideBlock(CurvatureBlock):
         """The spectrum of ``A``, and the diagonal of ``G`` in place of its own."""
         return self.diagonal.leading()
 
-    def undecomposed(self) -> dict[str, Tensor]:
-        return self.diagonal.undecomposed()
+    def undecomposed(self, many: bool = True) -> dict[str, Tensor]:
+        return self.diagonal.undecomposed(many)
 
     def take_eigenbasis(self, key: str, values: Tensor, vectors: Tensor) -> None:
         self.diagonal.take_eigenbasis(key, values, vectors)

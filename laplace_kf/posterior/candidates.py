@@ -144,7 +144,7 @@ class Contest:
     @cached_property
     def costs(self) -> Costs:
         """Of marginal variances and of draws; made once, with the decompositions that it takes."""
-        precision = self.fitted.precision(*self.plane.point(-2.5, -1.0))
+        precision = self.fitted.one_of_many(*self.plane.point(-2.5, -1.0))
         found = Costs(precision, self.validation.forward, self._outputs)
         self.budget.at_least(found.decomposition() / FIXED)
         self.budget.pay(found.decomposition())

@@ -132,6 +132,10 @@ class Fitted:
         """``Λ = N C̄ + λ I``, a Matrix of size ``P``; kept until it is asked for at other (N, λ)."""
         return self._made("precision", n, prior, lambda c, given: c.precision(n, given, self.damping))
 
+    def one_of_many(self, n: float, prior: PriorPrecision) -> Blockwise:
+        """The same at one of many (N, λ), in bases that they share; kept in the same way."""
+        return self._made("one of many", n, prior, lambda c, given: c.precision(n, given, self.damping, many=True))
+
     def gaussian(self, n: float, prior: PriorPrecision) -> WeightGaussian:
         """The posterior as a Gaussian over flat weights ``(P,)``."""
         return WeightGaussian(self.mean, self.precision(n, prior))

@@ -85,7 +85,8 @@ class Plan:
 
     Attributes:
         fit: the pass over the data, or passes.
-        decompositions: of the factors, on first need: part of ``tune`` and of ``predict``, whichever is the first.
+        decompositions: of the factors, on first need: part of ``tune`` and of ``predict``, whichever is the first. A
+            large dense matrix is decomposed by ``tune`` alone, and counted there; ``predict`` has its Cholesky factor.
         tune: the default search on the same data, within its budget.
         predict: a prediction of all examples of the data, minibatch by minibatch.
         examples: how many the data have.
@@ -143,11 +144,13 @@ def planned(
         rows = _rows(batch)
         probe = Probe(posterior, batch, rows, clock)
         fit, stages, fixed = probe.fit()
-        sides = probe.with_unit_bases()
-        decomposing = decomposition_seconds(sides, probe.device, probe.dtype, clock)
+        once = [side for side, many in probe.with_unit_bases() if not many]
+        decomposing, searching = (
+            decomposition_seconds(sides, probe.device, probe.dtype, clock) for sides in (once, probe.sides)
+        )
         each, first = probe.predicted(method, samples)
         probe.search()
-    sums, bases = probe.sum_bytes, sum(side**2 for side in sides) * probe.dtype.itemsize
+    sums, bases = probe.sum_bytes, sum(side**2 for side in once) * probe.dtype.itemsize
     share = (processes - 1) / processes
     sent = 2 * share * sums, share * bases  # all-reduce in rings; every basis goes from its owner to all others
     seconds = fixed + stages * count + reading * count * max(1, probe.passes)
@@ -158,7 +161,9 @@ def planned(
     return Plan(
         fit=fitting,
         decompositions=decomposed,
-        tune=Stage(decomposed.seconds + searched + reading * count, resident * probe.tuning_bytes),
+        tune=Stage(
+            searching / processes + sent[1] / bandwidth + searched + reading * count, resident * probe.tuning_bytes
+        ),
         predict=Stage(decomposed.seconds + first + (each + reading) * count, resident * probe.predicted_bytes),
         examples=rows * count,
         minibatches=count,
@@ -374,19 +379,23 @@ class Probe:
             total -= middle * (len(marks) - 1)
         return most, each, max(0.0, total)
 
-    def with_unit_bases(self) -> list[int]:
-        """Sides of the matrices to be decomposed, which get unit matrices as bases."""
+    def with_unit_bases(self) -> list[tuple[int, bool]]:
+        """Sides of the matrices to be decomposed, and whether only a search needs it; they get unit matrices as bases.
+
+        A prediction makes what it needs in place of the others, in the first of its calls.
+        """
         found = []
         with self.peak:
             before = self.peak.live
             for _, matrix in self.fitted._state.curvature.entries:
+                single = matrix.undecomposed(many=False)
                 for key, factor in matrix.undecomposed().items():
                     number, side = factor.shape[:-2].numel(), int(factor.shape[-1])
-                    found += [side] * number
+                    found += [(side, key not in single)] * number
                     unit = torch.eye(side, dtype=factor.dtype, device=factor.device).expand_as(factor).contiguous()
                     matrix.take_eigenbasis(key, factor.diagonal(dim1=-2, dim2=-1).clamp_min(1e-6), unit)
             self.decomposed_bytes = float(self.peak.live - before)
-        self.sides = found
+        self.sides = [side for side, _ in found]
         return found
 
     @property

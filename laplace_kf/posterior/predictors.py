@@ -181,7 +181,7 @@ class Sampled(TuningPredictor):
         at = point if self._drawn is None else self._drawn[1]
         kept = None if self._drawn is None else self._drawn[2]
         if kept is None:
-            fresh = self._fresh(self.fitted.precision(*at))
+            fresh = self._fresh(self.fitted.one_of_many(*at))
             if self._drawn is None:
                 yield from ((at[0], noise) for noise in fresh)
                 return
@@ -242,7 +242,7 @@ class Linearized(TuningPredictor):
         if kept is not None and (known := kept.variances(key)) is not None:
             self._take(new, [one.to(self.part.means[0][0].device) for one in known])
             return
-        precisions = [self.fitted.precision(*point) for point in new.values()]
+        precisions = [self.fitted.one_of_many(*point) for point in new.values()]
         mean, found = self.common.mean, []
         with torch.no_grad():
             for pool in self.pools:
