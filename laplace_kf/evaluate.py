@@ -42,7 +42,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="in-distribution x, y to compare with ('auto')")
     parser.add_argument("--kinds", metavar="KIND,KIND", help="kinds of scores (default: all that the posterior has)")
-    parser.add_argument("--layers", choices=("last", "all"), default="last", help="of leverages (default: %(default)s)")
+    parser.add_argument("--layers", choices=("last", "all"), help="of leverages (default: the last)")
     parser.add_argument("--samples", type=int, default=100, help="weight draws (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: %(default)s)")

@@ -47,8 +47,9 @@ def pairs_table(found: Found) -> Table:
     """AUROC of every score on every pair."""
     note = (
         "AUROC, in-distribution test images against strangers. Auto: harmonic mean of the p-values of the "
-        "entropy at the mean weights, and the leverage of the last layer's input and of its direction (or those of all "
-        "layers besides), with references from held-out images. Pairs "
+        "entropy at the mean weights, of the leverage of the last layer's input, of its direction, and of the "
+        "direction in all layers (last layer: without it; all layers: with their leverage too), with references from "
+        "held-out images. Pairs "
         "marked as development are kept for settling constants of the scores; they are not judged."
     )
     return Table("AUROC", *rows(found), note)

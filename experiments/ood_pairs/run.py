@@ -161,6 +161,7 @@ ONE: dict[str, dict[str, Any]] = {
     "leverage, all layers": {"kind": "leverage", "layers": "all"},
     "direction, last layer": {"kind": "direction"},
     "auto": {"kind": "auto"},
+    "auto, last layer": {"kind": "auto", "layers": "last"},
     "auto, all layers": {"kind": "auto", "layers": "all"},
 }
 """Scores of the posterior of one network."""

@@ -50,14 +50,14 @@ class Request:
     Attributes:
         subject: the posterior.
         x: inputs, N examples.
-        layers: of leverages.
+        layers: of leverages; ``None`` for what the kind takes by default.
         samples: weight draws, where a kind takes them.
         generator: their random numbers.
     """
 
     subject: Subject
     x: Any
-    layers: str | Sequence[str]
+    layers: str | Sequence[str] | None
     samples: int
     generator: torch.Generator | None
 
@@ -102,19 +102,22 @@ def _max_prob(request: Request) -> Tensor:
 @KINDS.register("leverage")
 def _leverage(request: Request) -> Tensor:
     """Sum over layers of the logarithm of the leverage (:mod:`laplace_kf.ood.leverage`)."""
-    return request.subject.leverage()(request.x, request.layers)
+    return request.subject.leverage()(request.x, request.layers or "last")
 
 
 @KINDS.register("direction")
 def _direction(request: Request) -> Tensor:
     """Sum over layers of the logarithm of the leverage of the input's direction: leverage per squared length."""
-    return total(request.subject.leverage().by_layer(request.x, request.layers).directions())
+    return total(request.subject.leverage().by_layer(request.x, request.layers or "last").directions())
 
 
 BY_LAYERS = ("leverage", "direction", "auto")
 """The kinds that are made of layers' leverages: of a mixture, the mean of its components'."""
-AUTO: dict[str, tuple[str, ...]] = {"last": ("entropy", "last", "last direction")}
-AUTO["all"] = (*AUTO["last"], "all", "all directions")
+AUTO: dict[str | None, tuple[str, ...]] = {
+    None: ("entropy", "last", "last direction", "all directions"),
+    "last": ("entropy", "last", "last direction"),
+    "all": ("entropy", "last", "last direction", "all", "all directions"),
+}
 """The scores that ``kind="auto"`` combines, by its ``layers``."""
 
 
@@ -122,9 +125,10 @@ AUTO["all"] = (*AUTO["last"], "all", "all directions")
 def _auto(request: Request) -> Tensor:
     """Minus the log of the harmonic mean of upper-tail p-values among in-distribution examples: one forward pass.
 
-    The p-values are those of the entropy at the mean weights, and of the leverage and its direction's. Each sees what
-    another one does not: the entropy strangers between classes, the leverage those that excite a layer in new ways, its
-    direction those that excite it too weakly for either.
+    The p-values are those of the entropy at the mean weights, of the leverage of the last layer and its direction, and
+    of the directions of all layers. Each sees what another one does not: the entropy strangers between classes, the
+    leverage those that excite a layer in new ways, its direction those that excite it too weakly for either, and those
+    of all layers other kinds of inputs, whatever the network makes of them.
     """
     references = request.subject.references
     if references is None:
@@ -132,8 +136,8 @@ def _auto(request: Request) -> Tensor:
             'kind="auto" compares with scores of in-distribution data: call posterior.tune(val_loader) or '
             "posterior.calibrate(val_loader) first (setting N, λ or the method drops them)"
         )
-    if request.layers not in ("last", "all"):
-        raise IncompatiblePair(f'kind="auto" takes layers="last" or "all", got {request.layers!r}')
+    if not (request.layers is None or isinstance(request.layers, str)) or request.layers not in AUTO:
+        raise IncompatiblePair(f'kind="auto" takes layers=None, "last" or "all", got {request.layers!r}')
     names = AUTO[request.layers]
     if not set(names) <= set(references.scores):
         raise NotFitted(
@@ -165,7 +169,7 @@ def score(
     subject: Subject,
     x: Any,
     kind: str = "auto",
-    layers: str | Sequence[str] = "last",
+    layers: str | Sequence[str] | None = None,
     samples: int = 100,
     generator: torch.Generator | None = None,
 ) -> Tensor:

@@ -450,7 +450,7 @@ class Answers(Jobs, Shorthands):
         x: Any,
         kind: str = "auto",
         *,
-        layers: str | Sequence[str] = "last",
+        layers: str | Sequence[str] | None = None,
         samples: int = 100,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -461,10 +461,11 @@ class Answers(Jobs, Shorthands):
             kind: ``"entropy"`` of the predictive; ``"mutual_information"``; ``"variance"``, the epistemic variance of
                 the outputs, summed; ``"max_prob"``, one minus the largest probability by the probit approximation;
                 ``"leverage"`` of layers' inputs, one forward pass (:mod:`laplace_kf.ood.leverage`); ``"direction"``,
-                the same per squared length of the input; ``"auto"``, from the p-values of the entropy and these
-                two among the in-distribution data of ``tune`` or :meth:`calibrate`, one forward pass.
-            layers: of ``"leverage"`` and ``"direction"``: ``"last"``, ``"all"``, or patterns over names; of ``"auto"``:
-                ``"last"``, or ``"all"`` for those of all layers besides.
+                the same per squared length of the input; ``"auto"``, from the p-values of the entropy, of
+                both in the last layer and of the direction in all layers among the in-distribution data of ``tune`` or
+                :meth:`calibrate`, one forward pass.
+            layers: of ``"leverage"`` and ``"direction"``: ``"last"`` (by default), ``"all"``, or patterns over names;
+                of ``"auto"``: ``"last"`` for no other layer's direction, ``"all"`` for all layers' leverage too.
             samples, generator: for kinds that draw weights.
 
         Raises:

@@ -230,7 +230,7 @@ class Mixture(CommonSettings, Shorthands):
         x: Any,
         kind: str = "auto",
         *,
-        layers: str | Sequence[str] = "last",
+        layers: str | Sequence[str] | None = None,
         samples: int = 100,
         generator: torch.Generator | None = None,
     ) -> Tensor:

@@ -48,7 +48,7 @@ def evaluate(
     out: str | Path | None = None,
     *,
     kinds: Sequence[str] | None = None,
-    layers: str = "last",
+    layers: str | None = None,
     samples: int = 100,
     seed: int = 0,
     title: str = "Out-of-distribution evaluation",
@@ -62,7 +62,7 @@ def evaluate(
         outside: the same by name, for inputs of other kinds; targets are not looked at.
         out: folder for ``report.html``, ``result.json`` and PNG files; None writes nothing.
         kinds: kinds of scores; default: all that this posterior has.
-        layers: of leverages, ``"last"`` or ``"all"``.
+        layers: of leverages, ``"last"`` or ``"all"``; ``None`` for what each kind takes by default.
         samples: weight draws, for kinds that take them; the same random numbers for every batch.
         seed: of these draws.
         title: of the page.
@@ -135,7 +135,7 @@ def _batches(data: Any) -> Iterable[Any]:
 
 
 def _usable(
-    posterior: LaplacePosterior, batch: Any, kinds: Sequence[str] | None, layers: str, samples: int
+    posterior: LaplacePosterior, batch: Any, kinds: Sequence[str] | None, layers: str | None, samples: int
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The kinds to measure, and why others are left out."""
     if kinds is not None:
@@ -156,7 +156,7 @@ def _usable(
 
 
 def _scores(
-    posterior: LaplacePosterior, data: Any, kinds: Sequence[str], layers: str, samples: int, seed: int
+    posterior: LaplacePosterior, data: Any, kinds: Sequence[str], layers: str | None, samples: int, seed: int
 ) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     for batch in _batches(data):
@@ -177,7 +177,7 @@ def _inside(
     posterior: LaplacePosterior,
     batches: Sequence[Any],
     kinds: Sequence[str],
-    layers: str,
+    layers: str | None,
     samples: int,
     seed: int,
     labelled: bool,

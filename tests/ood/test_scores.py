@@ -228,8 +228,8 @@ def test_p_values_and_their_harmonic_mean() -> None:
 
 
 @pytest.mark.parametrize("source", ["calibrate", "tune", "tune on a generator"])
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_auto_against_references_by_hand(source: str, layers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layers", [None, "last", "all"])
+def test_auto_against_references_by_hand(source: str, layers: str | None, tmp_path: Path) -> None:
     posterior, val, x = fitted(), data(30, seed=7), randn(9, I, seed=5) * 2
     if source == "calibrate":
         posterior.calibrate(val, method="map")
@@ -250,10 +250,12 @@ def test_auto_against_references_by_hand(source: str, layers: str, tmp_path: Pat
         }  # fmt: skip
 
     known, new, wanted = scores(val[0]), scores(x), torch.zeros(9, dtype=torch.float64)
-    for name in list(known)[: 5 if layers == "all" else 3]:
+    names = list(known)
+    taken = {"last": names[:3], "all": names}.get(layers or "", [*names[:3], "all directions"])
+    for name in taken:
         for k in range(9):
             wanted[k] += 31 / (1 + int((known[name] >= new[name][k]).sum()))
-    wanted = (wanted / (5 if layers == "all" else 3)).log()
+    wanted = (wanted / len(taken)).log()
     close(posterior.ood_score(x, layers=layers), wanted)
     posterior.save(tmp_path / "p.safetensors")
     again = lk.LaplacePosterior.load(tmp_path / "p.safetensors", net())
