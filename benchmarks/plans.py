@@ -75,9 +75,9 @@ def cases() -> dict[str, Callable[[], Case]]:
     """By name: network, likelihood, inputs, targets, minibatch, settings, jobs."""
     rng = torch.Generator().manual_seed(0)
 
-    def mlp(jobs: tuple[str, ...] = ALL, **settings: Any) -> Callable[[], Case]:
+    def mlp(jobs: tuple[str, ...] = ALL, count: int = 1000, **settings: Any) -> Callable[[], Case]:
         def made() -> Case:
-            model, x, y, _ = relu_network((784, 1024, 1024, 10), 1000, 250)
+            model, x, y, _ = relu_network((784, 1024, 1024, 10), count, 250)
             return model, "categorical", x, y, 250, settings, jobs
 
         return made
@@ -112,6 +112,7 @@ def cases() -> dict[str, Callable[[], Case]]:
 
     return {
         "784-1024-1024-10, kron, exact": mlp(),
+        "the same, 4000 examples": mlp(count=4000),
         "784-1024-1024-10, kron, sampled": mlp(SOME, estimator="sampled"),
         "784-1024-1024-10, diag, exact": mlp(SOME, structure="diag"),
         "784-1024-1024-10, ekfac, exact": mlp(SOME, structure="ekfac"),

@@ -4,7 +4,7 @@ One minibatch is fitted and predicted for real, on a copy; everything else follo
 
 * a fit takes what the first minibatch takes beyond the others (reading how the network is built), and the time of one
   for each; of very many columns (an exact fit of thousands of outputs) only the first are sent back, and the rest is
-  extrapolated. Memory is that of the tensors (on a CPU some 30 % more is resident) and does not grow with the number of
+  extrapolated. Memory is that of the tensors (on a CPU up to 30 % more is resident) and does not grow with the number of
   minibatches;
 * eigendecompositions are not made for a plan. Their sides are known from the factors, and what a side takes is measured
   once in a process (:mod:`laplace_kf.rates`). In their place the copy gets unit matrices as bases, which are as dear to
@@ -53,11 +53,8 @@ __all__ = ["Plan", "Probe", "Stage", "planned"]
 PATIENCE = 2.0  # seconds that columns of one minibatch, or predictions of some examples, are tried for
 STEADY = 0.25  # seconds of minibatches after which their median is taken
 MOST = 24  # minibatches for that
-SEARCH = 3.0  # seconds that a search takes beside products
-RESIDENT = 1.3  # resident bytes over those of tensors on a CPU: workspaces of products, what the allocator keeps
-SPENT = (
-    0.66  # of the seconds of a budget: not all of it is used, and what is not a product is counted dearer than it is
-)
+SEARCH = 2.0  # times a short search on one minibatch: what a search takes beside the products of its budget
+RESIDENT = 0.3, 64e6  # of the bytes of tensors, but at most so many: resident besides on a CPU (workspaces, heap)
 
 
 @dataclass(frozen=True)
@@ -154,17 +151,16 @@ def planned(
     share = (processes - 1) / processes
     sent = 2 * share * sums, share * bases  # all-reduce in rings; every basis goes from its owner to all others
     seconds = fixed + stages * count + reading * count * max(1, probe.passes)
-    resident = RESIDENT if probe.device.type == "cpu" else 1.0
-    fitting = Stage(seconds + sent[0] / bandwidth, resident * fit, sent[0])
+    fitting = Stage(seconds + sent[0] / bandwidth, probe.resident(fit), sent[0])
     decomposed = Stage(decomposing / processes + sent[1] / bandwidth, probe.decomposed_bytes, sent[1])
     searched = _search_seconds(budget, count, probe)
     return Plan(
         fit=fitting,
         decompositions=decomposed,
         tune=Stage(
-            searching / processes + sent[1] / bandwidth + searched + reading * count, resident * probe.tuning_bytes
+            searching / processes + sent[1] / bandwidth + searched + reading * count, probe.resident(probe.tuning_bytes)
         ),
-        predict=Stage(decomposed.seconds + first + (each + reading) * count, resident * probe.predicted_bytes),
+        predict=Stage(decomposed.seconds + first + (each + reading) * count, probe.resident(probe.predicted_bytes)),
         examples=rows * count,
         minibatches=count,
         columns=probe.estimator.columns,
@@ -177,7 +173,7 @@ def _search_seconds(budget: float | None, count: float, probe: Probe) -> float:
     decomposition = DECOMPOSITION * float(sum(side**3 for side in probe.sides))
     wanted = count * OVERHEAD * SETTINGS[0] * PREDICTED * (probe.forward + ELEMENT * probe.outputs)
     limit = math.inf if budget is None else budget * max(EPOCH * count * probe.forward, LEAST, decomposition / FIXED)
-    return SEARCH + SPENT * max(0.0, min(limit - decomposition, wanted)) * probe.rate
+    return SEARCH * probe.searched + max(0.0, min(limit - decomposition, wanted)) * probe.rate
 
 
 @contextmanager
@@ -348,7 +344,7 @@ class Probe:
         self.passes = 1
         self.sides: list[int] = []
         self.forward, self.outputs = 0.0, 0
-        self.rate = 0.0
+        self.rate = self.searched = 0.0
         self.predicted_bytes = self.decomposed_bytes = self.tuning_bytes = 0.0
 
     def _copy(self) -> Any:
@@ -378,6 +374,11 @@ class Probe:
             each += middle
             total -= middle * (len(marks) - 1)
         return most, each, max(0.0, total)
+
+    def resident(self, tensors: float) -> float:
+        """Resident bytes where tensors have so many."""
+        share, most = RESIDENT
+        return tensors + (min(share * tensors, most) if self.device.type == "cpu" else 0.0)
 
     def with_unit_bases(self) -> list[tuple[int, bool]]:
         """Sides of the matrices to be decomposed, and whether only a search needs it; they get unit matrices as bases.
@@ -479,9 +480,11 @@ class Probe:
         counted = EPOCH * self.forward
         least = max(counted, LEAST, DECOMPOSITION * sum(side**3 for side in self.sides) / FIXED)
         self.peak.begin()
+        start = self.clock()
         try:  # a search that looks at what the real one looks at, for some four passes over the minibatch
-            with self.peak:
+            with self.peak:  # watched, it takes a little longer
                 self.fitted.tune([self.batch], budget=4 * max(counted, 1.0) / least, generator=self._generator())
         except (LaplaceKFError, ValueError, RuntimeError):  # a target that it refuses, a budget that is too small
             pass
+        self.searched = self.clock() - start
         self.tuning_bytes = max(self.predicted_bytes, float(self.peak.most))

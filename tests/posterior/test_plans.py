@@ -130,7 +130,7 @@ def test_traffic_of_several_processes(quick: None) -> None:
 
 
 def test_memory_is_that_of_the_tensors(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "RESIDENT", 1.0)
+    monkeypatch.setattr(planning, "RESIDENT", (0.0, 0.0))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
     x, y = data()
@@ -138,6 +138,21 @@ def test_memory_is_that_of_the_tensors(quick: None, monkeypatch: pytest.MonkeyPa
     sums = 4 * (3 * 300**2 + 301**2)
     assert sums < plan.fit.bytes < 3 * sums
     assert plan.predict.bytes > plan.fit.bytes - sums + 2 * sums - 4 * 301**2
+    monkeypatch.setattr(planning, "RESIDENT", (0.5, 1e4))
+    more = lk.plan(model, "categorical", [(x, y)] * 4, estimator="sampled")
+    assert more.fit.bytes == plan.fit.bytes + 1e4  # a share of them, up to a limit
+
+
+def test_a_search_of_a_large_dense_posterior_pays_for_the_eigenbasis(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    asked: list[list[int]] = []
+    monkeypatch.setattr(planning, "decomposition_seconds", lambda sides, *more: asked.append(list(sides)) or 0.0)
+    lk.plan(model, "categorical", [data()] * 4, structure="full")
+    monkeypatch.setattr("laplace_kf.operators.curvature.LARGE", 10)
+    lk.plan(model, "categorical", [data()] * 4, structure="full")
+    assert asked == [[67], [67], [], [67]]  # of predictions, and of a search
 
 
 @pytest.mark.parametrize("kind", ["generator", "no length", "empty", "budget", "processes", "targets"])
