@@ -14,7 +14,7 @@ from torch import Tensor
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, NotPositiveDefinite
 
-__all__ = ["all_finite", "cholesky", "eigh", "eigvalsh", "require_positive", "typed"]
+__all__ = ["all_finite", "cholesky", "definite_cholesky", "eigh", "eigvalsh", "require_positive", "typed"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,6 +84,20 @@ def cholesky(matrix: Tensor, block: str) -> Tensor:
             return factor.to(matrix.dtype)
     smallest = float(torch.linalg.eigvalsh(matrix.double()).min())
     raise NotPositiveDefinite(block, smallest, KNOB)
+
+
+def definite_cholesky(matrix: Tensor, block: str) -> Tensor | None:
+    """The factor of :func:`cholesky` without a jitter; ``None`` if the matrix is not positive definite as it is.
+
+    Raises:
+        NonFinite: if the matrix has NaN or infinite entries.
+    """
+    _require_finite(matrix, block)
+    for _, candidate in zip(range(2), _attempts(matrix), strict=False):
+        factor, info = torch.linalg.cholesky_ex(candidate)
+        if not bool(info.any()):
+            return factor.to(matrix.dtype)
+    return None
 
 
 def require_positive(values: Tensor, block: str) -> None:

@@ -282,6 +282,22 @@ def test_one_precision_of_a_large_dense_block_needs_no_eigenbasis(large_from_thr
     torch.testing.assert_close(found.reshape(-1), inverse.sum().reshape(-1) if prior.dim() == 0 else inverse)
 
 
+def test_a_large_dense_block_without_a_prior_is_not_helped_by_a_jitter(large_from_three: list[str]) -> None:
+    """What is singular stays so, and what rounding makes less than the prior goes through the eigenbasis."""
+    matrix = psd(torch.Generator().manual_seed(0), 1, 5, 2)[0]
+    block = DenseBlock(matrix, "block")
+    precision = block.precision(2.0, torch.tensor(0.0, dtype=torch.float64), "exact")
+    torch.testing.assert_close(precision.dense(), 2 * matrix)
+    with pytest.raises(NotPositiveDefinite, match=r"block.*prior_precision"):
+        precision.sample(1)
+    little = torch.tensor(1e-9)
+    for seed in range(20):  # with a pivot of round-off, variances would be far above 1 / λ
+        some = DenseBlock(psd(torch.Generator().manual_seed(seed), 1, 5, 2)[0].float(), "block")
+        solved = some.precision(1.0, little, "exact").solve(torch.eye(5))
+        assert float(solved.diagonal().max()) < 2e9
+    assert "eigh" in large_from_three
+
+
 def test_many_precisions_of_a_large_dense_block_share_one_eigenbasis(large_from_three: list[str]) -> None:
     block = DenseBlock(psd(torch.Generator().manual_seed(0), 1, 5, 4)[0], "block")
     lam, noise = torch.tensor(0.3, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)

@@ -13,7 +13,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from laplace_kf.linalg import cholesky, eigh, eigvalsh
+from laplace_kf.linalg import definite_cholesky, eigh, eigvalsh
 from laplace_kf.operators.base import Isotropic, Matrix, Sum
 from laplace_kf.operators.quadrature import nodes_of_products
 from laplace_kf.operators.spectral import Basis, Spectral
@@ -212,25 +212,33 @@ class DenseBlock(CurvatureBlock):
 
     def precision(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         # not if the eigenbasis is there: draws of one (N, λ) do not depend on what was asked before
-        return self._factorised(n, prior) if self.size > LARGE else self.one_of_many(n, prior, damping)
+        found = self._factorised(n, prior) if self.size > LARGE else None
+        return self.one_of_many(n, prior, damping) if found is None else found
 
     def one_of_many(self, n: float | Tensor, prior: Tensor, damping: str) -> Matrix:
         if prior.dim():
-            return self._factorised(n, prior)
+            found = self._factorised(n, prior)
+            spread = torch.diag_embed(prior.reshape(-1))
+            return DenseBlock(n * self.matrix + spread, self.label) if found is None else found
         values, vectors = self._decomposed()
         if self._basis is None:
             self._basis = Basis.orthogonal(vectors[None])
         return Spectral(Basis.identity(), self._basis, (n * values + prior).reshape(self.shape), self.label)
 
-    def _factorised(self, n: float | Tensor, prior: Tensor) -> Spectral:
-        """``n · C̄ + diag(prior)`` as ``L I Lᵀ``."""
+    def _factorised(self, n: float | Tensor, prior: Tensor) -> Spectral | None:
+        """``n · C̄ + diag(prior)`` as ``L I Lᵀ``; ``None`` where rounding hides that it is at least the prior.
+
+        No squared pivot is below the smallest eigenvalue, nor that below the smallest prior.
+        """
         total = n * self.matrix
         diagonal = prior.reshape(-1).expand(self.size)
         if total.requires_grad or diagonal.requires_grad:
             total = total + torch.diag_embed(diagonal)
         else:
             total.diagonal().add_(diagonal)
-        lower = cholesky(total, self.label)
+        lower = definite_cholesky(total, self.label)
+        if lower is None or not bool(lower.detach().diagonal().square().min() > 0.5 * diagonal.detach().min()):
+            return None
         eye = torch.eye(self.size, dtype=lower.dtype, device=lower.device)
         dual = torch.linalg.solve_triangular(lower, eye, upper=False).transpose(-1, -2)
         basis = Basis(lower[None], dual[None], lower.diagonal().log().sum()[None])

@@ -239,7 +239,8 @@ class GaussNewton(SecondOrder):
         return self.running.statistics
 
     def _build(self, statistics: Statistics, zeta: float) -> Matrix:
-        matrix = self.inverse.build(statistics, max(zeta + self.l2, 0.0), self.solver)
+        k = max(zeta + self.l2, 0.0)
+        matrix = self.inverse.build(statistics, k, self.solver, self.power != 1.0)
         return damped_power(matrix, self.power)
 
     # -- the update ----------------------------------------------------------------------------------------------------

@@ -30,14 +30,15 @@ from laplace_kf.tape import Block
 __all__ = ["INVERSES", "Inverse", "damped_block", "damped_power"]
 
 
-def damped_block(block: CurvatureBlock, k: Tensor, damping: Damping) -> Matrix:
+def damped_block(block: CurvatureBlock, k: Tensor, damping: Damping, powers: bool = False) -> Matrix:
     """A block plus ``k`` (0-dim) times the identity, exactly or approximately, as something that solves.
 
     Exactly in the eigenbasis (methods 5.3); approximately as ``(A + ω√k I) ⊗ (G + √k/ω I)`` (methods 5.2), for which no
-    eigenbasis is needed. Blocks that are no Kronecker product take ``k`` exactly.
+    eigenbasis is needed. Blocks that are no Kronecker product take ``k`` exactly; by their eigenbasis if ``powers`` of it
+    are to be taken.
     """
     if damping.split is None or not isinstance(block, KroneckerBlock):
-        return block.precision(1.0, k, "exact")
+        return block.one_of_many(1.0, k, "exact") if powers else block.precision(1.0, k, "exact")
     root, omega = k.sqrt(), damping.split(block)[:, None]
     a = _shifted(block.inputs, omega * root)
     return KroneckerProduct(a, _shifted(block.scale * block.outputs, root / omega), block.label)
@@ -64,8 +65,8 @@ class Inverse(ABC):
         """The structure that keeps the factors this inverse needs."""
 
     @abstractmethod
-    def build(self, statistics: Statistics, k: float, damping: Damping) -> Matrix:
-        """The damped curvature as a Matrix of size ``P`` that solves.
+    def build(self, statistics: Statistics, k: float, damping: Damping, powers: bool = False) -> Matrix:
+        """The damped curvature as a Matrix of size ``P`` that solves; with an eigenbasis for ``powers`` of it.
 
         Raises:
             NotPositiveDefinite: if a block is singular even with the damping.
@@ -79,8 +80,8 @@ class _BlockDiagonal(Inverse):
     def structure(self, inner: Structure) -> Structure:
         return inner
 
-    def build(self, statistics: Statistics, k: float, damping: Damping) -> Matrix:
-        return _damped(statistics, k, damping)
+    def build(self, statistics: Statistics, k: float, damping: Damping, powers: bool = False) -> Matrix:
+        return _damped(statistics, k, damping, powers)
 
 
 class _BlockTridiagonal(Inverse):
@@ -99,8 +100,8 @@ class _BlockTridiagonal(Inverse):
                 '"factored", or inverse="block_diagonal"'
             )
 
-    def build(self, statistics: Statistics, k: float, damping: Damping) -> Matrix:
-        damped = _damped(statistics, k, damping)
+    def build(self, statistics: Statistics, k: float, damping: Damping, powers: bool = False) -> Matrix:
+        damped = _damped(statistics, k, damping, powers)
         assert isinstance(statistics.structure, Linked)
         return BlockTridiagonal(damped.layout, damped.entries, statistics.structure.links(statistics))
 
@@ -109,7 +110,7 @@ INVERSES.register("block_diagonal")(_BlockDiagonal())
 INVERSES.register("block_tridiagonal")(_BlockTridiagonal())
 
 
-def _damped(statistics: Statistics, k: float, damping: Damping) -> Blockwise:
+def _damped(statistics: Statistics, k: float, damping: Damping, powers: bool) -> Blockwise:
     mean = statistics.mean()
     like = next(iter(statistics.sums.values()))[0]
     entries: list[tuple[Block, Matrix]] = []
@@ -118,7 +119,7 @@ def _damped(statistics: Statistics, k: float, damping: Damping) -> Blockwise:
             raise IncompatiblePair(
                 f"block {block.name!r} is a {type(matrix).__name__}, which cannot be damped; keep it as a matrix"
             )
-        entries.append((block, damped_block(matrix, like.new_tensor(k), damping)))
+        entries.append((block, damped_block(matrix, like.new_tensor(k), damping, powers)))
     return Blockwise(mean.layout, entries)
 
 

@@ -49,7 +49,7 @@ class Preconditioner:
 
     def build(self, statistics: Statistics, k: float) -> Matrix:
         """The preconditioner as a Matrix of size ``P``, from mean curvature and the damping ``k``."""
-        matrix = INVERSES[self.inverse].build(statistics, k, DAMPINGS[self.damping])
+        matrix = INVERSES[self.inverse].build(statistics, k, DAMPINGS[self.damping], self.power != 1.0)
         return damped_power(matrix, self.power)
 
 

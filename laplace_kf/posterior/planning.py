@@ -4,8 +4,8 @@ One minibatch is fitted and predicted for real, on a copy; everything else follo
 
 * a fit takes what the first minibatch takes beyond the others (reading how the network is built), and the time of one
   for each; of very many columns (an exact fit of thousands of outputs) only the first are sent back, and the rest is
-  extrapolated. Memory is that of the tensors (on a CPU up to 30 % more is resident) and does not grow with the number of
-  minibatches;
+  extrapolated. Memory is that of the tensors (on a CPU up to 30 % more is resident) and does not grow with the number
+  of minibatches;
 * eigendecompositions are not made for a plan. Their sides are known from the factors, and what a side takes is measured
   once in a process (:mod:`laplace_kf.rates`). In their place the copy gets unit matrices as bases, which are as dear to
   multiply with;

@@ -170,16 +170,19 @@ def test_low_rank_gradient(diagonal: bool, flat_outputs: bool) -> None:
 
 
 @pytest.mark.parametrize("power", [0.5, 0.75, 1.0])
-@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
-def test_powers_of_the_damped_curvature(structure: str, power: float) -> None:
+@pytest.mark.parametrize("structure", ["diag", "kron", "full", "full, large"])
+def test_powers_of_the_damped_curvature(structure: str, power: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """``(C̃ + k)^ξ`` (methods 8.2)."""
+    if structure == "full, large":
+        monkeypatch.setattr("laplace_kf.operators.curvature.LARGE", 2)
+        structure = "full"
     model = ref.net([3, 2, 3])
     stats = lk.curvature.estimate(model, "categorical", ref.batch(30, 3, 3), structure)
     dense = stats.mean().dense()
     dense = dense + 0.2 * torch.eye(len(dense), dtype=torch.float64)
     values, vectors = torch.linalg.eigh(dense)
     v = torch.randn(len(dense), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    matrix = damped_power(INVERSES["block_diagonal"].build(stats, 0.2, DAMPINGS["exact"]), power)
+    matrix = damped_power(INVERSES["block_diagonal"].build(stats, 0.2, DAMPINGS["exact"], power != 1.0), power)
     torch.testing.assert_close(matrix.solve(v), vectors @ (values**-power * (vectors.T @ v)))
 
 
