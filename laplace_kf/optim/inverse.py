@@ -34,8 +34,8 @@ def damped_block(block: CurvatureBlock, k: Tensor, damping: Damping, powers: boo
     """A block plus ``k`` (0-dim) times the identity, exactly or approximately, as something that solves.
 
     Exactly in the eigenbasis (methods 5.3); approximately as ``(A + ω√k I) ⊗ (G + √k/ω I)`` (methods 5.2), for which no
-    eigenbasis is needed. Blocks that are no Kronecker product take ``k`` exactly; by their eigenbasis if ``powers`` of it
-    are to be taken.
+    eigenbasis is needed. Blocks that are no Kronecker product take ``k`` exactly; by their eigenbasis if ``powers`` of
+    the matrix are to be taken.
     """
     if damping.split is None or not isinstance(block, KroneckerBlock):
         return block.one_of_many(1.0, k, "exact") if powers else block.precision(1.0, k, "exact")
