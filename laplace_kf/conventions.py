@@ -8,7 +8,7 @@ transformers need not be installed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "IGNORED",
+    "adapter_lines",
     "arguments",
     "channels_are_last",
     "decoder_inputs_from_labels",
+    "frozen_adapter_line",
     "is_causal",
     "takes_labels",
     "target_key",
@@ -33,6 +35,36 @@ def _wrapped(model: nn.Module) -> nn.Module:
     """The model inside an adapter's wrapper (peft)."""
     inner = getattr(model, "get_base_model", None)
     return inner() if callable(inner) else model
+
+
+def adapter_lines(model: nn.Module, names: Sequence[str]) -> str:
+    """Behind a message's advice: how adapters of peft that hold these parameters are used again; else empty.
+
+    An adapter that is merged into the weights, switched off, or not the active one takes no part in the outputs.
+    """
+    of = next((name for name in _adapters(model) if any(f".{name}." in f".{full}." for full in names)), None)
+    if of is None:
+        return ""
+    if callable(getattr(model, "get_base_model", None)):
+        lines = f'model.unmerge_adapter(), model.enable_adapter_layers(), model.set_adapter("{of}")'
+        return f" (of an adapter of peft by {lines})"
+    return f' (of an adapter by model.enable_adapters(), model.set_adapter("{of}"))'  # of transformers' own models
+
+
+def _adapters(model: nn.Module) -> Mapping[str, Any]:
+    """The configurations of a model's adapters of peft by their names."""
+    known = getattr(model, "peft_config", None)
+    return known if isinstance(known, Mapping) else {}
+
+
+def frozen_adapter_line(model: nn.Module) -> str:
+    """The line by which the adapter of a model of peft that was loaded for inference is trainable; else empty."""
+    if not any(getattr(config, "inference_mode", False) is True for config in _adapters(model).values()):
+        return ""
+    return (
+        "; an adapter of peft is loaded frozen, and trainable by PeftModel.from_pretrained(base, path, "
+        "is_trainable=True)"
+    )
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
