@@ -373,7 +373,7 @@ class Answers(Jobs, Shorthands):
             )
             return batch_after_batch(one, x, *self._site(), space, generator, progress, joined)
         with stage(self.model, self.forward) as (model, forward):
-            x = self._checked_input(model, forward, x)
+            x = self.checked_input(model, forward, x)
             check_finite(x, 0, "the input")
             found = rule(
                 Request(
@@ -405,7 +405,7 @@ class Answers(Jobs, Shorthands):
             UnknownName: for an unknown kind of draws.
         """
         self._as_fitted("predictor")
-        of = (self.likelihood, self.mean, self.precision, DRAWS[draws](samples, generator), self._checked_input)
+        of = (self.likelihood, self.mean, self.precision, DRAWS[draws](samples, generator), self.checked_input)
         return Predictor(self.model, self.forward, *of)
 
     @typed
@@ -435,7 +435,7 @@ class Answers(Jobs, Shorthands):
         if is_loader(x) and not joint:
             return self._rows(lambda inputs, generator: self.functional_covariance(inputs, diagonal_only), x)
         with stage(self.model, self.forward) as (model, forward):
-            x = self._checked_input(model, forward, x)
+            x = self.checked_input(model, forward, x)
             check_finite(x, 0, "the input")
             network = Linearization(model, forward, self.mean, x, keep=False)
             found = network.variance if diagonal_only else partial(network.covariance, joint=joint)
@@ -477,7 +477,7 @@ class Answers(Jobs, Shorthands):
         if is_loader(x):
             return self._rows(partial(self.ood_score, kind=kind, layers=layers, samples=samples), x, generator)
         with stage(self.model, self.forward) as (model, forward):
-            x = self._checked_input(model, forward, x)
+            x = self.checked_input(model, forward, x)
         return score(self, x, kind, layers, samples, generator)
 
     def leverage(self) -> Leverage:

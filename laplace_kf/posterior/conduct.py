@@ -99,16 +99,27 @@ class Conduct:
         assert self.settings is not None
         then = {place: self.settings[place] for place in changed}
         try:
-            now, before = _both(model, forward, mean, x, then)
+            few = _few(x, next(iter(mean.values())).device)
+            now, before = _both(model, forward, mean, few, then)
+            lost = [name for name in mean if name in before.reached and name not in now.reached]
+            lost = list(mean) if not now.reached else lost
+            cut = bool(lost) and not same_outputs(_moved(model, forward, mean, few, lost), now.outputs)
         except Exception:  # what is wrong with the input, or the network, is said by the prediction itself
             return
-        lost = [name for name in mean if name in before.reached and name not in now.reached]
-        if lost or not now.reached:
-            raise _lost(model, lost or list(mean), len(mean), then, changed)
-        if same_outputs(now.outputs, before.outputs):
+        if lost and not cut:
+            raise _lost(model, lost, len(mean), then, changed)
+        if same_outputs(now.outputs, before.outputs) and not cut:
             self._forget(changed)
             return
         self._told = dict(changed)
+        if cut:
+            warn_user(
+                f"{_shown(lost)} have an influence on the outputs, and no gradient (torch.no_grad() or detach() in "
+                f"forward){_since(lost, then, changed)}: predictions by gradients (linearized, probit, covariances, "
+                'scores) take them for constants; method="mc" does not. Put it back, or fit again, '
+                "posterior.fit(train_loader)"
+            )
+            return
         (path, name), value = next(iter(changed.items()))
         warn_user(
             f"attribute {name!r} of {_named(path)} is {value!r}, and was {then[path, name]!r} when the posterior was "
@@ -137,15 +148,28 @@ def _both(
     model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, then: Mapping[Place, Any]
 ) -> tuple[_Pass, _Pass]:
     """A pass with the attributes of now, and one with those of the fit."""
-    count = examples_of(x)
-    few = x if count is None or count <= 2 else map_examples(x, count, lambda t: t[:2])
-    few = to_device(mapped(few, torch.detach), next(iter(mean.values())).device)
     with preserved(model):
-        now = _pass(model, forward, mean, few)
+        now = _pass(model, forward, mean, x)
         modules = dict(model.named_modules())
         for (path, name), value in then.items():
             modules[path].__dict__[name] = _kept(value)
-        return now, _pass(model, forward, mean, few) if then else now
+        return now, _pass(model, forward, mean, x) if then else now
+
+
+def _moved(
+    model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any, names: Sequence[str]
+) -> Tensor:
+    """Outputs ``(N, ...)`` at other values of some parameters: a graph may be cut where numbers go through."""
+    other = {name: 1.5 * value + 0.5 if name in names else value for name, value in mean.items()}
+    with preserved(model):
+        return _pass(model, forward, other, x).outputs
+
+
+def _few(x: Any, device: torch.device) -> Any:
+    """Two of the examples ``(N, ...)``, or all where it is not known what they are."""
+    count = examples_of(x)
+    few = x if count is None or count <= 2 else map_examples(x, count, lambda t: t[:2])
+    return to_device(mapped(few, torch.detach), device)
 
 
 def _pass(model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any) -> _Pass:
@@ -181,22 +205,29 @@ def _named(path: str) -> str:
     return f"module {path!r}" if path else "the model"
 
 
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _since(lost: Sequence[str], then: Mapping[Place, Any], changed: Mapping[Place, Any]) -> str:
+    """The attribute that is to blame: one above the parameters, if there is any."""
+    above = [place for place in changed if any(name.startswith(f"{place[0]}.") for name in lost)] or list(changed)
+    if not above:
+        return ""
+    path, name = above[0]
+    return (
+        f" since attribute {name!r} of {_named(path)} is {changed[path, name]!r}, and was {then[path, name]!r} when "
+        "the posterior was fitted"
+    )
+
+
 def _lost(
     model: nn.Module, lost: Sequence[str], whole: int, then: Mapping[Place, Any], changed: Mapping[Place, Any]
 ) -> UnsupportedLayer:
     """The error about parameters that reach no output any more."""
-    above = [place for place in changed if any(name.startswith(f"{place[0]}.") for name in lost)] or list(changed)
-    why = "; is the model merged or switched off? "
-    if above:
-        path, name = above[0]
-        why = (
-            f": attribute {name!r} of {_named(path)} is {changed[path, name]!r}, and was {then[path, name]!r} when the "
-            "posterior was fitted. "
-        )
-    shown = ", ".join(map(repr, lost[:3])) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
     return UnsupportedLayer(
-        f"{len(lost)} of the {whole} parameters that the posterior is over have no influence on the outputs now "
-        f"({shown}), so that draws of them would change nothing{why}Put it back"
+        f"{len(lost)} of the {whole} parameters that the posterior is over, {_shown(lost)}, have no influence on the "
+        f"outputs{_since(lost, then, changed)}, so that draws of them would change nothing. Put it back"
         f"{conventions.adapter_lines(model, lost)}, or fit a posterior for the network as it is now, "
         "posterior.fit(train_loader)"
     )

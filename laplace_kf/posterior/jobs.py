@@ -45,7 +45,7 @@ class Jobs(ABC):
         self._around.warn(self.model)
         return fitted
 
-    def _checked_input(self, model: nn.Module, forward: Forward | None, x: Any) -> Any:
+    def checked_input(self, model: nn.Module, forward: Forward | None, x: Any) -> Any:
         """The input ``(N, ...)`` of what runs a model in place of the posterior's (:func:`laplace_kf.replica.stage`).
 
         Raises:
@@ -53,10 +53,15 @@ class Jobs(ABC):
             UnsupportedLayer: if the posterior's parameters have no influence on the outputs any more.
         """
         x = asked(model, forward, x, self._fitted("a prediction").statistics.axes)
-        self._look(model, forward, x)
+        self.require_as_fitted(model, forward, x)
         return x
 
-    def _look(self, model: nn.Module, forward: Forward | None, x: Any) -> None:
+    def require_as_fitted(self, model: nn.Module, forward: Forward | None, x: Any) -> None:
+        """Before a model runs on an input ``(N, ...)`` in place of the posterior's: whether it is the one of the fit.
+
+        Raises:
+            UnsupportedLayer: if the posterior's parameters have no influence on the outputs any more.
+        """
         mean = self._fitted("a prediction").mean_by_name
         self._around.conduct.require_same(self.model, model, forward, mean, x)
 
@@ -125,7 +130,7 @@ class Jobs(ABC):
         """
         fitted = self._in_model("derivatives")
         with stage(fitted.model, fitted.forward) as (model, forward):
-            x = self._checked_input(model, forward, x)
+            x = self.checked_input(model, forward, x)
             check_finite(x, 0, "the input")
             return derivatives(model, forward, fitted.mean_by_name(), self.precision, x, operator, joint)
 
@@ -151,7 +156,7 @@ class Jobs(ABC):
         """
         fitted = self._in_model("export")
         with stage(fitted.model, fitted.forward) as (model, forward):
-            x = self._checked_input(model, forward, x)
+            x = self.checked_input(model, forward, x)
             return exported(model, forward, fitted.mean_by_name(), self.precision, x, dynamic)
 
     @typed

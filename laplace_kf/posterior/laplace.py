@@ -566,7 +566,9 @@ class LaplacePosterior(Answers):
             data = None if val is None else weighting.batches(shard.data, self.weights, self.model)
             keeping = nullcontext() if options.kept is None else options.kept.running(generator)
             with lasting(), keeping, stage(self.model, self.forward) as (model, forward):
-                seen = None if data is None else Seen(data, self.forward, partial(self._look, model, forward))
+                seen = (
+                    None if data is None else Seen(data, self.forward, partial(self.require_as_fitted, model, forward))
+                )
                 fitted = replace(self._fitted("tune"), model=model, forward=forward)
                 now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
                 validate = Validation if ranks is None else partial(SharedValidation, ranks)

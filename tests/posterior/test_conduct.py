@@ -26,13 +26,16 @@ class Switched(nn.Module):
         torch.manual_seed(0)
         self.body, self.branch, self.head = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(4, 3)
         self.body.requires_grad_(False)
-        self.on, self.scales, self.calls = True, {"branch": 1.0}, 0
+        self.on: Any = True
+        self.scales, self.calls = {"branch": 1.0}, 0
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         z = self.body(x)
-        return self.head(torch.tanh(z + self.scales["branch"] * self.branch(x) if self.on else z))
+        with torch.set_grad_enabled(self.on != "watched" and torch.is_grad_enabled()):
+            side = self.scales["branch"] * self.branch(x)
+        return self.head(torch.tanh(z + side if self.on else z))
 
 
 CALLS: dict[str, Callable[[lk.LaplacePosterior], Any]] = {
@@ -45,6 +48,8 @@ CALLS: dict[str, Callable[[lk.LaplacePosterior], Any]] = {
     "score": lambda p: p.ood_score(X, "variance"),
     "derivatives": lambda p: p.derivatives(X),
     "export": lambda p: p.export(X),
+    "acquisition": lambda p: lk.acquisition.bald(p, X),
+    "influence": lambda p: lk.attribution.influence(p, (X, Y), (X, Y)),
     "calibrate": lambda p: p.calibrate((X, Y)),
     "tune": lambda p: p.tune((X, Y), n_data=[9.0, 10.0], prior_precision=[1.0], method="probit"),
 }
@@ -60,7 +65,7 @@ def test_parameters_that_are_switched_off_are_refused(call: Callable[[lk.Laplace
         call(posterior)
     said = str(caught.value)
     assert "2 of the 4 parameters" in said and "'branch.weight', 'branch.bias'" in said
-    assert "attribute 'on' of the model is False, and was True when the posterior was fitted" in said
+    assert "since attribute 'on' of the model is False, and was True when the posterior was fitted" in said
     assert (posterior.method, posterior.n_data, dict(model.__dict__)) == before
     model.on = True
     with warnings.catch_warnings():
@@ -82,6 +87,17 @@ def test_other_outputs_are_warned_of_once_and_not_when_they_are_back() -> None:
         posterior.predict(X)
         model.scales["branch"] = 1.0
         assert torch.equal(posterior.predict(X).probs, wanted)
+
+
+def test_parameters_without_a_gradient_are_warned_of() -> None:
+    """Draws of them move the outputs all the same."""
+    model = Switched()
+    posterior = lk.LaplacePosterior(model, "categorical", structure="diag").fit((X, Y))
+    wanted = posterior.predict(X, method="mc", samples=2, generator=torch.Generator().manual_seed(0)).probs
+    model.on = "watched"
+    with pytest.warns(UserWarning, match="'branch.bias' have an influence on the outputs, and no gradient"):
+        found = posterior.predict(X, method="mc", samples=2, generator=torch.Generator().manual_seed(0)).probs
+    assert torch.equal(found, wanted)
 
 
 def test_a_counter_costs_a_few_passes_and_no_more() -> None:
