@@ -66,6 +66,8 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
     if difference is not None:
         beside = batch.get("labels") if isinstance(batch, Mapping) and forward is None else None
         reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference, beside)
+        if beside is not None and batch.get("shift_labels") is not None:
+            reasons = 'it compares with "shift_labels": paste the line with targets=lambda batch: batch["shift_labels"]'
         theirs, ours = float(own.detach()), float(losses.detach().sum()) / count
         raise ShapeMismatch(
             f"the model's own loss of the first minibatch is {theirs:.6g}, and the likelihood {likelihood!r} gives "
@@ -222,7 +224,7 @@ def _shifted(targets: Tensor, by: int) -> Tensor:
 def _paste(batch: Any) -> str:
     if not isinstance(batch, Mapping):
         return "inputs=lambda batch: batch[0], targets=lambda batch: batch[1]"
-    given = [str(key) for key in batch if key not in ("labels", "label")]
+    given = [str(key) for key in batch if key not in ("labels", "label", "shift_labels")]
     key = "label" if "labels" not in batch and "label" in batch else "labels"
     keys = "".join(f'"{name}", ' for name in given).strip()
     shifted = f'torch.nn.functional.pad(batch["{key}"][:, 1:], (0, 1), value=-100)'

@@ -7,8 +7,10 @@ transformers need not be installed.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,15 +22,21 @@ __all__ = [
     "arguments",
     "channels_are_last",
     "decoder_inputs_from_labels",
+    "first_of",
     "frozen_adapter_line",
     "is_causal",
+    "lines_of",
+    "lines_of_mapping",
     "takes_labels",
     "target_key",
+    "target_like",
     "targets",
 ]
 
 IGNORED = -100  # what transformers and torch.nn.CrossEntropyLoss leave out
 CAUSAL = ("ForCausalLM", "LMHeadModel")
+IN_CACHE = frozenset(["PREFIX_TUNING", "CARTRIDGE"])  # adapters whose virtual tokens have no outputs
+TARGETS = ("labels", "label", "targets", "target", "label_ids", "shift_labels", "y")
 
 
 def _wrapped(model: nn.Module) -> nn.Module:
@@ -110,16 +118,38 @@ def is_causal(model: nn.Module) -> bool:
 def targets(model: nn.Module, labels: Any) -> Any:
     """The targets of the outputs: ``labels (N, T)`` themselves, or for a causal language model label t + 1 at t.
 
-    The last position of a causal language model has no target and is ignored (-100). Real labels ``(N,)`` of a model
-    of transformers with one output (regression) are ``(N, 1)``.
+    The last position of a causal language model has no target and is ignored (-100), nor have those of the V virtual
+    tokens that an adapter of prompts puts in front: targets ``(N, V + T)``. Labels ``(N,)`` of a model of transformers
+    with one output (regression) are ``(N, 1)``.
     """
     config = getattr(_wrapped(model), "config", None)
-    if isinstance(labels, Tensor) and labels.dim() == 1 and labels.is_floating_point():
+    if isinstance(labels, Tensor) and labels.dim() == 1:
         one = getattr(config, "model_type", None) is not None and getattr(config, "num_labels", None) == 1
         return labels[:, None] if one else labels
     if not isinstance(labels, Tensor) or labels.dim() < 2 or not is_causal(model):
         return labels
-    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+    nothing = torch.full_like(labels[:, :1], IGNORED)
+    return torch.cat([nothing.expand(-1, _virtual_tokens(model)), labels, nothing], dim=1)[:, 1:]
+
+
+def _virtual_tokens(model: nn.Module) -> int:
+    """How many positions an adapter of peft (prompt tuning, p-tuning) puts in front of a causal model's."""
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(getattr(config, "peft_type", None), "value", None)
+    if getattr(config, "is_prompt_learning", False) is not True or kind in IN_CACHE:
+        return 0
+    return int(getattr(config, "num_virtual_tokens", 0) or 0)
+
+
+def first_of(model: nn.Module, outputs: Any) -> Any:
+    """The logits ``(N, ...)`` of a tuple of a model of transformers (``return_dict=False``); else the outputs.
+
+    A cache or hidden states follow them, which are tuples themselves. Where another tensor follows, it is not clear.
+    """
+    if not (isinstance(outputs, tuple) and len(outputs) > 1 and isinstance(outputs[0], Tensor) and outputs[0].dim()):
+        return outputs
+    known = getattr(getattr(_wrapped(model), "config", None), "model_type", None) is not None
+    return outputs[0] if known and outputs[1] is not None and not isinstance(outputs[1], Tensor) else outputs
 
 
 def channels_are_last(model: nn.Module, batch: Any) -> bool:
@@ -137,3 +167,64 @@ def decoder_inputs_from_labels(model: nn.Module, batch: Mapping[str, Any]) -> bo
     """Whether the model needs the batch's labels to make the inputs of its decoder."""
     given = any(batch.get(key) is not None for key in ("decoder_input_ids", "decoder_inputs_embeds"))
     return _is_encoder_decoder(_wrapped(model)) and batch.get("labels") is not None and not given
+
+
+# -- lines to paste ----------------------------------------------------------------------------------------------------
+
+
+def target_like(entries: Iterable[Any]) -> str:
+    """The entry (of a mapping, a dataclass, a named tuple) that by its name holds the targets."""
+    known = set(map(str, entries))
+    return next((key for key in TARGETS if key in known), "...")
+
+
+def lines_of_mapping(model: nn.Module, mapping: Mapping[Any, Any], target: str) -> str:
+    """The line to paste that says which entries of a mapping are inputs, all that ``forward`` names, and targets."""
+    if {"start_positions", "end_positions"} <= set(mapping) and target == "...":  # the ends of an answer in a text
+        return (
+            "forward=lambda model, batch: (torch.stack([(out := model(**batch)).start_logits, out.end_logits], 1), "
+            'torch.stack([batch["start_positions"], batch["end_positions"]], 1))'
+        )
+    tensors = [str(key) for key, value in mapping.items() if isinstance(value, Tensor) and key != target]
+    taken = [key for key in tensors if key in _named_inputs(model)]
+    if len(taken) > 1:
+        inputs = f"{{key: batch[key] for key in ({', '.join(map(_quoted, taken))})}}"
+    else:
+        floats = [key for key in tensors if mapping[key].is_floating_point()]
+        inputs = f"batch[{_quoted((taken or floats or tensors or ['...'])[0])}]"
+    return f"inputs=lambda batch: {inputs}, targets=lambda batch: batch[{_quoted(target)}]"
+
+
+def lines_of(model: nn.Module, batch: Any) -> str:
+    """The same for any other batch: a tuple of tensors, a named tuple, a dataclass, an object."""
+    inputs, targets = "batch.x", "batch.y"
+    fields = [field.name for field in dataclasses.fields(batch)] if dataclasses.is_dataclass(batch) else None
+    fields = list(getattr(batch, "_fields", ())) or fields
+    if fields:
+        target = target_like(fields)
+        target = fields[-1] if target == "..." else target
+        rest = [name for name in fields if name != target]
+        taken = [name for name in rest if name in _named_inputs(model)]
+        inputs, targets = f"batch.{(taken or rest or ['x'])[0]}", f"batch.{target}"
+        if len(taken) > 1:
+            inputs = "{" + ", ".join(f"{_quoted(name)}: batch.{name}" for name in taken) + "}"
+    elif isinstance(batch, (tuple, list)):
+        inputs, targets = "batch[0]", "batch[1]"
+        first, second = (*batch, None, None)[:2]
+        alike = isinstance(first, Tensor) and isinstance(second, Tensor) and first.dim() > 1
+        if len(batch) > 2 and alike and first.shape == second.shape:  # tokens and their mask, or their kinds
+            inputs, targets = "batch[:-1]", "batch[-1]"
+    return f"inputs=lambda batch: {inputs}, targets=lambda batch: {targets}"
+
+
+def _quoted(name: str) -> str:
+    return f'"{name}"'
+
+
+def _named_inputs(model: nn.Module) -> set[str]:
+    """What the ``forward`` of the model, or of the one inside an adapter's wrapper, names."""
+    found: set[str] = set()
+    for module in (model, _wrapped(model)):
+        with suppress(TypeError, ValueError):
+            found |= set(inspect.signature(module.forward).parameters)
+    return found

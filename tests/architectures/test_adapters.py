@@ -103,3 +103,50 @@ def test_adapters_that_are_loaded_for_inference(tmp_path: Path) -> None:
     for parameters in ("all", ["*lora*"]):
         with pytest.raises(lk.errors.UnsupportedLayer, match=r"from_pretrained\(base, path, is_trainable=True\)"):
             lk.LaplacePosterior(frozen, "categorical", parameters=parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def causal() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=12, n_positions=9, n_embd=4, n_layer=1, n_head=2)
+    return transformers.GPT2LMHeadModel(config).double()
+
+
+PROMPTS = {
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "ptuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),  # in the cache: no outputs
+}
+
+
+@pytest.mark.parametrize("kind", PROMPTS)
+def test_virtual_tokens_in_front_of_a_causal_model_have_no_labels(kind: str) -> None:
+    model = adapted(PROMPTS[kind], causal).eval()
+    labels = IDS.clone()
+    labels[0, 3:], labels[2] = -100, -100
+    batch = {**TEXT, "labels": labels}
+    own = model(**batch)
+    front = own.logits.shape[1] - labels.shape[1]
+    assert front == {"prompt": 2, "ptuning": 3, "prefix": 0}[kind]
+    targets = nn.functional.pad(nn.functional.pad(labels, (front, 0), value=-100)[:, 1:], (0, 1), value=-100)
+    kept = targets != -100
+    weights = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.zeros(sum(p.numel() for p in weights), dtype=torch.float64)
+    p = own.logits.detach()[kept].softmax(-1)  # (counted positions, C)
+    columns = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).double()
+    values, vectors = torch.linalg.eigh(columns)
+    roots = vectors * values.clamp_min(0).sqrt()[:, None]
+    for row in range(len(IDS)):
+        at = [k for k, (n, _) in enumerate(kept.nonzero().tolist()) if n == row]
+        for k in at:
+            for v in range(p.shape[1]):
+                z = own.logits[kept][k] @ roots[k][:, v]
+                grads = torch.autograd.grad(z, weights, retain_graph=True)
+                wanted += torch.cat([g.flatten() for g in grads]).square()
+    posterior = lk.LaplacePosterior(model, "categorical", structure="diag", prior_precision=1e-12).fit([batch])
+    assert posterior.n_data == 3  # an example without labels is none
+    torch.testing.assert_close(posterior.precision.diag(), wanted, rtol=1e-6, atol=1e-9)
+    scores = posterior.predict(TEXT, method="map").log_prob(labels)
+    torch.testing.assert_close(-scores.sum(), own.loss.detach().double() * kept.sum(), rtol=1e-5, atol=0)

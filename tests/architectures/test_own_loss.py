@@ -276,6 +276,19 @@ def test_classifiers_on_the_batches_of_the_padding_collator() -> None:
         lk.LaplacePosterior(wrong, "gaussian").fit([{**given, "labels": y}])
 
 
+def test_the_kind_of_loss_that_a_model_notes_for_its_first_labels_is_not_left_in_its_config() -> None:
+    """Soft labels make it ``multi_label_classification``, and whoever trains on would train on that."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=3))
+    given = {"input_ids": torch.arange(3, 9).reshape(2, 3), "labels": torch.eye(3)[:2]}
+    with pytest.raises(lk.errors.ShapeMismatch, match='problem_type="multi_label_classification"'):
+        lk.LaplacePosterior(model, "categorical", structure="diag").fit([given])
+    with pytest.raises(lk.errors.ShapeMismatch, match='problem_type="multi_label_classification"'):
+        lk.optim.kfac(model, "categorical").step(given)
+    assert model.config.problem_type is None
+    lk.LaplacePosterior(model, "bernoulli", structure="diag").fit([given])
+    assert model.config.problem_type is None
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_decoders_on_the_batches_of_their_collator(name: str, prepared: bool) -> None:
@@ -369,6 +382,74 @@ def test_one_real_label_an_example() -> None:
     terms = posterior.predict(given, method="map").log_prob(given["labels"])
     own = model.eval()(**given).loss.detach()
     torch.testing.assert_close(-(terms + 0.5 * torch.log(torch.tensor(2 * torch.pi))).mean().double(), own / 2)
+
+
+def test_one_whole_number_an_example_is_a_real_label_too() -> None:
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=1)).double()
+    given = {"input_ids": torch.randint(3, 11, (4, 5), generator=rng(0)), "labels": torch.tensor([1, 5, 3, 2])}
+    fits = [
+        lk.LaplacePosterior(model, "gaussian", structure="diag").fit([{**given, "labels": y}]).precision.diag()
+        for y in (given["labels"], given["labels"].double())
+    ]
+    assert torch.equal(*fits)
+
+
+def test_labels_that_are_shifted_already_are_refused_with_the_line() -> None:
+    """``shift_labels`` (of sequence parallelism) stand beside the outputs, and the model prefers them."""
+    model = causal("gpt2").double()
+    ids = torch.randint(3, 11, (3, 5), generator=rng(0))
+    other = torch.randint(3, 11, (3, 5), generator=rng(1))
+    settings: dict[str, Any] = {"structure": "diag", "parameters": ["*ln_f*"]}
+    with pytest.raises(lk.errors.ShapeMismatch, match=r'targets=lambda batch: batch\["shift_labels"\]'):
+        lk.LaplacePosterior(model, "categorical", **settings).fit(
+            [{"input_ids": ids, "labels": ids, "shift_labels": other}]
+        )
+    with pytest.raises(lk.errors.ShapeMismatch, match=r'batch\["input_ids"\], targets=lambda b.*\["shift_labels"\]'):
+        lk.LaplacePosterior(model, "categorical", **settings).fit([{"input_ids": ids, "shift_labels": other}])
+    beside = {"input_ids": ids, "labels": ids, "shift_labels": F.pad(ids[:, 1:], (0, 1), value=-100)}
+    lk.LaplacePosterior(model, "categorical", **settings).fit([beside])  # the same labels
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_tuples_of_transformers_models_begin_with_the_logits(name: str) -> None:
+    """``return_dict=False``, with the cache or the hidden states behind."""
+    ids = torch.randint(3, 11, (3, 5), generator=rng(0))
+    if name == "gpt2":
+        model, labels, more = causal("gpt2").double(), ids, {"use_cache": True}
+    else:
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=3)).double()
+        labels, more = torch.arange(3), {"output_hidden_states": True}
+    given = {"input_ids": ids, "labels": labels}
+    tuples = {**given, **more, "return_dict": False}
+    found, wanted = (
+        lk.LaplacePosterior(model, "categorical", structure="diag", unused="prior").fit([each])
+        for each in (tuples, given)
+    )
+    assert torch.equal(found.precision.diag(), wanted.precision.diag())
+    assert torch.equal(found.predict(tuples, method="map").probs, wanted.predict(given, method="map").probs)
+    both = transformers.BertModel(transformers.BertConfig(**SMALL)).double()
+    with pytest.raises(lk.errors.ShapeMismatch, match="returned tuple of 2"):  # hidden states and pooled ones
+        lk.LaplacePosterior(both, "categorical").fit([{**given, "return_dict": False}])
+
+
+def test_the_ends_of_an_answer_by_the_line_of_the_message() -> None:
+    torch.manual_seed(0)
+    model = transformers.BertForQuestionAnswering(transformers.BertConfig(**SMALL, num_labels=2)).double().eval()
+    given = {
+        "input_ids": torch.randint(3, 11, (3, 5), generator=rng(0)),
+        "start_positions": torch.tensor([0, 1, 3]), "end_positions": torch.tensor([1, 1, 4]),
+    }  # fmt: skip
+    with pytest.raises(lk.errors.ShapeMismatch, match="forward=lambda model, batch") as caught:
+        lk.LaplacePosterior(model, "categorical").fit([given])
+    line = str(caught.value).split("or pass forward=")[1]
+    forward = eval(line, {"torch": torch})
+    posterior = lk.LaplacePosterior(model, "categorical", structure="diag", unused="prior", forward=forward).fit(
+        [given]
+    )
+    ends = torch.stack([given["start_positions"], given["end_positions"]], 1)
+    own = model(**given).loss.detach()  # a mean over the two
+    torch.testing.assert_close(-posterior.predict(given, method="map").log_prob(ends).sum() / 6, own)
 
 
 def test_label_lists_and_predictions_of_causal_models() -> None:
