@@ -66,6 +66,14 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
     if difference is not None:
         beside = batch.get("labels") if isinstance(batch, Mapping) and forward is None else None
         reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference, beside)
+        mask = None if beside is None else batch.get("attention_mask")
+        if isinstance(mask, Tensor) and isinstance(targets, Tensor) and mask.shape == targets.shape:
+            counted = targets.masked_fill(mask == 0, conventions.IGNORED)
+            if _is_loss_of(own.detach(), wide.detach(), counted, likelihood):
+                reasons = (
+                    "it leaves out the positions that attention_mask does: paste the line with targets=lambda batch: "
+                    'batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)'
+                )
         if beside is not None and batch.get("shift_labels") is not None:
             reasons = 'it compares with "shift_labels": paste the line with targets=lambda batch: batch["shift_labels"]'
         theirs, ours = float(own.detach()), float(losses.detach().sum()) / count

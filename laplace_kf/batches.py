@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf import conventions, graphs
-from laplace_kf.arrays import is_annotated, is_array, tensor_of
+from laplace_kf.arrays import is_annotated, is_array, own_copy, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called, named_parameters
@@ -367,8 +367,8 @@ def mapped(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def private(structure: Any) -> Any:
-    """The structure with copies of its tensors (of any shape)."""
-    return _map(structure, torch.clone)
+    """The structure with copies of its tensors (of any shape), and of objects that a model may write into (caches)."""
+    return _map(structure, torch.clone, other=own_copy)
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:

@@ -452,6 +452,41 @@ def test_the_ends_of_an_answer_by_the_line_of_the_message() -> None:
     torch.testing.assert_close(-posterior.predict(given, method="map").log_prob(ends).sum() / 6, own)
 
 
+def test_positions_that_the_model_leaves_out_by_its_mask_are_named() -> None:
+    torch.manual_seed(0)
+    model = transformers.ElectraForPreTraining(transformers.ElectraConfig(**SMALL, embedding_size=8)).double()
+    given = {
+        "input_ids": torch.randint(3, 11, (3, 5), generator=rng(0)),
+        "attention_mask": (torch.arange(5) < torch.tensor([[5], [2], [3]])).long(),
+        "labels": torch.randint(2, (3, 5), generator=rng(1)),
+    }
+    settings: dict[str, Any] = {"structure": "diag", "parameters": ["discriminator*"]}
+    with pytest.raises(lk.errors.ShapeMismatch, match="leaves out the positions that attention_mask does") as caught:
+        lk.LaplacePosterior(model, "bernoulli", **settings).fit([given])
+    line = str(caught.value).partition("targets=")[2].partition(". To have")[0]
+    kept = eval(line)(given)
+    assert torch.equal(kept == -100, given["attention_mask"] == 0)
+    lk.LaplacePosterior(model, "bernoulli", **settings).fit([{**given, "labels": kept}])
+
+
+def test_a_cache_in_a_batch_is_not_written_into() -> None:
+    """Every pass would lengthen it, and the next one see other inputs."""
+    model = causal("gpt2").double().eval()
+    ids = torch.randint(3, 11, (3, 5), generator=rng(0))
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :2]).past_key_values
+    given = {"input_ids": ids[:, 2:], "past_key_values": cache, "labels": ids[:, 2:]}
+    only: dict[str, Any] = {"structure": "full", "parameters": ["*ln_f*"]}  # which no cached key depends on
+    found = lk.LaplacePosterior(model, "categorical", **only).fit([given])
+    labels = ids.clone()
+    labels[:, :3] = -100  # the first of them is the cache's to predict
+    wanted = lk.LaplacePosterior(model, "categorical", **only).fit([{"input_ids": ids, "labels": labels}])
+    torch.testing.assert_close(found.precision.dense(), wanted.precision.dense())
+    assert cache.get_seq_length() == 2
+    probs = found.predict({"input_ids": ids[:, 2:], "past_key_values": cache}, method="map").probs
+    torch.testing.assert_close(probs, wanted.predict({"input_ids": ids}, method="map").probs[:, 2:])
+
+
 def test_label_lists_and_predictions_of_causal_models() -> None:
     """Labels of a mapping are those of transformers in ``log_prob`` too; of a tensor they stand beside the outputs."""
     model, ids = causal("gpt2").eval(), torch.randint(3, 11, (3, 5), generator=rng(0))
