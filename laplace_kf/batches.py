@@ -73,12 +73,11 @@ def model_outputs(model: nn.Module, inputs: Any, named: str = "batch") -> Tensor
         arguments = _arguments(model, inputs)
         if conventions.decoder_inputs_from_labels(model, inputs):
             arguments["labels"] = inputs["labels"]
-        outputs = model(**arguments)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    return as_tensor(conventions.first_of(model, outputs), named if isinstance(inputs, Mapping) else None)
+        as_given = partial(conventions.by_name, list(arguments), named)
+        return as_tensor(conventions.first_of(model, model(**arguments)), as_given)
+    if isinstance(inputs, (tuple, list)):
+        return as_tensor(conventions.first_of(model, model(*inputs)), lambda: "*batch[0]")
+    return as_tensor(conventions.first_of(model, model(inputs)))
 
 
 def with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:

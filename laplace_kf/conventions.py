@@ -20,6 +20,7 @@ __all__ = [
     "IGNORED",
     "adapter_lines",
     "arguments",
+    "by_name",
     "channels_are_last",
     "decoder_inputs_from_labels",
     "first_of",
@@ -188,11 +189,21 @@ def lines_of_mapping(model: nn.Module, mapping: Mapping[Any, Any], target: str) 
     tensors = [str(key) for key, value in mapping.items() if isinstance(value, Tensor) and key != target]
     taken = [key for key in tensors if key in _named_inputs(model)]
     if len(taken) > 1:
-        inputs = f"{{key: batch[key] for key in ({', '.join(map(_quoted, taken))})}}"
+        inputs = _entries(taken)
     else:
         floats = [key for key in tensors if mapping[key].is_floating_point()]
         inputs = f"batch[{_quoted((taken or floats or tensors or ['...'])[0])}]"
     return f"inputs=lambda batch: {inputs}, targets=lambda batch: batch[{_quoted(target)}]"
+
+
+def by_name(keys: Sequence[str], named: str = "batch") -> str:
+    """Entries of a mapping as keyword arguments, to be pasted; the mapping stands at ``named``."""
+    return f"**{_entries(keys, named)}"
+
+
+def _entries(keys: Sequence[str], named: str = "batch") -> str:
+    several = ", ".join(map(_quoted, keys)) + ("," if len(keys) == 1 else "")
+    return f"{{key: {named}[key] for key in ({several})}}"
 
 
 def lines_of(model: nn.Module, batch: Any) -> str:

@@ -16,7 +16,7 @@ from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
 __all__ = ["as_tensor", "both", "explained", "own_loss", "readable"]
 
 
-def as_tensor(outputs: Any, named: str | None = None) -> Tensor:
+def as_tensor(outputs: Any, as_given: Callable[[], str] | None = None) -> Tensor:
     """The output tensor ``(N, ...)`` of a model call.
 
     Of a structured output that is its ``logits`` or ``out`` (entry or attribute), the only tensor beside a ``loss``, or
@@ -25,12 +25,12 @@ def as_tensor(outputs: Any, named: str | None = None) -> Tensor:
 
     Args:
         outputs: what the model returned.
-        named: where the mapping stands whose entries it was called with by name: ``"batch"`` or ``"batch[0]"``.
+        as_given: () → how a batch's entries were given to the model, where these are several, for the message.
 
     Raises:
         ShapeMismatch: if it is not clear which one; says what there is.
     """
-    found = _picked(outputs, named)
+    found = _picked(outputs, as_given)
     if found.is_complex():
         raise ShapeMismatch(
             f"the model's outputs {tuple(found.shape)} are complex ({found.dtype}), and likelihoods are of real ones; "
@@ -40,7 +40,7 @@ def as_tensor(outputs: Any, named: str | None = None) -> Tensor:
     return found
 
 
-def _picked(outputs: Any, named: str | None) -> Tensor:
+def _picked(outputs: Any, as_given: Callable[[], str] | None) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     entries: Mapping[Any, Any] = outputs if isinstance(outputs, Mapping) else {}
@@ -64,11 +64,13 @@ def _picked(outputs: Any, named: str | None) -> Tensor:
         if _is_followed(outputs):
             return outputs[0]
         what += f" of {len(outputs)}"
-    inputs, targets = f"**{named}" if named else "batch[0]", 'batch["labels"]' if named == "batch" else "batch[1]"
+    inputs = as_given() if as_given else "batch[0]"
+    whole = "batch" if as_given else "(x, None)"
+    targets = 'batch["labels"]' if as_given and "batch[0]" not in inputs else "batch[1]"
     raise ShapeMismatch(
         f"the model returned {what}, but one tensor of outputs is needed; pick it, or put several together, with "
         f"forward=lambda model, batch: (model({inputs}){part}, {targets}), and give predict a whole batch then: "
-        f"posterior.predict({'batch' if named else '(x, None)'})"
+        f"posterior.predict({whole})"
     )
 
 

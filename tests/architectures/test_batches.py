@@ -213,6 +213,21 @@ def test_lines_to_paste_give_the_model_all_that_it_takes() -> None:
     works(net(Two), ((first, second), y), Halves(first, second))
 
 
+def test_the_line_that_picks_one_of_two_heads_can_be_pasted() -> None:
+    class Heads(Net):
+        def forward(self, first: Tensor, second: Tensor) -> Any:
+            z = super().forward(torch.cat([first, second], 1))
+            return {"one": z, "two": z[:, :2]}
+
+    x, y = data()
+    inputs = {"first": x[:, :1], "second": x[:, 1:]}
+    for batch in ({**inputs, "labels": y, "idx": y}, (inputs, y), (tuple(inputs.values()), y)):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"pick it.*forward=lambda") as caught:
+            dense(net(Heads), [batch])
+        line = str(caught.value).partition("forward=")[2].partition(", and give")[0]
+        same(dense(net(Heads), [batch], forward=eval(line)), reference())
+
+
 def test_lists_and_texts_for_tensors_are_named() -> None:
     x, y = data()
 
