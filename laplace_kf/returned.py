@@ -151,10 +151,12 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
         inside = {type(leaf).__name__ for leaf in _leaves(batch) if leaf is not batch}
         if not other or other[1] not in inside or not hasattr(Tensor, other[2]):
             raise
-        raise ShapeMismatch(
-            f"the batch holds a {other[1]} where the model takes a tensor ({error}); give tensors: of texts "
-            'tokenizer(texts, padding=True, return_tensors="pt"), of lists torch.tensor(x)'
-        ) from error
+        way = (
+            "a list of batches is no batch: predict each of them, or a loader, torch.utils.data.DataLoader(dataset)"
+            if other[1] == "dict"
+            else 'give tensors: of texts tokenizer(texts, padding=True, return_tensors="pt"), of lists torch.tensor(x)'
+        )
+        raise ShapeMismatch(f"the batch holds a {other[1]} where the model takes a tensor ({error}); {way}") from error
     except TypeError as error:
         other = _NO_TENSOR.search(str(error))
         if other and other[1] in {type(leaf).__name__ for leaf in _leaves(batch)}:

@@ -238,6 +238,9 @@ def test_lists_and_texts_for_tensors_are_named() -> None:
     for given in ([[1.0, 2.0]] * N, ["a text"] * N):
         with pytest.raises(lk.errors.ShapeMismatch, match=r'holds a list where.*return_tensors="pt"\)'):
             dense(net(Looks), [{"x": given, "labels": y}])
+    posterior = lk.LaplacePosterior(net(Looks), "categorical").fit([{"x": x, "labels": y}])
+    with pytest.raises(lk.errors.ShapeMismatch, match="a list of batches is no batch"):
+        posterior.predict([{"x": x}])
 
     class Broken(Net):
         def forward(self, x: Tensor) -> Tensor:
