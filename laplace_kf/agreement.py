@@ -48,9 +48,18 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
         likelihood: of the targets.
 
     Raises:
-        ShapeMismatch: if the two differ; says how, where that can be found out, and the line to paste.
+        ShapeMismatch: if the two differ; says how, where that can be found out, and the line to paste. Also for pairs
+            of a causal language model whose targets are its inputs.
     """
     batch, forward = weighting.without(batch, forward)  # the model's own loss knows no weights of examples
+    if forward is None and conventions.unshifted(model, batch):
+        raise ShapeMismatch(
+            f"{type(model).__name__} is a causal language model, and the targets of the pair (input_ids, y) are the "
+            "input_ids themselves: in a pair y[:, t] belongs to the output at position t. Give a mapping, whose labels "
+            'are shifted, {"input_ids": input_ids, "labels": y}, or shift them, '
+            "torch.nn.functional.pad(y[:, 1:], (0, 1), value=-100); if it is meant so, say it: "
+            "inputs=lambda batch: batch[0], targets=lambda batch: batch[1]"
+        )
     with torch.enable_grad():
         found = _own(model, batch, forward)
         if found is None:

@@ -69,15 +69,19 @@ def model_outputs(model: nn.Module, inputs: Any, named: str = "batch") -> Tensor
     """
     if graphs.is_graph(inputs):
         return graphs.outputs(inputs, as_tensor(graphs.call(model, inputs)))
-    if isinstance(inputs, Mapping):
-        arguments = _arguments(model, inputs)
-        if conventions.decoder_inputs_from_labels(model, inputs):
-            arguments["labels"] = inputs["labels"]
-        as_given = partial(conventions.by_name, list(arguments), named)
-        return as_tensor(conventions.first_of(model, model(**arguments)), as_given)
-    if isinstance(inputs, (tuple, list)):
-        return as_tensor(conventions.first_of(model, model(*inputs)), lambda: "*batch[0]")
-    return as_tensor(conventions.first_of(model, model(inputs)))
+    as_given: Callable[[], str] | None = None
+    with conventions.decoder_explained(model, inputs):
+        if isinstance(inputs, Mapping):
+            arguments = _arguments(model, inputs)
+            if conventions.decoder_inputs_from_labels(model, inputs):
+                arguments["labels"] = inputs["labels"]
+            as_given = partial(conventions.by_name, list(arguments), named)
+            outputs = model(**arguments)
+        elif isinstance(inputs, (tuple, list)):
+            as_given, outputs = lambda: "*batch[0]", model(*inputs)
+        else:
+            outputs = model(inputs)
+    return as_tensor(conventions.first_of(model, outputs), as_given)
 
 
 def with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -129,12 +133,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
                 f"{conventions.lines_of_mapping(model, batch, conventions.target_like(batch))}"
             )
-        if isinstance(batch[key], (int, float)) or (isinstance(batch[key], Tensor) and not batch[key].dim()):
-            raise ShapeMismatch(
-                f"{key!r} of a mapping batch is one number, as of an example, and a batch has one for each of its "
-                "examples; give a loader that puts examples together, torch.utils.data.DataLoader(examples, "
-                "batch_size=32), with the collate_fn= of your training"
-            )
+        conventions.require_labels(key, batch[key])
         return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return model_outputs(model, batch[0], "batch[0]"), batch[1]

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from laplace_kf.errors import ShapeMismatch
 
 __all__ = [
     "IGNORED",
@@ -22,16 +24,19 @@ __all__ = [
     "arguments",
     "by_name",
     "channels_are_last",
+    "decoder_explained",
     "decoder_inputs_from_labels",
     "first_of",
     "frozen_adapter_line",
     "is_causal",
     "lines_of",
     "lines_of_mapping",
+    "require_labels",
     "takes_labels",
     "target_key",
     "target_like",
     "targets",
+    "unshifted",
 ]
 
 IGNORED = -100  # what transformers and torch.nn.CrossEntropyLoss leave out
@@ -110,6 +115,22 @@ def target_key(model: nn.Module, batch: Mapping[Any, Any]) -> str | None:
     return "label" if "label" in batch and not takes_it else None
 
 
+def require_labels(key: str, labels: Any) -> None:
+    """Refuses what cannot be the labels ``(N, ...)`` of a batch: None, or those of a single example.
+
+    Raises:
+        ShapeMismatch: says how batches are made of examples.
+    """
+    if labels is None:
+        raise ShapeMismatch(f"{key!r} of a mapping batch is None; only predict takes batches without targets")
+    if isinstance(labels, (int, float)) or (isinstance(labels, Tensor) and not labels.dim()):
+        raise ShapeMismatch(
+            f"{key!r} of a mapping batch is one number, as of an example, and a batch has one for each of its "
+            "examples; give a loader that puts examples together, torch.utils.data.DataLoader(examples, "
+            "batch_size=32), with the collate_fn= of your training"
+        )
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether the model is a causal language model of transformers, bare or inside an adapter's wrapper."""
     model = _wrapped(model)
@@ -140,6 +161,44 @@ def _virtual_tokens(model: nn.Module) -> int:
     if getattr(config, "is_prompt_learning", False) is not True or kind in IN_CACHE:
         return 0
     return int(getattr(config, "num_virtual_tokens", 0) or 0)
+
+
+@contextmanager
+def decoder_explained(model: nn.Module, inputs: Any) -> Iterator[None]:
+    """Around a call of the model: that an encoder-decoder had nothing to make the inputs of its decoder from is said.
+
+    Raises:
+        ShapeMismatch: in place of the model's own error, if so.
+    """
+    try:
+        yield
+    except ValueError as error:
+        keys = ("labels", "decoder_input_ids", "decoder_inputs_embeds")
+        given = isinstance(inputs, Mapping) and any(inputs.get(key) is not None for key in keys)
+        if given or not _is_encoder_decoder(_wrapped(model)):
+            raise
+        raise ShapeMismatch(
+            f"{type(model).__name__} is an encoder-decoder, which makes the inputs of its decoder from labels, and was "
+            f'given none ({error}); give mappings with "labels" beside the inputs, to predict too, or with '
+            '"decoder_input_ids"'
+        ) from error
+
+
+def unshifted(model: nn.Module, batch: Any) -> bool:
+    """Whether a pair ``(input_ids, y)``, both ``(N, T)``, asks a causal model at every position for the token it sees.
+
+    In a pair y stands beside the outputs; labels that equal the inputs are those of a mapping, which are shifted.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and is_causal(model)):
+        return False
+    ids, y = batch
+    while isinstance(ids, (Mapping, tuple, list)) and len(ids):
+        ids = ids.get("input_ids") if isinstance(ids, Mapping) else ids[0]
+    if not (isinstance(ids, Tensor) and isinstance(y, Tensor) and ids.shape == y.shape and ids.dim() == 2):
+        return False
+    ids, kept = ids.to(y.device), y != IGNORED
+    seen = bool(kept.any()) and bool((ids == y)[kept].all())
+    return seen and not bool((ids[:, 1:] == y[:, :-1])[kept[:, :-1]].all())
 
 
 def first_of(model: nn.Module, outputs: Any) -> Any:
@@ -193,7 +252,7 @@ def lines_of_mapping(model: nn.Module, mapping: Mapping[Any, Any], target: str) 
     else:
         floats = [key for key in tensors if mapping[key].is_floating_point()]
         inputs = f"batch[{_quoted((taken or floats or tensors or ['...'])[0])}]"
-    return f"inputs=lambda batch: {inputs}, targets=lambda batch: batch[{_quoted(target)}]"
+    return _line(model, inputs, f"batch[{_quoted(target)}]", target == "shift_labels")
 
 
 def by_name(keys: Sequence[str], named: str = "batch") -> str:
@@ -225,7 +284,14 @@ def lines_of(model: nn.Module, batch: Any) -> str:
         alike = isinstance(first, Tensor) and isinstance(second, Tensor) and first.dim() > 1
         if len(batch) > 2 and alike and first.shape == second.shape:  # tokens and their mask, or their kinds
             inputs, targets = "batch[:-1]", "batch[-1]"
-    return f"inputs=lambda batch: {inputs}, targets=lambda batch: {targets}"
+    return _line(model, inputs, targets)
+
+
+def _line(model: nn.Module, inputs: str, targets: str, shifted: bool = False) -> str:
+    if shifted or not is_causal(model):
+        return f"inputs=lambda batch: {inputs}, targets=lambda batch: {targets}"
+    moved = f"torch.nn.functional.pad({targets}[:, 1:], (0, 1), value={IGNORED})"
+    return f"inputs=lambda batch: {inputs}, targets=lambda batch: {moved} (or, of labels that are shifted, {targets})"
 
 
 def _quoted(name: str) -> str:

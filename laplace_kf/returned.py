@@ -123,6 +123,7 @@ _TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|resu
 _NO_TENSOR = re.compile(r"must be Tensor, not (?:\w+\.)*(\w+)")
 _NO_ATTRIBUTE = re.compile(r"^'(list|tuple|str|int|float|dict)' object has no attribute '(\w+)'")
 _DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
+_NO_AXIS = re.compile(r"not enough values to unpack|too many indices for tensor|Dimension out of range")
 _SHAPES = re.compile(
     r"shapes cannot be multiplied|expected input.* to have|expected weight to be|[Ee]xpected \d+D|Expected .* or .*D"
     r"|must match the (?:existing )?size|size mismatch|Given groups=|normalized_shape|running_mean should contain"
@@ -235,7 +236,7 @@ def _reason(model: nn.Module, batch: Any, error: Exception) -> str | None:
                 f"the model looks its input up in a table, and the batch holds {tensors[0].dtype} ({first}); give it "
                 "x.long()"
             )
-    if _SHAPES.search(text):
+    if _SHAPES.search(text) or (_NO_AXIS.search(text) and any(t.dim() < 2 for t in tensors)):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
         where = next((name for name, p in model.named_parameters() if p.is_floating_point() and p.dim() > 1), None)
         named = dict(model.named_parameters())

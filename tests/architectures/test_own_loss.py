@@ -452,6 +452,49 @@ def test_the_ends_of_an_answer_by_the_line_of_the_message() -> None:
     torch.testing.assert_close(-posterior.predict(given, method="map").log_prob(ends).sum() / 6, own)
 
 
+def test_a_pair_whose_targets_are_its_inputs_is_refused_for_causal_models() -> None:
+    """In a pair targets stand beside the outputs; as labels of transformers they are to be shifted."""
+    model = causal("gpt2").double()
+    ids = torch.randint(3, 11, (3, 5), generator=rng(0))
+    settings: dict[str, Any] = {"structure": "diag", "parameters": ["*ln_f*"]}
+    wanted = lk.LaplacePosterior(model, "categorical", **settings).fit([{"input_ids": ids, "labels": ids}])
+    some = ids.clone()
+    some[0, 3:] = -100
+    for pair in ((ids, ids), (ids, some), ({"input_ids": ids}, ids), ((ids,), ids)):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"the targets of the pair .* are the input_ids themselves"):
+            lk.LaplacePosterior(model, "categorical", **settings).fit([pair])
+        with pytest.raises(lk.errors.ShapeMismatch, match="the targets of the pair"):
+            lk.optim.kfac(model, "categorical").step(*pair)
+    right = lk.LaplacePosterior(model, "categorical", **settings).fit([(ids, F.pad(ids[:, 1:], (0, 1), value=-100))])
+    assert torch.equal(right.precision.diag(), wanted.precision.diag())
+    same = torch.full((3, 5), 4)  # one token over and over: shifted or not
+    lk.LaplacePosterior(model, "categorical", **settings).fit([(same, F.pad(same[:, 1:], (0, 1), value=-100))])
+    triple = (ids, torch.ones_like(ids), ids)  # the line shifts, too
+    with pytest.raises(lk.errors.ShapeMismatch, match="inputs=lambda batch") as caught:
+        lk.LaplacePosterior(model, "categorical", **settings).fit([triple])
+    line = str(caught.value).partition("targets=")[2].partition(" (or, of labels")[0]
+    assert torch.equal(eval(line, {"torch": torch})(triple), F.pad(ids[:, 1:], (0, 1), value=-100))
+
+
+def test_an_encoder_decoder_without_labels_is_told_so() -> None:
+    config = transformers.T5Config(
+        vocab_size=12, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    ids = torch.randint(3, 11, (3, 5), generator=rng(0))
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"is an encoder-decoder.*was given none"):
+        lk.LaplacePosterior(model, "categorical").fit([({"input_ids": ids}, ids)])
+    posterior = lk.LaplacePosterior(model, "categorical", structure="diag").fit([{"input_ids": ids, "labels": ids}])
+    for x in (ids, {"input_ids": ids}):
+        with pytest.raises(lk.errors.ShapeMismatch, match='give mappings with "labels"'):
+            posterior.predict(x)
+    with pytest.raises(lk.errors.ShapeMismatch, match="'labels' of a mapping batch is None"):
+        lk.LaplacePosterior(model, "categorical").fit([{"input_ids": ids, "labels": None}])
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=3))
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"tensors of shape \(5,\).*x\[None\] for one example"):
+        lk.LaplacePosterior(bert, "categorical").fit([{"input_ids": ids[0], "labels": torch.arange(1)}])
+
+
 def test_positions_that_the_model_leaves_out_by_its_mask_are_named() -> None:
     torch.manual_seed(0)
     model = transformers.ElectraForPreTraining(transformers.ElectraConfig(**SMALL, embedding_size=8)).double()
