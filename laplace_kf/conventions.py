@@ -31,6 +31,7 @@ __all__ = [
     "is_causal",
     "lines_of",
     "lines_of_mapping",
+    "merged_away",
     "require_labels",
     "takes_labels",
     "target_key",
@@ -63,6 +64,12 @@ def adapter_lines(model: nn.Module, names: Sequence[str]) -> str:
         lines = f'model.unmerge_adapter(), model.enable_adapter_layers(), model.set_adapter("{of}")'
         return f" (of an adapter of peft by {lines})"
     return f' (of an adapter by model.enable_adapters(), model.set_adapter("{of}"))'  # of transformers' own models
+
+
+def merged_away(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of some parameters that belong to an adapter of peft whose product is in the weights already."""
+    merged = [f"{path}." for path, module in model.named_modules() if getattr(module, "merged", False) is True]
+    return [name for name in names if name.startswith(tuple(merged))] if merged else []
 
 
 def _adapters(model: nn.Module) -> Mapping[str, Any]:

@@ -83,10 +83,11 @@ class Conduct:
     def _changed(self, model: nn.Module) -> dict[Place, Any]:
         """The attributes that are not what they were, with their values of now."""
         found: dict[Place, Any] = {}
-        if not self.settings:
+        known = self.settings
+        if not known:
             return found
         own = {path: module.__dict__ for path, module in model.named_modules()}
-        for place, then in self.settings.items():
+        for place, then in known.items():
             path, name = place
             now = own[path].get(name, _OTHER) if path in own else _OTHER
             if now is not then and now is not _OTHER and now != then:
@@ -129,11 +130,11 @@ class Conduct:
 
     def _forget(self, changed: Mapping[Place, Any]) -> None:
         assert self.settings is not None
-        for place, now in changed.items():
-            self._harmless[place] = self._harmless.get(place, 0) + 1
-            self.settings[place] = now
-            if self._harmless[place] >= HARMLESS:
-                del self.settings[place]
+        harmless = {**self._harmless, **{place: self._harmless.get(place, 0) + 1 for place in changed}}
+        known = {**self.settings, **changed}
+        # other threads may be looking at what was known before
+        self.settings = {place: now for place, now in known.items() if harmless.get(place, 0) < HARMLESS}
+        self._harmless = harmless
 
 
 @dataclass(frozen=True)

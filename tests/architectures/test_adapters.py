@@ -91,6 +91,21 @@ def test_a_fit_of_a_merged_adapter_says_so() -> None:
         lk.LaplacePosterior(model, "categorical").fit([BATCH])
 
 
+@pytest.mark.parametrize("saved", [None, ["classifier"]])
+def test_steps_after_an_adapter_was_merged_are_refused(saved: list[str] | None) -> None:
+    """They would shrink it by weight decay, and leave the weights as they are."""
+    model = adapted(peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=saved))
+    optimizer = lk.optim.kfac(model, "categorical", l2=0.1)
+    optimizer.step(BATCH)
+    model.merge_adapter()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"model\.unmerge_adapter\(\)"):
+        optimizer.step(BATCH)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    model.unmerge_adapter()
+    optimizer.step(BATCH)
+
+
 def test_adapters_that_are_loaded_for_inference(tmp_path: Path) -> None:
     """``PeftModel.from_pretrained`` freezes: enough for a posterior from a file, too little for a fit."""
     model = adapted()
