@@ -28,7 +28,6 @@ from laplace_kf.operators import fresh_generator
 from laplace_kf.posterior import LaplacePosterior, Mixture
 from laplace_kf.posterior.components import shared_out
 from laplace_kf.predictive import Linearization
-from laplace_kf.predictive.asked import asked
 from laplace_kf.predictive.functions import function_draws
 from laplace_kf.predictive.loaders import refuse_loader
 from laplace_kf.replica import stage
@@ -232,7 +231,7 @@ def _functions(
 def _drawn_from(posterior: LaplacePosterior, x: Any, samples: int, generator: torch.Generator | None) -> Tensor:
     """Outputs ``(S, N, C)`` of S functions of one linearised network."""
     with torch.no_grad(), stage(posterior.model, posterior.forward) as (model, forward):
-        x = asked(model, forward, x, posterior.statistics.axes)
+        x = posterior.checked_input(model, forward, x)
         network = Linearization(model, forward, posterior.mean, x, keep=False)
         if network.outputs.dim() != 2:
             raise ShapeMismatch(

@@ -48,9 +48,18 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
         likelihood: of the targets.
 
     Raises:
-        ShapeMismatch: if the two differ; says how, where that can be found out, and the line to paste.
+        ShapeMismatch: if the two differ; says how, where that can be found out, and the line to paste. Also for pairs
+            of a causal language model whose targets are its inputs.
     """
     batch, forward = weighting.without(batch, forward)  # the model's own loss knows no weights of examples
+    if forward is None and conventions.unshifted(model, batch):
+        raise ShapeMismatch(
+            f"{type(model).__name__} is a causal language model, and the targets of the pair (input_ids, y) are the "
+            "input_ids themselves: in a pair y[:, t] belongs to the output at position t. Give a mapping, whose labels "
+            'are shifted, {"input_ids": input_ids, "labels": y}, or shift them, '
+            "torch.nn.functional.pad(y[:, 1:], (0, 1), value=-100); if it is meant so, say it: "
+            "inputs=lambda batch: batch[0], targets=lambda batch: batch[1]"
+        )
     with torch.enable_grad():
         found = _own(model, batch, forward)
         if found is None:
@@ -66,6 +75,16 @@ def require_same_loss(model: nn.Module, batch: Any, forward: Forward | None, lik
     if difference is not None:
         beside = batch.get("labels") if isinstance(batch, Mapping) and forward is None else None
         reasons = _reasons(model, own.detach(), wide.detach(), targets, likelihood, difference, beside)
+        mask = None if beside is None else batch.get("attention_mask")
+        if isinstance(mask, Tensor) and isinstance(targets, Tensor) and mask.shape == targets.shape:
+            counted = targets.masked_fill(mask == 0, conventions.IGNORED)
+            if _is_loss_of(own.detach(), wide.detach(), counted, likelihood):
+                reasons = (
+                    "it leaves out the positions that attention_mask does: paste the line with targets=lambda batch: "
+                    'batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)'
+                )
+        if beside is not None and batch.get("shift_labels") is not None:
+            reasons = 'it compares with "shift_labels": paste the line with targets=lambda batch: batch["shift_labels"]'
         theirs, ours = float(own.detach()), float(losses.detach().sum()) / count
         raise ShapeMismatch(
             f"the model's own loss of the first minibatch is {theirs:.6g}, and the likelihood {likelihood!r} gives "
@@ -222,7 +241,7 @@ def _shifted(targets: Tensor, by: int) -> Tensor:
 def _paste(batch: Any) -> str:
     if not isinstance(batch, Mapping):
         return "inputs=lambda batch: batch[0], targets=lambda batch: batch[1]"
-    given = [str(key) for key in batch if key not in ("labels", "label")]
+    given = [str(key) for key in batch if key not in ("labels", "label", "shift_labels")]
     key = "label" if "labels" not in batch and "label" in batch else "labels"
     keys = "".join(f'"{name}", ' for name in given).strip()
     shifted = f'torch.nn.functional.pad(batch["{key}"][:, 1:], (0, 1), value=-100)'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from laplace_kf.errors import InvalidArgument, InvalidType
 
-__all__ = ["is_annotated", "is_array", "require_numbers", "tensor_of"]
+__all__ = ["is_annotated", "is_array", "own_copy", "require_numbers", "tensor_of"]
 
 NUMBERS = "biufc"  # kinds of numpy types
 
@@ -61,3 +63,12 @@ def tensor_of(dtype: torch.dtype | None, leaf: Any) -> Any:
     )
     tensor = torch.from_numpy(array)
     return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def own_copy(leaf: Any) -> Any:
+    """A copy of an object in a batch that a model may write into (a cache); itself, of what it may not."""
+    if leaf is None or isinstance(leaf, (str, bytes, int, float, complex, nn.Module)) or callable(leaf):
+        return leaf
+    with suppress(Exception):  # of what cannot be copied there is only one
+        return copy.deepcopy(leaf)
+    return leaf

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf import conventions, graphs
-from laplace_kf.arrays import is_annotated, is_array, tensor_of
+from laplace_kf.arrays import is_annotated, is_array, own_copy, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called, named_parameters
@@ -53,8 +53,13 @@ Forward = Callable[[nn.Module, Any], tuple[Any, Any]]
 BATCH_SIZE = 256  # minibatch size when whole tensors are given instead of a loader
 
 
-def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
+def model_outputs(model: nn.Module, inputs: Any, named: str = "batch") -> Tensor:
     """Calls the model on one input structure: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Args:
+        model: the module.
+        inputs: the structure, of tensors ``(N, ...)``.
+        named: where a mapping stands in what the user gave, for messages.
 
     Returns:
         The output tensor; of a structured output, its ``logits``.
@@ -64,16 +69,19 @@ def model_outputs(model: nn.Module, inputs: Any) -> Tensor:
     """
     if graphs.is_graph(inputs):
         return graphs.outputs(inputs, as_tensor(graphs.call(model, inputs)))
-    if isinstance(inputs, Mapping):
-        arguments = _arguments(model, inputs)
-        if conventions.decoder_inputs_from_labels(model, inputs):
-            arguments["labels"] = inputs["labels"]
-        outputs = model(**arguments)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    return as_tensor(outputs)
+    as_given: Callable[[], str] | None = None
+    with conventions.decoder_explained(model, inputs):
+        if isinstance(inputs, Mapping):
+            arguments = _arguments(model, inputs)
+            if conventions.decoder_inputs_from_labels(model, inputs):
+                arguments["labels"] = inputs["labels"]
+            as_given = partial(conventions.by_name, list(arguments), named)
+            outputs = model(**arguments)
+        elif isinstance(inputs, (tuple, list)):
+            as_given, outputs = lambda: "*batch[0]", model(*inputs)
+        else:
+            outputs = model(inputs)
+    return as_tensor(conventions.first_of(model, outputs), as_given)
 
 
 def with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -95,29 +103,16 @@ def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if missing and len(missing) == 1 and "image" in given:  # MONAI's dictionaries
         return {missing[0]: given["image"], **{p.name: given[p.name] for p in named if p.name in given}}
     if missing or not any(p.name in given for p in named):
-        key = _target_like(inputs)
+        line = conventions.lines_of_mapping(model, inputs, conventions.target_like(inputs))
         raise ShapeMismatch(
             f"a mapping is given to {type(model).__name__}.forward by keyword: its entries {_keys(given)} lack "
-            f"{missing or [p.name for p in named]}; rename them, or pass {_line(inputs, key)}"
+            f"{missing or [p.name for p in named]}; rename them, or pass {line}"
         )
     return {p.name: given[p.name] for p in named if p.name in given}
 
 
 def _keys(mapping: Mapping[Any, Any]) -> list[str]:
     return sorted(map(str, mapping))
-
-
-def _target_like(mapping: Mapping[Any, Any]) -> str:
-    """The entry of a mapping that by its name holds the targets."""
-    return next((key for key in ("labels", "label", "targets", "target", "label_ids", "y") if key in mapping), "...")
-
-
-def _line(mapping: Mapping[Any, Any], target: str) -> str:
-    """The line that says which entries are inputs and targets, to be pasted."""
-    tensors = [key for key, value in mapping.items() if isinstance(value, Tensor) and key != target]
-    floats = [key for key in tensors if mapping[key].is_floating_point()]
-    first = str((floats or tensors or ["..."])[0])
-    return f'inputs=lambda batch: batch["{first}"], targets=lambda batch: batch["{target}"]'
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -136,17 +131,16 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         if key is None:
             raise ShapeMismatch(
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
-                f"{_line(batch, _target_like(batch))}"
+                f"{conventions.lines_of_mapping(model, batch, conventions.target_like(batch))}"
             )
+        conventions.require_labels(key, batch[key])
         return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return model_outputs(model, batch[0]), batch[1]
-    what, picked = type(batch).__name__, ("batch.x", "batch.y")
-    if isinstance(batch, (tuple, list)):
-        what, picked = f"{what} of {len(batch)}", ("batch[0]", "batch[1]")
+        return model_outputs(model, batch[0], "batch[0]"), batch[1]
+    what = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
     raise ShapeMismatch(
         f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
-        f"with inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}"
+        f"with {conventions.lines_of(model, batch)}"
     )
 
 
@@ -371,8 +365,8 @@ def mapped(structure: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def private(structure: Any) -> Any:
-    """The structure with copies of its tensors (of any shape)."""
-    return _map(structure, torch.clone)
+    """The structure with copies of its tensors (of any shape), and of objects that a model may write into (caches)."""
+    return _map(structure, torch.clone, other=own_copy)
 
 
 def map_examples(structure: Any, count: int, change: Callable[[Tensor], Tensor]) -> Any:

@@ -309,11 +309,8 @@ class _Snapshot:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes = module.__dict__.copy()
-        self.containers = {
-            name: value.copy() if value else None  # most are empty dictionaries of hooks
-            for name, value in self.attributes.items()
-            if isinstance(value, (dict, list, set))
-        }
+        held = [value for value in self.attributes.values() if isinstance(value, (dict, list, set))]
+        self.containers = [(value, value.copy() if value else None) for value in held]  # most are empty: of hooks
         kept = [b for b in module._buffers.values() if b is not None]
         if getattr(module, "max_norm", None) is not None:
             kept += list(module.parameters(recurse=False))
@@ -331,20 +328,21 @@ class _Snapshot:
         for name in own.keys() - self.attributes.keys():
             del own[name]
         own.update(self.attributes)
-        for name, contents in self.containers.items():
-            current = own[name]
-            if not current and contents is None:
-                continue
-            if contents is None or _identities(current) != _identities(contents):
-                current.clear()
-                if contents is not None:
-                    current.extend(contents) if isinstance(contents, list) else current.update(contents)
+        for current, contents in self.containers:
+            _put_back(current, contents)
         for tensor, version, content in self.tensors:
             # batch normalisation writes its running statistics without a new version
             unseen = tensor.layout is torch.strided and not torch.equal(tensor, content)
             if tensor._version != version or unseen:
                 with torch.no_grad():
                     tensor.copy_(content)
+
+
+def _put_back(container: Any, contents: Any) -> None:
+    """Gives a dict, list or set the contents that it had; ``None``: it was empty."""
+    if container if contents is None else _identities(container) != _identities(contents):
+        container.clear()
+        (container.extend if isinstance(container, list) else container.update)(contents or ())
 
 
 def _identities(container: dict[Any, Any] | list[Any] | set[Any]) -> list[Any]:
@@ -437,6 +435,8 @@ def _preserved(model: nn.Module) -> Iterator[None]:
         return
     modules = [_Snapshot(module) for module in model.modules()]
     hooked = [(p, p._backward_hooks) for p in model.parameters() if p._backward_hooks and original(model) is model]
+    shared = {id(c): c for m in model.modules() if hasattr(c := m.__dict__.get("config"), "__dict__")}
+    modules[0].containers += [(vars(c), vars(c).copy()) for c in shared.values()]  # a kind of loss is noted there
     devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
     states = [(device, getattr(torch, device.type).get_rng_state(device)) for device in devices]
     try:

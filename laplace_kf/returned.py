@@ -16,17 +16,21 @@ from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
 __all__ = ["as_tensor", "both", "explained", "own_loss", "readable"]
 
 
-def as_tensor(outputs: Any) -> Tensor:
+def as_tensor(outputs: Any, as_given: Callable[[], str] | None = None) -> Tensor:
     """The output tensor ``(N, ...)`` of a model call.
 
     Of a structured output that is its ``logits`` or ``out`` (entry or attribute), the only tensor beside a ``loss``, or
     what follows the loss in a tuple ``(loss, logits, ...)`` or stands before it, ``(logits, loss)`` and
     ``(logits, None)``.
 
+    Args:
+        outputs: what the model returned.
+        as_given: () → how a batch's entries were given to the model, where these are several, for the message.
+
     Raises:
         ShapeMismatch: if it is not clear which one; says what there is.
     """
-    found = _picked(outputs)
+    found = _picked(outputs, as_given)
     if found.is_complex():
         raise ShapeMismatch(
             f"the model's outputs {tuple(found.shape)} are complex ({found.dtype}), and likelihoods are of real ones; "
@@ -36,7 +40,7 @@ def as_tensor(outputs: Any) -> Tensor:
     return found
 
 
-def _picked(outputs: Any) -> Tensor:
+def _picked(outputs: Any, as_given: Callable[[], str] | None) -> Tensor:
     if isinstance(outputs, Tensor):
         return outputs
     entries: Mapping[Any, Any] = outputs if isinstance(outputs, Mapping) else {}
@@ -60,10 +64,13 @@ def _picked(outputs: Any) -> Tensor:
         if _is_followed(outputs):
             return outputs[0]
         what += f" of {len(outputs)}"
+    inputs = as_given() if as_given else "batch[0]"
+    whole = "batch" if as_given else "(x, None)"
+    targets = 'batch["labels"]' if as_given and "batch[0]" not in inputs else "batch[1]"
     raise ShapeMismatch(
         f"the model returned {what}, but one tensor of outputs is needed; pick it, or put several together, with "
-        f"forward=lambda model, batch: (model(batch[0]){part}, batch[1]), and give predict a whole batch then: "
-        "posterior.predict((x, None))"
+        f"forward=lambda model, batch: (model({inputs}){part}, {targets}), and give predict a whole batch then: "
+        f"posterior.predict({whole})"
     )
 
 
@@ -114,7 +121,9 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 _TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|result type .* can't be cast")
 _NO_TENSOR = re.compile(r"must be Tensor, not (?:\w+\.)*(\w+)")
+_NO_ATTRIBUTE = re.compile(r"^'(list|tuple|str|int|float|dict)' object has no attribute '(\w+)'")
 _DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
+_NO_AXIS = re.compile(r"not enough values to unpack|too many indices for tensor|Dimension out of range")
 _SHAPES = re.compile(
     r"shapes cannot be multiplied|expected input.* to have|expected weight to be|[Ee]xpected \d+D|Expected .* or .*D"
     r"|must match the (?:existing )?size|size mismatch|Given groups=|normalized_shape|running_mean should contain"
@@ -130,13 +139,25 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
 
     Raises:
         ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
-            looks for in vain, and inputs of another number type, device or shape than the model takes.
+            looks for in vain, lists or text for tensors, and inputs of another number type, device or shape than the
+            model takes.
         UnsupportedLayer: for an exported program that takes batches of one size only.
     """
     try:
         yield
     except LaplaceKFError:
         raise
+    except AttributeError as error:
+        other = _NO_ATTRIBUTE.search(str(error))
+        inside = {type(leaf).__name__ for leaf in _leaves(batch) if leaf is not batch}
+        if not other or other[1] not in inside or not hasattr(Tensor, other[2]):
+            raise
+        way = (
+            "a list of batches is no batch: predict each of them, or a loader, torch.utils.data.DataLoader(dataset)"
+            if other[1] == "dict"
+            else 'give tensors: of texts tokenizer(texts, padding=True, return_tensors="pt"), of lists torch.tensor(x)'
+        )
+        raise ShapeMismatch(f"the batch holds a {other[1]} where the model takes a tensor ({error}); {way}") from error
     except TypeError as error:
         other = _NO_TENSOR.search(str(error))
         if other and other[1] in {type(leaf).__name__ for leaf in _leaves(batch)}:
@@ -215,7 +236,7 @@ def _reason(model: nn.Module, batch: Any, error: Exception) -> str | None:
                 f"the model looks its input up in a table, and the batch holds {tensors[0].dtype} ({first}); give it "
                 "x.long()"
             )
-    if _SHAPES.search(text):
+    if _SHAPES.search(text) or (_NO_AXIS.search(text) and any(t.dim() < 2 for t in tensors)):
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors[:4])
         where = next((name for name, p in model.named_parameters() if p.is_floating_point() and p.dim() > 1), None)
         named = dict(model.named_parameters())

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 
 from laplace_kf import weighting
 from laplace_kf.attribution.values import Value, columns_of, spread
-from laplace_kf.batches import Forward, default_forward, map_examples, run, to_device
+from laplace_kf.batches import Forward, default_forward, inputs_of, map_examples, run, to_device
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch
 from laplace_kf.estimators.base import widened
 from laplace_kf.missing import check_batch
@@ -56,7 +56,7 @@ class Gradients:
         mean = posterior.mean
         parameters_of(model, list(mean), [tuple(value.shape) for value in mean.values()], "the posterior")
         leaves = {name: value.detach().clone().requires_grad_() for name, value in mean.items()}
-        self.model, self.likelihood = model, posterior.likelihood
+        self.model, self.likelihood, self._look = model, posterior.likelihood, posterior.require_as_fitted
         self._read, self._original = forward, posterior.forward
         self.forward = _AtMean(model, forward, leaves)
         self.tracer = Tracer(model, self.forward, weights=leaves, unused=posterior.unused)
@@ -69,6 +69,8 @@ class Gradients:
         """
         batch = to_device(batch, self.tracer.device)
         check_batch(batch, index, what, self._read, self.likelihood.nan_is_missing)
+        if index == 0:
+            self._look(self.model, self._read, inputs_of(batch, self._read))
         names = list(self.forward.weights)
         if not reached(self.model, self._original, names):
             again = lambda other: run(self.model, other, self._read)[0]  # noqa: E731

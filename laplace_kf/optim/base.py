@@ -39,7 +39,7 @@ from laplace_kf.models import lasting, parameters_of, preserved, usable
 from laplace_kf.operators import fresh_generator
 from laplace_kf.optim.atomic import unless_it_fails
 from laplace_kf.optim.damping import ratio, start_value
-from laplace_kf.optim.groups import first_order_step, hooks_that_change, make_groups, require_trained
+from laplace_kf.optim.groups import first_order_step, hooks_that_change, make_groups, require_trained, require_unmerged
 from laplace_kf.optim.objective import Batch, Objective, counting
 from laplace_kf.optim.peers import peers_of
 from laplace_kf.optim.pending_step import PendingStep, Proposal, gradient_of
@@ -303,11 +303,14 @@ class SecondOrder(torch.optim.Optimizer):
             raise NonFinite(
                 f"the loss of the minibatch is {float(loss.detach())} before the step: check it; nothing changed"
             )
+        if not loss.requires_grad:
+            self.tracer.require_all_seen(self.layout.names)
         weights = [self.named[name] for name in self.names]
         wanted: list[Any] = [*weights, *self._edges(observation)]
         hooked = not self._met and any(weight._backward_hooks for weight in weights)
         keep = observation is not None
         grads = torch.autograd.grad(loss, wanted, retain_graph=keep or hooked, allow_unused=True)
+        require_unmerged(self.model, [n for n, found in zip(self.names, grads, strict=False) if found is None])
         if hooked:
             self._say_of_hooks(hooks_that_change(loss, self.named, dict(zip(self.names, grads, strict=False)), keep))
         self._met |= {n for n, gradient in zip(self.names, grads, strict=False) if gradient is not None}

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_kf import conventions
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownOption, UnsupportedLayer
 from laplace_kf.tape.select import select
 
-__all__ = ["first_order_step", "hooks_that_change", "make_groups", "require_trained"]
+__all__ = ["first_order_step", "hooks_that_change", "make_groups", "require_trained", "require_unmerged"]
 
 KEYS = ("params", "lr", "first_order", "momentum")
 
@@ -74,6 +75,20 @@ def require_trained(named: Mapping[str, Tensor], names: Collection[str]) -> None
             f"parameter {frozen[0]!r}{more} was frozen (requires_grad=False) after the optimiser was made for it; make "
             "a new optimiser for those that are still trained, or freeze it by the rate of a group of its own, "
             f'groups=[{{"params": "{frozen[0]}", "first_order": True, "lr": 0.0}}]'
+        )
+
+
+def require_unmerged(model: nn.Module, names: Sequence[str]) -> None:
+    """Refuses parameters without a gradient whose adapter is merged: steps would take them, and not the weights.
+
+    Raises:
+        UnsupportedLayer: names the first of them, and the way back.
+    """
+    merged = conventions.merged_away(model, names)
+    if merged:
+        raise UnsupportedLayer(
+            f"{len(merged)} parameters, {merged[0]!r} the first of them, take no part in the outputs any more, as "
+            f"their adapter is merged into the weights: put it back{conventions.adapter_lines(model, merged)}"
         )
 
 

@@ -27,7 +27,7 @@ from laplace_kf.posterior.jobs import Jobs
 from laplace_kf.posterior.prior import PriorPrecision, by_parameter, checked_prior, positive
 from laplace_kf.posterior.shorthands import Shorthands
 from laplace_kf.posterior.summary import Summary, summary_of
-from laplace_kf.predictive import DRAWS, PREDICTION_METHODS, SPACES, Linearization, Predictor, Request, asked, labelled
+from laplace_kf.predictive import DRAWS, PREDICTION_METHODS, SPACES, Linearization, Predictor, Request, labelled
 from laplace_kf.predictive.loaders import batch_after_batch, is_loader
 from laplace_kf.predictive.padding import without_padding
 from laplace_kf.registry import AUTO
@@ -373,7 +373,7 @@ class Answers(Jobs, Shorthands):
             )
             return batch_after_batch(one, x, *self._site(), space, generator, progress, joined)
         with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x, self.statistics.axes)
+            x = self.checked_input(model, forward, x)
             check_finite(x, 0, "the input")
             found = rule(
                 Request(
@@ -405,7 +405,7 @@ class Answers(Jobs, Shorthands):
             UnknownName: for an unknown kind of draws.
         """
         self._as_fitted("predictor")
-        of = (self.likelihood, self.mean, self.precision, DRAWS[draws](samples, generator), self.statistics.axes)
+        of = (self.likelihood, self.mean, self.precision, DRAWS[draws](samples, generator), self.checked_input)
         return Predictor(self.model, self.forward, *of)
 
     @typed
@@ -435,7 +435,7 @@ class Answers(Jobs, Shorthands):
         if is_loader(x) and not joint:
             return self._rows(lambda inputs, generator: self.functional_covariance(inputs, diagonal_only), x)
         with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x, self.statistics.axes)
+            x = self.checked_input(model, forward, x)
             check_finite(x, 0, "the input")
             network = Linearization(model, forward, self.mean, x, keep=False)
             found = network.variance if diagonal_only else partial(network.covariance, joint=joint)
@@ -478,7 +478,7 @@ class Answers(Jobs, Shorthands):
         if is_loader(x):
             return self._rows(partial(self.ood_score, kind=kind, layers=layers, samples=samples), x, generator)
         with stage(self.model, self.forward) as (model, forward):
-            x = asked(model, forward, x, self.statistics.axes)
+            x = self.checked_input(model, forward, x)
         return score(self, x, kind, layers, samples, generator)
 
     def leverage(self) -> Leverage:

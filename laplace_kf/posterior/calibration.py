@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,10 +81,17 @@ class Calibration:
 
 
 class Seen:
-    """An iterable of batches that remembers the inputs of those that were taken, up to ``KEPT_BYTES``."""
+    """An iterable of batches that remembers the inputs of those that were taken, up to ``KEPT_BYTES``.
 
-    def __init__(self, batches: Iterable[Any], forward: Forward | None) -> None:
-        self.batches, self.forward = batches, forward
+    Args:
+        batches, forward: as they are gone through, and the user's ``forward=``.
+        look: is shown the inputs ``(N, ...)`` of the first batch of a pass.
+    """
+
+    def __init__(
+        self, batches: Iterable[Any], forward: Forward | None, look: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.batches, self.forward, self.look = batches, forward, look
         self.taken: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
@@ -93,6 +100,8 @@ class Seen:
             inputs = inputs_of(batch, self.forward)
             if self.forward is None:
                 inputs = weighting.inputs_without_weights(inputs)
+            if self.look is not None and not self.taken:
+                self.look(inputs)
             room -= sum(t.numel() * t.element_size() for t in tensors_of(inputs))
             if room >= 0 or not self.taken:
                 self.taken.append(inputs)

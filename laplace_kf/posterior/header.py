@@ -73,10 +73,12 @@ def arguments(
     parameters_of(model, layout.names, layout.shapes, "the file")  # refuses
     chosen = header["parameters"]
     single = isinstance(chosen, Mapping)
-    if chosen != "last_layer" and not single and select(model, chosen) != list(layout.names):
+    # to predict, nothing has to be trainable: models (and adapters) are often loaded frozen
+    found = [] if chosen == "last_layer" or single else select(model, chosen, frozen=layout.names)
+    if chosen != "last_layer" and not single and found != list(layout.names):
         raise ShapeMismatch(
             f"the file covers {len(layout.names)} parameters, but parameters={chosen!r} selects "
-            f"{len(select(model, chosen))} of this model: it is not the architecture the file was saved for; load it "
+            f"{len(found)} of this model: it is not the architecture the file was saved for; load it "
             "into that one"
         )
     if likelihood is None and header["likelihood"] is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from laplace_kf.batches import check_finite
+from laplace_kf.batches import Forward, check_finite
 from laplace_kf.linalg import typed
 from laplace_kf.models import lasting
 from laplace_kf.operators import Blockwise
@@ -44,6 +44,26 @@ class Jobs(ABC):
         fitted = self._fitted(what)
         self._around.warn(self.model)
         return fitted
+
+    def checked_input(self, model: nn.Module, forward: Forward | None, x: Any) -> Any:
+        """The input ``(N, ...)`` of what runs a model in place of the posterior's (:func:`laplace_kf.replica.stage`).
+
+        Raises:
+            ShapeMismatch: if it is none.
+            UnsupportedLayer: if the posterior's parameters have no influence on the outputs any more.
+        """
+        x = asked(model, forward, x, self._fitted("a prediction").statistics.axes)
+        self.require_as_fitted(model, forward, x)
+        return x
+
+    def require_as_fitted(self, model: nn.Module, forward: Forward | None, x: Any) -> None:
+        """Before a model runs on an input ``(N, ...)`` in place of the posterior's: whether it is the one of the fit.
+
+        Raises:
+            UnsupportedLayer: if the posterior's parameters have no influence on the outputs any more.
+        """
+        mean = self._fitted("a prediction").mean_by_name
+        self._around.conduct.require_same(self.model, model, forward, mean, x)
 
     @property
     @abstractmethod
@@ -110,7 +130,7 @@ class Jobs(ABC):
         """
         fitted = self._in_model("derivatives")
         with stage(fitted.model, fitted.forward) as (model, forward):
-            x = asked(model, forward, x, fitted.statistics.axes)
+            x = self.checked_input(model, forward, x)
             check_finite(x, 0, "the input")
             return derivatives(model, forward, fitted.mean_by_name(), self.precision, x, operator, joint)
 
@@ -136,7 +156,7 @@ class Jobs(ABC):
         """
         fitted = self._in_model("export")
         with stage(fitted.model, fitted.forward) as (model, forward):
-            x = asked(model, forward, x, fitted.statistics.axes)
+            x = self.checked_input(model, forward, x)
             return exported(model, forward, fitted.mean_by_name(), self.precision, x, dynamic)
 
     @typed

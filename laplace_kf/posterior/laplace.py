@@ -564,9 +564,11 @@ class LaplacePosterior(Answers):
                 made_for = searched(self._fitted("tune"), self.n_data, self._prior, n_data, prior_precision, options)
                 options = replace(options, kept=KeptScores(checkpoint, made_for))
             data = None if val is None else weighting.batches(shard.data, self.weights, self.model)
-            seen = None if data is None else Seen(data, self.forward)
             keeping = nullcontext() if options.kept is None else options.kept.running(generator)
             with lasting(), keeping, stage(self.model, self.forward) as (model, forward):
+                seen = (
+                    None if data is None else Seen(data, self.forward, partial(self.require_as_fitted, model, forward))
+                )
                 fitted = replace(self._fitted("tune"), model=model, forward=forward)
                 now = Settings(self.n_data, self._prior, None, self.method, self._temperature)
                 validate = Validation if ranks is None else partial(SharedValidation, ranks)
@@ -661,7 +663,7 @@ class LaplacePosterior(Answers):
 
         Args:
             path: file written by :meth:`save`.
-            model: module whose parameters have the file's names and shapes.
+            model: module whose parameters have the file's names and shapes; frozen or not.
             likelihood: needed only if the file's one was an object that cannot be written down (``FromDistribution``).
             forward, inputs, targets, weights: as in the constructor (functions are not saved).
 
@@ -692,7 +694,12 @@ class LaplacePosterior(Answers):
     ) -> LaplacePosterior:
         """The inverse of :meth:`packed` (tensors of any shapes, by name); arguments and errors as of :meth:`load`."""
         model, own = usable(model), reading(forward, inputs, targets)
-        posterior = cls(model, forward=own, **header_of.arguments(header, model, likelihood, weights))
+        given = header_of.arguments(header, model, likelihood, weights)
+        chosen = given.pop(
+            "parameters"
+        )  # may be frozen here, which the constructor refuses: only a fit needs gradients
+        posterior = cls(model, forward=own, parameters="last_layer", **given)
+        posterior.parameters = tuple(chosen) if isinstance(chosen, list) else chosen
         found = header_of.unpacked(tensors, header, posterior)
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])

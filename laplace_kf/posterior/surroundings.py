@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from laplace_kf.callers import warn_user
 from laplace_kf.models import named_parameters
+from laplace_kf.posterior.conduct import Conduct
 
 __all__ = ["Surroundings"]
 
@@ -98,22 +99,24 @@ def _tensors(model: nn.Module, held: Collection[str]) -> Iterator[tuple[str, str
 
 
 class Surroundings:
-    """Left-out parameters and floating buffers of a model, by name.
+    """Left-out parameters and floating buffers of a model, by name, and how its modules are set.
 
     Args:
         parts: as they were.
         held: names of the parameters that the posterior holds itself.
+        conduct: how its modules were set, where that is known.
     """
 
-    def __init__(self, parts: Mapping[str, _Part], held: Collection[str]) -> None:
+    def __init__(self, parts: Mapping[str, _Part], held: Collection[str], conduct: Conduct | None = None) -> None:
         self.parts, self.held = dict(parts), frozenset(held)
+        self.conduct = conduct or Conduct()
         self.told = False
 
     @classmethod
     def of(cls, model: nn.Module, held: Collection[str]) -> Surroundings:
         """Those of a model as it is now."""
         plain = ((n, t) for _, n, t in _tensors(model, held) if t.is_floating_point() and not t.is_meta)
-        return cls({name: _Part.of(tensor) for name, tensor in plain}, held)
+        return cls({name: _Part.of(tensor) for name, tensor in plain}, held, Conduct.of(model))
 
     def warn(self, model: nn.Module) -> None:
         """Warns, once, where the model has something else now."""

@@ -21,7 +21,7 @@ from laplace_kf.outputs.checks import same_outputs
 from laplace_kf.predictive.loaders import refuse_loader
 from laplace_kf.replica import stage
 
-__all__ = ["asked", "labelled"]
+__all__ = ["asked", "examples_of", "labelled"]
 
 LOOKED_AT = 64  # examples by which the order of rows is found out
 
@@ -75,7 +75,7 @@ def _require_rows_of_examples(model: nn.Module, forward: Forward | None, x: Any)
 
     Shown by some of the examples together, and half of these in reverse order; if that gives other rows, one by one.
     """
-    count = _examples(x)
+    count = examples_of(x)
     if count is None or count < 2:
         return
     picked = torch.linspace(0, count - 1, min(count, LOOKED_AT)).round().long()
@@ -111,7 +111,7 @@ def _require_rows_of_examples(model: nn.Module, forward: Forward | None, x: Any)
             return  # outputs that depend on other examples, or on random numbers
 
 
-def _examples(x: Any) -> int | None:
+def examples_of(x: Any) -> int | None:
     """How many examples all tensors of an input have; ``None`` where that is not to be seen."""
     if isinstance(x, Tensor):
         return x.shape[0] if x.dim() else None

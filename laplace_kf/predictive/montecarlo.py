@@ -155,7 +155,7 @@ class Predictor:
         mean: mean weights by parameter name, each of its parameter's shape.
         precision: precision of the flat weights ``(P,)``.
         draws: noise of S draws.
-        axes: how many a tensor of inputs had in the fit, where that is known.
+        looked: (model, forward, inputs) → the inputs, looked at before anything is computed with them.
     """
 
     def __init__(
@@ -166,9 +166,9 @@ class Predictor:
         mean: Mapping[str, Tensor],
         precision: Blockwise,
         draws: Draws,
-        axes: int | None = None,
+        looked: Callable[[nn.Module, Forward | None, Any], Any] = asked,
     ) -> None:
-        self.likelihood, self._axes = likelihood, axes
+        self.likelihood, self._looked = likelihood, looked
         self._device = next(iter(mean.values())).device
         with undisturbed():
             self._draws = WeightDraws(model, forward, mean, precision, draws, float("inf"), keep=True)
@@ -185,7 +185,7 @@ class Predictor:
             NonFinite: for NaN or infinity in the inputs or outputs.
         """
         with stage(self._draws.model, self._draws.forward) as (model, forward):
-            x = asked(model, forward, x, self._axes)
+            x = self._looked(model, forward, x)
             check_finite(x, 0, "the input")
             with preserved(model):
                 return _finite(self._draws.outputs(to_device(x, self._device), model, forward))

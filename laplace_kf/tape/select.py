@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from laplace_kf.conventions import frozen_adapter_line
 from laplace_kf.errors import InvalidArgument, InvalidType, UnknownName, UnsupportedLayer
 from laplace_kf.models import named_parameters, plain_name
 
@@ -51,6 +52,7 @@ def select(
     parameters: str | Sequence[str],
     order: Sequence[str] | None = None,
     named: Mapping[str, Tensor] | None = None,
+    frozen: Collection[str] = (),
 ) -> list[str]:
     """Names of the selected trainable parameters, in ``model.named_parameters()`` order.
 
@@ -59,13 +61,14 @@ def select(
         parameters: ``"all"``, ``"last_layer"`` or a list of ``fnmatch`` patterns over parameter names.
         order: parameter names in the order of use (from a tape); needed for ``"last_layer"``.
         named: the model's parameters by name, each of its shape, where they are known.
+        frozen: names of parameters that may be selected though they require no gradient.
 
     Raises:
         UnknownName: for a selection word that does not exist, or a pattern that matches no parameter.
         UnsupportedLayer: if no selected parameter requires a gradient.
     """
     named = named_parameters(model) if named is None else named
-    trainable = [name for name, p in named.items() if p.requires_grad]
+    trainable = [name for name, p in named.items() if p.requires_grad or name in frozen]
     if not named:
         raise UnsupportedLayer(
             f"{type(model).__name__} has no parameters; there is nothing that a posterior could be over, give a "
@@ -74,7 +77,7 @@ def select(
     if not trainable:
         raise UnsupportedLayer(
             f"no parameter of {type(model).__name__} requires a gradient; call model.requires_grad_(True) or set "
-            "requires_grad on the parameters the posterior should cover"
+            f"requires_grad on the parameters the posterior should cover{frozen_adapter_line(model)}"
         )
     if isinstance(parameters, str):
         if parameters == "all":
@@ -114,6 +117,6 @@ def select(
     if not chosen:
         raise UnsupportedLayer(
             f"the parameters matched by {list(parameters)} are all frozen: {sorted(matched)}; "
-            "set requires_grad on those the posterior should cover"
+            f"set requires_grad on those the posterior should cover{frozen_adapter_line(model)}"
         )
     return chosen

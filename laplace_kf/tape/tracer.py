@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laplace_kf import conventions
 from laplace_kf.batches import Forward, run, to_device, to_tensors
 from laplace_kf.callers import users_line
 from laplace_kf.errors import NonFinite, ShapeMismatch, UnsupportedLayer
@@ -145,8 +146,8 @@ class Tracer:
         )
         raise UnsupportedLayer(
             f"{len(unseen)} of {len(self.layout.names)} selected parameters never took part in the forward pass: "
-            f"{_some(unseen)} (modules: {_some(modules)}). {way} (scripted or compiled code is not visible: pass the "
-            "plain module)."
+            f"{_some(unseen)} (modules: {_some(modules)}). {way}{conventions.adapter_lines(self.model, unseen)} "
+            "(scripted or compiled code is not visible: pass the plain module)."
         )
 
     def all_blocks(self) -> dict[str, Block]:

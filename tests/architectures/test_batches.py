@@ -169,7 +169,7 @@ def test_named_tuples() -> None:
     works(net(), Pair(x, y), x)
     batch = Triple(x, torch.ones(N), y)
     works(net(), batch, batch, lambda m, b: (m(b.x), b.y))
-    with pytest.raises(lk.errors.ShapeMismatch, match=r"Triple of 3.*inputs=lambda"):
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"Triple of 3.*inputs=lambda batch: batch.x, targets=.*batch.y$"):
         dense(net(), [batch])
 
 
@@ -179,6 +179,82 @@ def test_dataclasses_go_through_forward() -> None:
     works(net(), batch, Sample(x, None), lambda m, b: (m(b.x), b.y))
     with pytest.raises(lk.errors.ShapeMismatch, match=r"got Sample.*inputs=lambda batch: batch.x, targets"):
         dense(net(), [batch])
+
+
+def pasted(batch: Any, model: nn.Module) -> Any:
+    """What the line of a refusal makes of the batch."""
+    with pytest.raises(lk.errors.ShapeMismatch, match="inputs=lambda batch") as caught:
+        dense(model, [batch])
+    line = str(caught.value).partition("inputs=")[2]
+    inputs, targets = eval(f"dict(inputs={line})").values()
+    return inputs(batch), targets(batch)
+
+
+def test_lines_to_paste_give_the_model_all_that_it_takes() -> None:
+    """A line that leaves out a mask, or takes it for the targets, would be wrong without a word."""
+    x, y = data()
+    first, second = x[:, :1], x[:, 1:]
+    Named, Halves = (
+        namedtuple("Named", ["first", "second", "idx", "targets"]),
+        namedtuple("Halves", ["first", "second"]),
+    )
+    made = dataclasses.make_dataclass("Made", ["second", "targets", "first", "names"])
+    idx = torch.arange(N)
+    for batch in (
+        Named(first, second, idx, y),
+        made(second, y, first, ["n"] * N),
+        {"first": first, "second": second, "idx": idx, "targets": y},
+    ):
+        inputs, targets = pasted(batch, net(Two))
+        assert targets is y and set(inputs) == {"first", "second"}
+        assert inputs["first"] is first and inputs["second"] is second
+    inputs, targets = pasted((first, first, y), net(Two))  # tokens and their mask
+    assert targets is y and inputs[0] is first and inputs[1] is first and len(inputs) == 2
+    works(net(Two), ((first, second), y), Halves(first, second))
+
+
+def test_the_line_that_picks_one_of_two_heads_can_be_pasted() -> None:
+    class Heads(Net):
+        def forward(self, first: Tensor, second: Tensor) -> Any:
+            z = super().forward(torch.cat([first, second], 1))
+            return {"one": z, "two": z[:, :2]}
+
+    x, y = data()
+    inputs = {"first": x[:, :1], "second": x[:, 1:]}
+    for batch in ({**inputs, "labels": y, "idx": y}, (inputs, y), (tuple(inputs.values()), y)):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"pick it.*forward=lambda") as caught:
+            dense(net(Heads), [batch])
+        line = str(caught.value).partition("forward=")[2].partition(", and give")[0]
+        same(dense(net(Heads), [batch], forward=eval(line)), reference())
+
+
+def test_lists_and_texts_for_tensors_are_named() -> None:
+    x, y = data()
+
+    class Looks(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.view(x.shape))
+
+    for given in ([[1.0, 2.0]] * N, ["a text"] * N):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r'holds a list where.*return_tensors="pt"\)'):
+            dense(net(Looks), [{"x": given, "labels": y}])
+    posterior = lk.LaplacePosterior(net(Looks), "categorical").fit([{"x": x, "labels": y}])
+    with pytest.raises(lk.errors.ShapeMismatch, match="a list of batches is no batch"):
+        posterior.predict([{"x": x}])
+
+    class Broken(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward([x].nothing)  # type: ignore[attr-defined]
+
+    with pytest.raises(AttributeError, match="nothing"):  # of the model's own
+        dense(net(Broken), [[x, y]])
+
+
+def test_an_example_in_the_place_of_a_batch() -> None:
+    x, y = data()
+    for label in (y[0], int(y[0])):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"'labels' of a mapping batch is one number.*DataLoader\("):
+            dense(net(), [{"x": x[0], "labels": label}])
 
 
 def test_nested_inputs() -> None:

@@ -276,6 +276,19 @@ def test_classifiers_on_the_batches_of_the_padding_collator() -> None:
         lk.LaplacePosterior(wrong, "gaussian").fit([{**given, "labels": y}])
 
 
+def test_the_kind_of_loss_that_a_model_notes_for_its_first_labels_is_not_left_in_its_config() -> None:
+    """Soft labels make it ``multi_label_classification``, and whoever trains on would train on that."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL, num_labels=3))
+    given = {"input_ids": torch.arange(3, 9).reshape(2, 3), "labels": torch.eye(3)[:2]}
+    with pytest.raises(lk.errors.ShapeMismatch, match='problem_type="multi_label_classification"'):
+        lk.LaplacePosterior(model, "categorical", structure="diag").fit([given])
+    with pytest.raises(lk.errors.ShapeMismatch, match='problem_type="multi_label_classification"'):
+        lk.optim.kfac(model, "categorical").step(given)
+    assert model.config.problem_type is None
+    lk.LaplacePosterior(model, "bernoulli", structure="diag").fit([given])
+    assert model.config.problem_type is None
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("name", ["t5", "bart"])
 def test_encoder_decoders_on_the_batches_of_their_collator(name: str, prepared: bool) -> None:
