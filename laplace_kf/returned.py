@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -113,6 +114,7 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 _TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|result type .* can't be cast")
+_NO_GRADIENT = "does not require grad"  # of torch.autograd.grad and Tensor.backward
 _NO_TENSOR = re.compile(r"must be Tensor, not (?:\w+\.)*(\w+)")
 _DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
 _SHAPES = re.compile(
@@ -131,7 +133,8 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
     Raises:
         ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
             looks for in vain, and inputs of another number type, device or shape than the model takes.
-        UnsupportedLayer: for an exported program that takes batches of one size only.
+        UnsupportedLayer: for an exported program that takes batches of one size only; for a forward pass that takes a
+            derivative and relies on its caller to have gradients on.
     """
     try:
         yield
@@ -167,6 +170,12 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
             raise UnsupportedLayer(
                 f"the model is a torch.export program, made for batches of one size ({error}); pass the module it was "
                 'made from, or export with dynamic_shapes=({0: torch.export.Dim("batch")},)'
+            ) from error
+        if _NO_GRADIENT in str(error) and not torch.is_grad_enabled():
+            raise UnsupportedLayer(
+                f"the forward pass of {type(model).__name__} takes a derivative itself, and fails where gradients are "
+                f"off, as they are in predictions and evaluation ({error}); put that part of it under "
+                "`with torch.enable_grad():`, with x = x.detach().requires_grad_() where the derivative is by x"
             ) from error
         said = _reason(model, batch, error)
         if said is None and forward is not None and isinstance(error, (KeyError, IndexError)):

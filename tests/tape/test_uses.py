@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.tape import sharing
+from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.made import MadeTensors
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, normal
@@ -78,6 +79,48 @@ def test_a_gradient_taken_in_the_forward_pass() -> None:
     truth = dense(model, x)
     found = lk.curvature.estimate(model, "categorical", (x, y), "full").mean().dense()
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-13)
+
+
+def test_a_gradient_that_needs_the_callers_gradients_is_refused() -> None:
+    class Forces(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.out(torch.tanh(self.layer(x))).sum(), x, create_graph=True)[0]
+
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"Forces takes a derivative .*torch\.enable_grad"):
+        lk.curvature.estimate(seeded(Forces), "categorical", data(), "diag")
+
+
+class Solved(nn.Module):
+    """Torch's vectorised derivative of ``solve`` is wrong, for all examples but some, where gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.out = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.linalg.solve(self.w @ self.w.T + torch.eye(3, dtype=x.dtype), x.T).T)
+
+
+def test_a_weight_inside_a_solve() -> None:
+    model, (x, y) = seeded(Solved), data()
+    agrees(model, x, y)
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit(x, y)
+    wanted = jacobian(model, x, len(x))
+    expected = wanted @ torch.linalg.inv(posterior.precision.dense()) @ wanted.mT
+    torch.testing.assert_close(posterior.functional_covariance(x), expected)
+
+
+def test_a_vectorised_gradient_that_is_wrong_for_some_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectorised = ExampleGradients._vectorised
+
+    def wrong(self: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        gradients, alone = vectorised(self, *args)
+        gradients[:, 3] *= 1.5
+        return gradients, alone
+
+    monkeypatch.setattr(ExampleGradients, "_vectorised", wrong)
+    agrees(seeded(Solved), *data())
 
 
 class Opaque(torch.autograd.Function):
