@@ -2,7 +2,8 @@
 
 A posterior keeps the mean of its own parameters. Those that it leaves out (a backbone, frozen ones) and the buffers
 (running statistics) are the model's: where somebody trains on, or loads another state, predictions would be those of a
-network that is half the one and half the other.
+network that is half the one and half the other. So they would be where a weight of the posterior stood at several
+places of the network (tied) and does not any more, or the other way round: then only some of them get its draws.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.callers import warn_user
+from laplace_kf.errors import ShapeMismatch
 from laplace_kf.models import named_parameters
 
 __all__ = ["Surroundings"]
@@ -97,32 +99,83 @@ def _tensors(model: nn.Module, held: Collection[str]) -> Iterator[tuple[str, str
     yield from (("buffer", n, b) for n, b in model.named_buffers() if b.is_floating_point())
 
 
+def _ties(model: nn.Module, held: Collection[str]) -> dict[str, str]:
+    """The further names under which a model has parameters that are held, with the names that those are held by."""
+    first: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {n: name for n, p in every if (name := first.setdefault(id(p), n)) != n and name in held}
+
+
+def _stands_at(model: nn.Module, name: str) -> Tensor | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
+
+
 class Surroundings:
     """Left-out parameters and floating buffers of a model, by name.
 
     Args:
         parts: as they were.
         held: names of the parameters that the posterior holds itself.
+        ties: further names of those, where they stand at several places.
     """
 
-    def __init__(self, parts: Mapping[str, _Part], held: Collection[str]) -> None:
-        self.parts, self.held = dict(parts), frozenset(held)
+    def __init__(self, parts: Mapping[str, _Part], held: Collection[str], ties: Mapping[str, str]) -> None:
+        self.parts, self.held, self.ties = dict(parts), frozenset(held), dict(ties)
         self.told = False
 
     @classmethod
     def of(cls, model: nn.Module, held: Collection[str]) -> Surroundings:
         """Those of a model as it is now."""
         plain = ((n, t) for _, n, t in _tensors(model, held) if t.is_floating_point() and not t.is_meta)
-        return cls({name: _Part.of(tensor) for name, tensor in plain}, held)
+        return cls({name: _Part.of(tensor) for name, tensor in plain}, held, _ties(model, held))
+
+    def require_ties(self, model: nn.Module) -> None:
+        """Refuses a model that has a weight of the posterior at other places than the fit's.
+
+        Raises:
+            ShapeMismatch: names the two places, and the line that ties them again.
+        """
+        for other, name in self.ties.items():
+            if _stands_at(model, other) is not _stands_at(model, name):
+                path, _, last = name.rpartition(".")
+                raise ShapeMismatch(
+                    f"parameters {name!r} and {other!r} were one tensor when the posterior was fitted, and are two now "
+                    "(load_state_dict(assign=True) unties, and so does a layer that is replaced): draws would reach "
+                    f"only one of them. Tie them again, model.get_submodule({other.rpartition('.')[0]!r})."
+                    f"{other.rpartition('.')[2]} = model.get_submodule({path!r}).{last}, or fit again, "
+                    "posterior.fit(train_loader)"
+                )
+
+    def _refuse_tied(self, model: nn.Module, there: Collection[str]) -> None:
+        """Raises where a left-out parameter, not among those that are ``there``, is one of the posterior's now."""
+        for name in self.parts:
+            if name not in there and (found := _stands_at(model, name)) is not None:
+                held = (n for n in self.held if _stands_at(model, n) is found)
+                if (same := next(held, None)) is not None:
+                    raise ShapeMismatch(
+                        f"parameters {same!r} and {name!r} are one tensor, and were two when the posterior was fitted, "
+                        f"which keeps {same!r} only: draws would reach both. Untie them, or fit again, "
+                        "posterior.fit(train_loader)"
+                    )
 
     def warn(self, model: nn.Module) -> None:
-        """Warns, once, where the model has something else now."""
-        if self.told or not self.parts:
+        """Warns, once, where the model has something else now.
+
+        Raises:
+            ShapeMismatch: where weights of the posterior are at other places of the model now.
+        """
+        self.require_ties(model)
+        if not self.parts:
+            return
+        now = list(_tensors(model, self.held))
+        self._refuse_tied(model, {name for _, name, _ in now})
+        if self.told:
             return
         changed = [
-            (kind, name)
-            for kind, name, tensor in _tensors(model, self.held)
-            if name in self.parts and not self.parts[name].stands(tensor)
+            (kind, name) for kind, name, tensor in now if name in self.parts and not self.parts[name].stands(tensor)
         ]
         if not changed:
             return
@@ -143,6 +196,8 @@ class Surroundings:
         return {name: [part.dtype, part.shape, part.sums] for name, part in self.parts.items()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any] | None, held: Collection[str]) -> Surroundings:
+    def from_json(
+        cls, values: Mapping[str, Any] | None, held: Collection[str], ties: Mapping[str, str] | None
+    ) -> Surroundings:
         """The inverse of :meth:`to_json`; of files that say nothing of it, nothing is known."""
-        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held)
+        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held, ties or {})

@@ -189,7 +189,7 @@ class ExampleGradients:
 
         size = sum(self.named[name].numel() for name in names)
         chunk = max(1, 2**26 // max(1, size * columns.shape[0]))
-        # torch's derivative of linalg.solve under vmap is right only while it may keep its factors, as with gradients on
+        # with gradients on: under vmap, torch's derivative of linalg.solve is wrong where it could not keep its factors
         with (
             warnings.catch_warnings(),
             torch.enable_grad(),
