@@ -26,7 +26,7 @@ from laplace_kf.arrays import is_annotated, is_array, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called, named_parameters
-from laplace_kf.returned import as_tensor, both, explained, readable
+from laplace_kf.returned import as_tensor, both, explained, readable, unread
 from laplace_kf.segments import run_once
 
 __all__ = [
@@ -141,13 +141,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return model_outputs(model, batch[0]), batch[1]
-    what, picked = type(batch).__name__, ("batch.x", "batch.y")
-    if isinstance(batch, (tuple, list)):
-        what, picked = f"{what} of {len(batch)}", ("batch[0]", "batch[1]")
-    raise ShapeMismatch(
-        f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
-        f"with inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}"
-    )
+    raise unread(batch)
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Any]:

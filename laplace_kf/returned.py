@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
 
-__all__ = ["as_tensor", "both", "explained", "own_loss", "readable"]
+__all__ = ["as_tensor", "both", "explained", "own_loss", "readable", "unread"]
 
 
 def as_tensor(outputs: Any) -> Tensor:
@@ -124,6 +124,24 @@ _SHAPES = re.compile(
     r"|index out of range in self|need to be at least 1D|Kernel size can't be greater|Sizes of tensors must match"
     r"|must be equal to input_size"
 )
+
+
+def unread(batch: Any) -> ShapeMismatch:
+    """What is said of a batch of no known form."""
+    what, picked = type(batch).__name__, ("batch.x", "batch.y")
+    if isinstance(batch, (tuple, list)):
+        what, picked = f"{what} of {len(batch)}", ("batch[0]", "batch[1]")
+        if len(batch) == 3:
+            what += " (with weights=True, (x, y, w) is one whose examples have weights)"
+        if all(isinstance(part, (tuple, list)) and len(part) == 2 for part in batch):
+            what += " pairs (examples become a batch without a collate_fn, or with torch.utils.data.default_collate)"
+    elif isinstance(batch, Tensor):
+        what, picked = f"a tensor {tuple(batch.shape)}", ("batch[:, :-1]", "batch[:, -1]")
+        what += " (several tensors of all data, (x, y, w), are one batch: fit([(x, y, w)]))"
+    return ShapeMismatch(
+        f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
+        f"with inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}"
+    )
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler, Subset
 
 from laplace_kf.batches import tensors_of
 from laplace_kf.callers import warn_user
 from laplace_kf.draws import mixed
 from laplace_kf.errors import IncompatiblePair
 
-__all__ = ["Shard"]
+__all__ = ["Shard", "random_order"]
 
 FAR = 2**40  # between the numbers of two processes whose shares have no known length
 
@@ -147,6 +147,18 @@ def _base(dataset: Any) -> Any:
 def _sampler(loader: DataLoader[Any]) -> Any:
     """What decides which examples are read."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def random_order(data: Any) -> str | None:
+    """The name of torch's sampler by which a loader reads its examples in an order that nobody knows, if it does.
+
+    A sampler of the user's own is trusted, and a data set without an index brings its examples in its order.
+    """
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return None
+    sampler = _sampler(data)
+    ordered = isinstance(sampler, SequentialSampler) or getattr(sampler, "shuffle", True) is False
+    return None if ordered or not type(sampler).__module__.startswith("torch.") else type(sampler).__name__
 
 
 def _described(sampler: DistributedSampler[Any]) -> dict[str, Any]:

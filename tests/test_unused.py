@@ -263,6 +263,25 @@ def test_parameters_without_a_derivative_are_no_unused_ones() -> None:
     assert list(posterior.mean) == ["head.weight", "head.bias"]
 
 
+def test_stacked_modules_have_no_derivative() -> None:
+    """``torch.func.stack_module_state`` detaches, and wants one ``requires_grad`` for all."""
+
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 3) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            values, _ = torch.func.stack_module_state(list(self.members))
+            member = lambda one: torch.func.functional_call(self.members[0], one, (x,))  # noqa: E731
+            return torch.vmap(member)(values).mean(0)
+
+    with pytest.raises(
+        lk.errors.UnsupportedLayer, match=r"hang on parameter 'weight' of module 'members\.0', but have"
+    ):
+        lk.LaplacePosterior(Ensemble(), "categorical").fit(torch.randn(5, 3, generator=rng()), torch.arange(5) % 3)
+
+
 def test_derivatives_that_are_zero_are_zero() -> None:
     net = Joined(lambda net, x: net.head(torch.sign(net.body(x))))
     x, y = torch.randn(5, 3, generator=rng()).double(), torch.tensor([0, 1, 2, 0, 1])

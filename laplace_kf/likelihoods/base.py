@@ -64,8 +64,7 @@ class Likelihood(Predicting, Noise):
         has_logits: True if outputs divided by a temperature are less certain predictions of the same classes.
         inverse_links: functions that outputs must not have gone through, by their name in autograd: each one's own
             name, what undoes it (a method, or an expression with "{}" for the outputs), and what outputs are.
-        linked_range, linked_last, linked_sum: where what such functions give lies; True if only the last of joined
-            outputs is meant; True if what they give adds up to 1.
+        linked_range, linked_last, linked_sum: of what they give: its range; if only a last column is; if its sum is 1.
         needs_targets: True if ``hessian_root`` and friends (may) need the targets.
         ignore_index: see above.
     """

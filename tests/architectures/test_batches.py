@@ -198,8 +198,14 @@ def test_nested_inputs() -> None:
 def test_extra_fields_name_the_way_out() -> None:
     x, y = data()
     loader = DataLoader(TensorDataset(x, y, torch.arange(N)), batch_size=2)
-    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 3; .*inputs=lambda batch: batch\[0\], targets="):
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 3 \(with weights=True.*inputs=lambda batch: batch\[0\]"):
         dense(net(), loader)
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 4; .*inputs=lambda batch: batch\[0\], targets="):
+        dense(net(), [(x, y, x, y)])
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"a tensor \(5, 3\) \(several.*fit\(\[\(x, y, w\)\]\)"):
+        dense(net(), (x, y, torch.arange(N)))
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 4 pairs \(examples become a batch without a collate_fn"):
+        dense(net(), DataLoader(TensorDataset(x, y), batch_size=4, collate_fn=list))
     same(dense(net(), loader, inputs=lambda batch: batch[0], targets=lambda batch: batch[1]), reference())
 
 
