@@ -282,6 +282,30 @@ def test_stacked_modules_have_no_derivative() -> None:
         lk.LaplacePosterior(Ensemble(), "categorical").fit(torch.randn(5, 3, generator=rng()), torch.arange(5) % 3)
 
 
+def test_parameters_without_entries_are_left_out() -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.rest = nn.Linear(3, 3), nn.utils.skip_init(nn.Linear, 0, 3)
+            self.prompt, self.spare = nn.Parameter(torch.empty(1, 0, 3)), nn.Parameter(torch.empty(0))
+            nn.init.zeros_(self.rest.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.prompt.expand(len(x), -1, -1), x[:, None]], 1)
+            return self.layer(tokens).sum(1) + self.rest(x[:, :0])
+
+    model, x, y = Prompted().double(), torch.randn(5, 3, generator=rng()).double(), torch.arange(5) % 3
+    wanted = oracles.dense_ggn(model, x, y, oracles.categorical_nll)
+    for structure in ("full", "diag", "kron"):
+        posterior = lk.LaplacePosterior(model, "categorical", structure=structure).fit(x, y)
+        assert list(posterior.mean) == ["layer.weight", "layer.bias", "rest.bias"]
+        if structure == "full":
+            torch.testing.assert_close(posterior.precision.dense(), 5 * wanted + torch.eye(15).double())
+    assert posterior.predict(x, method="mc", samples=2, space="activations").probs.shape == (5, 3)
+    lk.optim.kfac(model, "categorical").step(x, y)
+    assert list(lk.LaplacePosterior(model, "categorical", parameters="last_layer").fit(x, y).mean) == ["rest.bias"]
+
+
 def test_derivatives_that_are_zero_are_zero() -> None:
     net = Joined(lambda net, x: net.head(torch.sign(net.body(x))))
     x, y = torch.randn(5, 3, generator=rng()).double(), torch.tensor([0, 1, 2, 0, 1])

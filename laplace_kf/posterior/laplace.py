@@ -697,7 +697,7 @@ class LaplacePosterior(Answers):
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])
         posterior._around = Surroundings.from_json(header.get("surroundings"), found.layout.names, header.get("ties"))
-        posterior._around.require_ties(model)
+        posterior._around.ties.require(model)
         posterior._n_data = positive("n_data", header["n_data"])
         posterior.method, posterior.temperature = header.get("method") or AUTO, header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))

@@ -19,7 +19,7 @@ from laplace_kf.callers import warn_user
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.models import named_parameters
 
-__all__ = ["Surroundings"]
+__all__ = ["Surroundings", "Ties"]
 
 KEPT = 2**16  # entries of a tensor of which a copy is kept, to be compared at every call: of larger ones every k-th
 ROUNDING = 1e-9  # of sums in float64 on another device or with other threads
@@ -99,18 +99,46 @@ def _tensors(model: nn.Module, held: Collection[str]) -> Iterator[tuple[str, str
     yield from (("buffer", n, b) for n, b in model.named_buffers() if b.is_floating_point())
 
 
-def _ties(model: nn.Module, held: Collection[str]) -> dict[str, str]:
-    """The further names under which a model has parameters that are held, with the names that those are held by."""
-    first: dict[int, str] = {}
-    every = model.named_parameters(remove_duplicate=False)
-    return {n: name for n, p in every if (name := first.setdefault(id(p), n)) != n and name in held}
-
-
 def _stands_at(model: nn.Module, name: str) -> Tensor | None:
     try:
         return model.get_parameter(name)
     except AttributeError:
         return None
+
+
+class Ties:
+    """The further places of a model at which parameters stand whose values are kept under one name.
+
+    Args:
+        names: by further name, the one under which it is kept.
+        since: when it was so, for the message.
+    """
+
+    def __init__(self, names: Mapping[str, str], since: str = "the posterior was fitted") -> None:
+        self.names, self.since = dict(names), since
+
+    @classmethod
+    def of(cls, model: nn.Module, held: Collection[str], since: str = "the posterior was fitted") -> Ties:
+        """Those of the parameters that are held."""
+        first: dict[int, str] = {}
+        every = model.named_parameters(remove_duplicate=False)
+        return cls({n: name for n, p in every if (name := first.setdefault(id(p), n)) != n and name in held}, since)
+
+    def require(self, model: nn.Module) -> None:
+        """Refuses a model that has other tensors at those places.
+
+        Raises:
+            ShapeMismatch: names the two places, and the line that ties them again.
+        """
+        for other, name in self.names.items():
+            if _stands_at(model, other) is not _stands_at(model, name):
+                (path, _, last), (place, _, end) = name.rpartition("."), other.rpartition(".")
+                raise ShapeMismatch(
+                    f"parameters {name!r} and {other!r} were one tensor when {self.since}, and are two now "
+                    "(load_state_dict(assign=True) unties, and so does a layer that is replaced): only one of them "
+                    f"would be reached. Tie them again, model.get_submodule({place!r}).{end} = "
+                    f"model.get_submodule({path!r}).{last}, or begin anew with the model as it is"
+                )
 
 
 class Surroundings:
@@ -119,35 +147,18 @@ class Surroundings:
     Args:
         parts: as they were.
         held: names of the parameters that the posterior holds itself.
-        ties: further names of those, where they stand at several places.
+        ties: where those stand at several places.
     """
 
-    def __init__(self, parts: Mapping[str, _Part], held: Collection[str], ties: Mapping[str, str]) -> None:
-        self.parts, self.held, self.ties = dict(parts), frozenset(held), dict(ties)
+    def __init__(self, parts: Mapping[str, _Part], held: Collection[str], ties: Ties) -> None:
+        self.parts, self.held, self.ties = dict(parts), frozenset(held), ties
         self.told = False
 
     @classmethod
     def of(cls, model: nn.Module, held: Collection[str]) -> Surroundings:
         """Those of a model as it is now."""
         plain = ((n, t) for _, n, t in _tensors(model, held) if t.is_floating_point() and not t.is_meta)
-        return cls({name: _Part.of(tensor) for name, tensor in plain}, held, _ties(model, held))
-
-    def require_ties(self, model: nn.Module) -> None:
-        """Refuses a model that has a weight of the posterior at other places than the fit's.
-
-        Raises:
-            ShapeMismatch: names the two places, and the line that ties them again.
-        """
-        for other, name in self.ties.items():
-            if _stands_at(model, other) is not _stands_at(model, name):
-                path, _, last = name.rpartition(".")
-                raise ShapeMismatch(
-                    f"parameters {name!r} and {other!r} were one tensor when the posterior was fitted, and are two now "
-                    "(load_state_dict(assign=True) unties, and so does a layer that is replaced): draws would reach "
-                    f"only one of them. Tie them again, model.get_submodule({other.rpartition('.')[0]!r})."
-                    f"{other.rpartition('.')[2]} = model.get_submodule({path!r}).{last}, or fit again, "
-                    "posterior.fit(train_loader)"
-                )
+        return cls({name: _Part.of(tensor) for name, tensor in plain}, held, Ties.of(model, held))
 
     def _refuse_tied(self, model: nn.Module, there: Collection[str]) -> None:
         """Raises where a left-out parameter, not among those that are ``there``, is one of the posterior's now."""
@@ -167,7 +178,7 @@ class Surroundings:
         Raises:
             ShapeMismatch: where weights of the posterior are at other places of the model now.
         """
-        self.require_ties(model)
+        self.ties.require(model)
         if not self.parts:
             return
         now = list(_tensors(model, self.held))
@@ -200,4 +211,4 @@ class Surroundings:
         cls, values: Mapping[str, Any] | None, held: Collection[str], ties: Mapping[str, str] | None
     ) -> Surroundings:
         """The inverse of :meth:`to_json`; of files that say nothing of it, nothing is known."""
-        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held, ties or {})
+        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held, Ties(ties or {}))

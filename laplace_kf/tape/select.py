@@ -52,7 +52,7 @@ def select(
     order: Sequence[str] | None = None,
     named: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
-    """Names of the selected trainable parameters, in ``model.named_parameters()`` order.
+    """Names of the selected trainable parameters, in ``model.named_parameters()`` order; of those that have entries.
 
     Args:
         model: the module.
@@ -65,7 +65,8 @@ def select(
         UnsupportedLayer: if no selected parameter requires a gradient.
     """
     named = named_parameters(model) if named is None else named
-    trainable = [name for name, p in named.items() if p.requires_grad]
+    empty = {name for name, p in named.items() if not p.numel()}  # the weight of Linear(0, 3)
+    trainable = [name for name, p in named.items() if p.requires_grad and name not in empty]
     if not named:
         raise UnsupportedLayer(
             f"{type(model).__name__} has no parameters; there is nothing that a posterior could be over, give a "
@@ -82,7 +83,9 @@ def select(
         if parameters == "last_layer":
             if not order:
                 raise UnsupportedLayer("no parameter took part in the forward pass, so there is no last layer")
-            last = owner(order[-1])
+            last = owner(
+                next((name for name in reversed(order) if name not in named or named[name].numel()), order[-1])
+            )
             chosen = [name for name in trainable if owner(name) == last]
             if not chosen:
                 raise UnsupportedLayer(
@@ -113,7 +116,7 @@ def select(
     chosen = [name for name in trainable if name in matched]
     if not chosen:
         raise UnsupportedLayer(
-            f"the parameters matched by {list(parameters)} are all frozen: {sorted(matched)}; "
+            f"the parameters matched by {list(parameters)} are all frozen or empty: {sorted(matched)}; "
             "set requires_grad on those the posterior should cover"
         )
     return chosen

@@ -157,7 +157,7 @@ def test_weights_that_are_no_longer_tied_are_refused(chosen: Any, tmp_path: Path
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     assert model[2].weight is not model[0].weight
     match = r"'0\.weight' and '2\.weight' were one tensor.*get_submodule\('2'\)\.weight = model\.get_submodule\('0'\)"
-    for call in CALLS.values():
+    for call in (*CALLS.values(), lambda p: p.penalty(), lambda p: p.update((X, Y)), lambda p: p.condition(0.0)):
         with pytest.raises(lk.errors.ShapeMismatch, match=match):
             call(posterior)
     model.get_submodule("2").weight = model.get_submodule("0").weight  # the line of the message
