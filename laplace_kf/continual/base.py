@@ -47,7 +47,7 @@ def require_again(*loaders: Loader) -> None:
     for loader in loaders:
         if isinstance(loader, Iterator):
             raise ShapeMismatch(
-                f"the data of every task are needed again, but a {type(loader).__name__} can be gone through only once: "
+                f"the data of each task are needed again, but a {type(loader).__name__} can be gone through only once: "
                 "pass a DataLoader, a list of batches or a pair of tensors (a generator can be made into a list: "
                 "list(batches))"
             )
