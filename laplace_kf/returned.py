@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
 
-__all__ = ["as_tensor", "both", "explained", "own_loss", "readable", "unread"]
+__all__ = ["as_tensor", "both", "explained", "nested", "own_loss", "readable", "unread"]
 
 
 def as_tensor(outputs: Any) -> Tensor:
@@ -126,6 +126,14 @@ _SHAPES = re.compile(
 )
 
 
+def nested(where: str) -> UnsupportedLayer:
+    """What is said of a nested tensor inside of a forward pass."""
+    return UnsupportedLayer(
+        f"{where} a nested tensor, in which examples and positions cannot be told apart; pad instead, "
+        "torch.nested.to_padded_tensor(x, 0.0), and mask: what is padded and left out of the outputs changes no result"
+    )
+
+
 def unread(batch: Any) -> ShapeMismatch:
     """What is said of a batch of no known form."""
     what, picked = type(batch).__name__, ("batch.x", "batch.y")
@@ -134,10 +142,12 @@ def unread(batch: Any) -> ShapeMismatch:
         if len(batch) == 3:
             what += " (with weights=True, (x, y, w) is one whose examples have weights)"
         if all(isinstance(part, (tuple, list)) and len(part) == 2 for part in batch):
-            what += " pairs (examples become a batch without a collate_fn, or with torch.utils.data.default_collate)"
+            what += " pairs (of batches give one; examples become a batch by torch.utils.data.default_collate)"
     elif isinstance(batch, Tensor):
         what, picked = f"a tensor {tuple(batch.shape)}", ("batch[:, :-1]", "batch[:, -1]")
         what += " (several tensors of all data, (x, y, w), are one batch: fit([(x, y, w)]))"
+    elif isinstance(batch, Iterator) or hasattr(batch, "dataset"):
+        return ShapeMismatch(f"a batch is needed, (x, y), got {what}, which brings batches: for batch in loader: ...")
     return ShapeMismatch(
         f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
         f"with inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}"
@@ -189,6 +199,8 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
                 f"the model is a torch.export program, made for batches of one size ({error}); pass the module it was "
                 'made from, or export with dynamic_shapes=({0: torch.export.Dim("batch")},)'
             ) from error
+        if "NestedTensorImpl" in str(error):
+            raise nested(f"the forward pass of {type(model).__name__} makes") from error
         if _NO_GRADIENT in str(error) and not torch.is_grad_enabled():
             raise UnsupportedLayer(
                 f"the forward pass of {type(model).__name__} takes a derivative itself, and fails where gradients are "

@@ -204,8 +204,11 @@ def test_extra_fields_name_the_way_out() -> None:
         dense(net(), [(x, y, x, y)])
     with pytest.raises(lk.errors.ShapeMismatch, match=r"a tensor \(5, 3\) \(several.*fit\(\[\(x, y, w\)\]\)"):
         dense(net(), (x, y, torch.arange(N)))
-    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 4 pairs \(examples become a batch without a collate_fn"):
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 4 pairs \(of batches give one; examples become"):
         dense(net(), DataLoader(TensorDataset(x, y), batch_size=4, collate_fn=list))
+    for source in (loader, iter(loader)):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"which brings batches: for batch in loader"):
+            lk.optim.kfac(net(), "categorical").step(source)
     same(dense(net(), loader, inputs=lambda batch: batch[0], targets=lambda batch: batch[1]), reference())
 
 
