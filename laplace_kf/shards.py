@@ -62,6 +62,8 @@ class Shard:
             extra = _repeated(sampler)
             if extra:
                 self.data = loader = _with_sampler(loader, extra)
+        if isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1:
+            self.data = _Streamed(loader)
         if numbered and _indexed(loader):
             self.base, self.shared_index = len(_base(loader.dataset)), isinstance(loader.dataset, Subset)
             self.shared_index |= self.sampler is not None
@@ -281,6 +283,30 @@ class _Collate:
 
     def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Any], Any]:
         return [index for index, _ in pairs], self.collate([item for _, item in pairs])
+
+
+class _Streamed:
+    """The minibatches of a stream that several workers read: each reads all of it, unless the data set deals it out."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        first: list[Tensor] = []
+        for k, batch in enumerate(self.loader):
+            held = list(tensors_of(batch)) if k < 2 else []  # the first two are of two workers
+            if k == 0:
+                first = held
+            elif held and len(held) == len(first) and all(map(torch.equal, held, first)):
+                warn_user(
+                    f"the first minibatches of {self.loader.num_workers} workers are the same: each of them reads the "
+                    "whole IterableDataset, so that every example counts several times. Deal it out by "
+                    "torch.utils.data.get_worker_info(), or give a loader with num_workers=0"
+                )
+            yield batch
 
 
 class _Numbered:

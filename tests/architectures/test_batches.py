@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -261,6 +262,22 @@ class Stream(IterableDataset):
 def test_iterable_data_sets() -> None:
     same(dense(net(), DataLoader(Stream(), batch_size=2)), reference())
     same(dense(net(), ((x[None], y[None]) for x, y in Stream())), reference())
+
+
+class Dealt(Stream):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        assert worker is not None
+        return iter([*super().__iter__()][worker.id :: worker.num_workers])
+
+
+def test_a_stream_that_every_worker_reads_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="minibatches of 2 workers are the same.*get_worker_info") as found:
+        assert lk.curvature.estimate(net(), "categorical", DataLoader(Stream(), 2, num_workers=2)).count == 2 * N
+    assert __file__ in {warning.filename for warning in found}  # torch has its own if there are fewer processors
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*workers are the same")
+        same(dense(net(), DataLoader(Dealt(), batch_size=2, num_workers=2)), reference())
 
 
 def test_a_data_set_without_a_loader_is_refused() -> None:
