@@ -534,6 +534,22 @@ def test_a_model_without_batching_rules_is_asked_once() -> None:
     assert torch.equal(outputs(post, normal(4, 3), "weights", 3), outputs(post, normal(4, 3), "weights", 3))
 
 
+def test_batching_rules_that_are_wrong_for_later_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    from laplace_kf.predictive import calls
+
+    post, x, vmap = posterior(build(lambda: mlp(3, 5, 3))), normal(4, 3), torch.func.vmap
+    wanted = outputs(post, x, "weights", 3)
+
+    def wrong(call: Any, **options: Any) -> Any:
+        return lambda values: vmap(call, **options)(values) * torch.tensor([1.0, 1.0, 2.0])[:, None, None]
+
+    monkeypatch.setattr(torch.func, "vmap", wrong)
+    calls._VECTORISES.clear()
+    torch.testing.assert_close(outputs(post, x, "weights", 3), wanted)
+    assert calls._VECTORISES[post.model] == {"outputs": False}
+    calls._VECTORISES.clear()
+
+
 def test_one_input_of_a_wide_last_layer_takes_little_memory() -> None:
     """512 features, 1000 classes, 100 draws: counted in bytes of the tensors that are made, not by a clock."""
     block = lk.tape.Block(
