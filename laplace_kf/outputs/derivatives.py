@@ -216,7 +216,7 @@ def one_jacobian(
     if size == 0:
         return None
     rounding = max(torch.finfo(tensor.dtype).eps for tensor in (*values, *leaves))
-    return abs(along - back) <= 10 * rounding**0.5 * size
+    return abs(along - back) <= (10 * rounding**0.5 if rounding < 1e-4 else 16 * rounding) * size
 
 
 def _product(one: Tensor, other: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,19 @@ class WithFunction(nn.Module):
 @pytest.mark.parametrize("also_linear", [False, True])
 def test_a_weight_inside_a_custom_function(also_linear: bool) -> None:
     agrees(seeded(WithFunction, also_linear), *data())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", ["gradient", "function"])
+def test_hidden_uses_in_half_precision(hidden: str, dtype: torch.dtype) -> None:
+    """What rounding may do to a gradient is less than what a rule leaves out that does not see all uses."""
+    model = (seeded(Energy) if hidden == "gradient" else seeded(WithFunction, True)).to(dtype)
+    x, y = data()
+    x = x.to(dtype)
+    expected = dense(copy.deepcopy(model).double(), x.double())
+    for structure in ("full", "diag"):
+        found = lk.curvature.estimate(model, "categorical", (x, y), structure).mean().diag()
+        assert float((found - expected.diagonal()).norm() / expected.diagonal().norm()) < 0.03
 
 
 class SharedVector(nn.Module):
