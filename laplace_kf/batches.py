@@ -91,16 +91,21 @@ def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     named = conventions.arguments(model)
     if named is None:
         return given
-    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    missing = _missing(model, given)
     if missing and len(missing) == 1 and "image" in given:  # MONAI's dictionaries
         return {missing[0]: given["image"], **{p.name: given[p.name] for p in named if p.name in given}}
     if missing or not any(p.name in given for p in named):
         key = _target_like(inputs)
         raise ShapeMismatch(
             f"a mapping is given to {type(model).__name__}.forward by keyword: its entries {_keys(given)} lack "
-            f"{missing or [p.name for p in named]}; rename them, or pass {_line(inputs, key)}"
+            f"{missing or [p.name for p in named]}; rename them, or pass {_line(inputs, key, missing)}"
         )
     return {p.name: given[p.name] for p in named if p.name in given}
+
+
+def _missing(model: nn.Module, given: Mapping[Any, Any]) -> list[str]:
+    """The arguments that ``forward`` needs and a mapping does not have."""
+    return [p.name for p in conventions.arguments(model) or () if p.default is p.empty and p.name not in given]
 
 
 def _keys(mapping: Mapping[Any, Any]) -> list[str]:
@@ -112,12 +117,13 @@ def _target_like(mapping: Mapping[Any, Any]) -> str:
     return next((key for key in ("labels", "label", "targets", "target", "label_ids", "y") if key in mapping), "...")
 
 
-def _line(mapping: Mapping[Any, Any], target: str) -> str:
-    """The line that says which entries are inputs and targets, to be pasted."""
+def _line(mapping: Mapping[Any, Any], target: str, missing: Sequence[str]) -> str:
+    """The line that says which entries are inputs and targets, to be pasted; forward's ``missing`` are not there."""
     tensors = [key for key, value in mapping.items() if isinstance(value, Tensor) and key != target]
     floats = [key for key in tensors if mapping[key].is_floating_point()]
     first = str((floats or tensors or ["..."])[0])
-    return f'inputs=lambda batch: batch["{first}"], targets=lambda batch: batch["{target}"]'
+    whole = " (batch itself, if {!r} is a mapping: inputs=lambda batch: (batch,))" if len(missing) == 1 else ""
+    return f'inputs=lambda batch: batch["{first}"], targets=lambda batch: batch["{target}"]' + whole.format(*missing)
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -136,7 +142,7 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         if key is None:
             raise ShapeMismatch(
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
-                f"{_line(batch, _target_like(batch))}"
+                f"{_line(batch, _target_like(batch), _missing(model, batch))}"
             )
         return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:

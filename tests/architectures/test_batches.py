@@ -111,6 +111,19 @@ def test_mapping_without_labels_is_refused() -> None:
         dense(net(Keyword), {"features": x})
 
 
+def test_models_that_take_a_mapping_as_one_argument() -> None:
+    class Whole(Net):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch["x"])
+
+    x, y = data()
+    for batch in ({"x": x, "y": y}, {"x": x, "labels": y}):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"'batch' is a mapping: inputs=lambda batch: \(batch,\)\)"):
+            dense(build(Whole), [batch])
+    found = dense(build(Whole), [{"x": x, "y": y}], inputs=lambda batch: (batch,), targets=lambda batch: batch["y"])
+    same(found, reference())
+
+
 def test_mapping_whose_keys_the_model_does_not_know_is_refused() -> None:
     x, y = data()
     with pytest.raises(lk.errors.ShapeMismatch, match=r"Keyword.forward.*lack \['features'\].*inputs=lambda"):
