@@ -258,6 +258,9 @@ def test_parameters_without_a_derivative_are_no_unused_ones() -> None:
 
     ways = (under_no_grad, as_numbers, in_numpy, cut_off)
     of_every(case, [(how, name, unused) for how in ways for name in calls for unused in ("error", "prior")])
+    half = lk.LaplacePosterior(Joined(under_no_grad).eval().bfloat16(), "categorical", unused="prior")
+    with pytest.raises(lk.errors.UnsupportedLayer, match="hang on parameter"):
+        half.fit([(x.bfloat16(), y)])
     body = ["head.*"]  # the line of the message
     posterior = lk.LaplacePosterior(Joined(under_no_grad), "categorical", parameters=body).fit([(x, y)])
     assert list(posterior.mean) == ["head.weight", "head.bias"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_kf.errors import IncompatiblePair, NonFinite, UnsupportedLayer
+from laplace_kf.outputs.checks import allowed
 from laplace_kf.outputs.rows import map_rows
 
 __all__ = [
@@ -216,7 +217,7 @@ def one_jacobian(
     if size == 0:
         return None
     rounding = max(torch.finfo(tensor.dtype).eps for tensor in (*values, *leaves))
-    return abs(along - back) <= (10 * rounding**0.5 if rounding < 1e-4 else 16 * rounding) * size
+    return abs(along - back) <= allowed(rounding) * size
 
 
 def _product(one: Tensor, other: Tensor) -> float:

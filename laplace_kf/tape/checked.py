@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from laplace_kf.models import coarsest
+from laplace_kf.outputs.checks import COARSE, allowed
 from laplace_kf.substitution import leaves_of
 from laplace_kf.tape.blocks import Block
 from laplace_kf.tape.observation import Observation
 
 __all__ = ["count_uses", "disagreeing"]
-
-COARSE = 1e-4  # relative roundings above it are those of half precision
 
 
 def disagreeing(
@@ -56,7 +55,7 @@ def disagreeing(
         size = _largest if rounding < COARSE else _norm
         gap, scale = size(found - expected), torch.maximum(size(expected), size(found))
         shown = shown and bool(scale > 0)
-        if bool(gap > (10 * rounding**0.5 if rounding < COARSE else 16 * rounding) * scale):
+        if bool(gap > allowed(rounding) * scale):
             if noise is None:
                 noise = _rounding(outputs, seed, names, weights, true)
             shown = False
