@@ -150,6 +150,9 @@ class Call:
         return value if self.repeated is None else value.expand(self.repeated)
 
 
+_transforming = torch._C._functorch.peek_interpreter_stack
+
+
 @dataclass
 class Step:
     """One function call of the forward pass, for analyses that need the whole chain of functions.
@@ -216,6 +219,8 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.register_hook:
             return NoHook()
+        if _transforming() is not None:  # torch.func in the forward pass: its tensors are gone afterwards
+            return func(*args, **kwargs)
         parts = PARTS.get(func)
         if parts is not None and any(self._root(t) is not None for t in _tensors((args, kwargs))):
             replacement = parts(func, args, kwargs)

@@ -82,6 +82,38 @@ def test_a_gradient_taken_in_the_forward_pass() -> None:
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-13)
 
 
+class Physics(nn.Module):
+    """Derivatives by the inputs, as physics-informed networks take them: the layers run inside of torch.func's."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of, self.layer, self.out = of, nn.Linear(3, 4), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        field = lambda r: self.out(torch.tanh(self.layer(r)))  # noqa: E731
+        if self.of == "jvp":
+            return torch.func.jvp(field, (x,), (torch.ones_like(x),))[1] + self.layer(x)[:, :3]
+        single = {
+            "grad": torch.func.grad(lambda r: field(r).sum()),
+            "jacobian": lambda r: torch.func.jacrev(field)(r).sum(0),
+            "laplacian": lambda r: torch.func.hessian(field)(r).diagonal(0, 1, 2).sum(-1),
+        }
+        return torch.vmap(single[self.of])(x)
+
+
+@pytest.mark.parametrize("of", ["jvp", "grad", "jacobian", "laplacian"])
+def test_layers_inside_of_torch_func(of: str) -> None:
+    model, (x, y) = seeded(Physics, of), data()
+    agrees(model, x, y)
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit(x, y)
+    jacobians = jacobian(model, x, len(x))
+    expected = jacobians @ torch.linalg.inv(posterior.precision.dense()) @ jacobians.mT
+    torch.testing.assert_close(posterior.functional_covariance(x), expected)
+    assert bool(posterior.predict(x, method="mc", samples=2).probs.isfinite().all())
+    before = float(lk.optim.kflr(model, "categorical").step(x, y))
+    assert float(F.cross_entropy(model(x), y)) < before
+
+
 def test_a_gradient_that_needs_the_callers_gradients_is_refused() -> None:
     class Forces(Energy):
         def forward(self, x: Tensor) -> Tensor:
