@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -114,26 +115,62 @@ _MOVES = frozenset(
     f"{name}Backward0"
     for name in ("Alias", "Clone", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze", "T", "ToCopy", "Transpose",
                  "UnsafeView", "Unsqueeze", "View")
-)  # fmt: skip
-_MORE_MOVES = frozenset(["SqueezeBackward1", "SqueezeBackward2", "TransposeBackward1"])
+) | {"SqueezeBackward1", "SqueezeBackward2", "TransposeBackward1"}  # fmt: skip
+# what keeps probabilities such: bounds, a small number added, the complement, means over members of an ensemble
+_NUDGES = frozenset(["AddBackward0", "AddBackward1", "SubBackward0", "RsubBackward1", "MulBackward0", "DivBackward0",
+                     "SumBackward1", "MeanBackward1", "ClampBackward0", "ClampBackward1", "ClampMinBackward0",
+                     "ClampMaxBackward0", "MinimumBackward0", "MaximumBackward0"])  # fmt: skip
+_JOINED = frozenset(["CatBackward0", "StackBackward0"])
+WHOLE = 1e-3  # how far from 1 sums of probabilities may be, to which small numbers were added
 
 
 def warn_of_links(likelihood: Likelihood, model: nn.Module, outputs: Tensor) -> None:
     """Warns of outputs ``(N, ...)`` that are parameters of the density already, such as probabilities for logits."""
-    node = outputs.grad_fn
-    while node is not None and (node.name() in _MOVES or node.name() in _MORE_MOVES):
-        node = node.next_functions[0][0]
-    found = None if node is None else likelihood.inverse_links.get(node.name())
+    found = _linked(likelihood, outputs)
     if found is None:
         return
     function, undone, wanted = found
     *_, (path, last) = model.named_modules()
     where = f" (module {path!r})" if type(last).__name__.lower() == function else ""
+    through = f"went through {function}{where}" if function else "are not negative and add up to 1, as probabilities do"
+    undoing = undone.format("model(batch[0])") if "{}" in undone else f"model(batch[0]).{undone}()"
     warn_user(
-        f"the model's outputs went through {function}{where}, but {likelihood!r} takes {wanted}: curvature and "
-        f"predictions are those of {wanted} with these values. Leave {function} out of the model, or undo it: "
-        f"forward=lambda model, batch: (model(batch[0]).{undone}(), batch[1])"
+        f"the model's outputs {through}, but {likelihood!r} takes {wanted}: curvature and "
+        f"predictions are those of {wanted} with these values. Leave {function or 'that'} out of the model, or undo "
+        f"it: forward=lambda model, batch: ({undoing}, batch[1])"
     )
+
+
+def _linked(likelihood: Likelihood, outputs: Tensor) -> tuple[str, str, str] | None:
+    """The function, what undoes it and what outputs should be; the function is empty where only the numbers tell."""
+    links = likelihood.inverse_links
+    if not links or not outputs.numel():
+        return None
+    node, nudged = outputs.grad_fn, False
+    while node is not None and node.name() not in links:
+        before = [child for child, _ in node.next_functions if child is not None]
+        nudged |= node.name() in _NUDGES
+        if not before or not (node.name() in _MOVES or node.name() in _NUDGES or node.name() in _JOINED):
+            node = None
+        else:
+            node = before[-1 if likelihood.linked_last and node.name() in _JOINED else 0]
+    low, high = likelihood.linked_range
+    if node is not None:
+        axis = 1 if outputs.dim() > 3 else outputs.dim() - 1
+        values = outputs.detach().select(axis, -1) if likelihood.linked_last else outputs.detach()
+        if not nudged or (float(values.min()) >= low and float(values.max()) <= high):
+            return links[node.name()]
+    if likelihood.linked_sum and any(map(partial(_adds_up, outputs.detach()), {1, outputs.dim() - 1})):
+        _, undone, wanted = next(iter(links.values()))
+        return "", undone, wanted
+    return None
+
+
+def _adds_up(outputs: Tensor, axis: int) -> bool:
+    """Whether outputs ``(N, ...)`` are probabilities along an axis."""
+    if outputs.dim() < 2 or outputs.shape[axis] < 2 or float(outputs.min()) < 0:
+        return False
+    return float((outputs.sum(axis, dtype=torch.float64) - 1).abs().max()) < WHOLE
 
 
 def _own(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Tensor, Tensor, Any] | None:

@@ -26,7 +26,7 @@ from laplace_kf.arrays import is_annotated, is_array, own_copy, tensor_of
 from laplace_kf.errors import LaplaceKFError, NonFinite, ShapeMismatch, UnsupportedLayer
 from laplace_kf.lookups import as_functions
 from laplace_kf.models import as_called, named_parameters
-from laplace_kf.returned import as_tensor, both, explained, readable
+from laplace_kf.returned import as_tensor, both, explained, readable, unread
 from laplace_kf.segments import run_once
 
 __all__ = [
@@ -99,20 +99,31 @@ def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     named = conventions.arguments(model)
     if named is None:
         return given
-    missing = [p.name for p in named if p.default is p.empty and p.name not in given]
+    missing = _missing(model, given)
     if missing and len(missing) == 1 and "image" in given:  # MONAI's dictionaries
         return {missing[0]: given["image"], **{p.name: given[p.name] for p in named if p.name in given}}
     if missing or not any(p.name in given for p in named):
         line = conventions.lines_of_mapping(model, inputs, conventions.target_like(inputs))
         raise ShapeMismatch(
             f"a mapping is given to {type(model).__name__}.forward by keyword: its entries {_keys(given)} lack "
-            f"{missing or [p.name for p in named]}; rename them, or pass {line}"
+            f"{missing or [p.name for p in named]}; rename them, or pass {line}{_whole(missing)}"
         )
     return {p.name: given[p.name] for p in named if p.name in given}
 
 
+def _missing(model: nn.Module, given: Mapping[Any, Any]) -> list[str]:
+    """The arguments that ``forward`` needs and a mapping does not have."""
+    return [p.name for p in conventions.arguments(model) or () if p.default is p.empty and p.name not in given]
+
+
 def _keys(mapping: Mapping[Any, Any]) -> list[str]:
     return sorted(map(str, mapping))
+
+
+def _whole(missing: Sequence[str]) -> str:
+    """What is added to a line about a mapping where ``forward`` lacks one argument, which may be all of it."""
+    found = " (batch itself, if {!r} is a mapping: inputs=lambda batch: (batch,))" if len(missing) == 1 else ""
+    return found.format(*missing)
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
@@ -132,16 +143,13 @@ def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
             raise ShapeMismatch(
                 f"a mapping batch needs its targets under 'labels' (its keys: {_keys(batch)}); rename them, or pass "
                 f"{conventions.lines_of_mapping(model, batch, conventions.target_like(batch))}"
+                f"{_whole(_missing(model, batch))}"
             )
         conventions.require_labels(key, batch[key])
         return model_outputs(model, batch), conventions.targets(model, batch[key])
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return model_outputs(model, batch[0], "batch[0]"), batch[1]
-    what = type(batch).__name__ + (f" of {len(batch)}" if isinstance(batch, (tuple, list)) else "")
-    raise ShapeMismatch(
-        f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
-        f"with {conventions.lines_of(model, batch)}"
-    )
+    raise unread(batch, None if isinstance(batch, Tensor) else conventions.lines_of(model, batch))
 
 
 def run(model: nn.Module, batch: Any, forward: Forward | None) -> tuple[Tensor, Any]:

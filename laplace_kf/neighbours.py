@@ -21,22 +21,26 @@ NAMES: dict[str, str | tuple[str, ...]] = {  # several, where that depends on wh
     "categorical_crossentropy": "categorical",
     "crossentropyloss": "categorical",
     "nllloss": "categorical",
+    "nll": "categorical",
+    "nll_loss": "categorical",
     "binary": "bernoulli",
     "binary_classification": "bernoulli",
     "multilabel": "bernoulli",
     "bce": "bernoulli",
     "bceloss": "bernoulli",
     "bcewithlogitsloss": "bernoulli",
+    "binary_cross_entropy_with_logits": "bernoulli",
     "regression": "gaussian",
     "mse": ("gaussian", "squared"),
     "mseloss": "gaussian",
+    "mse_loss": "gaussian",
     "normal": "gaussian",
     "squared_error": ("gaussian", "squared"),
     "count": "poisson",
     "counts": "poisson",
     "heteroscedastic_regression": "heteroscedastic_gaussian",
-    "gaussiannllloss": "heteroscedastic_gaussian",
     "poissonnllloss": "poisson",
+    "poisson_nll_loss": "poisson",
     "kfac": ("kron", "kronecker"),
     "kronecker": "kron",
     "diagonal": "diag",
@@ -259,9 +263,22 @@ def _shown(name: str, value: object) -> str:
     return repr(value) if isinstance(value, (bool, int, float)) else "..."
 
 
+_LOG_VARIANCE = (
+    '"heteroscedastic_gaussian", whose outputs are a mean and a log-variance: torch.cat([mean, variance.log()], 1)'
+)
+_LOGITS = '"bernoulli", whose outputs are logits: leave the sigmoid out of the model'
+_OTHER_OUTPUTS = {  # losses of what a likelihood's outputs are the logarithms or logits of
+    "GaussianNLLLoss": _LOG_VARIANCE,
+    "gaussian_nll_loss": _LOG_VARIANCE,
+    "BCELoss": _LOGITS,
+    "binary_cross_entropy": _LOGITS,
+    "PoissonNLLLoss": '"poisson", whose outputs are log rates: leave exp or softplus out of the model',
+}
+
+
 def of_loss(loss: object) -> str:
-    """The line for a loss of torch with settings that the likelihood's name alone would drop; else ``""``."""
-    kind = type(loss).__name__
+    """The line for a loss whose likelihood's name alone would drop settings or take other outputs; else ``""``."""
+    kind = getattr(loss, "__name__", type(loss).__name__)
     weighted = getattr(loss, "weight", None) is not None
     if kind in ("CrossEntropyLoss", "NLLLoss"):
         told = {"class_weights": "loss.weight"} if weighted else {}
@@ -274,4 +291,8 @@ def of_loss(loss: object) -> str:
             "lk.likelihoods.FromLoss(lambda z, y: F.binary_cross_entropy_with_logits(z, y, loss.weight, "
             'pos_weight=loss.pos_weight, reduction="none").sum(-1))'
         )
+    if kind in _OTHER_OUTPUTS and (kind != "PoissonNLLLoss" or not getattr(loss, "log_input", True)):
+        return _OTHER_OUTPUTS[kind]
+    if callable(loss) and not meanings(kind) and (not isinstance(loss, type) or kind.endswith("Loss")):
+        return "lk.likelihoods.FromLoss(f), where f(outputs, targets) is the loss of every example, (N,), not reduced"
     return ""

@@ -19,7 +19,7 @@ from laplace_kf.likelihoods.base import Likelihood
 from laplace_kf.lookups import Plainly
 from laplace_kf.missing import check_batch
 from laplace_kf.models import preserved, usable
-from laplace_kf.outputs.derivatives import usable_by_autograd
+from laplace_kf.outputs.derivatives import pushed_twice, require_twice, twice, usable_by_autograd
 from laplace_kf.sequences import read
 from laplace_kf.tape import FlatLayout, Tracer
 from laplace_kf.tape.chance import FirstPass, require_derivatives
@@ -71,25 +71,13 @@ class Pass:
         return torch.stack([self.flat(row) for row in rows])
 
     def pushed(self, directions: Tensor) -> Tensor:
-        """``J v`` of directions ``(K, P)``, by double backward: ``(K, N, ...)``."""
-        seed = torch.zeros_like(self.outputs, requires_grad=True)
-        pulled: Sequence[Tensor | None] = (
-            torch.autograd.grad(self.outputs, self.weights, seed, create_graph=True, allow_unused=True)
-            if self.outputs.requires_grad
-            else [None] * len(self.weights)
-        )
-        found = []
-        for direction in directions:
-            parts = [part[0] for part in self.layout.split(direction[None]).values()]
-            used = [(p, d.to(p)) for p, d in zip(pulled, parts, strict=True) if p is not None and p.requires_grad]
-            if not used:
-                found.append(torch.zeros_like(self.outputs))
-                continue
-            (row,) = torch.autograd.grad(
-                [p for p, _ in used], seed, [d for _, d in used], retain_graph=True, materialize_grads=True
-            )
-            found.append(row.detach())
-        return torch.stack(found)
+        """``J v`` of directions ``(K, P)``, by double backward: ``(K, N, ...)``.
+
+        Raises:
+            UnsupportedLayer: where a function cannot be differentiated twice.
+        """
+        parts = [[part[0] for part in self.layout.split(direction[None]).values()] for direction in directions]
+        return torch.stack([row for (row,) in pushed_twice([self.outputs], self.weights, parts)])
 
     def gradient(self) -> Tensor:
         """Gradient of the summed negative log-likelihood, ``(P,)``."""
@@ -106,6 +94,9 @@ class Pass:
         Args:
             directions: ``(K, P)``.
             along: instead of the negative log-likelihood, the sum of the outputs times this, of their shape.
+
+        Raises:
+            UnsupportedLayer: where a function cannot be differentiated twice.
         """
         if along is None:
             loss = -self.likelihood.log_prob(self.outputs, self.targets).sum()
@@ -113,6 +104,7 @@ class Pass:
             loss = (self.outputs * along).sum()
         if not loss.requires_grad:
             return torch.zeros_like(directions)
+        require_twice([self.outputs], self.weights)
         grads = torch.autograd.grad(loss, self.weights, create_graph=True, allow_unused=True)
         rows = []
         for direction in directions:
@@ -122,7 +114,8 @@ class Pass:
                 rows.append(torch.zeros_like(direction))
                 continue
             slope = torch.stack([(g * d).sum() for g, d in used]).sum()
-            second = torch.autograd.grad(slope, self.weights, retain_graph=True, allow_unused=True)
+            with twice():
+                second = torch.autograd.grad(slope, self.weights, retain_graph=True, allow_unused=True)
             rows.append(self.flat(second))
         return torch.stack(rows)
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from laplace_kf.errors import LaplaceKFError, ShapeMismatch, UnsupportedLayer
 
-__all__ = ["as_tensor", "both", "explained", "own_loss", "readable"]
+__all__ = ["as_tensor", "both", "explained", "nested", "own_loss", "readable", "unread"]
 
 
 def as_tensor(outputs: Any, as_given: Callable[[], str] | None = None) -> Tensor:
@@ -120,6 +121,7 @@ def own_loss(outputs: Any) -> Tensor | None:
 
 
 _TYPES = re.compile(r"dtype|scalar type|[Ii]nput type|not implemented for '|result type .* can't be cast")
+_NO_GRADIENT = "does not require grad"  # of torch.autograd.grad and Tensor.backward
 _NO_TENSOR = re.compile(r"must be Tensor, not (?:\w+\.)*(\w+)")
 _NO_ATTRIBUTE = re.compile(r"^'(list|tuple|str|int|float|dict)' object has no attribute '(\w+)'")
 _DEVICES = re.compile(r"on the same device|two devices|device type|on the expected device")
@@ -133,6 +135,34 @@ _SHAPES = re.compile(
 )
 
 
+def nested(where: str) -> UnsupportedLayer:
+    """What is said of a nested tensor inside of a forward pass."""
+    return UnsupportedLayer(
+        f"{where} a nested tensor, in which examples and positions cannot be told apart; pad instead, "
+        "torch.nested.to_padded_tensor(x, 0.0), and mask: what is padded and left out of the outputs changes no result"
+    )
+
+
+def unread(batch: Any, line: str | None = None) -> ShapeMismatch:
+    """What is said of a batch of no known form; ``line`` says which part is what, if there is a better one."""
+    what, picked = type(batch).__name__, ("batch.x", "batch.y")
+    if isinstance(batch, (tuple, list)):
+        what, picked = f"{what} of {len(batch)}", ("batch[0]", "batch[1]")
+        if len(batch) == 3:
+            what += " (with weights=True, (x, y, w) is one whose examples have weights)"
+        if all(isinstance(part, (tuple, list)) and len(part) == 2 for part in batch):
+            what += " pairs (of batches give one; examples become a batch by torch.utils.data.default_collate)"
+    elif isinstance(batch, Tensor):
+        what, picked = f"a tensor {tuple(batch.shape)}", ("batch[:, :-1]", "batch[:, -1]")
+        what += " (several tensors of all data, (x, y, w), are one batch: fit([(x, y, w)]))"
+    elif isinstance(batch, Iterator) or hasattr(batch, "dataset"):
+        return ShapeMismatch(f"a batch is needed, (x, y), got {what}, which brings batches: for batch in loader: ...")
+    return ShapeMismatch(
+        f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
+        f"with {line or f'inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}'}"
+    )
+
+
 @contextmanager
 def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) -> Iterator[None]:
     """Around a call of the model: errors that come from the form of the batch say so.
@@ -141,7 +171,8 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
         ShapeMismatch: for a tuple of more entries than the model takes arguments, an entry that the user's ``forward``
             looks for in vain, lists or text for tensors, and inputs of another number type, device or shape than the
             model takes.
-        UnsupportedLayer: for an exported program that takes batches of one size only.
+        UnsupportedLayer: for an exported program that takes batches of one size only; for a forward pass that takes a
+            derivative and relies on its caller to have gradients on.
     """
     try:
         yield
@@ -188,6 +219,14 @@ def explained(model: nn.Module, batch: Any, forward: Callable[..., Any] | None) 
             raise UnsupportedLayer(
                 f"the model is a torch.export program, made for batches of one size ({error}); pass the module it was "
                 'made from, or export with dynamic_shapes=({0: torch.export.Dim("batch")},)'
+            ) from error
+        if "NestedTensorImpl" in str(error):
+            raise nested(f"the forward pass of {type(model).__name__} makes") from error
+        if _NO_GRADIENT in str(error) and not torch.is_grad_enabled():
+            raise UnsupportedLayer(
+                f"the forward pass of {type(model).__name__} takes a derivative itself, and fails where gradients are "
+                f"off, as they are in predictions and evaluation ({error}); put that part of it under "
+                "`with torch.enable_grad():`, with x = x.detach().requires_grad_() where the derivative is by x"
             ) from error
         said = _reason(model, batch, error)
         if said is None and forward is not None and isinstance(error, (KeyError, IndexError)):

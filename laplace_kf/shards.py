@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, SequentialSampler, Subset
 
 from laplace_kf.batches import tensors_of
 from laplace_kf.callers import warn_user
 from laplace_kf.draws import mixed
 from laplace_kf.errors import IncompatiblePair
 
-__all__ = ["Shard"]
+__all__ = ["Shard", "random_order"]
 
 FAR = 2**40  # between the numbers of two processes whose shares have no known length
 
@@ -62,6 +62,8 @@ class Shard:
             extra = _repeated(sampler)
             if extra:
                 self.data = loader = _with_sampler(loader, extra)
+        if isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1:
+            self.data = _Streamed(loader)
         if numbered and _indexed(loader):
             self.base, self.shared_index = len(_base(loader.dataset)), isinstance(loader.dataset, Subset)
             self.shared_index |= self.sampler is not None
@@ -147,6 +149,18 @@ def _base(dataset: Any) -> Any:
 def _sampler(loader: DataLoader[Any]) -> Any:
     """What decides which examples are read."""
     return getattr(loader.batch_sampler, "sampler", loader.sampler)
+
+
+def random_order(data: Any) -> str | None:
+    """The name of torch's sampler by which a loader reads its examples in an order that nobody knows, if it does.
+
+    A sampler of the user's own is trusted, and a data set without an index brings its examples in its order.
+    """
+    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
+        return None
+    sampler = _sampler(data)
+    ordered = isinstance(sampler, SequentialSampler) or getattr(sampler, "shuffle", True) is False
+    return None if ordered or not type(sampler).__module__.startswith("torch.") else type(sampler).__name__
 
 
 def _described(sampler: DistributedSampler[Any]) -> dict[str, Any]:
@@ -269,6 +283,30 @@ class _Collate:
 
     def __call__(self, pairs: Sequence[tuple[Any, Any]]) -> tuple[list[Any], Any]:
         return [index for index, _ in pairs], self.collate([item for _, item in pairs])
+
+
+class _Streamed:
+    """The minibatches of a stream that several workers read: each reads all of it, unless the data set deals it out."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        first: list[Tensor] = []
+        for k, batch in enumerate(self.loader):
+            held = list(tensors_of(batch)) if k < 2 else []  # the first two are of two workers
+            if k == 0:
+                first = held
+            elif held and len(held) == len(first) and all(map(torch.equal, held, first)):
+                warn_user(
+                    f"the first minibatches of {self.loader.num_workers} workers are the same: each of them reads the "
+                    "whole IterableDataset, so that every example counts several times. Deal it out by "
+                    "torch.utils.data.get_worker_info(), or give a loader with num_workers=0"
+                )
+            yield batch
 
 
 class _Numbered:

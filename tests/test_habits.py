@@ -328,17 +328,28 @@ def test_parameters_that_are_no_names() -> None:
 
 def test_losses_with_settings_are_not_named_without_them() -> None:
     weights = torch.tensor([1.0, 2.0, 3.0])
-    losses: list[tuple[nn.Module, str]] = [
+    losses: list[tuple[Any, str]] = [
         (nn.CrossEntropyLoss(weight=weights), r"Use lk\.likelihoods\.Categorical\(class_weights=loss\.weight\)"),
         (nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=0), r"\(label_smoothing=0\.1, ignore_index=0\)"),
         (nn.NLLLoss(weights), r"Categorical\(class_weights=loss\.weight\)"),
         (nn.BCEWithLogitsLoss(pos_weight=weights), r"FromLoss\(lambda z, y: F\.binary.*pos_weight=loss\.pos_weight"),
         (nn.CrossEntropyLoss(), "Did you mean 'categorical'"),
         (nn.BCEWithLogitsLoss(), "Did you mean 'bernoulli'"),
+        (nn.BCELoss(), "outputs are logits: leave the sigmoid out"),
+        (nn.GaussianNLLLoss(), r"a mean and a log-variance: torch\.cat"),
+        (nn.PoissonNLLLoss(log_input=False), "outputs are log rates"),
+        (nn.PoissonNLLLoss(), "Did you mean 'poisson'"),
+        (nn.functional.mse_loss, "Did you mean 'gaussian'"),
+        (nn.functional.binary_cross_entropy_with_logits, "Did you mean 'bernoulli'"),
+        ("nll", "Did you mean 'categorical'"),
+        (nn.HuberLoss(), r"FromLoss\(f\), where f\(outputs, targets\) is the loss of every example"),
+        (nn.CTCLoss, r"FromLoss\(f\)"),
+        (lambda z, y: (z - y).abs().sum(), r"FromLoss\(f\)"),
+        (lk.likelihoods.Gaussian, "Did you mean 'gaussian'"),
     ]
     for loss, message in losses:
         with pytest.raises(lk.errors.UnknownName, match=message):
-            lk.LaplacePosterior(net(), loss)  # type: ignore[arg-type]
+            lk.LaplacePosterior(net(), loss)
 
 
 def test_generators_that_are_seeds() -> None:

@@ -258,9 +258,55 @@ def test_parameters_without_a_derivative_are_no_unused_ones() -> None:
 
     ways = (under_no_grad, as_numbers, in_numpy, cut_off)
     of_every(case, [(how, name, unused) for how in ways for name in calls for unused in ("error", "prior")])
+    half = lk.LaplacePosterior(Joined(under_no_grad).eval().bfloat16(), "categorical", unused="prior")
+    with pytest.raises(lk.errors.UnsupportedLayer, match="hang on parameter"):
+        half.fit([(x.bfloat16(), y)])
     body = ["head.*"]  # the line of the message
     posterior = lk.LaplacePosterior(Joined(under_no_grad), "categorical", parameters=body).fit([(x, y)])
     assert list(posterior.mean) == ["head.weight", "head.bias"]
+
+
+def test_stacked_modules_have_no_derivative() -> None:
+    """``torch.func.stack_module_state`` detaches, and wants one ``requires_grad`` for all."""
+
+    class Ensemble(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.members = nn.ModuleList([nn.Linear(3, 3) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            values, _ = torch.func.stack_module_state(list(self.members))
+            member = lambda one: torch.func.functional_call(self.members[0], one, (x,))  # noqa: E731
+            return torch.vmap(member)(values).mean(0)
+
+    with pytest.raises(
+        lk.errors.UnsupportedLayer, match=r"hang on parameter 'weight' of module 'members\.0', but have"
+    ):
+        lk.LaplacePosterior(Ensemble(), "categorical").fit(torch.randn(5, 3, generator=rng()), torch.arange(5) % 3)
+
+
+def test_parameters_without_entries_are_left_out() -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.rest = nn.Linear(3, 3), nn.utils.skip_init(nn.Linear, 0, 3)
+            self.prompt, self.spare = nn.Parameter(torch.empty(1, 0, 3)), nn.Parameter(torch.empty(0))
+            nn.init.zeros_(self.rest.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = torch.cat([self.prompt.expand(len(x), -1, -1), x[:, None]], 1)
+            return self.layer(tokens).sum(1) + self.rest(x[:, :0])
+
+    model, x, y = Prompted().double(), torch.randn(5, 3, generator=rng()).double(), torch.arange(5) % 3
+    wanted = oracles.dense_ggn(model, x, y, oracles.categorical_nll)
+    for structure in ("full", "diag", "kron"):
+        posterior = lk.LaplacePosterior(model, "categorical", structure=structure).fit(x, y)
+        assert list(posterior.mean) == ["layer.weight", "layer.bias", "rest.bias"]
+        if structure == "full":
+            torch.testing.assert_close(posterior.precision.dense(), 5 * wanted + torch.eye(15).double())
+    assert posterior.predict(x, method="mc", samples=2, space="activations").probs.shape == (5, 3)
+    lk.optim.kfac(model, "categorical").step(x, y)
+    assert list(lk.LaplacePosterior(model, "categorical", parameters="last_layer").fit(x, y).mean) == ["rest.bias"]
 
 
 def test_derivatives_that_are_zero_are_zero() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 
 from laplace_kf import weighting
 from laplace_kf.attribution.values import Value, columns_of, spread
@@ -22,6 +21,7 @@ from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.predictive.covariance_shares import Piece
 from laplace_kf.reading import paired
 from laplace_kf.replica import stage
+from laplace_kf.shards import random_order
 from laplace_kf.substitution import reached, substituted
 from laplace_kf.tape import Observation, Tracer
 from laplace_kf.tape.chance import require_a_function
@@ -157,15 +157,10 @@ def batches_of(data: Any, posterior: LaplacePosterior, what: str) -> Iterable[An
         IncompatiblePair: for a loader that shuffles: row i would not be example i.
         ShapeMismatch: for data that ``fit`` would not take.
     """
-    if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler) and _samples(data):
+    if (sampler := random_order(data)) is not None:
         raise IncompatiblePair(
-            f"the {what} loader draws its examples in a random order ({type(data.sampler).__name__}), so that no "
+            f"the {what} loader draws its examples in a random order ({sampler}), so that no "
             "score could be told to its example; give one in order: "
             "torch.utils.data.DataLoader(loader.dataset, batch_size=256)"
         )
     return weighting.batches(paired(data, None), posterior.weights, posterior.model)
-
-
-def _samples(loader: Any) -> bool:
-    """Whether the order comes from the loader's own random sampler (a sampler of the user's is trusted)."""
-    return type(loader.sampler).__module__.startswith("torch.")

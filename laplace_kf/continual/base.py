@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.errors import IncompatiblePair, InvalidArgument
+from laplace_kf.errors import IncompatiblePair, InvalidArgument, ShapeMismatch
 from laplace_kf.likelihoods import Likelihood, get_likelihood
 from laplace_kf.models import usable
 from laplace_kf.posterior import LaplacePosterior
@@ -23,7 +23,7 @@ from laplace_kf.structures import Structure
 from laplace_kf.tape import select
 from laplace_kf.tape.blocks import flat_layout
 
-__all__ = ["AGAIN", "GIVEN", "Learner", "Loader", "require_data"]
+__all__ = ["AGAIN", "GIVEN", "Learner", "Loader", "require_again", "require_data"]
 
 Loader = Iterable[Any] | tuple[Any, Tensor]
 
@@ -36,6 +36,21 @@ def require_data(known: int, tasks: int, advice: str) -> None:
     """
     if known != tasks:
         raise IncompatiblePair(advice.format(known=known, tasks=tasks))
+
+
+def require_again(*loaders: Loader) -> None:
+    """For methods that go over the data of every task more than once.
+
+    Raises:
+        ShapeMismatch: for data that can be gone through only once.
+    """
+    for loader in loaders:
+        if isinstance(loader, Iterator):
+            raise ShapeMismatch(
+                f"the data of each task are needed again, but a {type(loader).__name__} can be gone through only once: "
+                "pass a DataLoader, a list of batches or a pair of tensors (a generator can be made into a list: "
+                "list(batches))"
+            )
 
 
 AGAIN = (
@@ -267,7 +282,7 @@ class Learner(ABC):
         named = by_parameter(self.prior_precision, flat_layout(weights, list(weights)))
         terms = []
         for name, weight in weights.items():
-            shift = weight if centres is None else weight - centres[name]
+            shift = weight if centres is None or name not in centres else weight - centres[name]
             value: Any = named[name] if named is not None else self.prior_precision
             terms.append(value * shift.square().sum() / 2)
         return torch.stack(terms).sum()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.batches import Forward
-from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_data
+from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_again, require_data
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.posterior import LaplacePosterior
 from laplace_kf.posterior.implicit import ImplicitPenalty
@@ -96,6 +96,7 @@ class NonOnlineLaplace(_Chained):
         self.seen: list[tuple[Loader, Forward | None]] = []
 
     def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
+        require_again(loader)
         seen = [*self.seen, (loader, forward)]
         generator, path = fitting["generator"], fitting["checkpoint"]
         before = None if generator is None or path is None else generator.get_state()
@@ -118,6 +119,7 @@ class NonOnlineLaplace(_Chained):
             IncompatiblePair: if their number is not that of the finished tasks.
         """
         require_data(len(loaders), self.tasks, GIVEN)
+        require_again(*loaders)
         own = list(forwards) if forwards is not None else [self.forward] * len(loaders)
         self.seen = list(zip(loaders, own, strict=True))
 

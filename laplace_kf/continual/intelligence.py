@@ -13,7 +13,9 @@ from laplace_kf.continual.base import Learner, Loader
 from laplace_kf.continual.gradients import TaskGradients
 from laplace_kf.errors import IncompatiblePair, ShapeMismatch, UnknownName
 from laplace_kf.likelihoods import Likelihood
+from laplace_kf.models import parameters_of
 from laplace_kf.posterior.prior import PriorPrecision, positive
+from laplace_kf.posterior.surroundings import Ties
 from laplace_kf.registry import Registry
 from laplace_kf.structures import STRUCTURES, Structure
 
@@ -33,8 +35,10 @@ def _each(anchors: Anchors, importance: Weights, centre: Weights) -> Anchors:
 @CENTRES.register("last")
 def _last(anchors: Anchors, importance: Weights, centre: Weights) -> Anchors:
     """One centre, the latest, for the sum of all importances (the original method)."""
-    total = {n: torch.stack([value, *(omega[n] for omega, _ in anchors)]).sum(0) for n, value in importance.items()}
-    return [(total, centre)]
+    every = [*(omega for omega, _ in anchors), importance]
+    names = dict.fromkeys(name for omega in every for name in omega)  # some may have been frozen at times
+    total = {n: torch.stack([omega[n] for omega in every if n in omega]).sum(0) for n in names}
+    return [(total, {**(anchors[0][1] if anchors else {}), **centre})]
 
 
 class SynapticIntelligence(Learner):
@@ -89,11 +93,26 @@ class SynapticIntelligence(Learner):
         self.centres = centres
         self.anchors: Anchors = []
         self._prior_centre: Weights | None = None
+        self._start: Weights = {}
+        self._ties = Ties({})
         self._gradients = TaskGradients(self._weights())
         self._begin()
 
+    def _weights(self) -> dict[str, Tensor]:
+        """The selected parameters by name.
+
+        Raises:
+            ShapeMismatch: if a layer was replaced by one of another size, or weights are no longer tied.
+        """
+        weights = super()._weights()
+        known = [name for name in weights if name in self._start]
+        parameters_of(self.model, known, [tuple(self._start[name].shape) for name in known], "the learner")
+        self._ties.require(self.model)
+        return weights
+
     def _begin(self) -> None:
         """The start of a task."""
+        self._ties = Ties.of(self.model, self._names(), "the task began")
         self._gradients.begin(self._weights())
         self._start = dict(self._gradients.before)
         self._path = {name: torch.zeros_like(weight) for name, weight in self._start.items()}
@@ -103,15 +122,16 @@ class SynapticIntelligence(Learner):
         weights = self._gradients.views()
         total = self._pull(self._prior_centre, weights)
         for omega, centre in self.anchors:
-            terms = [(omega[n] * (weight - centre[n]).square()).sum() / 2 for n, weight in weights.items()]
-            total = total + torch.stack(terms).sum()
+            known = [name for name in weights if name in omega]  # others were frozen then, or not there
+            terms = [(omega[n] * (weights[n] - centre[n]).square()).sum() / 2 for n in known]
+            total = total + sum(terms[1:], terms[0]) if terms else total
         return total
 
     @torch.no_grad()
     def _precondition(self, rate: float) -> None:
         self._gradients.check()
         for name, weight in self._weights().items():
-            stiffness = [omega[name] for omega, _ in self.anchors]
+            stiffness = [omega[name] for omega, _ in self.anchors if name in omega]
             if weight.grad is not None and stiffness:
                 weight.grad /= 1 + rate * torch.stack(stiffness).sum(0)
 

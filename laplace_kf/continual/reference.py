@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from laplace_kf.batches import Forward, as_batches
-from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_data
+from laplace_kf.continual.base import AGAIN, GIVEN, Learner, Loader, require_again, require_data
+from laplace_kf.errors import ShapeMismatch
 
 __all__ = ["FineTuning", "JointTraining"]
 
@@ -39,8 +40,10 @@ class JointTraining(FineTuning):
 
         Raises:
             IncompatiblePair: after :meth:`load_state_dict` without :meth:`revisit`.
+            ShapeMismatch: for data that can be gone through only once.
         """
         require_data(len(self.seen), self.tasks, AGAIN)
+        require_again(loader)
         return _Joined([*self.seen, loader])
 
     def revisit(self, loaders: Sequence[Loader]) -> None:
@@ -50,9 +53,11 @@ class JointTraining(FineTuning):
             IncompatiblePair: if their number is not that of the finished tasks.
         """
         require_data(len(loaders), self.tasks, GIVEN)
+        require_again(*loaders)
         self.seen = list(loaders)
 
     def _after_task(self, loader: Loader, forward: Forward | None, fitting: Mapping[str, Any]) -> None:
+        require_again(loader)
         self.seen.append(loader)
 
     def _finished_heads(self) -> dict[str, torch.Tensor]:
@@ -66,5 +71,13 @@ class _Joined:
         self.loaders = list(loaders)
 
     def __iter__(self) -> Iterator[Any]:
-        for loader in self.loaders:
-            yield from as_batches(loader)
+        for k, loader in enumerate(self.loaders):
+            empty = True
+            for batch in as_batches(loader):
+                empty = False
+                yield batch
+            if empty:
+                raise ShapeMismatch(
+                    f"the data of task {k + 1} of {len(self.loaders)} brought no batch (any more): its loader has to "
+                    "begin anew each time it is gone through"
+                )

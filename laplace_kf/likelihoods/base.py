@@ -63,7 +63,8 @@ class Likelihood(Predicting, Noise):
         psd: True if that Hessian is never indefinite, for whatever outputs and targets (methods 3).
         has_logits: True if outputs divided by a temperature are less certain predictions of the same classes.
         inverse_links: functions that outputs must not have gone through, by their name in autograd: each one's own
-            name, what undoes it, and what outputs are.
+            name, what undoes it (a method, or an expression with "{}" for the outputs), and what outputs are.
+        linked_range, linked_last, linked_sum: of what they give: its range; if only a last column is; if its sum is 1.
         needs_targets: True if ``hessian_root`` and friends (may) need the targets.
         ignore_index: see above.
     """

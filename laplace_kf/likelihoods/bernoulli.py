@@ -38,7 +38,10 @@ class Bernoulli(ElementwiseLikelihood):
     """
 
     has_logits: ClassVar[bool] = True
-    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {"SigmoidBackward0": ("sigmoid", "logit", "logits")}
+    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {
+        f"{name}Backward0": (name.lower(), "logit", "logits") for name in ("Sigmoid", "Softmax")
+    }
+    linked_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def _check_values(self, y: Tensor) -> None:
         refuse_values("Bernoulli", y, (y < 0) | (y > 1), f"[0, 1] (ignore_index={self.ignore_index})")

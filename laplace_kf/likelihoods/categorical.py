@@ -138,6 +138,8 @@ class Categorical(Likelihood):
 
     has_logits: ClassVar[bool] = True
     inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {"SoftmaxBackward0": ("softmax", "log", "logits")}
+    linked_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    linked_sum: ClassVar[bool] = True
     simplex_targets: ClassVar[bool] = True
 
     def __init__(

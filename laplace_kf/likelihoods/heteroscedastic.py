@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -22,6 +22,8 @@ from laplace_kf.outputs.layout import from_positions, to_positions
 
 __all__ = ["HeteroscedasticGaussian"]
 
+_LOG_OF_LAST = "(lambda z: torch.cat([z[:, :1], z[:, 1:].log()], 1))({})"
+
 
 @LIKELIHOODS.register("heteroscedastic_gaussian")
 @explained
@@ -38,6 +40,10 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
             target.
     """
 
+    inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {
+        f"{name}Backward0": (name.lower(), _LOG_OF_LAST, "a mean and a log-variance") for name in ("Exp", "Softplus")
+    }
+    linked_last: ClassVar[bool] = True
     nan_is_missing: ClassVar[bool] = True
     _channels: ClassVar[int | None] = 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -28,6 +29,9 @@ class Predicting(Reading):
 
     has_logits: ClassVar[bool] = False
     inverse_links: ClassVar[Mapping[str, tuple[str, str, str]]] = {}
+    linked_range: ClassVar[tuple[float, float]] = (0.0, math.inf)
+    linked_last: ClassVar[bool] = False
+    linked_sum: ClassVar[bool] = False
 
     @property
     def has_temperature(self) -> bool:

@@ -23,7 +23,7 @@ from laplace_kf.errors import ShapeMismatch
 from laplace_kf.likelihoods import Likelihood
 from laplace_kf.linalg import all_finite
 from laplace_kf.optim.peers import Alone
-from laplace_kf.outputs.derivatives import one_jacobian
+from laplace_kf.outputs.derivatives import one_jacobian, pushed_twice
 from laplace_kf.sequences import read
 from laplace_kf.substitution import substituted
 from laplace_kf.tape import Observation
@@ -279,22 +279,8 @@ class Objective:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             leaves = {name: named[name].detach().requires_grad_() for name in names}
             values, targets = self.with_hidden(batch, leaves)
-            seeds = [torch.zeros_like(value, requires_grad=True) for value in values]
-            pulled = torch.autograd.grad(values, list(leaves.values()), seeds, create_graph=True, allow_unused=True)
-            pushed: list[list[Tensor]] = []
-            for k in range(_count(directions)):
-                used = [
-                    (p, directions[n][k].to(p))
-                    for n, p in zip(names, pulled, strict=True)
-                    if p is not None and p.requires_grad
-                ]
-                if not used:
-                    pushed.append([torch.zeros_like(value) for value in values])
-                    continue
-                tangents = torch.autograd.grad(
-                    [p for p, _ in used], seeds, [d for _, d in used], retain_graph=True, materialize_grads=True
-                )
-                pushed.append(list(tangents))
+            along = [[directions[n][k] for n in names] for k in range(_count(directions))]
+            pushed = pushed_twice(values, list(leaves.values()), along)
         return [value.detach() for value in values], targets, pushed
 
 

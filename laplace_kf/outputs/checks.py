@@ -11,7 +11,9 @@ from torch import Tensor
 from laplace_kf.errors import InvalidTarget, NonFinite, ShapeMismatch
 
 __all__ = [
+    "COARSE",
     "NonFiniteTarget",
+    "allowed",
     "known_false",
     "known_finite",
     "known_true",
@@ -22,16 +24,26 @@ __all__ = [
     "same_outputs",
 ]
 
+COARSE = 1e-4  # relative roundings above it are those of half precision
+
 
 class NonFiniteTarget(NonFinite, ValueError):
     """NaN or infinity among the targets: both a :class:`~laplace_kf.errors.NonFinite` and a ``ValueError``."""
 
 
+def allowed(rounding: float) -> float:
+    """The relative difference that rounding may make of numbers that should agree, given that of their type.
+
+    Half of the digits; those of bfloat16 would let anything agree, so that of half precision it is a few roundings.
+    """
+    return 10 * rounding**0.5 if rounding < COARSE else 16 * rounding
+
+
 def same_outputs(found: Tensor, wanted: Tensor) -> bool:
-    """Whether a forward pass gave again the outputs ``(N, ...)`` of another one, up to rounding: half the digits."""
+    """Whether a forward pass gave again the outputs ``(N, ...)`` of another one, up to rounding (:func:`allowed`)."""
     if found.shape != wanted.shape:
         return False
-    gap = 10 * torch.finfo(wanted.dtype).eps ** 0.5 * wanted.abs().max() if wanted.numel() else 0.0
+    gap = allowed(torch.finfo(wanted.dtype).eps) * wanted.abs().max() if wanted.numel() else 0.0
     return not wanted.numel() or bool((found - wanted).abs().max() <= gap)
 
 

@@ -96,11 +96,10 @@ class Answers(Jobs, Shorthands):
 
         Raises:
             NotFitted: before ``fit``.
-            ShapeMismatch: if the model no longer has the posterior's parameters: a layer was replaced or removed.
+            ShapeMismatch: if the model no longer has the posterior's parameters, or at other places: a layer was
+                replaced or removed, or weights were tied or untied.
         """
-        fitted = self._fitted(what)
-        fitted.parameters()
-        return fitted
+        return self._in_place(self._fitted(what))
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -281,7 +280,7 @@ class Answers(Jobs, Shorthands):
         Its gradient ``Λ (θ−μ)`` is the product that gives its value: two matrix products for each layer and Kronecker
         term, and nothing is decomposed. With λ or a noise scale that requires a gradient, it is differentiable in them.
         """
-        return self._fitted("penalty").penalty(self.n_data, self._prior)
+        return self._in_model("penalty").penalty(self.n_data, self._prior)
 
     @lasting()
     def precondition_gradients(self, rate: float) -> None:

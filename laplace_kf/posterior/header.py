@@ -45,6 +45,7 @@ def packed(posterior: Answers, fitted: Fitted) -> tuple[dict[str, Tensor], dict[
         "dtype": None if posterior.dtype is None else str(posterior.dtype).removeprefix("torch."),
         "unused": posterior.unused,
         "surroundings": posterior._around.to_json(),
+        "ties": posterior._around.ties.names,
     }
     tensors, described = store.packed_fitted(fitted)
     if posterior._calibration is not None:

@@ -39,6 +39,12 @@ class Jobs(ABC):
     def _fitted(self, what: str) -> Fitted:
         """What ``fit`` found."""
 
+    def _in_place(self, fitted: Fitted) -> Fitted:
+        """What ``fit`` found, after a look at the model: it has to have the parameters, where it had them."""
+        fitted.parameters()
+        self._around.ties.require(self.model)
+        return fitted
+
     def _as_fitted(self, what: str) -> Fitted:
         """The same, for what runs the model: warns where it is not the network of the fit any more."""
         fitted = self._fitted(what)

@@ -703,7 +703,8 @@ class LaplacePosterior(Answers):
         found = header_of.unpacked(tensors, header, posterior)
         posterior._chain = found.chain
         posterior._accept(found, header["n_data"])
-        posterior._around = Surroundings.from_json(header.get("surroundings"), found.layout.names)
+        posterior._around = Surroundings.from_json(header.get("surroundings"), found.layout.names, header.get("ties"))
+        posterior._around.ties.require(model)
         posterior._n_data = positive("n_data", header["n_data"])
         posterior.method, posterior.temperature = header.get("method") or AUTO, header.get("temperature")
         posterior._calibration = Calibration.unpacked(tensors, header.get("calibration"))

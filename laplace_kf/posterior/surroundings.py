@@ -2,7 +2,8 @@
 
 A posterior keeps the mean of its own parameters. Those that it leaves out (a backbone, frozen ones) and the buffers
 (running statistics) are the model's: where somebody trains on, or loads another state, predictions would be those of a
-network that is half the one and half the other.
+network that is half the one and half the other. So they would be where a weight of the posterior stood at several
+places of the network (tied) and does not any more, or the other way round: then only some of them get its draws.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from laplace_kf.callers import warn_user
+from laplace_kf.errors import ShapeMismatch
 from laplace_kf.models import named_parameters
 from laplace_kf.posterior.conduct import Conduct
 
-__all__ = ["Surroundings"]
+__all__ = ["Surroundings", "Ties"]
 
 KEPT = 2**16  # entries of a tensor of which a copy is kept, to be compared at every call: of larger ones every k-th
 ROUNDING = 1e-9  # of sums in float64 on another device or with other threads
@@ -98,17 +100,62 @@ def _tensors(model: nn.Module, held: Collection[str]) -> Iterator[tuple[str, str
     yield from (("buffer", n, b) for n, b in model.named_buffers() if b.is_floating_point())
 
 
+def _stands_at(model: nn.Module, name: str) -> Tensor | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+class Ties:
+    """The further places of a model at which parameters stand whose values are kept under one name.
+
+    Args:
+        names: by further name, the one under which it is kept.
+        since: when it was so, for the message.
+    """
+
+    def __init__(self, names: Mapping[str, str], since: str = "the posterior was fitted") -> None:
+        self.names, self.since = dict(names), since
+
+    @classmethod
+    def of(cls, model: nn.Module, held: Collection[str], since: str = "the posterior was fitted") -> Ties:
+        """Those of the parameters that are held."""
+        first: dict[int, str] = {}
+        every = model.named_parameters(remove_duplicate=False)
+        return cls({n: name for n, p in every if (name := first.setdefault(id(p), n)) != n and name in held}, since)
+
+    def require(self, model: nn.Module) -> None:
+        """Refuses a model that has other tensors at those places.
+
+        Raises:
+            ShapeMismatch: names the two places, and the line that ties them again.
+        """
+        for other, name in self.names.items():
+            if _stands_at(model, other) is not _stands_at(model, name):
+                (path, _, last), (place, _, end) = name.rpartition("."), other.rpartition(".")
+                raise ShapeMismatch(
+                    f"parameters {name!r} and {other!r} were one tensor when {self.since}, and are two now "
+                    "(load_state_dict(assign=True) unties, and so does a layer that is replaced): only one of them "
+                    f"would be reached. Tie them again, model.get_submodule({place!r}).{end} = "
+                    f"model.get_submodule({path!r}).{last}, or begin anew with the model as it is"
+                )
+
+
 class Surroundings:
     """Left-out parameters and floating buffers of a model, by name, and how its modules are set.
 
     Args:
         parts: as they were.
         held: names of the parameters that the posterior holds itself.
+        ties: where those stand at several places.
         conduct: how its modules were set, where that is known.
     """
 
-    def __init__(self, parts: Mapping[str, _Part], held: Collection[str], conduct: Conduct | None = None) -> None:
-        self.parts, self.held = dict(parts), frozenset(held)
+    def __init__(
+        self, parts: Mapping[str, _Part], held: Collection[str], ties: Ties, conduct: Conduct | None = None
+    ) -> None:
+        self.parts, self.held, self.ties = dict(parts), frozenset(held), ties
         self.conduct = conduct or Conduct()
         self.told = False
 
@@ -116,16 +163,36 @@ class Surroundings:
     def of(cls, model: nn.Module, held: Collection[str]) -> Surroundings:
         """Those of a model as it is now."""
         plain = ((n, t) for _, n, t in _tensors(model, held) if t.is_floating_point() and not t.is_meta)
-        return cls({name: _Part.of(tensor) for name, tensor in plain}, held, Conduct.of(model))
+        parts = {name: _Part.of(tensor) for name, tensor in plain}
+        return cls(parts, held, Ties.of(model, held), Conduct.of(model))
+
+    def _refuse_tied(self, model: nn.Module, there: Collection[str]) -> None:
+        """Raises where a left-out parameter, not among those that are ``there``, is one of the posterior's now."""
+        for name in self.parts:
+            if name not in there and (found := _stands_at(model, name)) is not None:
+                held = (n for n in self.held if _stands_at(model, n) is found)
+                if (same := next(held, None)) is not None:
+                    raise ShapeMismatch(
+                        f"parameters {same!r} and {name!r} are one tensor, and were two when the posterior was fitted, "
+                        f"which keeps {same!r} only: draws would reach both. Untie them, or fit again, "
+                        "posterior.fit(train_loader)"
+                    )
 
     def warn(self, model: nn.Module) -> None:
-        """Warns, once, where the model has something else now."""
-        if self.told or not self.parts:
+        """Warns, once, where the model has something else now.
+
+        Raises:
+            ShapeMismatch: where weights of the posterior are at other places of the model now.
+        """
+        self.ties.require(model)
+        if not self.parts:
+            return
+        now = list(_tensors(model, self.held))
+        self._refuse_tied(model, {name for _, name, _ in now})
+        if self.told:
             return
         changed = [
-            (kind, name)
-            for kind, name, tensor in _tensors(model, self.held)
-            if name in self.parts and not self.parts[name].stands(tensor)
+            (kind, name) for kind, name, tensor in now if name in self.parts and not self.parts[name].stands(tensor)
         ]
         if not changed:
             return
@@ -146,6 +213,8 @@ class Surroundings:
         return {name: [part.dtype, part.shape, part.sums] for name, part in self.parts.items()}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any] | None, held: Collection[str]) -> Surroundings:
+    def from_json(
+        cls, values: Mapping[str, Any] | None, held: Collection[str], ties: Mapping[str, str] | None
+    ) -> Surroundings:
         """The inverse of :meth:`to_json`; of files that say nothing of it, nothing is known."""
-        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held)
+        return cls({name: _Part(*each) for name, each in (values or {}).items()}, held, Ties(ties or {}))

@@ -16,7 +16,7 @@ from laplace_kf.batches import run
 from laplace_kf.errors import LaplaceKFError
 from laplace_kf.models import preserved
 from laplace_kf.operators import Blockwise, standard_normal
-from laplace_kf.outputs.derivatives import one_jacobian
+from laplace_kf.outputs.derivatives import one_jacobian, pushed_twice
 from laplace_kf.outputs.spread import covariance_root
 from laplace_kf.predictive.calls import over_draws
 from laplace_kf.predictive.draws import draw_seeds
@@ -99,16 +99,8 @@ def _two_backward(network: Linearization, mean: Weights) -> Callable[[Weights], 
         with torch.enable_grad():
             leaves = {name: value.clone().requires_grad_() for name, value in mean.items()}
             outputs = _at(network, leaves)
-            u = torch.zeros_like(outputs, requires_grad=True)
-            rows = torch.autograd.grad(outputs, list(leaves.values()), u, create_graph=True, allow_unused=True)
-            parts = [
-                (row * noise[name]).sum()
-                for name, row in zip(leaves, rows, strict=True)
-                if row is not None and row.requires_grad
-            ]
-            if not parts:
-                return torch.zeros_like(outputs).detach()
-            return torch.autograd.grad(torch.stack(parts).sum(), u)[0].detach()
+            ((found,),) = pushed_twice([outputs], list(leaves.values()), [[noise[name] for name in leaves]])
+            return found
 
     return product
 

@@ -23,6 +23,7 @@ from laplace_kf.likelihoods import Likelihood, to_positions
 from laplace_kf.models import evaluating, parameters_of, preserved
 from laplace_kf.operators import Blockwise, Spectral
 from laplace_kf.outputs.checks import same_outputs
+from laplace_kf.outputs.derivatives import require_twice
 from laplace_kf.outputs.layout import from_positions
 from laplace_kf.outputs.spread import Spread
 from laplace_kf.predictive.covariance_shares import Piece, joint_of, like_of, shares_of
@@ -314,6 +315,7 @@ class Linearization:
     def _jacobian(self, precision: Blockwise) -> Tensor:
         """``J (N, C', P)`` with a graph to the inputs, one backward pass a row."""
         like, flat = like_of(precision), self.outputs.flatten(1)
+        require_twice([self.outputs], list(self._leaves.values()))
         rows = []
         for output in flat.reshape(-1):
             found = torch.autograd.grad(output, list(self._leaves.values()), create_graph=True, allow_unused=True)

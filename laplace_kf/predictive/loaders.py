@@ -11,11 +11,13 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from laplace_kf.batches import Forward, as_batches, inputs_of
+from laplace_kf.callers import warn_user
 from laplace_kf.errors import ShapeMismatch
 from laplace_kf.graphs import is_graph
 from laplace_kf.operators import fresh_generator
 from laplace_kf.randomness import same_random_states
 from laplace_kf.registry import AUTO
+from laplace_kf.shards import random_order
 
 ACTIVATIONS = "activations"  # the space in which every batch draws for itself
 
@@ -72,6 +74,13 @@ def batch_after_batch(
         ShapeMismatch: for an empty loader, batches that have to be told apart by ``inputs=``, or outputs of several
             shapes.
     """
+    sampler = random_order(loader)
+    if sampler is not None:
+        warn_user(
+            f"the loader reads its examples in a random order ({sampler}), and the rows of the answer are in that one: "
+            "row i is not example i of the data set. Give a loader in order, "
+            "torch.utils.data.DataLoader(loader.dataset, batch_size=256)"
+        )
     generator = generator if generator is not None else fresh_generator()
     state = generator.get_state()
     parts = []

@@ -168,13 +168,14 @@ class FirstPass:
 
 
 def _moved(model: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
-    """These parameters with other numbers."""
+    """These parameters with other numbers; they want gradients as before, which a forward pass may look at."""
     generator = torch.Generator().manual_seed(1)
     moved = {}
     for name, p in model.named_parameters():
         if name in names and p.is_floating_point() and _held(p):
             noise = torch.randn(p.shape, generator=generator).to(p)
-            moved[name] = p.detach() + 0.3 * (p.detach().abs().mean() + 0.1) * noise
+            other = p.detach() + 0.3 * (p.detach().abs().mean() + 0.1) * noise
+            moved[name] = other.requires_grad_(p.requires_grad)
     return moved
 
 

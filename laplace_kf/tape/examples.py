@@ -82,10 +82,11 @@ class ExampleGradients:
                 gradients, alone = self._vectorised(batch, count, names, columns)
                 if not _agree(alone, outputs):
                     return None if self.vmap_works else self._one_by_one(batch, outputs, names, columns)
-                if self.vmap_works is None:  # batching rules can be missing or wrong: check one example by hand
+                if self.vmap_works is None:  # batching rules can be missing or wrong, for some examples only
                     by_hand = self._one(batch, count, 0, names, columns[:, 0])[0]
-                    scale = by_hand.abs().max().clamp_min(torch.finfo(by_hand.dtype).tiny)
-                    self.vmap_works = bool(((gradients[:, 0] - by_hand).abs().max() <= 1e-2 * scale).item())
+                    self.vmap_works = _near(gradients[:, 0], by_hand, by_hand.abs().max()) and self._add_up(
+                        batch, gradients, names, columns
+                    )
                 if self.vmap_works:
                     return gradients
             except (RuntimeError, ValueError, TypeError):
@@ -101,6 +102,20 @@ class ExampleGradients:
                 return None
             rows.append(row)
         return torch.stack(rows, 1)
+
+    def _add_up(self, batch: Any, gradients: Tensor, names: Sequence[str], columns: Tensor) -> bool:
+        """Whether gradients ``(V, N, Σ sizes)`` are those of one ordinary pass, added up with signs of their own."""
+        signs = torch.empty(columns.shape[:2]).bernoulli_(generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1)
+        signs = signs.to(columns)
+        column = torch.einsum("vn,vn...->n...", signs, columns)
+        with torch.enable_grad():
+            outputs = run(self.model, batch, self.forward)[0]
+        parameters = [self.named[name] for name in names]
+        grads = torch.autograd.grad(outputs, parameters, column, allow_unused=True)
+        parts = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, grads, strict=True)]
+        ordinary = torch.cat([part.reshape(-1) for part in parts])
+        added = torch.einsum("vn,vnp->p", signs.to(gradients), gradients)
+        return _near(added, ordinary, gradients.abs().max(), columns[..., 0].numel())
 
     def _cut(self, batch: Any, count: int, change: Callable[[Tensor], Tensor], shared: set[int]) -> Any:
         """The batch with ``change`` applied to every tensor that has a row for each of ``count`` examples."""
@@ -148,13 +163,17 @@ class ExampleGradients:
         values = {name: self.named[name].detach() for name in names}
         leaves = enumerate(tensors_of(batch))
         sliced = [t for k, t in leaves if t.dim() and t.shape[0] == count and k not in self._shared]
+        others: dict[str, Tensor] = {}
+        if not torch.is_grad_enabled():  # they are, below: nothing is to get a graph for all that
+            others = {name: p.detach() for name, p in self.named.items() if p.requires_grad and name not in values}
+            sliced, columns = [t.detach() for t in sliced], columns.detach()
 
         def single(parts: list[Tensor], column: Tensor) -> tuple[Tensor, Tensor]:
             queue = iter(parts)
             example = self._cut(batch, count, lambda _: next(queue).unsqueeze(0), self._shared)
 
             def outputs(parameters: dict[str, Tensor]) -> Tensor:
-                return as_tensor(substituted(self.model, parameters, call)[0])[0]
+                return as_tensor(substituted(self.model, {**others, **parameters}, call)[0])[0]
 
             def call() -> Any:
                 return run(self.model, example, self.forward)
@@ -170,10 +189,21 @@ class ExampleGradients:
 
         size = sum(self.named[name].numel() for name in names)
         chunk = max(1, 2**26 // max(1, size * columns.shape[0]))
-        with warnings.catch_warnings():  # an operation without a batching rule is slower, not wrong
+        # with gradients on: under vmap, torch's derivative of linalg.solve is wrong where it could not keep its factors
+        with (
+            warnings.catch_warnings(),
+            torch.enable_grad(),
+        ):  # an operation without a batching rule is slower, not wrong
             warnings.filterwarnings("ignore", message=".*batching rule.*", category=UserWarning)
             stacked, alone = torch.func.vmap(single, in_dims=(0, 1), chunk_size=chunk)(sliced, columns)
         return stacked.transpose(0, 1), alone
+
+
+def _near(found: Tensor, wanted: Tensor, scale: Tensor, count: int = 1) -> bool:
+    """Whether gradients of one shape agree, of which ``count`` of at most ``scale`` (0-dim) were added up."""
+    info = torch.finfo(found.dtype)
+    tolerance = 1e-2 + 8 * info.eps * count**0.5
+    return bool((found - wanted).abs().max() <= tolerance * scale.clamp_min(info.tiny))
 
 
 def _agree(alone: Tensor, outputs: Tensor) -> bool:

@@ -54,7 +54,7 @@ def select(
     named: Mapping[str, Tensor] | None = None,
     frozen: Collection[str] = (),
 ) -> list[str]:
-    """Names of the selected trainable parameters, in ``model.named_parameters()`` order.
+    """Names of the selected trainable parameters, in ``model.named_parameters()`` order; of those that have entries.
 
     Args:
         model: the module.
@@ -68,7 +68,8 @@ def select(
         UnsupportedLayer: if no selected parameter requires a gradient.
     """
     named = named_parameters(model) if named is None else named
-    trainable = [name for name, p in named.items() if p.requires_grad or name in frozen]
+    empty = {name for name, p in named.items() if not p.numel()}  # the weight of Linear(0, 3)
+    trainable = [name for name, p in named.items() if (p.requires_grad or name in frozen) and name not in empty]
     if not named:
         raise UnsupportedLayer(
             f"{type(model).__name__} has no parameters; there is nothing that a posterior could be over, give a "
@@ -85,7 +86,9 @@ def select(
         if parameters == "last_layer":
             if not order:
                 raise UnsupportedLayer("no parameter took part in the forward pass, so there is no last layer")
-            last = owner(order[-1])
+            last = owner(
+                next((name for name in reversed(order) if name not in named or named[name].numel()), order[-1])
+            )
             chosen = [name for name in trainable if owner(name) == last]
             if not chosen:
                 raise UnsupportedLayer(
@@ -116,7 +119,7 @@ def select(
     chosen = [name for name in trainable if name in matched]
     if not chosen:
         raise UnsupportedLayer(
-            f"the parameters matched by {list(parameters)} are all frozen: {sorted(matched)}; "
+            f"the parameters matched by {list(parameters)} are all frozen or empty: {sorted(matched)}; "
             f"set requires_grad on those the posterior should cover{frozen_adapter_line(model)}"
         )
     return chosen

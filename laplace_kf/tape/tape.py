@@ -28,6 +28,7 @@ from laplace_kf.layers.elementwise import ADDITIONS
 from laplace_kf.layers.parts import PARTS
 from laplace_kf.layers.shared import EXPANSIONS, SHARED, Meeting, is_broadcast, meeting
 from laplace_kf.lookups import NoHook
+from laplace_kf.returned import nested
 from laplace_kf.tape.edges import activates_view, edge_of
 from laplace_kf.tape.made import Made, MadeTensors, writes
 from laplace_kf.tape.row_picks import NUMBERS, picks_rows
@@ -149,6 +150,9 @@ class Call:
         return value if self.repeated is None else value.expand(self.repeated)
 
 
+_transforming = torch._C._functorch.peek_interpreter_stack
+
+
 @dataclass
 class Step:
     """One function call of the forward pass, for analyses that need the whole chain of functions.
@@ -215,6 +219,8 @@ class Tape(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.register_hook:
             return NoHook()
+        if _transforming() is not None:  # torch.func in the forward pass: its tensors are gone afterwards
+            return func(*args, **kwargs)
         parts = PARTS.get(func)
         if parts is not None and any(self._root(t) is not None for t in _tensors((args, kwargs))):
             replacement = parts(func, args, kwargs)
@@ -232,6 +238,8 @@ class Tape(TorchFunctionMode):
         tensors = list(_tensors((args, kwargs)))
         used = {id(t): self._root(t) for t in tensors}
         used = {key: root for key, root in used.items() if root is not None}
+        if used and any(t.is_nested for t in tensors):
+            raise nested(f"parameter {next(root[1] for root in used.values() if root is not None)!r} is applied to")
         known = ((id(t), self._made.get(t)) for t in tensors if id(t) not in used)
         made = {key: found for key, found in known if found is not None}
         data = any(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -108,6 +109,19 @@ def test_mapping_without_labels_is_refused() -> None:
         dense(net(Keyword), [{"features": x, "target": y}])
     with pytest.raises(lk.errors.ShapeMismatch, match=r"one batch, not data"):
         dense(net(Keyword), {"features": x})
+
+
+def test_models_that_take_a_mapping_as_one_argument() -> None:
+    class Whole(Net):
+        def forward(self, batch: Any) -> Tensor:
+            return super().forward(batch["x"])
+
+    x, y = data()
+    for batch in ({"x": x, "y": y}, {"x": x, "labels": y}):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"'batch' is a mapping: inputs=lambda batch: \(batch,\)\)"):
+            dense(build(Whole), [batch])
+    found = dense(build(Whole), [{"x": x, "y": y}], inputs=lambda batch: (batch,), targets=lambda batch: batch["y"])
+    same(found, reference())
 
 
 def test_mapping_whose_keys_the_model_does_not_know_is_refused() -> None:
@@ -274,8 +288,17 @@ def test_nested_inputs() -> None:
 def test_extra_fields_name_the_way_out() -> None:
     x, y = data()
     loader = DataLoader(TensorDataset(x, y, torch.arange(N)), batch_size=2)
-    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 3; .*inputs=lambda batch: batch\[0\], targets="):
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 3 \(with weights=True.*inputs=lambda batch: batch\[0\]"):
         dense(net(), loader)
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 4; .*inputs=lambda batch: batch\[0\], targets="):
+        dense(net(), [(x, y, x, y)])
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"a tensor \(5, 3\) \(several.*fit\(\[\(x, y, w\)\]\)"):
+        dense(net(), (x, y, torch.arange(N)))
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"of 4 pairs \(of batches give one; examples become"):
+        dense(net(), DataLoader(TensorDataset(x, y), batch_size=4, collate_fn=list))
+    for source in (loader, iter(loader)):
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"which brings batches: for batch in loader"):
+            lk.optim.kfac(net(), "categorical").step(source)
     same(dense(net(), loader, inputs=lambda batch: batch[0], targets=lambda batch: batch[1]), reference())
 
 
@@ -328,6 +351,22 @@ class Stream(IterableDataset):
 def test_iterable_data_sets() -> None:
     same(dense(net(), DataLoader(Stream(), batch_size=2)), reference())
     same(dense(net(), ((x[None], y[None]) for x, y in Stream())), reference())
+
+
+class Dealt(Stream):
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        worker = torch.utils.data.get_worker_info()
+        assert worker is not None
+        return iter([*super().__iter__()][worker.id :: worker.num_workers])
+
+
+def test_a_stream_that_every_worker_reads_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="minibatches of 2 workers are the same.*get_worker_info") as found:
+        assert lk.curvature.estimate(net(), "categorical", DataLoader(Stream(), 2, num_workers=2)).count == 2 * N
+    assert __file__ in {warning.filename for warning in found}  # torch has its own if there are fewer processors
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*workers are the same")
+        same(dense(net(), DataLoader(Dealt(), batch_size=2, num_workers=2)), reference())
 
 
 def test_a_data_set_without_a_loader_is_refused() -> None:

@@ -155,6 +155,29 @@ def test_what_is_no_tensor_is_named(
     assert words in str(refused.value) or (case, entry) == ("nothing", "kfac")
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("before", [True, False])
+def test_nested_tensors_inside_are_named(layout: torch.layout, before: bool) -> None:
+    class Ragged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x if before else self.layer(x)
+            ragged = torch.nested.as_nested_tensor([*x[:, :2], x[0]], layout=layout)
+            padded = torch.nested.to_padded_tensor(self.layer(ragged) if before else ragged, 0.0)
+            z: Tensor = self.out(padded.sum(1)[: len(x)])
+            return z
+
+    model, x = Ragged(), torch.ones(8, 3, 4)
+    if layout is torch.jagged and not before:  # no parameter meets it
+        lk.LaplacePosterior(model, "categorical").fit(x, Y)
+        return
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"a nested tensor.*pad instead"):
+        lk.LaplacePosterior(model, "categorical").fit(x, Y)
+
+
 @pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
 @pytest.mark.parametrize("structure", ["diag", "kron", "full"])
 def test_sparse_inputs_are_taken_as_dense_ones(structure: str, layout: torch.layout) -> None:

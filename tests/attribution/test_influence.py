@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import laplace_kf as lk
 from laplace_kf.attribution import pairs, scoring
@@ -351,6 +351,11 @@ def test_an_ensemble_averages_and_keeps_its_scores(tmp_path, model, posterior):
         _ = lk.attribution.Attribution().scores
 
 
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(zip(*TRAIN, strict=True))
+
+
 def test_what_cannot_be_told_is_refused(model, posterior):
     influence = lk.attribution.influence
     shuffled = DataLoader(TensorDataset(*TRAIN), batch_size=8, shuffle=True)
@@ -358,6 +363,11 @@ def test_what_cannot_be_told_is_refused(model, posterior):
     torch.testing.assert_close(influence(posterior, ordered, QUERIES), influence(posterior, TRAIN, QUERIES))
     with pytest.raises(IncompatiblePair, match="random order"):
         influence(posterior, shuffled, QUERIES)
+    random = BatchSampler(RandomSampler(TensorDataset(*TRAIN)), 8, drop_last=False)
+    with pytest.raises(IncompatiblePair, match=r"random order \(RandomSampler\)"):
+        influence(posterior, DataLoader(TensorDataset(*TRAIN), batch_sampler=random), QUERIES)
+    streamed = DataLoader(Streamed(), batch_size=8)
+    torch.testing.assert_close(influence(posterior, streamed, QUERIES), influence(posterior, TRAIN, QUERIES))
     with pytest.raises(UnknownName):
         influence(posterior, TRAIN, QUERIES, "los")
     with pytest.raises(UnknownName):

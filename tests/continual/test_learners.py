@@ -207,6 +207,49 @@ def test_synaptic_intelligence_refuses() -> None:
 # ------------------------------------------------------------------------------------------------ the interface
 
 
+@pytest.mark.parametrize("centres", ["each", "last"])
+def test_synaptic_intelligence_of_a_layer_that_is_trained_later(centres: str) -> None:
+    """What was frozen in a task has no importance from it; what is frozen later keeps what it had."""
+    model = build(lambda: nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)))
+    model[0].requires_grad_(False)
+    learner = continual.SynapticIntelligence(model, "categorical", centres=centres, prior_precision=1e-9)
+    x, y = normal(6, 3), labels(3, 6)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+
+    def work() -> None:
+        optimiser.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimiser.step()
+        learner.after_step()
+        learner.after_task([(x, y)])
+
+    def penalty_of(k: int) -> float:
+        with torch.no_grad():
+            model[k].weight += 1.0
+            learner.after_step({n: torch.zeros_like(p) for n, p in model.named_parameters() if p.requires_grad})
+            value = float(learner.penalty())
+            model[k].weight -= 1.0
+        return value
+
+    work()
+    model[0].requires_grad_(True)
+    assert penalty_of(0) < 1e-6 < penalty_of(2)
+    work()
+    assert penalty_of(0) > 1e-6
+    model[2].requires_grad_(False)
+    work()
+    model[2].requires_grad_(True)
+    assert penalty_of(2) > 1e-6
+    model[2].weight = model[0].weight  # tied: a weight that is not there any more
+    learner.after_task([(x, y)])
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    with pytest.raises(lk.errors.ShapeMismatch, match="were one tensor when the task began"):
+        learner.penalty()
+    model[2] = nn.Linear(3, 4).double()
+    with pytest.raises(lk.errors.ShapeMismatch):
+        learner.penalty()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_of_the_network_changes(name: str) -> None:
     model = network().train()
@@ -247,6 +290,29 @@ def test_references() -> None:
             close(learner.penalty(), LAM / 2 * flat(model).square().sum())
     seen = torch.cat([x for x, _ in joint.training_data(batches(2))])
     close(seen, torch.cat([task(k)[0] for k in range(3)]))
+
+
+def test_data_that_are_needed_again_have_to_be_there() -> None:
+    for name in ("joint", "non-online"):
+        learner = METHODS[name](network())
+        with pytest.raises(lk.errors.ShapeMismatch, match=r"needed again, but a generator.*only once"):
+            learner.after_task(batch for batch in batches(0))
+        assert learner.tasks == 0
+    joint = continual.JointTraining(network(), "categorical")
+    with pytest.raises(lk.errors.ShapeMismatch, match="only once"):
+        joint.training_data(iter(batches(0)))
+
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __init__(self) -> None:
+            self.left = iter(batches(0))
+
+        def __iter__(self) -> Iterator[Any]:
+            return self.left
+
+    joined = joint.training_data(torch.utils.data.DataLoader(Stream(), batch_size=None))
+    assert len(list(joined)) == 2
+    with pytest.raises(lk.errors.ShapeMismatch, match="task 1 of 1 brought no batch"):
+        list(joined)
 
 
 def test_plugging_into_a_plain_loop_keeps_more_of_the_first_task() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laplace_kf as lk
@@ -131,6 +132,68 @@ def test_outputs_that_are_probabilities_or_rates_already_are_warned_of(function:
         way_out = lambda model, batch: (getattr(model(batch[0]), undone)(), batch[1])  # noqa: E731
         lk.LaplacePosterior(model, likelihood, structure="diag", forward=way_out).fit(X, y)
         lk.LaplacePosterior(model, "gaussian", structure="diag").fit(X, Y)
+
+
+ALREADY: dict[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "bounded softmax": ("categorical", "went through softmax", lambda z: z.softmax(1).clamp(1e-6, 1 - 1e-6)),
+    "softmax and a little": ("categorical", "went through softmax", lambda z: z.softmax(1) + 1e-8),
+    "ensemble": ("categorical", "softmax", lambda z: torch.stack([z.softmax(1), (2 * z).softmax(1)]).mean(0)),
+    "normalised": ("categorical", "add up to 1", lambda z: z.exp() / z.exp().sum(1, keepdim=True)),
+    "bounded sigmoid": ("bernoulli", "went through sigmoid", lambda z: z.sigmoid().clamp(1e-6, 1 - 1e-6)),
+    "complement": ("bernoulli", "went through sigmoid", lambda z: 1 - z.sigmoid()),
+    "one of two classes": ("bernoulli", "went through softmax", lambda z: z.softmax(1)[:, 1:]),
+    "rate and a little": ("poisson", "went through exp", lambda z: z.exp() + 1e-6),
+    "variance": ("heteroscedastic_gaussian", "softplus", lambda z: torch.cat([z[:, :1], F.softplus(z[:, 1:])], 1)),
+    "variance of some size": (
+        "heteroscedastic_gaussian",
+        "exp",
+        lambda z: torch.stack([z[:, 0], z[:, 1].exp() + 1e-6], 1),
+    ),
+}
+OTHERWISE: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "logarithms": ("categorical", lambda z: (z.softmax(1) + 1e-8).log()),
+    "bounded logits": ("bernoulli", lambda z: 5 * z.sigmoid() - 2.5),
+    "mixed logits": ("categorical", lambda z: (z.sigmoid() - 0.5) * 4),
+    "positive mean": ("heteroscedastic_gaussian", lambda z: torch.cat([F.softplus(z[:, :1]), z[:, 1:]], 1)),
+    "least variance": ("heteroscedastic_gaussian", lambda z: torch.cat([z[:, :1], F.softplus(z[:, 1:]) - 9], 1)),
+}
+
+
+class Ending(nn.Module):
+    def __init__(self, ending: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.ending = network(), ending
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ending(self.body(x))
+
+
+def targets_of(likelihood: str, outputs: Tensor) -> Tensor:
+    if likelihood == "categorical":
+        return torch.arange(6) % 2
+    return torch.ones(6, 1) if likelihood == "heteroscedastic_gaussian" else torch.ones_like(outputs)
+
+
+@pytest.mark.parametrize("case", ALREADY)
+def test_probabilities_rates_and_variances_in_disguise_are_warned_of(case: str) -> None:
+    likelihood, said, ending = ALREADY[case]
+    model = Ending(ending)
+    y = targets_of(likelihood, model(X))
+    with pytest.warns(UserWarning, match=said) as found:
+        lk.curvature.estimate(model, likelihood, (X, y), "diag")
+    line = next(str(w.message) for w in found if said in str(w.message)).partition("forward=")[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lk.curvature.estimate(model, likelihood, (X, y), "diag", forward=eval(line, {"torch": torch}))
+
+
+@pytest.mark.parametrize("case", OTHERWISE)
+def test_outputs_of_some_range_are_no_probabilities(case: str) -> None:
+    likelihood, ending = OTHERWISE[case]
+    model = Ending(ending)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lk.curvature.estimate(model, likelihood, (X, targets_of(likelihood, model(X))), "diag")
 
 
 def test_labels_in_a_column_or_a_list_name_the_line_to_paste() -> None:

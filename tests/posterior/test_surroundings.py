@@ -139,3 +139,42 @@ def test_tables_that_renormalise_themselves_are_no_change() -> None:
     posterior = lk.LaplacePosterior(model, "categorical", parameters="last_layer").fit((tokens, Y))
     model(tokens)  # writes into the table
     quietly(lambda: posterior.predict(tokens))
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    model[2].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize("chosen", ["all", ["0.*", "2.bias"]])
+def test_weights_that_are_no_longer_tied_are_refused(chosen: Any, tmp_path: Path) -> None:
+    model = tied()
+    posterior = lk.LaplacePosterior(model, "categorical", parameters=chosen).fit((X, Y))
+    posterior.save(tmp_path / "posterior.st")
+    wanted = posterior.functional_covariance(X)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    assert model[2].weight is not model[0].weight
+    match = r"'0\.weight' and '2\.weight' were one tensor.*get_submodule\('2'\)\.weight = model\.get_submodule\('0'\)"
+    for call in (*CALLS.values(), lambda p: p.penalty(), lambda p: p.update((X, Y)), lambda p: p.condition(0.0)):
+        with pytest.raises(lk.errors.ShapeMismatch, match=match):
+            call(posterior)
+    model.get_submodule("2").weight = model.get_submodule("0").weight  # the line of the message
+    torch.testing.assert_close(posterior.functional_covariance(X), wanted)
+    apart = tied()
+    apart[2].weight = nn.Parameter(apart[0].weight.detach().clone())
+    with pytest.raises(lk.errors.ShapeMismatch):
+        lk.LaplacePosterior.load(tmp_path / "posterior.st", apart)
+    loaded = lk.LaplacePosterior.load(tmp_path / "posterior.st", tied())
+    torch.testing.assert_close(loaded.functional_covariance(X), wanted)
+
+
+def test_weights_that_were_tied_after_the_fit_are_refused() -> None:
+    model = tied()
+    model[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    posterior = lk.LaplacePosterior(model, "categorical", parameters=["0.*"]).fit((X, Y))
+    posterior.predict(X)
+    model[2].weight = model[0].weight
+    with pytest.raises(lk.errors.ShapeMismatch, match=r"'0\.weight' and '2\.weight' are one tensor, and were two"):
+        posterior.predict(X)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
 import laplace_kf as lk
 from laplace_kf.acquisition import bald, batch_bald, epig
@@ -46,6 +47,22 @@ def test_scores_of_a_loader_are_those_of_its_inputs(subject: Any, data: tuple[Te
     expected = subject.ood_score(data[0], kind)
     for loader in loaders(data):
         torch.testing.assert_close(subject.ood_score(loader, kind), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_loaders_that_shuffle_are_warned_of(subject: Any, data: tuple[Tensor, Tensor]) -> None:
+    pairs = TensorDataset(*data)
+    batches = BatchSampler(RandomSampler(pairs), 4, drop_last=False)
+    for loader in (DataLoader(pairs, 4, shuffle=True), DataLoader(pairs, batch_sampler=batches)):
+        with pytest.warns(UserWarning, match=r"random order \(RandomSampler\).*row i is not") as found:
+            subject.predict(loader, method="map")
+        assert found[0].filename == __file__
+        with pytest.warns(UserWarning, match="random order"):
+            subject.ood_score(loader, "entropy")
+    in_order = DistributedSampler(pairs, num_replicas=1, rank=0, shuffle=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        subject.predict(DataLoader(pairs, 4, sampler=in_order), method="map")
+        subject.predict(DataLoader(pairs, batch_sampler=[[*range(COUNT)]]), method="map")
 
 
 def test_scores_that_are_drawn_take_the_generator(subject: Any, data: tuple[Tensor, Tensor]) -> None:

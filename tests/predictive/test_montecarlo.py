@@ -534,6 +534,26 @@ def test_a_model_without_batching_rules_is_asked_once() -> None:
     assert torch.equal(outputs(post, normal(4, 3), "weights", 3), outputs(post, normal(4, 3), "weights", 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_batching_rules_that_are_wrong_for_later_draws(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    from laplace_kf.predictive import calls
+
+    model, x, vmap = build(lambda: mlp(3, 5, 3)).to(dtype), normal(4, 3).to(dtype), torch.func.vmap
+    post = lk.LaplacePosterior(model, "categorical", structure="diag", prior_precision=9.0).fit((x, labels(3, 4)))
+    wanted = outputs(post, x, "weights", 3)
+
+    def wrong(call: Any, **options: Any) -> Any:
+        return lambda values: vmap(call, **options)(values) * torch.tensor([1.0, 1.0, 1.5], dtype=dtype)[:, None, None]
+
+    monkeypatch.setattr(torch.func, "vmap", wrong)
+    calls._VECTORISES.clear()
+    assert (
+        float((outputs(post, x, "weights", 3) - wanted).abs().max() / wanted.abs().max()) < 4 * torch.finfo(dtype).eps
+    )
+    assert calls._VECTORISES[post.model] == {"outputs": False}
+    calls._VECTORISES.clear()
+
+
 def test_one_input_of_a_wide_last_layer_takes_little_memory() -> None:
     """512 features, 1000 classes, 100 draws: counted in bytes of the tensors that are made, not by a clock."""
     block = lk.tape.Block(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import laplace_kf as lk
 from laplace_kf.tape import sharing
+from laplace_kf.tape.examples import ExampleGradients
 from laplace_kf.tape.made import MadeTensors
 from tests import oracles
 from tests.cases import CATEGORICAL, build, labels, normal
@@ -80,6 +82,80 @@ def test_a_gradient_taken_in_the_forward_pass() -> None:
     torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-13)
 
 
+class Physics(nn.Module):
+    """Derivatives by the inputs, as physics-informed networks take them: the layers run inside of torch.func's."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of, self.layer, self.out = of, nn.Linear(3, 4), nn.Linear(4, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        field = lambda r: self.out(torch.tanh(self.layer(r)))  # noqa: E731
+        if self.of == "jvp":
+            return torch.func.jvp(field, (x,), (torch.ones_like(x),))[1] + self.layer(x)[:, :3]
+        single = {
+            "grad": torch.func.grad(lambda r: field(r).sum()),
+            "jacobian": lambda r: torch.func.jacrev(field)(r).sum(0),
+            "laplacian": lambda r: torch.func.hessian(field)(r).diagonal(0, 1, 2).sum(-1),
+        }
+        return torch.vmap(single[self.of])(x)
+
+
+@pytest.mark.parametrize("of", ["jvp", "grad", "jacobian", "laplacian"])
+def test_layers_inside_of_torch_func(of: str) -> None:
+    model, (x, y) = seeded(Physics, of), data()
+    agrees(model, x, y)
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit(x, y)
+    jacobians = jacobian(model, x, len(x))
+    expected = jacobians @ torch.linalg.inv(posterior.precision.dense()) @ jacobians.mT
+    torch.testing.assert_close(posterior.functional_covariance(x), expected)
+    assert bool(posterior.predict(x, method="mc", samples=2).probs.isfinite().all())
+    before = float(lk.optim.kflr(model, "categorical").step(x, y))
+    assert float(F.cross_entropy(model(x), y)) < before
+
+
+def test_a_gradient_that_needs_the_callers_gradients_is_refused() -> None:
+    class Forces(Energy):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.out(torch.tanh(self.layer(x))).sum(), x, create_graph=True)[0]
+
+    with pytest.raises(lk.errors.UnsupportedLayer, match=r"Forces takes a derivative .*torch\.enable_grad"):
+        lk.curvature.estimate(seeded(Forces), "categorical", data(), "diag")
+
+
+class Solved(nn.Module):
+    """Torch's vectorised derivative of ``solve`` is wrong, for all examples but some, where gradients are off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.out = nn.Parameter(torch.randn(3, 3)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.linalg.solve(self.w @ self.w.T + torch.eye(3, dtype=x.dtype), x.T).T)
+
+
+def test_a_weight_inside_a_solve() -> None:
+    model, (x, y) = seeded(Solved), data()
+    agrees(model, x, y)
+    posterior = lk.LaplacePosterior(model, "categorical", structure="full").fit(x, y)
+    wanted = jacobian(model, x, len(x))
+    expected = wanted @ torch.linalg.inv(posterior.precision.dense()) @ wanted.mT
+    torch.testing.assert_close(posterior.functional_covariance(x), expected)
+
+
+def test_a_vectorised_gradient_that_is_wrong_for_some_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectorised = ExampleGradients._vectorised
+
+    def wrong(self: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        gradients, alone = vectorised(self, *args)
+        gradients[:, 3] *= 1.5
+        return gradients, alone
+
+    monkeypatch.setattr(ExampleGradients, "_vectorised", wrong)
+    agrees(seeded(Solved), *data())
+
+
 class Opaque(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
@@ -106,6 +182,19 @@ class WithFunction(nn.Module):
 @pytest.mark.parametrize("also_linear", [False, True])
 def test_a_weight_inside_a_custom_function(also_linear: bool) -> None:
     agrees(seeded(WithFunction, also_linear), *data())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", ["gradient", "function"])
+def test_hidden_uses_in_half_precision(hidden: str, dtype: torch.dtype) -> None:
+    """What rounding may do to a gradient is less than what a rule leaves out that does not see all uses."""
+    model = (seeded(Energy) if hidden == "gradient" else seeded(WithFunction, True)).to(dtype)
+    x, y = data()
+    x = x.to(dtype)
+    expected = dense(copy.deepcopy(model).double(), x.double())
+    for structure in ("full", "diag"):
+        found = lk.curvature.estimate(model, "categorical", (x, y), structure).mean().diag()
+        assert float((found - expected.diagonal()).norm() / expected.diagonal().norm()) < 0.03
 
 
 class SharedVector(nn.Module):
