@@ -93,9 +93,8 @@ def with_labels(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 def _arguments(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a mapping that the model's ``forward`` takes; its targets are none of them."""
-    given = {
-        key: value for key, value in inputs.items() if key not in ("labels", conventions.target_key(model, inputs))
-    }
+    left_out = "labels", conventions.target_key(model, inputs)
+    given = {key: value for key, value in inputs.items() if key not in left_out}
     named = conventions.arguments(model)
     if named is None:
         return given
@@ -120,10 +119,9 @@ def _keys(mapping: Mapping[Any, Any]) -> list[str]:
     return sorted(map(str, mapping))
 
 
-def _whole(missing: Sequence[str]) -> str:
-    """What is added to a line about a mapping where ``forward`` lacks one argument, which may be all of it."""
-    found = " (batch itself, if {!r} is a mapping: inputs=lambda batch: (batch,))" if len(missing) == 1 else ""
-    return found.format(*missing)
+def _whole(missing: Sequence[str]) -> str:  # where forward lacks one argument, the mapping may be all of it
+    text = f" (batch itself, if {missing[0]!r} is a mapping: inputs=lambda batch: (batch,))" if missing else ""
+    return text if len(missing) == 1 else ""
 
 
 def default_forward(model: nn.Module, batch: Any) -> tuple[Tensor, Any]:

@@ -87,7 +87,7 @@ def cholesky(matrix: Tensor, block: str) -> Tensor:
 
 
 def definite_cholesky(matrix: Tensor, block: str) -> Tensor | None:
-    """The factor of :func:`cholesky` without a jitter; ``None`` if the matrix is not positive definite as it is.
+    """The factor ``(d, d)`` of :func:`cholesky` without a jitter; ``None`` for a matrix that is not positive definite.
 
     Raises:
         NonFinite: if the matrix has NaN or infinite entries.

@@ -156,7 +156,9 @@ def unread(batch: Any, line: str | None = None) -> ShapeMismatch:
         what, picked = f"a tensor {tuple(batch.shape)}", ("batch[:, :-1]", "batch[:, -1]")
         what += " (several tensors of all data, (x, y, w), are one batch: fit([(x, y, w)]))"
     elif isinstance(batch, Iterator) or hasattr(batch, "dataset"):
-        return ShapeMismatch(f"a batch is needed, (x, y), got {what}, which brings batches: for batch in loader: ...")
+        return ShapeMismatch(
+            f"a batch is needed, (x, y), got {what}, which brings batches: for batch in loader: ...; use one at a time"
+        )
     return ShapeMismatch(
         f"a batch must be (x, y), ((x1, x2, ...), y) or a mapping with 'labels', got {what}; say which part is what "
         f"with {line or f'inputs=lambda batch: {picked[0]}, targets=lambda batch: {picked[1]}'}"

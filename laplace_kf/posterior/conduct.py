@@ -103,6 +103,8 @@ class Conduct:
             few = _few(x, next(iter(mean.values())).device)
             now, before = _both(model, forward, mean, few, then)
             lost = [name for name in mean if name in before.reached and name not in now.reached]
+            if not now.reached and self._around(model, forward, mean, few):
+                return  # they are read past their modules, which the prediction says, with the way out
             lost = list(mean) if not now.reached else lost
             cut = bool(lost) and not same_outputs(_moved(model, forward, mean, few, lost), now.outputs)
         except Exception:  # what is wrong with the input, or the network, is said by the prediction itself
@@ -127,6 +129,14 @@ class Conduct:
             "fitted, and with it the network gives other outputs: predictions are those of another network. Put it "
             "back, or fit again, posterior.fit(train_loader)"
         )
+
+    @staticmethod
+    def _around(model: nn.Module, forward: Forward | None, mean: Mapping[str, Tensor], x: Any) -> bool:
+        """Whether the model's own tensors reach the outputs though others are in their place."""
+        own = {id(p) for name, p in model.named_parameters() if name in mean}
+        with preserved(model), same_random_states(), torch.enable_grad():
+            outputs = substituted(model, dict(mean), lambda: predicted(model, x, forward))
+        return any(id(leaf) in own for leaf in leaves_of(outputs))
 
     def _forget(self, changed: Mapping[Place, Any]) -> None:
         assert self.settings is not None
