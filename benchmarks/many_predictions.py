@@ -10,7 +10,6 @@ grows during one call over what was resident before it (Linux).
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import math
 import subprocess
@@ -40,7 +39,6 @@ def growth(call: Callable[[], object]) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls have freed does not hide what this one takes
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now

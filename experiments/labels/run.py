@@ -2,8 +2,8 @@
 
 The protocol of Kirsch et al. 2019 (section 4.2): two labels of each class to begin with, then batches of ten, a network
 trained anew after every batch, no augmentation, no use of the unlabelled images. Their posterior is Monte Carlo dropout
-over a convolutional network, whose predictions are averaged; here it is a mixture of the posteriors of the last layers
-of a few networks of half the width, and predictions are averaged over these. Random choice has the same networks.
+over a convolutional network, whose predictions are averaged; here it is a mixture of narrow posteriors of the last
+layers of ten networks of half the width, and predictions are averaged over these. Random choice has the same networks.
 Images are standardised by the mean and the deviation of all training images, and networks are trained until little
 changes: how long was picked on training images beside the labels of an earlier run, not on the test images. Scores are
 computed on a part of the pool that is drawn anew for every batch.
@@ -88,15 +88,15 @@ class Config:
     first: int = 2
     batch: int = 10
     most: int = 190
-    pool: int = 1000
+    pool: int = 4000
     test: int = 2000
     width: int = 16
     dropout: float = 0.5
     steps: int = 400
     lr: float = 3e-3
-    networks: int = 3
+    networks: int = 10
     parameters: str = "last_layer"
-    prior_precision: float = 100.0
+    prior_precision: float = 1e6
     samples: int = 100
     configurations: int = 500
     progress: bool = True
