@@ -19,7 +19,7 @@ __all__ = ["nodes_of_products"]
 SPACING = 0.1
 ORDER = 12
 DIRECT = 4096
-CHUNK = 2**20
+CHUNK = 2**14  # entries at once: what is kept of them (2 · ORDER numbers each) stays in the cache
 
 
 def nodes_of_products(*factors: Tensor) -> tuple[Tensor, Tensor]:
