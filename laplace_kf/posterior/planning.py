@@ -4,8 +4,8 @@ One minibatch is fitted and predicted for real, on a copy; everything else follo
 
 * a fit takes what the first minibatch takes beyond the others (reading how the network is built), and the time of one
   for each; of very many columns (an exact fit of thousands of outputs) only the first are sent back, and the rest is
-  extrapolated. Memory is that of the tensors (on a CPU up to 30 % more is resident) and does not grow with the number
-  of minibatches;
+  extrapolated. Memory is that of the tensors, however much more the C library keeps for itself, and does not grow with
+  the number of minibatches;
 * eigendecompositions are not made for a plan. Their sides are known from the factors, and what a side takes is measured
   once in a process (:mod:`laplace_kf.rates`). In their place the copy gets unit matrices as bases, which are as dear to
   multiply with;
@@ -54,7 +54,6 @@ PATIENCE = 2.0  # seconds that columns of one minibatch, or predictions of some 
 STEADY = 0.25  # seconds of minibatches after which their median is taken
 MOST = 24  # minibatches for that
 SEARCH = 2.0  # times a short search on one minibatch: what a search takes beside the products of its budget
-RESIDENT = 0.3, 64e6  # of the bytes of tensors, but at most so many: resident besides on a CPU (workspaces, heap)
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Stage:
 
     Attributes:
         seconds: of this machine, or of every process where there are several.
-        bytes: at the peak, above the model, its batch and what was there before.
+        bytes: of tensors at the peak, above the model, its batch and what was there before.
         traffic: bytes that each process sends to the others.
     """
 
@@ -151,16 +150,14 @@ def planned(
     share = (processes - 1) / processes
     sent = 2 * share * sums, share * bases  # all-reduce in rings; every basis goes from its owner to all others
     seconds = fixed + stages * count + reading * count * max(1, probe.passes)
-    fitting = Stage(seconds + sent[0] / bandwidth, probe.resident(fit), sent[0])
+    fitting = Stage(seconds + sent[0] / bandwidth, fit, sent[0])
     decomposed = Stage(decomposing / processes + sent[1] / bandwidth, probe.decomposed_bytes, sent[1])
     searched = _search_seconds(budget, count, probe)
     return Plan(
         fit=fitting,
         decompositions=decomposed,
-        tune=Stage(
-            searching / processes + sent[1] / bandwidth + searched + reading * count, probe.resident(probe.tuning_bytes)
-        ),
-        predict=Stage(decomposed.seconds + first + (each + reading) * count, probe.resident(probe.predicted_bytes)),
+        tune=Stage(searching / processes + sent[1] / bandwidth + searched + reading * count, probe.tuning_bytes),
+        predict=Stage(decomposed.seconds + first + (each + reading) * count, probe.predicted_bytes),
         examples=rows * count,
         minibatches=count,
         columns=probe.estimator.columns,
@@ -375,11 +372,6 @@ class Probe:
             total -= middle * (len(marks) - 1)
         return most, each, max(0.0, total)
 
-    def resident(self, tensors: float) -> float:
-        """Resident bytes where tensors have so many."""
-        share, most = RESIDENT
-        return tensors + (min(share * tensors, most) if self.device.type == "cpu" else 0.0)
-
     def with_unit_bases(self) -> list[tuple[int, bool]]:
         """Sides of the matrices to be decomposed, and whether only a search needs it; they get unit matrices as bases.
 
@@ -437,8 +429,9 @@ class Probe:
                 break
             tried = following
             taken[tried] = call(tried)
-        if tried == self.rows and taken[tried] < PATIENCE / 4:
-            taken[tried] = sorted([taken[tried], call(tried), call(tried)])[1]
+        if tried == self.rows and taken[tried] < PATIENCE / 2:
+            again = 2 if taken[tried] > PATIENCE / 16 else 6
+            taken[tried] = sorted([taken[tried], *(call(tried) for _ in range(again))])[again // 2]
         self.peak.begin()
         before = self.peak.live
         with self.peak:

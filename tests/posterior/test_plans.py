@@ -129,8 +129,7 @@ def test_traffic_of_several_processes(quick: None) -> None:
     assert four.decompositions.traffic == pytest.approx(3 / 4 * 4 * (5 * 5 + 6 * 6 + 7 * 7 + 3 * 3))
 
 
-def test_memory_is_that_of_the_tensors(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "RESIDENT", (0.0, 0.0))
+def test_memory_is_that_of_the_tensors(quick: None) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
     x, y = data()
@@ -138,9 +137,6 @@ def test_memory_is_that_of_the_tensors(quick: None, monkeypatch: pytest.MonkeyPa
     sums = 4 * (3 * 300**2 + 301**2)
     assert sums < plan.fit.bytes < 3 * sums
     assert plan.predict.bytes > plan.fit.bytes - sums + 2 * sums - 4 * 301**2
-    monkeypatch.setattr(planning, "RESIDENT", (0.5, 1e4))
-    more = lk.plan(model, "categorical", [(x, y)] * 4, estimator="sampled")
-    assert more.fit.bytes == plan.fit.bytes + 1e4  # a share of them, up to a limit
 
 
 def test_a_search_of_a_large_dense_posterior_pays_for_the_eigenbasis(
