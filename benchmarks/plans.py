@@ -3,7 +3,7 @@
 Every case runs in processes of its own. In one the plan comes first, then the jobs that it speaks of; seconds are
 processor seconds of one thread, the median of three (of a job of more than ten seconds, of one). In another there is a
 training step and the fit, with an allocator that gives back at once what is freed; bytes are by how much the resident
-memory grows at most during the fit (Linux, glibc). How much it grows with glibc's defaults, which keep freed pieces of up
+memory grows at most during the fit (Linux, glibc). How much with glibc's defaults, which keep freed pieces of up
 to 32 MB and holes between them, is written beside it.
 """
 

@@ -177,17 +177,15 @@ def plans() -> str:
     result = load("benchmarks/results/plans.json")
     if result is None:
         return "*Not run yet.*"
-    rows = []
+    rows, met = [], result["met"].values()
     for name, case in result["cases"].items():
         for job in ("fit", "predict", "tune"):
             for what, scale, unit in (("seconds", 1.0, "s"), ("bytes", 1e-6, "MB")):
                 if what in case.get(job, {}):
                     planned, taken = case[job][f"planned_{what}"], case[job][what]
-                    usual = case[job].get(f"{what}_with_defaults")
-                    beside = "" if usual is None else f" ({usual * scale:.3g})"
+                    beside = f" ({usual * scale:.3g})" if (usual := case[job].get(f"{what}_with_defaults")) else ""
                     rows.append([name, job, f"{planned * scale:.3g} {unit}", f"{taken * scale:.3g}{beside} {unit}",
                                  f"{100 * (planned / taken - 1):+.0f} %"])  # fmt: skip
-    met = result["met"].values()
     head = f"{result['workload']}; {machine_of(result)}. {sum(met)} of {len(met)} that are long or large enough to be "
     return head + "measured are within 25 %.\n\n" + markdown(["case", "job", "planned", "taken", ""], rows)
 
@@ -350,10 +348,7 @@ def recurrent() -> str:
 STREAMS = {
     "continual_permuted": "E25",
     "continual_permuted_50": "continual_permuted_50 --out results/E25_50",
-    **{
-        f"continual_permuted_50_{which}": f"continual_permuted_50 --out results/E25_50_{which}"
-        for which in ("stiff", "five")
-    },
+    **{f"continual_permuted_50_{x}": f"continual_permuted_50 --out results/E25_50_{x}" for x in ("stiff", "five")},
     "continual_permuted_50_wide": "continual_permuted_50_wide --out results/E25_50_wide",
     **{f"continual_si{end}": f"continual_si{end} --out results/E25_si{end}" for end in ("", "_wide", "_2000", "_long")},
     "continual_disjoint": "E27",
