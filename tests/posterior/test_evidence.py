@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import laplace_kf as lk
-from laplace_kf.operators import KroneckerBlock
+from laplace_kf.operators import KroneckerBlock, quadrature
 from laplace_kf.operators.quadrature import nodes_of_products
 from tests import oracles
 from tests.cases import rng
@@ -67,6 +67,15 @@ def test_nodes_stand_for_the_whole_spectrum(c: float) -> None:
     long = products.reshape(1, -1)
     nodes, weights = nodes_of_products(long)
     assert float((weights * (c * nodes).log1p()).sum()) == pytest.approx(float((c * long).log1p().sum()), rel=1e-12)
+
+
+def test_nodes_are_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = 10 ** (15 * torch.rand(2, 9000, generator=rng(2), dtype=torch.float64) - 12)
+    values[0, :9] = 0
+    nodes, weights = nodes_of_products(values)
+    monkeypatch.setattr(quadrature, "CHUNK", 1000)
+    again, added = nodes_of_products(values)
+    assert torch.equal(again, nodes) and torch.allclose(added, weights, rtol=1e-12, atol=1e-9)
 
 
 def test_nodes_of_nothing_but_zeros() -> None:

@@ -139,6 +139,18 @@ def test_memory_is_that_of_the_tensors(quick: None) -> None:
     assert plan.predict.bytes > plan.fit.bytes - sums + 2 * sums - 4 * 301**2
 
 
+def test_memory_is_the_peak_of_a_fit_of_one_minibatch(quick: None) -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3))
+
+    x, y = data()
+    posterior = lk.LaplacePosterior(made(), "categorical")
+    with Peak() as peak:
+        posterior.fit([(x, y)])
+    assert lk.plan(made(), "categorical", [(x, y)] * 4).fit.bytes == pytest.approx(peak.most, rel=0.02)
+
+
 def test_a_search_of_a_large_dense_posterior_pays_for_the_eigenbasis(
     quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

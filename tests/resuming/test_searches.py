@@ -127,6 +127,17 @@ def test_stopped_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert tries > 2
 
 
+def test_not_everything_is_written_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "tune"
+    kept = kept_scores.KeptScores(path, {})  # reads the clock, and so does every attempt: 3 seconds are 3 of them
+    there = []
+    for k in range(4):
+        kept.keep_score([k], {"nll": 1.0}, None)
+        kept.write()
+        there.append(path.exists())
+    assert there == [False, False, True, True]
+
+
 def test_another_search_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, meter = tmp_path / "tune", Meter(monkeypatch)
     monkeypatch.setattr(kept_scores, "SECONDS", 0.0)
